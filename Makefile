@@ -1,0 +1,26 @@
+# Set-up and runs of the suite. make itself ends with status 2 whatever failed; the line before it names the real one.
+
+# PYTHON, from the environment or the command line, names the interpreter; without it the first of these that is new enough.
+PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+VENV_PYTHON := .venv/bin/python
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' Makefile | expand -t 16
+
+verify: setup  ## set up, then verify this machine: make verify ARGS="--phase 4"
+	@$(VENV_PYTHON) -m verify run $(ARGS)
+
+test: setup  ## set up, then run the whole test suite: make test ARGS="-k oracle"
+	@$(VENV_PYTHON) -m pytest -m "not slow" $(ARGS)
+
+setup:  ## make .venv ready, or repair it; does nothing where it is
+	@for python in $(PYTHONS); do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        exec "$$python" ci/bootstrap.py; \
+	    fi; \
+	done; \
+	echo "setup: none of these is Python 3.11 or newer: $(PYTHONS); run: apt-get install python3 python3-venv" \
+	    "(or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12)" >&2; \
+	exit 3
+
+.PHONY: help verify test setup

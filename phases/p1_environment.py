@@ -1,0 +1,120 @@
+"""Phase 1: is this machine what it says it is, and do torch and Triton work on it at all (plan 1.1 to 1.4)."""
+
+from __future__ import annotations
+
+import re
+
+from verify import check, skip
+from verify.architectures import SUITE_MINIMUMS, find
+
+
+def _at_least(found: str, minimum: str) -> bool:
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", text)[:2]]
+
+    return numbers(found) >= numbers(minimum)
+
+
+@check(
+    "p1.driver", gate="hard", cases="version", plan="1.1", needs_gpu=True,
+    claim="The driver answers through NVML and is new enough for this GPU.",
+    reason="An old driver loads no kernels built for a newer architecture, and every later failure would be its echo.",
+    remedy="Install the driver that the message names, or newer, and reboot.",
+)  # fmt: skip
+def test_driver(case: str, target: str) -> None:
+    from verify import nvml
+
+    driver = nvml.query()
+    architecture = find(driver.gpus[0].sm)
+    assert architecture is not None, f"SM {driver.gpus[0].sm} of {driver.gpus[0].name} is not covered by this suite"
+    assert f"sm{driver.gpus[0].sm}" == target, f"NVML sees sm{driver.gpus[0].sm} and the run's target is {target}"
+    minimum = architecture.minimums.driver
+    assert minimum is None or _at_least(driver.version, minimum), (
+        f"driver {driver.version} is older than {minimum}, which {target} needs"
+    )
+
+
+@check(
+    "p1.toolkit", gate="soft", cases="nvcc", plan="1.2",
+    claim="The CUDA toolkit is installed and new enough for every architecture of the suite.",
+    reason="Only building flash-attn from source needs nvcc; Triton brings its own assembler.",
+    remedy="Install the CUDA toolkit and put its bin directory on PATH.",
+)  # fmt: skip
+def test_toolkit(case: str) -> None:
+    from verify.environment import cuda_toolkit
+
+    version = cuda_toolkit()
+    if not re.match(r"\d", version):
+        skip("PKG_MISSING", f"nvcc: {version}")
+    assert _at_least(version, SUITE_MINIMUMS.cuda), f"nvcc is {version}, the suite's minimum is {SUITE_MINIMUMS.cuda}"
+
+
+@check(
+    "p1.torch", gate="hard", cases="sees_gpu", plan="1.3", needs_gpu=True,
+    claim="torch sees the GPU, with the compute capability of the target and bf16.",
+    reason="A CPU build of torch, or one without this architecture, would run nothing of what follows on the GPU.",
+    remedy="Install a CUDA build of torch for this driver; python -m verify doctor names the version.",
+)  # fmt: skip
+def test_torch_sees_gpu(case: str, target: str) -> None:
+    import torch
+
+    assert torch.cuda.is_available(), f"torch {torch.__version__} sees no GPU"
+    major, minor = torch.cuda.get_device_capability(0)
+    assert f"sm{10 * major + minor}" == target, f"torch sees compute capability {major}.{minor}, the target is {target}"
+    assert torch.cuda.is_bf16_supported(), f"{torch.cuda.get_device_name(0)} has no bf16 in torch {torch.__version__}"
+
+
+@check(
+    "p1.bf16_matmul", gate="hard", cases="smoke", plan="1.3",
+    claim="A bf16 matrix product on the device is right.",
+    reason="It is the first arithmetic anything does; if it is wrong, no later number means anything.",
+    tolerance="Each output is one bf16 rounding (2^-8 relative) of a sum whose fp32 accumulation adds 128 x 2^-24 of its terms.",
+    remedy="Suspect the driver or the card before any code: run a memory test.",
+)  # fmt: skip
+def test_bf16_matmul(case: str, device: str, seed: int, measure) -> None:
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(128, 128, generator=draw).to(torch.bfloat16) for _ in range(2))
+    got = (a.to(device) @ b.to(device)).double().cpu()
+    exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    allowed = exact.abs() * 2.0**-8 + terms * 128 * 2.0**-24
+    measure("error over budget", float(((got - exact).abs() / allowed).max()), 1.0)
+
+
+@check(
+    "p1.triton", gate="hard", cases="add_kernel", plan="1.4",
+    claim="Triton compiles and launches the plan's add kernel, and the sum is right to the bit.",
+    reason="It separates a broken Triton installation from a broken scoring kernel.",
+    tolerance="One fp32 addition is correctly rounded everywhere, so nothing may differ.",
+    remedy="Check that triton, torch and the driver go together (python -m verify doctor).",
+)  # fmt: skip
+def test_triton_add_kernel(case: str, device: str, seed: int, measure) -> None:
+    import torch
+
+    from verify.probe_kernels import add_kernel
+
+    draw = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(128, generator=draw).to(device) for _ in range(2))
+    out = torch.full((128,), torch.nan, device=device)
+    add_kernel[(1,)](x, y, out, 128)
+    measure("elements that differ", int((out != x + y).sum()), 0, where="add_kernel, n = 128")
+
+
+@check(
+    "p1.identity", gate="hard", cases="nvml_torch_triton", needs_gpu=True,
+    claim="NVML, torch and Triton mean the same GPU.",
+    reason="On a machine with several cards they can disagree, and a record would then name the wrong one.",
+    remedy="Set CUDA_DEVICE_ORDER=PCI_BUS_ID, or CUDA_VISIBLE_DEVICES to one GPU.",
+)  # fmt: skip
+def test_identity(case: str, target: str) -> None:
+    import torch
+    import triton
+
+    from verify import nvml
+
+    card, seen = nvml.query().gpus[0], torch.cuda.get_device_properties(0)
+    names = {"NVML": f"sm{card.sm}", "torch": f"sm{10 * seen.major + seen.minor}"}
+    names["triton"] = f"sm{triton.runtime.driver.active.get_current_target().arch}"
+    assert set(names.values()) == {target}, f"they disagree: {names}, and the run's target is {target}"
+    assert card.name == seen.name, f"NVML's first GPU is {card.name} and torch's is {seen.name}"

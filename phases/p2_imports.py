@@ -1,0 +1,84 @@
+"""Phase 2: does everything that the plan names import, as published (plan 2.2, 2.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+
+from verify import check, skip
+from verify.published import CONFIG_DEFAULTS, NAMES, signature_differs
+from verify.subject import Subject
+
+_MODULES = tuple(dict.fromkeys(name.module for name in NAMES))
+
+
+@check(
+    "p2.names", gate="hard", plan="2.3",
+    cases={f"{name.module.replace('.', '-')}-{name.name}": name for name in NAMES},
+    claim="A published name imports and takes the published parameters, in order, with the published defaults.",
+    reason="Existing callers use these names; a missing or reordered argument changes results without an error.",
+    remedy="Add the name, or move additions to keyword-only parameters with defaults.",
+)  # fmt: skip
+def test_name(case, subject: Subject) -> None:
+    found = subject.attribute(case.module, case.name)
+    differs = signature_differs(case, found)
+    assert not differs, f"{case.module}.{case.name}: {differs}"
+
+
+@check(
+    "p2.defaults", gate="hard", plan="2.3", cases={module.replace(".", "-"): module for module in CONFIG_DEFAULTS},
+    claim="A configuration has the published options with the published defaults.",
+    reason="Defaults are what nearly every run uses; another default is another algorithm.",
+    remedy="Restore the published default, or name the deviation in the subject's documentation and here.",
+)  # fmt: skip
+def test_defaults(case: str, subject: Subject) -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(subject.attribute(case, "TriAttentionConfig"))}
+    differs = {
+        name: fields.get(name, "absent") for name, default in CONFIG_DEFAULTS[case].items() if fields.get(name, "absent") != default
+    }
+    assert not differs, f"{case}.TriAttentionConfig differs from the published defaults in {differs}"
+
+
+@check(
+    "p2.context", gate="hard", cases="no_cuda",
+    claim="Importing every published module makes no CUDA context.",
+    reason="A context made by an import breaks forked workers and takes memory on the wrong GPU.",
+    remedy="Move the CUDA call out of module level.",
+    timeout_s=180,
+)  # fmt: skip
+def test_no_cuda_context(case: str, subject: Subject) -> None:
+    package = subject.module().__name__
+    lines = [f"import {package}.{module}" for module in _MODULES]
+    program = "\n".join([*lines, "import json, torch", "print(json.dumps(torch.cuda.is_initialized()))"])
+    child = subprocess.run(
+        [subject.command()[0], "-c", program], capture_output=True, text=True, timeout=150, env=subject.environment()
+    )
+    last = (child.stderr.strip().splitlines() or ["no output"])[-1]
+    assert child.returncode == 0, f"importing the published modules failed: {last}"
+    assert json.loads(child.stdout.splitlines()[-1]) is False, "importing the published modules made a CUDA context"
+
+
+@check(
+    "p2.flash_attn", gate="soft", cases="small_call", plan="2.2", needs_gpu=True,
+    claim="flash-attn imports and one small causal call is right.",
+    reason="A build for another architecture imports and fails at the first launch.",
+    tolerance="Output and probabilities are rounded to bf16 (2^-8 relative each): 2^-7 of the largest value.",
+    remedy="Use attn_implementation sdpa, or build flash-attn from source with CUDA 12.8 or newer.",
+)  # fmt: skip
+def test_flash_attn(case: str, seed: int, measure) -> None:
+    import importlib.util
+
+    import torch
+
+    if importlib.util.find_spec("flash_attn") is None:
+        skip("PKG_MISSING", "flash-attn is not installed")
+    from flash_attn import flash_attn_func
+
+    draw = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 64, 2, 64, generator=draw).to("cuda", torch.bfloat16) for _ in range(3))
+    got = flash_attn_func(q, k, v, causal=True).double()
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double().transpose(1, 2) for x in (q, k, v)), is_causal=True
+    ).transpose(1, 2)
+    measure("error", float((got - want).abs().max()), 2.0**-7 * float(v.abs().max()))

@@ -1,0 +1,130 @@
+"""Phase 5: the precomputed cos and sin tables (plan 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from verify import check
+from verify.problems import Shape, make
+from verify.subject import Subject
+from verify.tolerance import accuracy, trig_entry_units, trig_entry_units_fp32_phase
+
+_INTERVAL, _MAX_SEQ_LEN = 128, 8192
+_KERNELS = "vllm.core.kernels.triton_scoring"
+
+
+def _table(subject: Subject, problem):
+    return subject.attribute(_KERNELS, "create_trig_cache")(
+        max_seq_len=_MAX_SEQ_LEN, compress_interval=_INTERVAL, offsets=problem.offsets, omega=problem.omega,
+        device=problem.keys.device,
+    )  # fmt: skip
+
+
+@check(
+    "p5.table", gate="hard", cases={"first": 1, "middle": 32, "last": _MAX_SEQ_LEN // _INTERVAL}, plan="3.3",
+    claim="Every entry of a table row is the cos or sin of (t + o) omega.",
+    reason="A row that is off by one interval scores every key as if the query stood elsewhere, and still looks plausible.",
+    tolerance="1.5 units of 2^-24 per entry for one rounding, plus 2 |x| units where the phase x was formed in fp32.",
+    remedy="Rows are at interval, 2 interval, ...; the last one is at the largest multiple up to max_seq_len.",
+)  # fmt: skip
+def test_table(case: int, subject: Subject, device: str, seed: int, measure) -> None:
+    import numpy as np
+
+    problem = make(Shape(n=8), seed, device)
+    t = case * _INTERVAL
+    cos, sin = _table(subject, problem).get_trig_values(t)
+    angle = (t + problem.case.offsets)[:, None] * problem.case.omega
+    for name, got, exact in (("cos", cos, np.cos(angle)), ("sin", sin, np.sin(angle))):
+        units = trig_entry_units(got.cpu().numpy(), exact)
+        measure(f"{name} entry error", units, trig_entry_units_fp32_phase(angle), unit="x 2^-24", where=f"row of t = {t}")
+
+
+@check(
+    "p5.cached", gate="hard", plan="3.3", needs=("p1.triton", "p3.plan"),
+    cases={f"{aggregation}-t{t}": (aggregation, t) for aggregation in ("mean", "max") for t in (128, 4096, 8192)},
+    claim="Scores through the table agree with the oracle as scores without it do.",
+    reason="The table is an optimisation; it must not be another algorithm.",
+    tolerance="Class B, as without the table.",
+    remedy="If p5.table passes, look at which row the kernel reads.",
+    timeout_s=180,
+)  # fmt: skip
+def test_cached(case: tuple[str, int], subject: Subject, device: str, seed: int, measure) -> None:
+    aggregation, t = case
+    problem = make(replace(Shape(n=65), aggregation=aggregation, t=t), seed, device)
+    scoring = subject.attribute(_KERNELS, "triattention_scoring")
+    cached = scoring(**problem.scoring_arguments(), trig_cache=_table(subject, problem))
+    for name, scores in (("cached", cached), ("uncached", scoring(**problem.scoring_arguments()))):
+        found = accuracy(scores.double().cpu().numpy(), problem.case)
+        measure(f"{name}: error over class B budget", found.of_b, 1.0, where=found.where)
+
+
+@check(
+    "p5.between", gate="soft", cases={f"t{t}": t for t in (1, 127, 129, 5000, 8191)}, needs=("p1.triton",),
+    claim="A round between two rows is served by angle addition, as exactly as a row is.",
+    reason="Odd prompts and multi-token steps put rounds between the rows; an engine must not fail there.",
+    tolerance="Class B.",
+    remedy="Turn the row at the multiple below by the residual angle.",
+    timeout_s=180,
+)  # fmt: skip
+def test_between(case: int, subject: Subject, device: str, seed: int, measure) -> None:
+    problem = make(Shape(n=65, t=case), seed, device)
+    scores = subject.attribute(_KERNELS, "triattention_scoring")(
+        **problem.scoring_arguments(), trig_cache=_table(subject, problem)
+    )
+    found = accuracy(scores.double().cpu().numpy(), problem.case)
+    measure("error over class B budget", found.of_b, 1.0, where=found.where)
+
+
+@check(
+    "p5.errors", gate="hard", plan="3.3", cases={"off_interval": 200, "before_first": 0, "beyond_last": 8320},
+    claim="get_trig_values raises ValueError for a position without a row.",
+    reason="Returning a neighbouring row instead would be wrong scores without a word.",
+    remedy="Raise ValueError off the interval and outside the table.",
+)  # fmt: skip
+def test_errors(case: int, subject: Subject, device: str, seed: int) -> None:
+    table = _table(subject, make(Shape(n=8), seed, device))
+    try:
+        table.get_trig_values(case)
+    except ValueError:
+        return
+    raise AssertionError(f"get_trig_values({case}) returned a row of a table at multiples of 128 up to 8192")
+
+
+@check(
+    "p5.beyond_table", gate="hard", plan="3.3", cases="scoring", needs=("p1.triton",),
+    claim="triattention_scoring with a table that does not cover the round raises ValueError.",
+    reason="Reading past the table would be an illegal access on a GPU, or wrong scores.",
+    remedy="Compare round_start with the table's range before launching.",
+)  # fmt: skip
+def test_beyond_table(case: str, subject: Subject, device: str, seed: int) -> None:
+    problem = make(Shape(n=8, t=_MAX_SEQ_LEN + _INTERVAL), seed, device)
+    try:
+        subject.attribute(_KERNELS, "triattention_scoring")(
+            **problem.scoring_arguments(), trig_cache=_table(subject, problem)
+        )
+    except ValueError:
+        return
+    raise AssertionError(f"a round at {problem.shape.t} was scored with a table that ends at {_MAX_SEQ_LEN}")
+
+
+@check(
+    "p5.plan", gate="hard", cases="as_written", plan="3.3",
+    claim="The table prints itself readably, has the published attributes and warns above the memory threshold.",
+    reason="The plan's block prints it; an engineer reads from it how much memory the tables take.",
+    remedy="See the published attributes of TrigTableCache.",
+)  # fmt: skip
+def test_plan(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    import warnings
+
+    problem = make(Shape(n=8, offsets=(1.0, 2.0, 4.0, 8.0, 16.0)), seed, device)
+    table = _table(subject, problem)
+    assert "TrigTableCache" in repr(table), f"repr is {table!r}"
+    sizes = (table.num_positions, table.num_offsets, table.freq_count)
+    assert sizes == (64, 5, 64), f"positions, offsets and frequencies are {sizes}, expected (64, 5, 64)"
+    measure("memory off the formula", abs(table.memory_mb - 2 * 64 * 5 * 64 * 4 / 2**20), 1e-3, unit="MiB")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        subject.attribute(_KERNELS, "create_trig_cache")(
+            _MAX_SEQ_LEN, _INTERVAL, problem.offsets, problem.omega, problem.keys.device, warn_threshold_mb=0.01
+        )
+    assert any(issubclass(w.category, UserWarning) for w in caught), "no UserWarning above warn_threshold_mb"

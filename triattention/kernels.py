@@ -1,0 +1,111 @@
+"""The scoring kernel: reads each key once, whatever the number of offsets (mean) and of query heads per KV head.
+
+S[n] = agg_a (k_re[n] . w_re[a] + k_im[n] . w_im[a]) + |k[n]| . w_abs, with the weights of ``trig.fold``.
+
+    K tile [BLOCK_N, F] (re, im)  --- stays in registers --->  for g in G: for a in A: multiply, reduce over F, aggregate
+
+Set TRITON_INTERPRET=1 before triton is imported to run it on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from triattention.errors import TriAttentionError
+from triattention.trig import Weights
+
+#: Triton decides at decoration time whether a kernel is interpreted, so this is a constant of the process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@triton.jit
+def score_kernel(
+    k_ptr, w_ptr, w_abs_ptr, out_ptr,  # K, weights [Bw, H*G, A, 2, F], [H*G, F], scores [B, H*G, N]
+    stride_kb, stride_kh, stride_kn, stride_kd, stride_wb,
+    N, G, A,
+    F: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+    INTERLEAVED: tl.constexpr, MAX: tl.constexpr,
+):  # fmt: skip
+    tl.static_assert(BLOCK_F >= F, "one block must hold all frequencies")
+    i_n, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_heads = tl.num_programs(1) * G
+    # a cache of a long context passes 2^31 elements, so every address is formed in int64
+    o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_f = tl.arange(0, BLOCK_F)
+    m_n, m_f = o_n < N, o_f < F
+    p_row = k_ptr + i_b.to(tl.int64) * stride_kb + i_h.to(tl.int64) * stride_kh + o_n[:, None] * stride_kn
+    if INTERLEAVED:
+        # one contiguous load of the pairs, split in registers: [BLOCK_N, 2 F] is (re, im), (re, im), ...
+        o_d = tl.arange(0, 2 * BLOCK_F)
+        m_d = m_n[:, None] & (o_d < 2 * F)[None, :]
+        b_k = tl.load(p_row + o_d[None, :].to(tl.int64) * stride_kd, mask=m_d, other=0.0).to(tl.float32)
+        b_re, b_im = tl.split(tl.reshape(b_k, (BLOCK_N, BLOCK_F, 2)))
+    else:
+        m_k = m_n[:, None] & m_f[None, :]
+        p_re = p_row + o_f[None, :].to(tl.int64) * stride_kd
+        b_re = tl.load(p_re, mask=m_k, other=0.0).to(tl.float32)
+        b_im = tl.load(p_re + tl.cast(stride_kd, tl.int64) * F, mask=m_k, other=0.0).to(tl.float32)
+    b_abs = tl.sqrt(b_re * b_re + b_im * b_im)
+
+    for g in range(G):
+        i_q = i_h * G + g
+        p_w = w_ptr + i_b.to(tl.int64) * stride_wb + i_q.to(tl.int64) * A * 2 * F + o_f
+        b_wabs = tl.load(w_abs_ptr + i_q * F + o_f, mask=m_f, other=0.0)
+        b_norm = b_abs * b_wabs[None, :]
+        if MAX:
+            b_best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+            for a in range(A):
+                b_wre = tl.load(p_w + a * 2 * F, mask=m_f, other=0.0)
+                b_wim = tl.load(p_w + a * 2 * F + F, mask=m_f, other=0.0)
+                b_s = tl.sum(b_re * b_wre[None, :] + b_im * b_wim[None, :], axis=1)
+                b_best = tl.maximum(b_best, b_s, propagate_nan=tl.PropagateNan.ALL)
+            b_score = b_best + tl.sum(b_norm, axis=1)
+        else:
+            b_wre = tl.load(p_w, mask=m_f, other=0.0)
+            b_wim = tl.load(p_w + F, mask=m_f, other=0.0)
+            b_score = tl.sum(b_re * b_wre[None, :] + b_im * b_wim[None, :] + b_norm, axis=1)
+        p_out = out_ptr + (i_b.to(tl.int64) * n_heads + i_q) * N + o_n
+        tl.store(p_out, b_score, mask=m_n)
+
+
+def block_n(frequencies: int, aggregation_width: int) -> int:
+    """Keys per program: the K tile must stay in registers beside the running weights."""
+    if frequencies > 64:
+        return 16
+    return 32 if aggregation_width > 1 or frequencies > 32 else 64
+
+
+def score_triton(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tensor:
+    """Scores of rotated keys by the Triton kernel: ``[B, H, N, D]`` in bf16, fp16 or fp32 to float32 ``[B, H*G, N]``.
+
+    Any strides and storage offset. Raises TriAttentionError for CPU keys outside the interpreter.
+    """
+    if not keys.is_cuda and not INTERPRETED:
+        raise TriAttentionError(
+            f"the keys are on {keys.device} and the Triton kernel needs a CUDA device; use the PyTorch path "
+            "(use_triton_scoring=False), or set TRITON_INTERPRET=1 before triton is imported"
+        )
+    batch, heads, n_tokens, head_dim = keys.shape
+    n_weight_rows, n_query_heads, width, n_freq = weights.re.shape
+    out = torch.empty((batch, n_query_heads, n_tokens), dtype=torch.float32, device=keys.device)
+    if out.numel() == 0:
+        return out
+    table = torch.stack([weights.re, weights.im], dim=-2).to(torch.float32).contiguous()
+    norm = weights.norm.to(torch.float32).contiguous()
+    block = block_n(n_freq, width)
+    grid = (triton.cdiv(n_tokens, block), heads, batch)
+    # Triton launches on the current device, which need not be the one that holds the keys
+    with torch.cuda.device(keys.device) if keys.is_cuda else contextlib.nullcontext():
+        score_kernel[grid](
+            keys, table, norm, out,
+            *keys.stride(), table.stride(0) if n_weight_rows > 1 else 0,
+            n_tokens, n_query_heads // heads, width,
+            F=n_freq, BLOCK_F=triton.next_power_of_2(n_freq), BLOCK_N=block,
+            INTERLEAVED=style == "interleaved", MAX=width > 1,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,198 @@
+"""Where a model comes from, and loading it: the embedded model, a directory, or a hub name."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from triattention.embedded import embedded_directory
+from triattention.errors import TriAttentionError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded"
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model as the user named it (``name``) and where transformers finds it (``location``: a directory or a hub name)."""
+
+    name: str
+    location: str
+
+    @property
+    def local(self) -> bool:
+        return Path(self.location).is_dir()
+
+    @property
+    def label(self) -> str:
+        """The last part of the name, fit for file names."""
+        last = Path(self.name).expanduser().resolve().name if self.local and self.name != EMBEDDED else self.name
+        return "".join(c if c.isalnum() or c in "._-" else "-" for c in last)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: ModelSource
+
+
+def find_source(name: str) -> ModelSource:
+    """Resolve ``embedded``, a directory or a hub name, without loading weights or touching the network.
+
+    Converts the embedded model when that was not done yet. Raises TriAttentionError for a directory without a
+    configuration or weights, and for a path that does not exist.
+    """
+    if name == EMBEDDED:
+        return ModelSource(name, str(embedded_directory()))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_directory(path)
+        return ModelSource(name, str(path))
+    if path.exists():
+        raise TriAttentionError(f"--model {name} is a file; give the directory that holds config.json and the weights")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise TriAttentionError(
+            f"--model {name or repr(name)} does not exist; give a model directory, a hub name or 'embedded'"
+        )
+    return ModelSource(name, name)
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise TriAttentionError(
+            f"model directory {path} has no config.json; give a directory in the transformers format"
+        )
+    if not _weight_files(path):
+        raise TriAttentionError(f"model directory {path} has no weights (*.safetensors or *.bin); download them again")
+
+
+def _weight_files(path: Path) -> list[Path]:
+    return sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
+
+
+def fingerprint(source: ModelSource) -> str:
+    """16 hex digits of the configuration and the weight files (names, sizes, times): changes when the model does.
+
+    A hub model must have been loaded before, so that its files are in the local hub cache.
+    """
+    if source.local:
+        directory = Path(source.location)
+    else:
+        from transformers.utils import cached_file
+
+        directory = Path(cached_file(source.location, "config.json", local_files_only=True)).parent
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for file in _weight_files(directory):
+        status = file.stat()
+        digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def fetch(source: ModelSource) -> Path:
+    """The directory of a model; a hub model is downloaded into the hub's cache. Raises TriAttentionError if it cannot be."""
+    if source.local:
+        return Path(source.location)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(source.location, allow_patterns=wanted, ignore_patterns=["original/*"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise _cannot_load(source, error) from error
+
+
+def choose_device(device: str) -> torch.device:
+    """``auto`` is the GPU where torch sees one. Raises TriAttentionError for ``cuda`` where it sees none."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TriAttentionError("--device cuda, but torch sees no GPU here; use --device cpu, or fix the driver first")
+    return torch.device(device)
+
+
+def _choose_dtype(source: ModelSource, dtype: str, attention: str) -> torch.dtype:
+    import torch
+    from transformers import AutoConfig
+
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+    else:
+        config = AutoConfig.from_pretrained(source.location, local_files_only=source.local)
+        chosen = config.dtype or torch.float32
+        if attention == "flash_attention_2" and chosen == torch.float32:
+            chosen = torch.bfloat16
+    if attention == "flash_attention_2" and chosen == torch.float32:
+        raise TriAttentionError("flash_attention_2 has no float32 kernels; use --dtype bfloat16 or --dtype float16")
+    return chosen
+
+
+def load(source: ModelSource, *, dtype: str = "auto", device: str = "auto", attention: str = "sdpa") -> LoadedModel:
+    """Load model and tokenizer for inference.
+
+    ``dtype="auto"`` is the dtype of the checkpoint (bfloat16 for a float32 one under flash_attention_2, which has no
+    float32 kernels). Raises TriAttentionError, in one sentence, for anything that keeps transformers from loading it.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = choose_device(device)
+    if attention == "flash_attention_2":
+        _check_flash_attention(where)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, local_files_only=source.local)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            local_files_only=source.local,
+            dtype=_choose_dtype(source, dtype, attention),
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+        model = model.to(where).eval()
+    except TriAttentionError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise _cannot_load(source, error) from error
+    if missing := sorted(info["missing_keys"]):
+        # transformers would go on with random numbers in their place
+        raise TriAttentionError(
+            f"cannot load model {source.name}: {len(missing)} of its weights are not in its files ({missing[0]} is one); "
+            "download it again"
+        )
+    return LoadedModel(model, tokenizer, source)
+
+
+def _check_flash_attention(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise TriAttentionError(
+            "flash_attention_2 needs a GPU and this run is on the CPU; use --attn-implementation sdpa"
+        )
+    try:
+        metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        raise TriAttentionError(
+            "flash_attention_2 needs the package flash-attn, which is not installed; "
+            "install it (pip install flash-attn --no-build-isolation) or use --attn-implementation sdpa"
+        ) from None
+
+
+def _cannot_load(source: ModelSource, error: Exception) -> TriAttentionError:
+    hint = "download it again" if source.local else "check the name and the network, or give a local directory"
+    return TriAttentionError(f"cannot load model {source.name}: {_first_sentence(error)}; {hint}")
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].rstrip(".")

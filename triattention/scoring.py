@@ -1,0 +1,63 @@
+"""The score of a cached key, S(k; t) of the paper in its folded form, in PyTorch and through the Triton kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from triattention.errors import TriAttentionError
+from triattention.rope import check_style, split_pairs
+from triattention.trig import Weights
+
+KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_inputs(keys: torch.Tensor, statistics: dict[str, torch.Tensor], omega: torch.Tensor, style: str) -> None:
+    """Raise TriAttentionError, naming the argument and its shape, unless the shapes and dtypes fit together.
+
+    ``keys`` ``[B, H, N, D]``; each of ``statistics`` ``[H*G, F]``; ``omega`` ``[F]`` with D = 2 F. Values are not looked at: that
+    would wait for the device. A NaN key gets a NaN score and touches no other.
+    """
+    check_style(style)
+    if keys.ndim != 4:
+        raise TriAttentionError(f"the keys have shape {tuple(keys.shape)}; they must be [batch, kv heads, tokens, head dim]")
+    if keys.dtype not in KEY_DTYPES:
+        raise TriAttentionError(f"the keys are {keys.dtype}; use bfloat16, float16 or float32")
+    n_freq, (heads, head_dim) = omega.numel(), (keys.shape[1], keys.shape[3])
+    if head_dim != 2 * n_freq:
+        raise TriAttentionError(
+            f"the keys have head dim {head_dim} and omega {n_freq} frequencies; full rotary needs head dim = 2 x frequencies"
+        )
+    query_heads = next(iter(statistics.values())).shape[0]
+    for name, tensor in statistics.items():
+        if tensor.shape != (query_heads, n_freq):
+            raise TriAttentionError(f"{name} has shape {tuple(tensor.shape)}; expected ({query_heads}, {n_freq})")
+        if tensor.device != keys.device:
+            raise TriAttentionError(f"{name} is on {tensor.device} and the keys on {keys.device}; move one of them")
+    if heads == 0 or query_heads % heads:
+        raise TriAttentionError(f"statistics of {query_heads} query heads do not divide among {heads} KV heads")
+
+
+def score_torch(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tensor:
+    """Scores of rotated keys in PyTorch: ``[B, H, N, D]`` to float32 ``[B, H*G, N]``.
+
+    The products run in float64: no TF32 or bf16 matmul setting can reach them, and the score of a key does not depend
+    on how many keys or rows are scored with it.
+    """
+    batch, heads, n_tokens, _ = keys.shape
+    rows, query_heads, width, n_freq = weights.re.shape
+    group = query_heads // heads
+    real, imag = (x.to(torch.float64) for x in split_pairs(keys, style))
+    w_re, w_im = (w.view(rows, heads, group * width, n_freq).mT for w in (weights.re, weights.im))
+    trig = real @ w_re + imag @ w_im  # [B, H, N, G*A]
+    trig = trig.view(batch, heads, n_tokens, group, width).amax(-1)
+    total = trig + torch.hypot(real, imag) @ weights.norm.view(heads, group, n_freq).mT
+    return total.mT.reshape(batch, query_heads, n_tokens).to(torch.float32)
+
+
+def score(keys: torch.Tensor, weights: Weights, style: str, *, use_triton: bool | None = None) -> torch.Tensor:
+    """Scores float32 ``[B, H*G, N]`` by the kernel on a GPU and by PyTorch elsewhere, unless told which."""
+    if keys.is_cuda if use_triton is None else use_triton:
+        from triattention.kernels import score_triton  # importing triton costs seconds, and a CPU run needs none
+
+        return score_triton(keys, weights, style)
+    return score_torch(keys, weights, style)

@@ -1,0 +1,93 @@
+"""The published configuration of the engine-side front ends (plan 3.2), validated when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from triattention.errors import TriAttentionError
+from triattention.rope import check_style
+
+PRUNING_MODES = ("per_head", "per_layer", "per_layer_per_head")
+
+
+def default_window(kv_budget: int) -> int:
+    """The window where none is given: ``min(128, kv_budget // 2)``, so that any budget of 1 or more is usable."""
+    return min(128, kv_budget // 2)
+
+
+def check_budget(kv_budget: int, divide_length: int, window_size: int) -> None:
+    """Raise TriAttentionError, naming the value, for a budget, interval or window that cannot work together."""
+    if kv_budget < 1:
+        raise TriAttentionError(f"the KV budget is {kv_budget}; it must be at least 1 token (2048 is usual)")
+    if divide_length < 1:
+        raise TriAttentionError(f"divide_length is {divide_length}; it must be at least 1 token (128 is usual)")
+    if window_size < 0 or window_size >= kv_budget:
+        raise TriAttentionError(
+            f"the window is {window_size} and the KV budget {kv_budget}; give a window from 0 to {kv_budget - 1}, or none"
+        )
+
+
+@dataclass
+class TriAttentionConfig:
+    """Options of scoring and selection; names, order and defaults as published.
+
+    ``window_size=None`` becomes ``min(128, kv_budget // 2)``. ``compute_dtype`` bounds the precision from below: scoring here is
+    never below float32, so every value is honoured. ``sparse_round_window`` and ``triton_block_size`` belong to the
+    published kernel; only their defaults are accepted. Raises TriAttentionError (a ValueError) for what cannot be
+    honoured.
+    """
+
+    kv_budget: int = 2048
+    divide_length: int = 128
+    sparse_round_window: int = 32
+    pruning_mode: str = "per_head"
+    score_aggregation: str = "mean"
+    offset_max_length: int = 65536
+    disable_top_n_high_freq: int = 0
+    disable_mlr: bool = False
+    disable_trig: bool = False
+    include_prefill_in_budget: bool = True
+    protect_prefill: bool = True
+    window_size: int | None = None
+    sparse_normalize_scores: bool = True
+    topk_dtype: torch.dtype = torch.float32
+    compute_dtype: torch.dtype = torch.bfloat16
+    position_indices_dtype: torch.dtype = torch.int32
+    device: torch.device | str = "cuda"
+    triton_block_size: int = 128
+    use_triton_scoring: bool = True
+    use_trig_cache: bool = True
+    trig_cache_max_seq_len: int | None = None
+    trig_cache_warn_threshold_mb: float = 100.0
+    stats_path: str | None = None
+    model_path: str | None = None
+    rope_style: str = "half"
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    num_layers: int | None = None
+    seed: int | None = None
+    enable_debug_logging: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window_size is None:
+            self.window_size = default_window(self.kv_budget)
+        check_budget(self.kv_budget, self.divide_length, self.window_size)
+        check_style(self.rope_style)
+        if self.pruning_mode not in PRUNING_MODES:
+            raise TriAttentionError(f"pruning_mode is {self.pruning_mode!r}; use one of {', '.join(PRUNING_MODES)}")
+        if self.score_aggregation not in ("mean", "max"):
+            raise TriAttentionError(f"score_aggregation is {self.score_aggregation!r}; use 'mean' or 'max'")
+        if self.offset_max_length < 1:
+            raise TriAttentionError(f"offset_max_length is {self.offset_max_length}; it must be at least 1")
+        self.device = torch.device(self.device)
+        for name, only in (("disable_top_n_high_freq", 0), ("sparse_round_window", 32), ("triton_block_size", 128)):
+            if getattr(self, name) != only:
+                raise TriAttentionError(f"{name} is {getattr(self, name)}; only {only} is supported, leave it out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain values; dtypes and the device as their names."""
+        plain = (bool, int, float, str, type(None))
+        return {key: value if isinstance(value, plain) else str(value) for key, value in asdict(self).items()}

@@ -1,0 +1,1 @@
+"""A published path; see ``triattention`` for what is behind it."""

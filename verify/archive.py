@@ -1,0 +1,56 @@
+"""The records on disk: published evidence and local runs, with the files among them that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from verify.outcome import ConfigurationError
+from verify.record import Record, UnreadableRecord, read_record
+from verify.request import repository_root
+
+RECORD = "record.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """What was read: the records, and one sentence for each file that is no record."""
+
+    records: tuple[Record, ...]
+    unreadable: tuple[str, ...]
+
+
+def load(folders: Sequence[Path] = ()) -> Archive:
+    """Read every record under ``folders``; without any, ``reports/evidence`` and ``reports/runs`` of the repository.
+
+    A file that cannot be read is listed, never raised. Raises ConfigurationError for a folder that is not there.
+    """
+    records: list[Record] = []
+    unreadable: list[str] = []
+    for path in _given(folders) if folders else _default(repository_root() / "reports"):
+        try:
+            record = read_record(path)
+        except UnreadableRecord as error:
+            unreadable.append(str(error))
+        else:
+            # evidence is published by copying a run's record, so both may be there
+            if record not in records:
+                records.append(record)
+    return Archive(tuple(records), tuple(unreadable))
+
+
+def _default(reports: Path) -> Iterator[Path]:
+    yield from sorted((reports / "evidence").rglob("*.json"))
+    yield from sorted((reports / "runs").glob(f"*/{RECORD}"))
+
+
+def _given(folders: Iterable[Path]) -> Iterator[Path]:
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigurationError(f"--records {folder} is not a directory; name one that holds records")
+        # beside its record a run's directory has other JSON files, which are not records
+        runs = {path.parent for path in folder.rglob(RECORD)}
+        for path in sorted(folder.rglob("*.json")):
+            if path.name == RECORD or not runs.intersection(path.parents):
+                yield path

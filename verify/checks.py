@@ -1,0 +1,161 @@
+"""What a check is: gate, claim, reason and tolerance, declared beside the test as data.
+
+The catalogue (``python -m verify gates``), the must-pass lists and ``explain`` are all made from these declarations, so
+a page about a check cannot drift from the check. This module imports neither torch nor the subject.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+Gate = Literal["hard", "soft"]
+
+SKIP_CODES = MappingProxyType(
+    {
+        "NO_GPU": "the check needs an NVIDIA GPU and the run has none",
+        "SM_OUT_OF_RANGE": "the check does not apply to this compute capability",
+        "PKG_MISSING": "an optional package is not installed",
+        "VRAM": "the GPU has less memory than the check needs",
+        "OFFLINE": "the check needs a download and the run is offline",
+        "NOT_LINUX": "the check applies to Linux only",
+        "NOT_IMPLEMENTED": "the suite does not implement this soft check yet; it counts as absent",
+    }
+)
+
+PHASES = MappingProxyType(
+    {
+        1: "environment",
+        2: "imports",
+        3: "compile",
+        4: "equivalence",
+        5: "trig cache",
+        6: "inference",
+        7: "vllm",
+        8: "latency",
+    }
+)
+
+_FAMILY = re.compile(r"p[1-8]\.[a-z0-9_]+")
+_CASE = re.compile(r"[A-Za-z0-9_\-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSpec:
+    """The declaration of one check, or of one family of checks that differ by ``case``.
+
+    ``family`` is ``p<phase>.<topic>``; each key of ``cases`` makes one check with the stable id ``p<phase>.<topic>.<case>``.
+    ``claim`` says what a PASS proves, ``reason`` why anybody should care, ``remedy`` what to do if it fails, ``tolerance``
+    which bound applies and where it comes from, ``plan`` the item of the verification plan (``"3.2"``) it answers.
+    ``needs`` names checks (full ids, or families) whose HARD failure makes this one BLOCKED. ``needs_gpu`` checks are
+    SKIP(NO_GPU) on the CPU target and are not on its must-pass list.
+
+    Raises ValueError naming the family when a field breaks these rules.
+    """
+
+    family: str
+    gate: Gate
+    claim: str
+    reason: str
+    remedy: str
+    cases: Mapping[str, Any]
+    plan: str | None = None
+    tolerance: str | None = None
+    needs: tuple[str, ...] = ()
+    needs_gpu: bool = False
+    sm_min: int = 80
+    sm_max: int = 121
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not _FAMILY.fullmatch(self.family):
+            raise ValueError(f"check family {self.family!r} must look like p4.triton_oracle")
+        if self.gate not in ("hard", "soft"):
+            raise ValueError(f"check {self.family} has gate {self.gate!r}; it must be 'hard' or 'soft'")
+        if self.gate == "hard" and self.phase >= 7:
+            raise ValueError(f"check {self.family} is hard, but everything in phases 7 and 8 is soft by the plan")
+        for name in ("claim", "reason", "remedy"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"check {self.family} has an empty {name}; write one sentence")
+        if not self.cases:
+            raise ValueError(f"check {self.family} has no cases; a single check has one, named")
+        bad = [case for case in self.cases if not _CASE.fullmatch(case)]
+        if bad:
+            raise ValueError(f"check {self.family} has a case named {bad[0]!r}; use letters, digits, '_' and '-'")
+
+    @property
+    def phase(self) -> int:
+        return int(self.family[1])
+
+    def id_of(self, case: str) -> str:
+        return f"{self.family}.{case}"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One row of the catalogue: a stable id, its declaration and the pytest node that runs it."""
+
+    id: str
+    case: str
+    spec: CheckSpec
+    node: str = field(compare=False)
+
+    @property
+    def phase(self) -> int:
+        return self.spec.phase
+
+    def applies_to(self, target: str) -> bool:
+        """Whether this check belongs to the list of ``target``: ``emulated`` or ``sm<NN>``."""
+        if target == "emulated":
+            return not self.spec.needs_gpu
+        return self.spec.sm_min <= int(target.removeprefix("sm")) <= self.spec.sm_max
+
+
+def check(family: str, *, gate: Gate, cases: Mapping[str, Any] | str, **fields: Any) -> Callable:
+    """Declare the decorated test as a check; the test receives the value of its case as the argument ``case``.
+
+    ``cases`` maps case names to values; a plain string names the only case, whose value is that string.
+    """
+    import pytest
+
+    named = {cases: cases} if isinstance(cases, str) else dict(cases)
+    spec = CheckSpec(family=family, gate=gate, cases=MappingProxyType(named), **fields)
+
+    def declare(test: Callable) -> Callable:
+        test.check_spec = spec
+        test = pytest.mark.parametrize("case", list(named.values()), ids=list(named))(test)
+        test = getattr(pytest.mark, gate)(test)
+        return pytest.mark.check(spec)(test)
+
+    return declare
+
+
+def catalogue() -> Iterator[Check]:
+    """Every check of ``phases/`` in phase order, then in the order of declaration.
+
+    Imports the modules of ``phases/``, none of which imports torch at module level. Raises ValueError when two checks
+    share an id or a family declares another phase than the file it stands in.
+    """
+    import phases
+
+    seen: dict[str, str] = {}
+    names = sorted(module.name for module in pkgutil.iter_modules(phases.__path__) if re.match(r"p[1-8]_", module.name))
+    for name in names:
+        module = importlib.import_module(f"phases.{name}")
+        for attribute, value in vars(module).items():
+            spec = getattr(value, "check_spec", None)
+            if spec is None:
+                continue
+            if spec.phase != int(name[1]):
+                raise ValueError(f"check {spec.family} stands in phases/{name}.py, which is phase {name[1]}")
+            for case in spec.cases:
+                check_id, node = spec.id_of(case), f"phases/{name}.py::{attribute}[{case}]"
+                if check_id in seen:
+                    raise ValueError(f"check id {check_id} is declared twice: {seen[check_id]} and {node}")
+                seen[check_id] = node
+                yield Check(id=check_id, case=case, spec=spec, node=node)

@@ -1,0 +1,154 @@
+"""What a run leaves on disk while it happens, and the record that is made of it.
+
+``run.json`` is the frozen manifest; ``events.jsonl`` grows by one flushed line per event, so that an abort, a hang or a
+kill loses nothing that was finished; ``record.json`` is composed from the two at any time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pydantic import ValidationError
+
+from verify.manifest import Manifest, utc_now
+from verify.outcome import ConfigurationError
+from verify.record import FAILING, CheckResult, Record, Verdict, write_atomic, write_record
+
+MANIFEST, EVENTS, RECORD, LOCK = "run.json", "events.jsonl", "record.json", "lock"
+
+
+def create(run_dir: Path, manifest: Manifest) -> None:
+    """Make the run's directory with its manifest, and a record without results."""
+    run_dir.mkdir(parents=True)
+    write_atomic(run_dir / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    compose(run_dir, "running")
+
+
+def read_manifest(run_dir: Path) -> Manifest:
+    """The frozen manifest of a run. Raises ConfigurationError naming the file when it is missing or damaged."""
+    path = run_dir / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error.strerror}); start a new run") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "file"
+        raise ConfigurationError(f"{path} is damaged ({place}: {first['msg']}); start a new run") from error
+
+
+def append(run_dir: Path, event: dict[str, Any]) -> None:
+    """Add one event in one write, so that two processes or a kill cannot mix or tear lines."""
+    line = json.dumps(event) + "\n"
+    with (run_dir / EVENTS).open("ab", buffering=0) as stream:
+        stream.write(line.encode())
+
+
+def append_start(run_dir: Path, check_id: str) -> None:
+    append(run_dir, {"event": "start", "id": check_id, "time_utc": utc_now()})
+
+
+def append_result(run_dir: Path, result: CheckResult) -> None:
+    append(run_dir, {"event": "result", "result": result.model_dump(mode="json")})
+
+
+def append_elapsed(run_dir: Path, seconds: float) -> None:
+    """The wall time of one sitting; a resumed run has several."""
+    append(run_dir, {"event": "elapsed", "seconds": seconds})
+
+
+class Follower:
+    """Reads the events that were appended since it last looked, first of all since it was made."""
+
+    def __init__(self, run_dir: Path, *, from_start: bool = False) -> None:
+        self._path = run_dir / EVENTS
+        self._position = 0
+        if not from_start:
+            self.new()
+
+    def new(self) -> list[dict[str, Any]]:
+        """The new events in order; what follows the last newline is still being written and is not an event yet."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as stream:
+            stream.seek(self._position)
+            whole, newline, _ = stream.read().rpartition(b"\n")
+        self._position += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """All events so far, in order."""
+    return Follower(run_dir, from_start=True).new()
+
+
+def read_results(run_dir: Path) -> dict[str, CheckResult]:
+    """The final result of every check that has one."""
+    results = (CheckResult.model_validate(e["result"]) for e in read_events(run_dir) if e["event"] == "result")
+    return {result.id: result for result in results}
+
+
+def drop_torn_line(run_dir: Path) -> None:
+    """Remove a last line that a power cut left without its end, so that the next event starts a line of its own."""
+    path = run_dir / EVENTS
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def blocker(needs: tuple[str, ...], results: dict[str, CheckResult]) -> str | None:
+    """The id of the HARD check whose failure in this run keeps a check with these ``needs`` from meaning anything.
+
+    A need is a full id or a family. A need that was itself blocked passes on the name of its own blocker.
+    """
+    for need in needs:
+        for result in results.values():
+            if result.id != need and result.id.rpartition(".")[0] != need:
+                continue
+            if result.verdict is Verdict.BLOCKED:
+                return result.by
+            if result.gate == "hard" and result.verdict in FAILING:
+                return result.id
+    return None
+
+
+def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"]) -> Record:
+    """Write ``record.json`` from the manifest and the events so far, atomically, and return it.
+
+    Results stand in the order of the selection.
+    """
+    manifest = read_manifest(run_dir)
+    found = read_results(run_dir)
+    record = Record(
+        run_id=manifest.run_id,
+        time_utc=manifest.time_utc,
+        state=state,
+        target=manifest.target,
+        subject=manifest.subject_info,
+        environment=manifest.environment,
+        model=manifest.model_id,
+        seed=manifest.seed,
+        selection=manifest.selection,
+        duration_s=sum(event["seconds"] for event in read_events(run_dir) if event["event"] == "elapsed"),
+        results=[found[check.id] for check in manifest.selected if check.id in found],
+    )
+    write_record(record, run_dir / RECORD)
+    return record
+
+
+def lock(run_dir: Path) -> IO[bytes]:
+    """Hold the run until the returned file, and every copy a child inherited, is closed.
+
+    Raises ConfigurationError when another process holds it.
+    """
+    stream = (run_dir / LOCK).open("ab")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise ConfigurationError(f"run {run_dir.name} is still running; wait for it, or stop it first") from error
+    return stream

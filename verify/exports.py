@@ -1,0 +1,200 @@
+"""The reports as Markdown and JSON: the same facts in the same order as on the terminal, and nothing that varies."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from verify.architectures import Architecture
+from verify.checks import PHASES
+from verify.matrix import Row, bound, count, headroom, rows
+from verify.record import Measurement, Record
+from verify.verdict import Assessment, Cell, describe_subject, fill_command, missing_by_phase
+
+
+def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A GitHub table; a ``|`` or a line break in a cell is escaped."""
+    lines = [header, ["---"] * len(header), *body]
+    return "".join("| " + " | ".join(_cell_text(cell) for cell in line) + " |\n" for line in lines)
+
+
+def dumps(value: Any) -> str:
+    """JSON in which NaN and the infinities are strings, as in a record."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+
+
+def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
+    parts = [f"# {assessment.target.target}: {assessment.verdict}\n\n{assessment.sentence}\n"]
+    if assessment.used or assessment.stale:
+        header = ["run", "time", "GPU", "driver", "torch", "triton", "subject", "counts"]
+        parts.append(markdown_table(header, _run_lines(assessment)))
+    header = ["phase", "plan", "check", "gate", "verdict", "evidence", "measured / allowed", "headroom"]
+    body = [
+        [
+            f"{row.phase} {PHASES[row.phase]}",
+            row.spec.plan or "",
+            f"`{row.spec.family}`",
+            row.spec.gate.upper(),
+            row.verdict,
+            row.evidence,
+            bound(row.tightest),
+            headroom(row.tightest),
+        ]
+        for row in rows(assessment.cells)
+    ]
+    parts.append(markdown_table(header, body))
+    failed = [cell for cell in assessment.cells if cell.failed]
+    if failed:
+        told = (f"* **{cell.check.id}** {_one_line(cell.result.message)} (`{cell.result.repeat}`)\n" for cell in failed)
+        parts.append("## Failures\n\n" + "".join(told))
+    if assessment.missing:
+        counted = count(len(assessment.missing), "must-pass check")
+        parts.append(f"## Missing\n\n{counted}, which `{fill_command(assessment)}` runs.\n")
+    if assessment.unknown_ids:
+        named = "".join(f"* `{check_id}`\n" for check_id in assessment.unknown_ids)
+        parts.append("## Results of checks that this suite does not have\n\n" + named)
+    if unreadable:
+        parts.append("## Unreadable records\n\n" + "".join(f"* {_one_line(sentence)}\n" for sentence in unreadable))
+    return "\n".join(parts)
+
+
+def summary_markdown(assessments: Sequence[Assessment], unreadable: Sequence[str]) -> str:
+    body = [
+        [
+            assessment.target.target,
+            ", ".join(assessment.target.products) if isinstance(assessment.target, Architecture) else "",
+            assessment.verdict,
+            f"{sum(cell.passed for cell in assessment.must_pass)}/{len(assessment.must_pass)}",
+            assessment.used[0].time_utc if assessment.used else "-",
+        ]
+        for assessment in assessments
+    ]
+    table = markdown_table(["target", "products", "verdict", "must-pass", "newest record"], body)
+    return table + "".join(f"\n* unreadable record {_one_line(sentence)}" for sentence in unreadable)
+
+
+def report_json(assessment: Assessment, unreadable: Sequence[str]) -> str:
+    missing = missing_by_phase(assessment)
+    whole = _summary(assessment) | {
+        "subject": assessment.subject.model_dump() if assessment.subject else None,
+        "runs": [_run(record) for record in assessment.used],
+        "stale": [_run(record) for record in assessment.stale],
+        "rows": [_row(row) for row in rows(assessment.cells)],
+        "missing": [cell.check.id for cells in missing.values() for cell in cells],
+        "fill": fill_command(assessment) if missing else None,
+        "unknown_ids": list(assessment.unknown_ids),
+        "unreadable": list(unreadable),
+    }
+    return dumps(whole)
+
+
+def summary_json(assessments: Sequence[Assessment], unreadable: Sequence[str]) -> str:
+    return dumps({"targets": [_summary(assessment) for assessment in assessments], "unreadable": list(unreadable)})
+
+
+FULL: MappingProxyType[str, Callable[[Assessment, Sequence[str]], str]] = MappingProxyType(
+    {"markdown": report_markdown, "json": report_json}
+)
+SUMMARY: MappingProxyType[str, Callable[[Sequence[Assessment], Sequence[str]], str]] = MappingProxyType(
+    {"markdown": summary_markdown, "json": summary_json}
+)
+
+
+def _summary(assessment: Assessment) -> dict[str, Any]:
+    target, hard = assessment.target, assessment.must_pass
+    known = isinstance(target, Architecture)
+    return {
+        "target": target.target,
+        "family": target.family if known else None,
+        "capability": target.capability if known else None,
+        "products": list(target.products) if known else [],
+        "toolchain_gap": target.toolchain_gap if known else "",
+        "verdict": assessment.verdict.value,
+        "sentence": assessment.sentence,
+        "must_pass": {
+            "total": len(hard),
+            "passed": sum(cell.passed for cell in hard),
+            "failed": [cell.check.id for cell in hard if cell.failed],
+        },
+        "newest_record": assessment.used[0].time_utc if assessment.used else None,
+    }
+
+
+def _run(record: Record) -> dict[str, Any]:
+    gpu = record.environment.gpu
+    return {
+        "run_id": record.run_id,
+        "time_utc": record.time_utc,
+        "state": record.state,
+        "selection": record.selection,
+        "model": record.model,
+        "seed": record.seed,
+        "gpu": gpu.name if gpu else None,
+        "driver": gpu.driver if gpu else None,
+        "torch": record.environment.torch,
+        "triton": record.environment.triton,
+        "subject": describe_subject(record.subject),
+    }
+
+
+def _run_lines(assessment: Assessment) -> Iterable[list[str]]:
+    for records, counts in ((assessment.used, "yes"), (assessment.stale, "no: another subject")):
+        for record in records:
+            run = _run(record)
+            columns = ("run_id", "time_utc", "gpu", "driver", "torch", "triton", "subject")
+            yield [*(run[column] or "-" for column in columns), counts]
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "phase": row.phase,
+        "plan": row.spec.plan,
+        "family": row.spec.family,
+        "gate": row.spec.gate,
+        "claim": row.spec.claim,
+        "verdict": row.verdict,
+        "evidence": row.evidence,
+        "tightest": _measurement(row.tightest),
+        "checks": [_check(cell) for cell in row.cells],
+    }
+
+
+def _check(cell: Cell) -> dict[str, Any]:
+    result = cell.result
+    return {
+        "id": cell.check.id,
+        "must_pass": cell.must_pass,
+        "counts": cell.proves,
+        "verdict": result.verdict.value if result else None,
+        "code": result.code if result else None,
+        "by": result.by if result else None,
+        "evidence": result.evidence if result else None,
+        "run_id": cell.run_id,
+        "message": result.message if result else "",
+        "tightest": _measurement(result.tightest) if result else None,
+    }
+
+
+def _measurement(measurement: Measurement | None) -> dict[str, Any] | None:
+    return measurement.model_dump() | {"headroom": measurement.headroom} if measurement else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_finite(member) for member in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _cell_text(text: str) -> str:
+    return _one_line(text).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

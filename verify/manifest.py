@@ -1,0 +1,138 @@
+"""What is fixed about a run before its first check: target, subject, environment, seed and its selection."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from verify.architectures import parse_target
+from verify.checks import Gate
+from verify.device import DeviceName
+from verify.environment import capture
+from verify.outcome import ConfigurationError
+from verify.record import Environment, Evidence, SubjectInfo
+from verify.subject import Subject
+
+
+class Selected(BaseModel):
+    """A check that the run must finish, with what the runner needs to know when the check cannot speak for itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    node: str
+    gate: Gate
+    plan: str | None
+    timeout_s: float = Field(gt=0)
+
+    @property
+    def phase(self) -> int:
+        return int(self.id[1])
+
+
+class Surroundings(BaseModel):
+    """The machine and the subject a run is about; a run is never continued in others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str
+    subject_info: SubjectInfo
+    subject_sha256: str
+    environment: Environment
+
+    def refuse(self, now: Surroundings, run_id: str) -> None:
+        """Raise ConfigurationError naming the first thing that ``now`` has otherwise, with both values."""
+        pairs = {
+            "the target": (self.target, now.target),
+            "the subject's commit": (self.subject_info.git_sha, now.subject_info.git_sha),
+            "the subject's content": (self.subject_sha256[:12], now.subject_sha256[:12]),
+            "torch": (self.environment.torch, now.environment.torch),
+            "triton": (self.environment.triton, now.environment.triton),
+        }
+        for name, (before, after) in pairs.items():
+            if before != after:
+                raise ConfigurationError(
+                    f"run {run_id} cannot be resumed: {name} was {before} and is now {after}; start a new run"
+                )
+
+
+class Manifest(Surroundings):
+    """One run on one target, frozen."""
+
+    run_id: str
+    time_utc: str
+    device: Literal["cpu", "cuda"]
+    subject: str
+    model: str
+    seed: int
+    selection: str
+    selected: tuple[Selected, ...]
+
+    @property
+    def model_id(self) -> str:
+        """The model as a record names it: a local one by its directory's name, not by where that lies."""
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
+
+    @property
+    def evidence(self) -> Evidence:
+        return "hardware" if self.device == "cuda" else "emulated"
+
+
+def survey(device: DeviceName, subject: Subject, expect: int | None = None) -> Surroundings:
+    """Look at the machine and the subject as they are now.
+
+    ``expect`` is the SM number that the GPU must have. Raises ConfigurationError when it is another GPU or one that the
+    suite does not know, or the subject does not import.
+    """
+    environment = capture(device)
+    gpu = environment.gpu
+    if gpu is not None:
+        parse_target(f"sm{gpu.sm}")
+    if expect is not None and (gpu is None or gpu.sm != expect):
+        found = "no GPU that torch can use" if gpu is None else f"sm{gpu.sm} ({gpu.name})"
+        raise ConfigurationError(
+            f"--expect sm{expect}, but this machine has {found}; run it on an sm{expect}, or drop --expect"
+        )
+    return Surroundings(
+        target="emulated" if gpu is None else f"sm{gpu.sm}",
+        subject_info=subject.info(),
+        subject_sha256=subject.content_sha256(),
+        environment=environment,
+    )
+
+
+def freeze(
+    surroundings: Surroundings,
+    *,
+    device: DeviceName,
+    subject: Subject,
+    model: str,
+    seed: int,
+    selection: str,
+    selected: tuple[Selected, ...],
+) -> Manifest:
+    """A manifest with a new run id."""
+    return Manifest(
+        **dict(surroundings),
+        run_id=new_run_id(surroundings.target),
+        time_utc=utc_now(),
+        device=device,
+        subject=subject.name if subject.name == "bundled" else str(subject.root),
+        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        seed=seed,
+        selection=selection,
+        selected=selected,
+    )
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def new_run_id(target: str) -> str:
+    """A name that sorts by time and that two runs of the same second do not share."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{target}-{secrets.token_hex(2)}"

@@ -1,0 +1,133 @@
+"""The gate matrix of a target: one row per family of checks, grouped by phase, the plan's own table first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from verify.checks import CheckSpec
+from verify.record import Measurement, Verdict
+from verify.verdict import Cell
+
+#: The plan's pass/fail table: these items stand first in their phase.
+PLAN_TABLE = ("1.3", "1.4", "3.1", "3.2", "4.1", "2.2", "4.2", "5.2", "6.1")
+
+NOT_RUN = "NOT RUN"
+
+# the word of a row is the first of these that one of its cells has
+_WORST_FIRST = (
+    Verdict.CRASH,
+    Verdict.TIMEOUT,
+    Verdict.ERROR,
+    Verdict.FAIL,
+    Verdict.XPASS,
+    Verdict.INFRA,
+    Verdict.BLOCKED,
+    None,
+    Verdict.SKIP,
+    Verdict.XFAIL,
+    Verdict.PASS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A family of checks on a target: its worst verdict and how many of its checks share it."""
+
+    spec: CheckSpec
+    cells: tuple[Cell, ...]
+
+    @property
+    def phase(self) -> int:
+        return self.spec.phase
+
+    @property
+    def worst(self) -> Verdict | None:
+        return min((_word(cell) for cell in self.cells), key=_WORST_FIRST.index)
+
+    @property
+    def verdict(self) -> str:
+        """The worst verdict with its code or blocker, and ``2/37`` where only some of the checks have it."""
+        alike = [cell for cell in self.cells if _word(cell) is self.worst]
+        parts = [str(self.worst) if self.worst else NOT_RUN]
+        result = alike[0].result
+        if result is not None and (result.code or result.by):
+            parts.append(result.code or f"by {result.by}")
+        if len(self.cells) > 1:
+            parts.append(str(len(alike)) if len(alike) == len(self.cells) else f"{len(alike)}/{len(self.cells)}")
+        return " ".join(parts)
+
+    @property
+    def evidence(self) -> str:
+        """The kinds of evidence behind the row, ``-`` where there is none."""
+        kinds = dict.fromkeys(cell.result.evidence for cell in self.cells if cell.result and _informs(cell))
+        return "+".join(kinds) or "-"
+
+    @property
+    def tightest(self) -> Measurement | None:
+        """The measurement with the least headroom of all the row's checks."""
+        found = [cell.result.tightest for cell in self.cells if cell.result and cell.result.tightest]
+        return min(found, key=lambda m: -math.inf if math.isnan(m.headroom) else m.headroom, default=None)
+
+
+def rows(cells: Iterable[Cell]) -> list[Row]:
+    """Fold cells into rows: by phase, the items of the plan's table first, then in order of declaration."""
+    families: dict[str, list[Cell]] = {}
+    for cell in cells:
+        families.setdefault(cell.check.spec.family, []).append(cell)
+    folded = [Row(members[0].check.spec, tuple(members)) for members in families.values()]
+    return sorted(folded, key=lambda row: (row.phase, *_plan_order(row.spec.plan)))
+
+
+def by_phase(folded: Sequence[Row]) -> dict[int, list[Row]]:
+    phases: dict[int, list[Row]] = {}
+    for row in folded:
+        phases.setdefault(row.phase, []).append(row)
+    return phases
+
+
+def bound(measurement: Measurement | None) -> str:
+    """``measured / allowed`` in at most 17 characters, with the unit where it fits."""
+    if measurement is None:
+        return "-"
+    pair = f"{_short(measurement.measured)} / {_short(measurement.allowed)}"
+    with_unit = f"{pair} {measurement.unit}".strip()
+    return with_unit if len(with_unit) <= 17 else pair
+
+
+def headroom(measurement: Measurement | None) -> str:
+    """How many times the measured value fits into what is allowed."""
+    if measurement is None:
+        return "-"
+    value = measurement.headroom
+    if math.isnan(value):
+        return "nan"
+    if math.isinf(value):
+        return "exact" if measurement.measured == 0 else str(value)
+    return f"{value:.1f}x" if value < 100 else f"{value:.0f}x" if value < 1e5 else f"{value:.0e}x"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 check``, ``2 checks``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _word(cell: Cell) -> Verdict | None:
+    return cell.result.verdict if cell.result and cell.proves else None
+
+
+def _informs(cell: Cell) -> bool:
+    return cell.result is not None and cell.result.verdict not in (Verdict.SKIP, Verdict.BLOCKED)
+
+
+def _plan_order(plan: str | None) -> tuple[bool, int]:
+    return plan not in PLAN_TABLE, PLAN_TABLE.index(plan) if plan in PLAN_TABLE else 0
+
+
+def _short(value: float) -> str:
+    if math.isnan(value) or math.isinf(value):
+        return str(value)
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.3g}" if 0.01 <= abs(value) < 1e5 else f"{value:.1e}"

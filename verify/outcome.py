@@ -1,0 +1,29 @@
+"""How a check ends other than by passing or failing."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from verify.checks import SKIP_CODES
+
+
+class ConfigurationError(Exception):
+    """The user asked for something that cannot be done; the message is one sentence with the next step (exit 3)."""
+
+
+class InfraError(Exception):
+    """The machine, not the subject, is at fault (a broken driver, the wrong card): the verdict is INFRA."""
+
+
+def skip(code: str, reason: str) -> NoReturn:
+    """End the running check as SKIP(``code``); ``reason`` is one sentence for the person who reads the matrix.
+
+    Raises ValueError for a code that ``verify.checks.SKIP_CODES`` does not have.
+    """
+    import pytest
+
+    if code not in SKIP_CODES:
+        raise ValueError(f"unknown skip code {code!r}; known: {', '.join(SKIP_CODES)}")
+    skipped = pytest.skip.Exception(reason)
+    skipped.code = code
+    raise skipped

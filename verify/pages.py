@@ -1,0 +1,178 @@
+"""``python -m verify gates`` and ``explain``: the catalogue of checks, and all that is known about one of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from verify.architectures import EMULATED
+from verify.archive import load
+from verify.checks import PHASES, Check, CheckSpec, catalogue
+from verify.exports import dumps, markdown_table
+from verify.matrix import PLAN_TABLE, bound, count, headroom
+from verify.outcome import ConfigurationError
+from verify.record import CheckResult, Record
+from verify.verdict import newest_first
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: How many past results ``explain`` shows.
+_LAST = 8
+
+_NO_CHECKS = "there are no checks in phases/; run this from a checkout of the suite"
+
+
+def gates(form: str = "terminal") -> int:
+    """Print every family of checks with its gate, the targets it is must-pass for, and its claim; return 0."""
+    families = _families(list(catalogue()))
+    if form == "json":
+        print(dumps([_family_data(spec) for spec in families]), end="")
+    elif form == "markdown":
+        header = ["check", "cases", "plan", "gate", "must-pass: GPU", "must-pass: emulated", "claim"]
+        body = [[f"`{s.family}`", str(len(s.cases)), s.plan or "", s.gate, *_must(s), s.claim] for s in families]
+        print(markdown_table(header, body), end="")
+    else:
+        _print_gates(families)
+    return 0
+
+
+def explain(name: str, folders: Sequence[Path] = ()) -> int:
+    """Print what the check or family ``name`` claims, why, how it is judged and repeated, and its last results.
+
+    Raises ConfigurationError naming the nearest known ids when there is no such check.
+    """
+    from verify.terminal import PipeConsole
+
+    checks = list(catalogue())
+    chosen = [check for check in checks if name in (check.id, check.spec.family)]
+    if not chosen:
+        raise ConfigurationError(_unknown(name, checks))
+    console = PipeConsole()
+    _print_claim(name, chosen, console)
+    archive = load(folders)
+    _print_results([check.id for check in chosen], archive.records, console)
+    if archive.unreadable:
+        console.print(f"{count(len(archive.unreadable), 'record')} cannot be read; python -m verify report names them")
+    return 0
+
+
+def _families(checks: Sequence[Check]) -> list[CheckSpec]:
+    if not checks:
+        raise ConfigurationError(_NO_CHECKS)
+    return list({check.spec.family: check.spec for check in checks}.values())
+
+
+def _must(spec: CheckSpec) -> tuple[str, str]:
+    """Which GPUs, and whether the emulated target, cannot do without this family."""
+    if spec.gate == "soft":
+        return "-", "-"
+    gpus = "all" if (spec.sm_min, spec.sm_max) == (80, 121) else f"sm{spec.sm_min}-{spec.sm_max}"
+    return gpus, "-" if spec.needs_gpu else "yes"
+
+
+def _family_data(spec: CheckSpec) -> dict[str, object]:
+    return {
+        "family": spec.family,
+        "phase": spec.phase,
+        "plan": spec.plan,
+        "gate": spec.gate,
+        "in_plan_table": spec.plan in PLAN_TABLE,
+        "must_pass_gpu": spec.gate == "hard",
+        "must_pass_emulated": spec.gate == "hard" and not spec.needs_gpu,
+        "sm_min": spec.sm_min,
+        "sm_max": spec.sm_max,
+        "claim": spec.claim,
+        "checks": [spec.id_of(case) for case in spec.cases],
+    }
+
+
+def _print_gates(families: Sequence[CheckSpec]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from verify.terminal import PipeConsole
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("plan")
+    table.add_column("check", overflow="fold")
+    table.add_column("cases", justify="right")
+    table.add_column("gate")
+    table.add_column("GPU")
+    table.add_column(EMULATED.target)
+    table.add_column("claim", ratio=1)
+    phase = 0
+    for spec in families:
+        if spec.phase != phase:
+            phase = spec.phase
+            table.add_section()
+            table.add_row("", Text(f"{phase} {PHASES[phase]}", style="bold"))
+        gate = Text(spec.gate.upper(), style="bold" if spec.gate == "hard" else "dim")
+        table.add_row(spec.plan or "", Text(spec.family), str(len(spec.cases)), gate, *_must(spec), Text(spec.claim))
+    console = PipeConsole()
+    console.print(table)
+    console.print()
+    console.print("GPU and emulated: where a check is must-pass.")
+    console.print("One of them in full: python -m verify explain ID")
+
+
+def _unknown(name: str, checks: Sequence[Check]) -> str:
+    if not checks:
+        return _NO_CHECKS
+    known = list(dict.fromkeys([check.spec.family for check in checks] + [check.id for check in checks]))
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"nearest are {', '.join(near)}" if near else "`python -m verify gates` lists them"
+    return f"there is no check {name!r}; {hint}"
+
+
+def _print_claim(name: str, chosen: Sequence[Check], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    spec = chosen[0].spec
+    gpus, emulated = _must(spec)
+    plan = f"{spec.plan}, in its pass/fail table" if spec.plan in PLAN_TABLE else spec.plan or "beyond the plan"
+    nodes = chosen[0].node if len(chosen) == 1 else chosen[0].node.partition("[")[0]
+    facts = {
+        "claim": spec.claim,
+        "reason": spec.reason,
+        "tolerance": spec.tolerance or "none: pass or fail, no number is compared",
+        "if it fails": spec.remedy,
+        "gate": f"{spec.gate.upper()}; must-pass on GPUs: {gpus}; emulated: {emulated}",
+        "plan": plan,
+        "needs": ", ".join(spec.needs) or "nothing",
+        "cases": ", ".join(check.case for check in chosen),
+        "repeat": f"python -m pytest '{nodes}'",
+    }
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, fact in facts.items():
+        table.add_row(Text(label, style="dim"), Text(fact))
+    console.print(Text(name, style="bold"))
+    console.print(table)
+
+
+def _print_results(ids: Sequence[str], records: Sequence[Record], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from verify.terminal import verdict_text
+
+    found: list[tuple[Record, CheckResult]] = [
+        (record, result) for record in newest_first(records) for result in record.results if result.id in set(ids)
+    ]
+    if not found:
+        console.print("\nNo record has a result of it.")
+        return
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for record, result in found[:_LAST]:
+        tight = result.tightest
+        number = f"{tight.name} {bound(tight)}, headroom {headroom(tight)}" if tight else ""
+        words = " ".join(filter(None, [result.verdict, result.code, result.by and f"by {result.by}"]))
+        table.add_row(record.time_utc[:10], record.target, verdict_text(words), Text(result.id), Text(number))
+    console.print(f"\nLast results, newest first ({min(len(found), _LAST)} of {len(found)}):")
+    console.print(table)

@@ -1,0 +1,265 @@
+"""The pytest side of the instrument: options, which checks run and in what order, and the fixtures they draw on.
+
+It serves ``pytest -m hard``, where one process runs every phase and leaves the record, and the children of
+``python -m verify run``, where each process runs the part of a frozen run that it is given.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from verify import events
+from verify.checks import PHASES
+from verify.device import Device, derive_seed, prepare, resolve
+from verify.manifest import Manifest, Selected, freeze, survey
+from verify.outcome import ConfigurationError
+from verify.record import Measurement, Record
+from verify.recorder import MEASUREMENTS, Recorder, id_of, in_phases, localise, repeat_command, spec_of
+from verify.request import DEFAULT_SEED, parse_expect, parse_phases
+from verify.subject import PACKAGE, Subject, find_subject
+
+Measure = Callable[..., None]
+
+
+@dataclass(slots=True)
+class Session:
+    """What this process was asked to do, and what it has found out since."""
+
+    root: Path
+    device: Device
+    subject: Subject
+    model: str
+    seed: int
+    phases: frozenset[int]
+    run_dir: Path | None = None
+    manifest: Manifest | None = None
+    record: Record | None = None
+    begun: float = field(default_factory=time.perf_counter)
+
+
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("verification", "the checks of phases/")
+    group.addoption("--phase", action="append", default=[], help="run these phases only: 4, or 1,3-5; may be repeated")
+    group.addoption("--subject", default="bundled", help="what to test: bundled, or --subject=PATH of a checkout")
+    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU torch can use")
+    group.addoption("--model", default="embedded", help="the model of phase 6: embedded, or a local directory or name")
+    group.addoption("--seed", type=int, default=DEFAULT_SEED, help="the run's seed; each check derives its own")
+    group.addoption("--expect", metavar="SM", help="refuse to run on any other GPU: sm120")
+    group.addoption("--run-dir", type=Path, help="internal: the prepared run whose remaining checks this process runs")
+    group.addoption("--select-to", type=Path, help="internal: with --collect-only, the file for the selected checks")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config.stash[SESSION] = session = _session(config)
+        prepare(session.device.name, session.model)
+    except ConfigurationError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _session(config: pytest.Config) -> Session:
+    option, root = config.getoption, config.rootpath
+    phases = frozenset(phase for text in option("phase") for phase in parse_phases(text)) or frozenset(PHASES)
+    if run_dir := option("run_dir"):
+        # the log of a phase must hold what every thread was doing when the runner's watchdog gave up on it
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+        frozen = events.read_manifest(run_dir)
+        subject = find_subject(frozen.subject, root)
+        return Session(root, Device(frozen.device), subject, frozen.model, frozen.seed, phases, run_dir, frozen)
+    subject = find_subject(option("subject"), root)
+    return Session(root, resolve(option("device")), subject, option("model"), option("seed"), phases)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    session = config.stash[SESSION]
+    line = f"verify: device {session.device.name} ({session.device.evidence}), subject {session.subject.source}"
+    return [f"{line}, seed {session.seed}", *([f"verify: {session.device.note}"] if session.device.note else [])]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    session = config.stash[SESSION]
+    # the tests inside the bundled package import that package, which another subject takes the place of
+    return True if session.subject.root != session.root and collection_path == session.root / PACKAGE else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    session = config.stash[SESSION]
+    checks = [item for item in items if in_phases(item)]
+    others = [item for item in items if not in_phases(item)]
+    _lint(checks)
+    for item in checks:
+        item.add_marker(pytest.mark.timeout(spec_of(item).timeout_s))
+    wanted = {id_of(item) for item in checks if spec_of(item).phase in session.phases}
+    if session.manifest is not None:
+        wanted &= {check.id for check in session.manifest.selected} - events.read_results(session.run_dir).keys()
+    kept = [item for item in checks if id_of(item) in wanted]
+    dropped = [item for item in checks if id_of(item) not in wanted]
+    if config.getoption("phase"):
+        others, dropped = [], dropped + others
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+    items[:] = sorted(kept, key=lambda item: spec_of(item).phase) + others
+
+
+def _lint(checks: list[pytest.Item]) -> None:
+    """Raise UsageError naming the first test of ``phases/`` that is not one gated check with an id of its own."""
+    seen: dict[str, str] = {}
+    for item in checks:
+        spec = spec_of(item)
+        if spec is None:
+            raise pytest.UsageError(f"{item.nodeid} has no gate; declare it with @verify.check")
+        if not item.path.name.startswith(f"p{spec.phase}_"):
+            raise pytest.UsageError(f"{item.nodeid} declares {spec.family}; move it to the file of phase {spec.phase}")
+        gates = [gate for gate in ("hard", "soft") if item.get_closest_marker(gate)]
+        if gates != [spec.gate]:
+            raise pytest.UsageError(f"{item.nodeid} has the gates {' and '.join(gates)}; drop one")
+        for mark in ("skip", "skipif", "xfail"):
+            if item.get_closest_marker(mark):
+                raise pytest.UsageError(f"{item.nodeid} is marked {mark}; use verify.skip with a code")
+        if item.callspec.id not in spec.cases:
+            raise pytest.UsageError(f"{item.nodeid} is parametrized beside its cases; name every combination in cases")
+        if (other := seen.setdefault(id_of(item), item.nodeid)) != item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid} and {other} share the id {id_of(item)}; rename one")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    # here and not when collection finishes: that hook is called even after a usage error
+    config, checks = session.config, [item for item in session.items if spec_of(item) is not None]
+    if selection := config.getoption("select_to"):
+        selection.write_text(json.dumps([_selected(item).model_dump() for item in checks]))
+    failed = session.testsfailed and not config.option.continue_on_collection_errors
+    if config.option.collectonly or failed or not checks:
+        return
+    current = config.stash[SESSION]
+    if current.manifest is None:
+        try:
+            current.manifest = _manifest(config, checks)
+        except ConfigurationError as error:
+            raise pytest.UsageError(str(error)) from error
+        current.run_dir = current.root / "reports" / "runs" / current.manifest.run_id
+        events.create(current.run_dir, current.manifest)
+        config.add_cleanup(events.lock(current.run_dir).close)
+    config.pluginmanager.register(Recorder(current.run_dir, current.manifest, current.root), "verify-recorder")
+
+
+def _selected(item: pytest.Item) -> Selected:
+    spec = spec_of(item)
+    return Selected(id=id_of(item), node=item.nodeid, gate=spec.gate, plan=spec.plan, timeout_s=spec.timeout_s)
+
+
+def _manifest(config: pytest.Config, checks: list[pytest.Item]) -> Manifest:
+    session, expect = config.stash[SESSION], config.getoption("expect")
+    return freeze(
+        survey(session.device.name, session.subject, parse_expect(expect) if expect else None),
+        device=session.device.name,
+        subject=session.subject,
+        model=session.model,
+        seed=session.seed,
+        selection=_words(config),
+        selected=tuple(_selected(item) for item in checks),
+    )
+
+
+def _words(config: pytest.Config) -> str:
+    """What chose the checks, as it would be typed; where the subject and the model lie is not part of it."""
+    option = config.option
+    chosen = {"-m": option.markexpr, "-k": option.keyword, "--phase": ",".join(option.phase)}
+    paths = config.args if config.args_source is config.ArgsSource.ARGS else []
+    words = [word for flag, value in chosen.items() if value for word in (flag, value)]
+    return localise(shlex.join(["pytest", *words, *paths]), config.rootpath)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    current = session.config.stash[SESSION]
+    if current.manifest is None or session.config.getoption("run_dir"):
+        return
+    events.append_elapsed(current.run_dir, time.perf_counter() - current.begun)
+    finished = events.read_results(current.run_dir).keys() >= {check.id for check in current.manifest.selected}
+    current.record = events.compose(current.run_dir, "complete" if finished else "interrupted")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    session = config.stash[SESSION]
+    if session.record is None:
+        return
+    from rich.console import Console
+
+    from verify.report import print_matrix
+
+    text = io.StringIO()
+    console = Console(file=text, width=shutil.get_terminal_size().columns, force_terminal=terminalreporter.hasmarkup)
+    print_matrix(session.record, console)
+    terminalreporter.ensure_newline()
+    terminalreporter.write(text.getvalue())
+    terminalreporter.write_line(f"record: {os.path.relpath(session.run_dir / events.RECORD)}")
+
+
+@pytest.fixture(scope="session")
+def subject(pytestconfig: pytest.Config) -> Subject:
+    """The implementation under test, importable in this process."""
+    found = pytestconfig.stash[SESSION].subject
+    found.activate()
+    return found
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    """``cpu`` (kernels run in the interpreter) or ``cuda``."""
+    return pytestconfig.stash[SESSION].device.name
+
+
+@pytest.fixture(scope="session")
+def target(pytestconfig: pytest.Config) -> str:
+    """``emulated``, or the GPU as ``sm90``; for checks only."""
+    return pytestconfig.stash[SESSION].manifest.target
+
+
+@pytest.fixture(scope="session")
+def model_name(pytestconfig: pytest.Config) -> str:
+    """The model that ``--model`` names."""
+    return pytestconfig.stash[SESSION].model
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A 32-bit seed that depends on the run's seed and the check's id only."""
+    return derive_seed(request.config.stash[SESSION].seed, id_of(request.node))
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest) -> Measure:
+    """``measure(name, measured, allowed, *, unit="", where="")``: record a number, fail outside its bound."""
+    session = request.config.stash[SESSION]
+    repeat = repeat_command(request.node.nodeid, session.manifest, session.root)
+    taken = request.node.stash[MEASUREMENTS]
+
+    def measure(name: str, measured: float, allowed: float, *, unit: str = "", where: str = "") -> None:
+        __tracebackhide__ = True
+        where = localise(where, session.root)
+        found = Measurement(name=name, measured=float(measured), allowed=float(allowed), unit=unit, where=where)
+        taken.append(found)
+        if not found.within:
+            value, bound = (f"{number:.6g}{f' {unit}' if unit else ''}" for number in (found.measured, found.allowed))
+            place = f" at {where}" if where else ""
+            raise AssertionError(f"{name}: measured {value}, allowed {bound}{place}; repeat with: {repeat}")
+
+    return measure

@@ -1,0 +1,211 @@
+"""The record of a run: one JSON file that holds everything a verdict rests on.
+
+Reading a record needs pydantic only; writing is atomic, so a reader never sees half a file. The JSON Schema of
+``Record`` is kept in ``reports/schema/record.schema.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from verify.checks import SKIP_CODES, Gate
+
+SCHEMA_VERSION = 1
+
+
+class Verdict(StrEnum):
+    """How a check ended. Only PASS is a pass; a check without a result is absent, which is not green."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    ERROR = "ERROR"
+    CRASH = "CRASH"
+    TIMEOUT = "TIMEOUT"
+    SKIP = "SKIP"
+    XFAIL = "XFAIL"
+    XPASS = "XPASS"
+    BLOCKED = "BLOCKED"
+    INFRA = "INFRA"
+
+
+#: Verdicts that say that something is wrong, as against SKIP, BLOCKED and XFAIL, which say that nothing was learnt.
+FAILING = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.XPASS, Verdict.INFRA})
+
+#: What a result proves; the three are never mixed in one cell.
+Evidence = Literal["hardware", "compiled", "emulated"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class Measurement(_Strict):
+    """One number that was compared with a bound; ``headroom`` is allowed / measured."""
+
+    name: str = Field(min_length=1)
+    measured: float
+    allowed: float
+    unit: str = ""
+    where: str = ""
+
+    @property
+    def within(self) -> bool:
+        return self.measured <= self.allowed  # False for NaN, as it must be
+
+    @property
+    def headroom(self) -> float:
+        return math.inf if self.measured == 0 else self.allowed / self.measured
+
+
+class CheckResult(_Strict):
+    """One check on one target. Raises ValidationError when the verdict and the other fields contradict each other."""
+
+    id: str = Field(pattern=r"^p[1-8]\.[a-z0-9_]+\.[A-Za-z0-9_\-]+$")
+    gate: Gate
+    plan: str | None = None
+    verdict: Verdict
+    code: str | None = None
+    by: str | None = None
+    evidence: Evidence
+    seed: int
+    duration_s: float = Field(ge=0)
+    measurements: list[Measurement] = []
+    message: str = ""
+    repeat: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CheckResult:
+        if (self.verdict is Verdict.SKIP) != (self.code is not None):
+            raise ValueError(f"{self.id}: a SKIP has a code and nothing else has one (code {self.code!r})")
+        if self.code is not None and self.code not in SKIP_CODES:
+            raise ValueError(f"{self.id}: unknown skip code {self.code!r}; known: {', '.join(SKIP_CODES)}")
+        if self.code == "NOT_IMPLEMENTED" and self.gate == "hard":
+            raise ValueError(f"{self.id}: a hard check cannot be NOT_IMPLEMENTED")
+        if (self.verdict is Verdict.BLOCKED) != (self.by is not None):
+            raise ValueError(f"{self.id}: a BLOCKED names what blocks it and nothing else does (by {self.by!r})")
+        outside = [m.name for m in self.measurements if not m.within]
+        if self.verdict is Verdict.PASS and outside:
+            raise ValueError(f"{self.id}: PASS, but {outside[0]} is outside its bound")
+        if self.verdict in FAILING and not self.message:
+            raise ValueError(f"{self.id}: {self.verdict} without a message")
+        return self
+
+    @property
+    def tightest(self) -> Measurement | None:
+        """The measurement with the least headroom (NaN first), for the one number a matrix cell can show."""
+        order = lambda m: -math.inf if math.isnan(m.headroom) else m.headroom  # noqa: E731 - a key, used once
+        return min(self.measurements, key=order, default=None)
+
+
+class Gpu(_Strict):
+    name: str = Field(min_length=1)
+    uuid_sha256: str = Field(min_length=1)
+    sm: int = Field(ge=10, le=999)
+    memory_gib: float = Field(gt=0)
+    driver: str = Field(min_length=1)
+
+
+class Environment(_Strict):
+    """Where a run happened. A package that is not there is the words ``not installed``, never an empty field."""
+
+    gpu: Gpu | None
+    cuda_runtime: str = Field(min_length=1)
+    cuda_toolkit: str = Field(min_length=1)
+    torch: str = Field(min_length=1)
+    triton: str = Field(min_length=1)
+    ptxas: dict[str, str]
+    flash_attn: str = Field(min_length=1)
+    vllm: str = Field(min_length=1)
+    transformers: str = Field(min_length=1)
+    python: str = Field(min_length=1)
+    os: str = Field(min_length=1)
+    variables: dict[str, str]
+
+
+class SubjectInfo(_Strict):
+    """The implementation under test; ``git_sha`` is ``none`` where the source is not a git checkout."""
+
+    name: str = Field(min_length=1)
+    version: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    git_sha: str = Field(min_length=1)
+    dirty: bool
+
+
+class Record(_Strict):
+    """One run on one target (``emulated`` or ``sm<NN>``)."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run_id: str = Field(min_length=1)
+    time_utc: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")
+    state: Literal["running", "interrupted", "complete"]
+    target: str = Field(pattern=r"^(emulated|sm\d{2,3})$")
+    subject: SubjectInfo
+    environment: Environment
+    model: str = Field(min_length=1)
+    seed: int
+    selection: str
+    duration_s: float = Field(ge=0)
+    results: list[CheckResult]
+
+    @model_validator(mode="after")
+    def _once_and_on_target(self) -> Record:
+        seen: set[str] = set()
+        for result in self.results:
+            if result.id in seen:
+                raise ValueError(f"{result.id} has two results in run {self.run_id}")
+            seen.add(result.id)
+            if (result.evidence == "hardware") and self.target == "emulated":
+                raise ValueError(f"{result.id} claims hardware evidence in an emulated run")
+        if self.target != "emulated" and (self.environment.gpu is None or f"sm{self.environment.gpu.sm}" != self.target):
+            raise ValueError(f"run {self.run_id} claims {self.target}, but its environment has another GPU or none")
+        return self
+
+
+class UnreadableRecord(ValueError):
+    """A record file that cannot be used; the message names the file and the first problem."""
+
+
+def read_record(path: Path) -> Record:
+    """Read and validate one record. Raises UnreadableRecord naming the file and the first problem."""
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UnreadableRecord(f"{path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "file"
+        raise UnreadableRecord(f"{path}: {place}: {first['msg']}") from error
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_record(record: Record, path: Path) -> None:
+    write_atomic(path, record.model_dump_json(indent=1) + "\n")
+
+
+def json_schema() -> str:
+    """The JSON Schema of a record, as it is kept in ``reports/schema/``."""
+    return json.dumps(Record.model_json_schema(), indent=1, sort_keys=True) + "\n"

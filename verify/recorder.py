@@ -1,0 +1,199 @@
+"""Turns what pytest saw of a check into its verdict, and writes it down the moment the check ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
+
+import pytest
+
+from verify import events
+from verify.checks import SKIP_CODES, CheckSpec
+from verify.device import derive_seed
+from verify.manifest import Manifest
+from verify.outcome import InfraError, skip
+from verify.record import CheckResult, Measurement, Verdict
+from verify.subject import SubjectLacks
+
+_MESSAGE_LIMIT = 2000
+
+#: Where the measurements of a check collect between the ``measure`` fixture and its result.
+MEASUREMENTS = pytest.StashKey[list[Measurement]]()
+
+
+def in_phases(item: pytest.Item) -> bool:
+    return item.path.is_relative_to(item.config.rootpath / "phases")
+
+
+def spec_of(item: pytest.Item) -> CheckSpec | None:
+    """The declaration of a check, or None for a test that is not one; only ``phases/`` has checks."""
+    marker = item.get_closest_marker("check") if in_phases(item) else None
+    return marker.args[0] if marker else None
+
+
+def id_of(item: pytest.Item) -> str:
+    """The stable id of a check: its family and the name of its case."""
+    return spec_of(item).id_of(item.callspec.id)
+
+
+def repeat_command(node: str, manifest: Manifest, root: Path) -> str:
+    """The command line that repeats one check from the repository root; a path in it is relative to that root."""
+    words = ["python", "-m", "pytest", shlex.quote(node), "--device", manifest.device, "--seed", str(manifest.seed)]
+    if manifest.subject != "bundled":
+        words.append(f"--subject={shlex.quote(_relative(manifest.subject, root))}")
+    if manifest.model != "embedded":
+        words.append(f"--model={shlex.quote(_relative(manifest.model, root))}")
+    return " ".join(words)
+
+
+def _relative(name: str, root: Path) -> str:
+    return os.path.relpath(name, root) if Path(name).is_dir() else name
+
+
+def localise(text: str, root: Path) -> str:
+    """``text`` without the machine in it: no colours, and its directories as short names; at most 2,000 characters."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    places = {root: ".", Path(sys.prefix): "<venv>", Path(sys.base_prefix): "<python>"}
+    places |= {Path(tempfile.gettempdir()): "<tmp>", Path.home(): "~"}
+    for place in sorted(places, key=lambda path: len(str(path)), reverse=True):
+        if len(place.parts) > 1:
+            text = re.sub(rf"{re.escape(str(place))}(?=/|\b)", places[place], text)
+    text = text.replace("./phases/", "phases/").strip()
+    return text if len(text) <= _MESSAGE_LIMIT else f"{text[: _MESSAGE_LIMIT - 4]} ..."
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How one of a check's three steps (setup, call, teardown) ended, other than well."""
+
+    verdict: Verdict
+    message: str
+    code: str | None = None
+    by: str | None = None
+
+
+def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path) -> Ending:
+    """The verdict of an exception that left a step. Raises ValueError if a skip carries a code nobody declared."""
+    error = excinfo.value
+    if isinstance(error, pytest.skip.Exception):
+        if blocked_by := getattr(error, "by", None):
+            return Ending(Verdict.BLOCKED, str(error), by=blocked_by)
+        if code := getattr(error, "code", None):
+            return Ending(Verdict.SKIP, localise(str(error), root), code=code)
+        return Ending(Verdict.ERROR, f"skip without a code ({error}); use verify.skip with {', '.join(SKIP_CODES)}")
+    if isinstance(error, pytest.xfail.Exception):
+        return Ending(Verdict.ERROR, f"xfail in a check ({error}); a check passes, fails or skips with a code")
+    if isinstance(error, InfraError):
+        return Ending(Verdict.INFRA, localise(str(error), root))
+    where = _place(excinfo, root)
+    if isinstance(error, pytest.fail.Exception) and _passed_through(excinfo.tb, "pytest_timeout"):
+        return Ending(Verdict.TIMEOUT, localise(f"{where}{error}", root))
+    failed = when == "call" and isinstance(error, AssertionError | pytest.fail.Exception)
+    if failed or isinstance(error, SubjectLacks):
+        return Ending(Verdict.FAIL, localise(f"{where}{error}", root) or "assertion without a message")
+    step = "" if when == "call" else f"{when}: "
+    return Ending(Verdict.ERROR, localise(f"{where}{step}{excinfo.typename}: {error}", root))
+
+
+def _passed_through(traceback: TracebackType | None, module: str) -> bool:
+    # pytest has filtered excinfo.traceback by now
+    frames = (frame for frame, _ in walk_tb(traceback))
+    return any(frame.f_globals.get("__name__") == module for frame in frames)
+
+
+def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
+    """The innermost line of ``phases/`` that the exception passed through, as a prefix of a message."""
+    for entry in reversed(excinfo.traceback):
+        path = Path(entry.path)
+        if path.is_relative_to(root / "phases"):
+            return f"{path.relative_to(root)}:{entry.lineno + 1}: "
+    return ""
+
+
+@dataclass(slots=True)
+class Recorder:
+    """The pytest plugin of one run: gates each check before setup, times it, and appends its result."""
+
+    run_dir: Path
+    manifest: Manifest
+    root: Path
+    _ending: Ending | None = field(default=None, init=False)
+    _results: dict[str, CheckResult] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._results = events.read_results(self.run_dir)  # of earlier phases; nobody else writes while this runs
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        if spec_of(item) is None:
+            return (yield)
+        self._ending = None
+        item.stash[MEASUREMENTS] = []
+        events.append_start(self.run_dir, id_of(item))
+        begun = time.perf_counter()
+        handled = yield  # an interrupt leaves from here, and the check stays without a result
+        result = self._result(item, time.perf_counter() - begun)
+        self._results[result.id] = result
+        events.append_result(self.run_dir, result)
+        return handled
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        spec = spec_of(item)
+        if spec is None:
+            return
+        target = self.manifest.target
+        if spec.needs_gpu and target == "emulated":
+            skip("NO_GPU", SKIP_CODES["NO_GPU"])
+        if target != "emulated" and not spec.sm_min <= int(target.removeprefix("sm")) <= spec.sm_max:
+            skip("SM_OUT_OF_RANGE", f"the check applies to sm{spec.sm_min} to sm{spec.sm_max}, this is {target}")
+        if by := events.blocker(spec.needs, self._results):
+            blocked = pytest.skip.Exception(f"blocked by {by}")
+            blocked.by = by
+            raise blocked
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if spec_of(item) is not None and call.excinfo is not None:
+            ending = ending_of(call.excinfo, call.when, self.root)
+            if self._ending is None or self._ending.verdict in (Verdict.SKIP, Verdict.BLOCKED):
+                self._ending = ending
+            if report.skipped and ending.verdict is Verdict.ERROR:
+                # pytest would count a bare skip as harmless; its own exit code must be red as well
+                report.outcome, report.longrepr = "failed", ending.message
+                vars(report).pop("wasxfail", None)
+        return report
+
+    def _result(self, item: pytest.Item, duration_s: float) -> CheckResult:
+        spec, check_id = spec_of(item), id_of(item)
+        ending = self._ending or Ending(Verdict.PASS, "")
+        measurements = item.stash[MEASUREMENTS]
+        outside = [m.name for m in measurements if not m.within]
+        if ending.verdict is Verdict.PASS and outside:
+            ending = Ending(Verdict.ERROR, f"the check swallowed the failure of its measurement {outside[0]!r}")
+        return CheckResult(
+            id=check_id,
+            gate=spec.gate,
+            plan=spec.plan,
+            verdict=ending.verdict,
+            code=ending.code,
+            by=ending.by,
+            evidence=self.manifest.evidence,
+            seed=derive_seed(self.manifest.seed, check_id),
+            duration_s=duration_s,
+            measurements=measurements,
+            message=ending.message,
+            repeat=repeat_command(item.nodeid, self.manifest, self.root),
+        )

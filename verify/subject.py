@@ -1,0 +1,160 @@
+"""The implementation under test: found by ``--subject``, imported lazily, and never named anywhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from verify.outcome import ConfigurationError
+from verify.record import SubjectInfo
+
+PACKAGE = "triattention"
+
+_IMPORT_LIMIT_S = 180
+_GIT_LIMIT_S = 30
+
+#: Prints where the package was found and its version; run in a child, so that asking costs this process nothing.
+_PROBE = """
+import importlib.metadata, json
+import {package} as package
+version = getattr(package, "__version__", None)
+if version is None:
+    try:
+        version = importlib.metadata.version({package!r})
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+print(json.dumps({{"where": next(iter(package.__path__)), "version": str(version)}}))
+"""
+
+
+class SubjectLacks(AssertionError):
+    """The subject does not have a name that the check needs: a FAIL of that check, in one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One implementation: ``root`` is the directory that holds its package, ``source`` how a record names it."""
+
+    name: str
+    root: Path
+    source: str
+
+    def activate(self) -> None:
+        """Make this process import the package from ``root``.
+
+        Raises ConfigurationError when the package does not import, or comes from somewhere else.
+        """
+        if str(self.root) in sys.path:
+            sys.path.remove(str(self.root))
+        sys.path.insert(0, str(self.root))
+        importlib.invalidate_caches()
+        try:
+            package = importlib.import_module(PACKAGE)
+        except Exception as error:  # a subject may raise anything at import; all of it means the same here
+            raise self._not_importable(f"{type(error).__name__}: {error}") from error
+        self._must_be_here(next(iter(package.__path__)))
+
+    def module(self, path: str = "") -> ModuleType:
+        """Import ``<package>.<path>``. Raises SubjectLacks when it, or a module that it needs, is absent."""
+        __tracebackhide__ = True
+        name = f"{PACKAGE}.{path}" if path else PACKAGE
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise SubjectLacks(f"subject {self.name!r} lacks the module {name} ({error})") from error
+
+    def attribute(self, path: str, name: str) -> Any:
+        """``<package>.<path>.<name>``. Raises SubjectLacks naming what is absent."""
+        __tracebackhide__ = True
+        module = self.module(path)
+        try:
+            return getattr(module, name)
+        except AttributeError as error:
+            raise SubjectLacks(f"subject {self.name!r} lacks {name} in {module.__name__}") from error
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line that runs the subject's own CLI; use it with ``environment()``."""
+        return [sys.executable, "-m", PACKAGE, *arguments]
+
+    def environment(self) -> dict[str, str]:
+        """The environment in which a child process imports this subject, wherever the child is started."""
+        inherited = os.environ.get("PYTHONPATH")
+        path = os.pathsep.join([str(self.root), *([inherited] if inherited else [])])
+        # without PYTHONSAFEPATH `python -m` would put the current directory, and another package in it, first
+        return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+    def info(self) -> SubjectInfo:
+        """What a record says about the subject, which is imported in a child.
+
+        Raises ConfigurationError if it does not import.
+        """
+        program = _PROBE.format(package=PACKAGE)
+        try:
+            child = subprocess.run(
+                [sys.executable, "-c", program],
+                capture_output=True, text=True, timeout=_IMPORT_LIMIT_S, env=self.environment(),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise self._not_importable(f"no answer within {_IMPORT_LIMIT_S} s") from error
+        if child.returncode:
+            problem = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+            raise self._not_importable(problem)
+        found = json.loads(child.stdout.splitlines()[-1])
+        self._must_be_here(found["where"])
+        sha = self._git("rev-parse", "HEAD")
+        # without a commit nothing vouches for the content, which is what dirty says
+        dirty = sha is None or bool(self._git("status", "--porcelain", "--", PACKAGE))
+        version = found["version"]
+        return SubjectInfo(name=PACKAGE, version=version, source=self.source, git_sha=sha or "none", dirty=dirty)
+
+    def content_sha256(self) -> str:
+        """A digest of the package's files, so that a resumed run can tell whether it still tests the same thing."""
+        digest = hashlib.sha256()
+        folder = self.root / PACKAGE
+        for file in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def _not_importable(self, problem: str) -> ConfigurationError:
+        return ConfigurationError(f"subject {self.name!r} does not import ({problem}); repair it or name another")
+
+    def _must_be_here(self, where: str) -> None:
+        if not Path(where).resolve().is_relative_to(self.root.resolve()):
+            raise ConfigurationError(
+                f"subject {self.name!r} should be {self.root / PACKAGE}, but {PACKAGE} was imported from {where}; "
+                "start a new process, or remove the other one from PYTHONPATH"
+            )
+
+    def _git(self, *arguments: str) -> str | None:
+        """The output of git in ``root``, or None where that is not a checkout with a commit, or git is missing."""
+        command = ["git", "-C", str(self.root), *arguments]
+        try:
+            child = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_LIMIT_S)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return child.stdout.strip() if child.returncode == 0 else None
+
+
+def find_subject(name: str, repository: Path) -> Subject:
+    """The subject that ``--subject name`` means: ``bundled``, or the path of a checkout with the package in it.
+
+    Imports nothing. Raises ConfigurationError for anything else.
+    """
+    if name == "bundled":
+        root, source = repository, "bundled"
+    else:
+        root = Path(name).expanduser().resolve()
+        source = f"checkout:{root.name}"
+    if not (root / PACKAGE).is_dir():
+        where = f"{root} has no {PACKAGE}/ directory" if root.is_dir() else f"there is no directory {root}"
+        raise ConfigurationError(f"subject {name!r}: {where}; use 'bundled' or the path of a checkout that has one")
+    return Subject(name=name, root=root, source=source)

@@ -1,0 +1,152 @@
+"""Checks and records to read: a small tree of phases and hand-made results for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from verify.checks import Check, CheckSpec
+from verify.record import CheckResult, Environment, Gpu, Measurement, Record, SubjectInfo, write_record
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+#: A phases package with one family of each kind: plan table hard, beyond it, GPU only, soft with several cases.
+TREE = {
+    "p1_environment.py": """
+from verify.checks import check
+
+TEXT = dict(reason="A GPU that torch cannot see verifies nothing.", remedy="Install torch's CUDA build.")
+
+@check("p1.bf16", gate="hard", plan="1.1", cases="matmul", claim="A bf16 product is right.", **TEXT)
+def test_bf16(case): ...
+
+@check("p1.torch_sees", gate="hard", plan="1.3", cases="gpu", claim="torch sees the GPU.", needs_gpu=True, **TEXT)
+def test_torch(case): ...
+
+@check("p1.nvcc", gate="soft", plan="1.2", cases="version", claim="The CUDA toolkit is new enough.", **TEXT)
+def test_nvcc(case): ...
+""",
+    "p4_equivalence.py": """
+from verify.checks import check
+
+TEXT = dict(reason="Scores decide what is kept.", remedy="Compare both with the oracle.", tolerance="derived budget")
+
+@check("p4.oracle", gate="hard", cases={"n1": 1, "n33": 33}, claim="Within class A.", **TEXT | {"needs": ("p1.bf16",)})
+def test_oracle(case): ...
+
+@check("p4.triton_pytorch", gate="hard", plan="3.2", cases={"mean": 0, "max": 1}, claim="Both paths agree.", **TEXT)
+def test_pair(case): ...
+""",
+    "p8_latency.py": """
+from verify.checks import check
+
+@check("p8.kernel", gate="soft", plan="6.1", cases="ms", claim="Fast.", reason="Speed is why.", remedy="Report it.")
+def test_kernel(case): ...
+""",
+}
+
+HARD = ("p1.bf16.matmul", "p1.torch_sees.gpu", "p4.oracle.n1", "p4.oracle.n33", "p4.triton_pytorch.mean")
+HARD += ("p4.triton_pytorch.max",)
+
+
+def write_tree(root: Path) -> Path:
+    """A checkout in miniature at ``root``: phases only, with empty reports."""
+    (root / "phases").mkdir(parents=True)
+    (root / "phases" / "__init__.py").touch()
+    for name, text in TREE.items():
+        (root / "phases" / name).write_text(text)
+    return root
+
+
+def checks() -> list[Check]:
+    """The catalogue of the tree, without importing it."""
+
+    def family(name: str, gate: str, cases: list[str], plan: str | None = None, needs_gpu: bool = False) -> list[Check]:
+        spec = CheckSpec(name, gate, "claim", "reason", "remedy", dict.fromkeys(cases), plan, needs_gpu=needs_gpu)
+        return [Check(spec.id_of(case), case, spec, f"phases/x.py::test[{case}]") for case in spec.cases]
+
+    return [
+        *family("p1.bf16", "hard", ["matmul"], "1.1"),
+        *family("p1.torch_sees", "hard", ["gpu"], "1.3", needs_gpu=True),
+        *family("p1.nvcc", "soft", ["version"], "1.2"),
+        *family("p4.oracle", "hard", ["n1", "n33"]),
+        *family("p4.triton_pytorch", "hard", ["mean", "max"], "3.2"),
+        *family("p8.kernel", "soft", ["ms"], "6.1"),
+    ]
+
+
+def result(check_id: str, verdict: str = "PASS", evidence: str = "hardware", **fields: object) -> CheckResult:
+    """A result that is consistent whatever the verdict."""
+    failing = verdict not in ("PASS", "SKIP", "BLOCKED", "XFAIL")
+    defaults = {
+        "gate": "hard" if check_id in HARD else "soft",
+        "seed": 1,
+        "duration_s": 0.5,
+        "message": "measured 2, allowed 1" if failing else "",
+        "repeat": f"python -m pytest 'phases/x.py::{check_id}'",
+        "code": "PKG_MISSING" if verdict == "SKIP" else None,
+        "by": "p1.bf16.matmul" if verdict == "BLOCKED" else None,
+    }
+    return CheckResult(id=check_id, verdict=verdict, evidence=evidence, **(defaults | fields))
+
+
+def measured(value: float, allowed: float, name: str = "error") -> list[Measurement]:
+    return [Measurement(name=name, measured=value, allowed=allowed)]
+
+
+def record(target: str, results: Iterable[CheckResult], *, day: int = 1, **fields: object) -> Record:
+    """A record of ``target`` made on ``day`` of a month."""
+    sm = None if target == "emulated" else int(target.removeprefix("sm"))
+    gpu = Gpu(name=f"Sample GPU {sm}", uuid_sha256="0" * 64, sm=sm, memory_gib=16, driver="580.1") if sm else None
+    environment = Environment(
+        gpu=gpu,
+        cuda_runtime="13.0",
+        cuda_toolkit="not installed",
+        torch="2.13.0",
+        triton="3.7.1",
+        ptxas={},
+        flash_attn="not installed",
+        vllm="not installed",
+        transformers="5.19.0",
+        python="3.11.7",
+        os="Linux",
+        variables={"TRITON_DEFAULT_FP_FUSION": "1"},
+    )
+    subject = SubjectInfo(name="sample", version="1.0", source="bundled", git_sha="1234567890", dirty=False)
+    defaults = {"state": "complete", "model": "embedded", "seed": 0, "selection": "all", "duration_s": 1.0}
+    defaults |= {"run_id": f"run-{target}-{day}", "time_utc": f"2026-11-{day:02d}T00:00:00Z"}
+    return Record(
+        target=target,
+        subject=subject,
+        environment=environment,
+        results=list(results),
+        **(defaults | fields),
+    )
+
+
+def passing(evidence: str = "hardware") -> list[CheckResult]:
+    """Every must-pass check passed; the emulated target has no GPU-only check."""
+    ids = HARD if evidence == "hardware" else [name for name in HARD if name != "p1.torch_sees.gpu"]
+    return [result(name, evidence=evidence, measurements=measured(1e-7, 1e-6)) for name in ids]
+
+
+def write(record: Record, reports: Path, folder: str = "runs") -> Path:
+    """Put a record where the suite looks for it."""
+    name = f"{record.run_id}/record.json" if folder == "runs" else f"{record.run_id}.json"
+    path = reports / folder / name
+    write_record(record, path)
+    return path
+
+
+def main(root: Path) -> None:
+    """Make the tree with a few records in it, to look at reports by hand."""
+    reports = write_tree(root) / "reports"
+    skipped = result("p8.kernel.ms", "SKIP", code="NOT_IMPLEMENTED")
+    write(record("sm120", [*passing()[:-2], result("p4.triton_pytorch.max", "FAIL")], day=3), reports)
+    write(record("sm90", [*passing(), skipped], day=2), reports, "evidence")
+    write(record("emulated", passing("emulated"), day=4), reports)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,104 @@
+"""What a run leaves on disk: whole lines, one owner, and a record at any time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from verify import events
+from verify.manifest import freeze, survey
+from verify.outcome import ConfigurationError
+from verify.record import CheckResult, Verdict, read_record
+from verify.subject import find_subject
+from verify.tests.tree import make_tree
+
+
+def _result(check_id: str, verdict: str = "PASS", *, gate: str = "hard", by: str | None = None) -> CheckResult:
+    return CheckResult(
+        id=check_id, gate=gate, verdict=Verdict(verdict), by=by,
+        evidence="emulated", seed=0, duration_s=0, message="made", repeat="made",
+    )  # fmt: skip
+
+
+def test_half_a_line_is_not_an_event_and_does_not_spoil_the_next(tmp_path: Path) -> None:
+    events.append_result(tmp_path, _result("p1.a.x"))
+    with (tmp_path / events.EVENTS).open("a") as stream:
+        stream.write('{"event": "resu')
+    assert list(events.read_results(tmp_path)) == ["p1.a.x"]
+    events.drop_torn_line(tmp_path)
+    events.append_result(tmp_path, _result("p1.a.y"))
+    assert list(events.read_results(tmp_path)) == ["p1.a.x", "p1.a.y"]
+
+
+def test_a_follower_sees_each_event_once(tmp_path: Path) -> None:
+    events.append_start(tmp_path, "p1.a.x")
+    follower = events.Follower(tmp_path)
+    assert follower.new() == []
+    events.append_start(tmp_path, "p1.a.y")
+    assert [event["id"] for event in follower.new()] == ["p1.a.y"]
+    assert follower.new() == []
+
+
+@pytest.mark.parametrize(
+    ("needs", "expected"),
+    [
+        (("p1.failed.x",), "p1.failed.x"),
+        (("p1.failed",), "p1.failed.x"),
+        (("p1.blocked",), "p1.failed.x"),
+        (("p1.passed", "p1.soft", "p1.absent"), None),
+        (("p1.fail",), None),
+    ],
+)
+def test_blocker(needs: tuple[str, ...], expected: str | None) -> None:
+    made = [
+        _result("p1.failed.x", "FAIL"),
+        _result("p1.blocked.x", "BLOCKED", by="p1.failed.x"),
+        _result("p1.passed.x"),
+        _result("p1.soft.x", "FAIL", gate="soft"),
+    ]
+    assert events.blocker(needs, {result.id: result for result in made}) == expected
+
+
+def test_a_run_has_one_owner(tmp_path: Path) -> None:
+    with events.lock(tmp_path), pytest.raises(ConfigurationError, match="is still running"):
+        events.lock(tmp_path)
+    events.lock(tmp_path).close()
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"run\.json cannot be read \(No such file"):
+        events.read_manifest(tmp_path)
+    (tmp_path / events.MANIFEST).write_text("{")
+    with pytest.raises(ConfigurationError, match=r"run\.json is damaged"):
+        events.read_manifest(tmp_path)
+
+
+def test_another_card_is_refused_with_both_names(tmp_path: Path) -> None:
+    make_tree(tmp_path)
+    with pytest.raises(ConfigurationError, match="--expect sm90, but this machine has no GPU that torch can use"):
+        survey("cpu", find_subject("bundled", tmp_path), expect=90)
+
+
+def test_a_record_is_there_from_the_start_and_names_a_local_model_by_its_directory(tmp_path: Path) -> None:
+    make_tree(tmp_path)
+    (tmp_path / "tiny-model").mkdir()
+    subject = find_subject("bundled", tmp_path)
+    surroundings = survey("cpu", subject)
+    manifest = freeze(
+        surroundings,
+        device="cpu",
+        subject=subject,
+        model=str(tmp_path / "tiny-model"),
+        seed=3,
+        selection="all",
+        selected=(),
+    )
+    events.create(tmp_path / "run", manifest)
+    assert events.read_manifest(tmp_path / "run") == manifest
+    record = read_record(tmp_path / "run" / events.RECORD)
+    assert (record.state, record.model, record.seed) == ("running", "tiny-model", 3)
+    surroundings.refuse(survey("cpu", subject), "same")
+    other = surroundings.environment.model_copy(update={"torch": "0.1"})
+    with pytest.raises(ConfigurationError, match=r"run r1 cannot be resumed: torch was \S+ and is now 0\.1"):
+        surroundings.refuse(surroundings.model_copy(update={"environment": other}), "r1")

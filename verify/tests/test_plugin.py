@@ -1,0 +1,142 @@
+"""pytest as the instrument: what it collects, refuses, orders and records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from verify.tests.tree import Tree, make_tree
+
+_PASSES = """
+@check("p{phase}.passes", gate="{gate}", cases="one", **WORDS)
+def test_passes(case): pass
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return make_tree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        (
+            _PASSES.format(phase=2, gate="hard"),
+            "phases/p1_tiny.py::test_passes[one] declares p2.passes; move it to the file of phase 2",
+        ),
+        ("def test_naked(): pass", "phases/p1_tiny.py::test_naked has no gate; declare it with @verify.check"),
+        (
+            "@pytest.mark.soft" + _PASSES.format(phase=1, gate="hard"),
+            "phases/p1_tiny.py::test_passes[one] has the gates hard and soft; drop one",
+        ),
+        (
+            "@pytest.mark.skipif(True, reason='x')" + _PASSES.format(phase=1, gate="hard"),
+            "phases/p1_tiny.py::test_passes[one] is marked skipif; use verify.skip with a code",
+        ),
+        (
+            "@pytest.mark.parametrize('more', [1, 2])"
+            + _PASSES.format(phase=1, gate="hard").replace("case)", "case, more)"),
+            "test_passes[one-1] is parametrized beside its cases; name every combination in cases",
+        ),
+    ],
+)
+def test_a_test_that_is_not_one_gated_check_stops_everything(tree: Tree, body: str, complaint: str) -> None:
+    tree.write_phase(1, body)
+    refused = tree.pytest("phases")
+    assert refused.returncode == pytest.ExitCode.USAGE_ERROR
+    assert complaint in refused.stderr
+    assert not (tree.root / "reports").exists()
+
+
+def test_the_runner_refuses_an_ungated_test_too(tree: Tree) -> None:
+    tree.write_phase(1, "def test_naked(): pass")
+    refused = tree.verify("run", "--device", "cpu")
+    assert refused.returncode == 3
+    assert "phases/p1_tiny.py::test_naked has no gate" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """Two phases and, before them in the alphabet, a unit test."""
+    tree = make_tree(tmp_path_factory.mktemp("repository"))
+    for phase, gate in ((1, "hard"), (2, "soft"), (3, "hard")):
+        tree.write_phase(phase, _PASSES.format(phase=phase, gate=gate))
+    (tree.root / "a_unit").mkdir()
+    (tree.root / "a_unit" / "test_unit.py").write_text("def test_unit(device): assert device == 'cpu'\n")
+    return tree
+
+
+def test_unit_tests_alone_leave_no_record(mixed: Tree) -> None:
+    before = len(mixed.records())
+    done = mixed.pytest("a_unit", "--device", "cpu")
+    assert (done.returncode, len(mixed.records())) == (0, before), done.stdout
+
+
+def test_checks_run_first_in_phase_order_and_only_they_are_recorded(mixed: Tree) -> None:
+    done = mixed.pytest("a_unit", "phases/p3_tiny.py", "phases", "-v", "--device", "cpu")
+    assert done.returncode == 0, done.stdout
+    ran = [line.split("::")[0] for line in done.stdout.splitlines() if " PASSED" in line]
+    assert ran == ["phases/p1_tiny.py", "phases/p2_tiny.py", "phases/p3_tiny.py", "a_unit/test_unit.py"]
+    assert list(mixed.results()) == ["p1.passes.one", "p2.passes.one", "p3.passes.one"]
+    assert mixed.records()[-1].state == "complete"
+
+
+def test_phase_and_gate_select(mixed: Tree) -> None:
+    done = mixed.pytest("phases", "a_unit", "--phase", "2-3", "--phase", "1", "-m", "soft", "--device", "cpu")
+    assert (done.returncode, list(mixed.results())) == (0, ["p2.passes.one"]), done.stdout
+    assert mixed.records()[-1].selection == "pytest -m soft --phase 2-3,1 phases a_unit"
+
+
+def test_a_run_that_stops_early_is_interrupted_and_the_runner_finishes_it(tree: Tree) -> None:
+    tree.write_phase(1, _PASSES.format(phase=1, gate="hard").replace("pass\n", "assert case == 'two', 'no'\n"))
+    tree.write_phase(2, _PASSES.format(phase=2, gate="hard"))
+    done = tree.pytest("-x", "phases", "--device", "cpu")
+    assert done.returncode == 1
+    assert (tree.records()[-1].state, list(tree.results())) == ("interrupted", ["p1.passes.one"])
+    resumed = tree.verify("run", "--resume", tree.records()[-1].run_id)
+    assert resumed.returncode == 1, "p1 has failed before"
+    assert [result.verdict for result in tree.results().values()] == ["FAIL", "PASS"]
+
+
+_ASKS = """
+@check("p1.asks", gate="hard", cases="one", **WORDS)
+def test_asks(case, subject):
+    import subprocess
+    assert subject.module().WHO == "theirs"
+    program = "import triattention; print(triattention.WHO)"
+    command = [subject.command()[0], "-c", program]
+    assert subprocess.check_output(command, env=subject.environment(), text=True) == "theirs\\n"
+"""
+
+
+def test_another_checkout_stands_in_for_the_bundled_subject(tree: Tree) -> None:
+    tree.write_phase(1, _ASKS)
+    theirs = tree.root / "elsewhere" / "theirs"
+    (theirs / "triattention").mkdir(parents=True)
+    (theirs / "triattention" / "__init__.py").write_text("WHO = 'theirs'\n")
+    (tree.root / "triattention" / "tests").mkdir()
+    (tree.root / "triattention" / "tests" / "test_ours.py").write_text("from triattention import __version__\n")
+    done = tree.pytest(".", f"--subject={theirs}", "--device", "cpu")
+    assert done.returncode == 0, done.stdout
+    record = tree.records()[-1]
+    assert (record.subject.source, record.subject.version) == ("checkout:theirs", "unknown")
+    assert record.results[0].repeat.endswith("--subject=elsewhere/theirs")
+    assert tree.verify("run", "--device", "cpu", "--subject", "elsewhere/theirs").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--phase", "9"], "'9' is not a phase"),
+        (["--subject=nowhere"], "subject 'nowhere': there is no directory"),
+        (["--device=cpu", "--expect", "sm120"], "--expect sm120, but this machine has no GPU that torch can use"),
+    ],
+)
+def test_options_that_cannot_be_met_are_usage_errors(mixed: Tree, arguments: list[str], complaint: str) -> None:
+    before = len(mixed.records())
+    refused = mixed.pytest("phases", *arguments)
+    assert refused.returncode == pytest.ExitCode.USAGE_ERROR, refused.stdout
+    assert complaint in refused.stderr
+    assert len(mixed.records()) == before

@@ -1,0 +1,312 @@
+"""``python -m verify run`` on tiny phases, in real processes: verdicts, crashes, interruption and resumption."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from verify.record import CheckResult, Verdict
+from verify.runner import exit_code
+from verify.tests.tree import Tree, make_tree
+
+_VERDICTS = """
+@check("p1.values", gate="hard", cases={"good": 1.0, "bad": 2.0}, plan="1.3", **WORDS)
+def test_values(case, measure, seed, device, target):
+    assert (device, target) == ("cpu", "emulated")
+    measure("error", case, 1.5, unit="ms", where=f"row 3 of {Path(__file__).parent}")
+
+@check("p1.needs", gate="hard", cases="family", needs=("p1.values",), **WORDS)
+def test_needs(case): raise RuntimeError("a blocked check must not run")
+
+@check("p1.soft", gate="soft", cases={"coded": 0, "bare": 1, "unknown": 2, "infra": 3, "error": 4}, **WORDS)
+def test_soft(case):
+    if case == 0: skip("OFFLINE", "no network")
+    if case == 1: pytest.skip("because")
+    if case == 2: skip("NOPE", "no such code")
+    if case == 3: raise InfraError("the driver is broken")
+    raise ValueError(f"cannot read {Path(__file__)}")
+
+@check("p1.gpu", gate="hard", cases="only", needs_gpu=True, **WORDS)
+def test_gpu(case): raise RuntimeError("must not run without a GPU")
+
+@check("p1.teardown", gate="soft", cases="only", **WORDS)
+def test_teardown(case, broken): pass
+
+@pytest.fixture
+def broken():
+    yield
+    raise OSError("cannot clean up")
+"""
+
+_ACROSS = """
+@check("p2.across", gate="hard", cases="id", needs=("p1.needs.family",), **WORDS)
+def test_across(case): raise RuntimeError("a blocked check must not run")
+
+@check("p2.lacks", gate="hard", cases="name", **WORDS)
+def test_lacks(case, subject): subject.attribute("methods.pruning_utils", "load")
+
+@check("p2.late", gate="hard", cases="python", timeout_s=0.5, **WORDS)
+def test_late(case): time.sleep(60)
+"""
+
+_ABORTS = """
+@check("p3.before", gate="hard", cases="one", **WORDS)
+def test_before(case): pass
+
+@check("p3.aborts", gate="soft", cases="one", **WORDS)
+def test_aborts(case):
+    print("LLVM ERROR: cannot select", flush=True)
+    os.abort()
+
+@check("p3.after", gate="hard", cases="one", **WORDS)
+def test_after(case): pass
+"""
+
+_HANGS = """
+@check("p4.hangs", gate="hard", cases="one", timeout_s=0.5, **WORDS)
+def test_hangs(case):
+    # native code that never returns looks like this: the alarm of pytest-timeout does not get through
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    while True: time.sleep(60)
+
+@check("p4.after", gate="hard", cases="one", **WORDS)
+def test_after(case): pass
+"""
+
+_FINE = """
+@check("p5.fine", gate="hard", cases="one", **WORDS)
+def test_fine(case): pass
+"""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    tree = make_tree(tmp_path_factory.mktemp("repository"))
+    for phase, body in enumerate((_VERDICTS, _ACROSS, _ABORTS, _HANGS, _FINE), start=1):
+        tree.write_phase(phase, body)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def output(tree: Tree) -> str:
+    done = tree.verify("run", "--device", "cpu", "--seed", "7")
+    assert done.returncode == 1, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tree: Tree, output: str) -> dict[str, CheckResult]:
+    return tree.results()
+
+
+@pytest.mark.parametrize(
+    ("check_id", "verdict", "detail"),
+    [
+        ("p1.values.good", "PASS", None),
+        ("p1.values.bad", "FAIL", None),
+        ("p1.needs.family", "BLOCKED", "p1.values.bad"),
+        ("p1.soft.coded", "SKIP", "OFFLINE"),
+        ("p1.soft.bare", "ERROR", None),
+        ("p1.soft.unknown", "ERROR", None),
+        ("p1.soft.infra", "INFRA", None),
+        ("p1.soft.error", "ERROR", None),
+        ("p1.gpu.only", "SKIP", "NO_GPU"),
+        ("p1.teardown.only", "ERROR", None),
+        ("p2.across.id", "BLOCKED", "p1.values.bad"),
+        ("p2.lacks.name", "FAIL", None),
+        ("p2.late.python", "TIMEOUT", None),
+        ("p3.before.one", "PASS", None),
+        ("p3.aborts.one", "CRASH", None),
+        ("p3.after.one", "BLOCKED", "p3.aborts.one"),
+        ("p4.hangs.one", "TIMEOUT", None),
+        ("p4.after.one", "BLOCKED", "p4.hangs.one"),
+        ("p5.fine.one", "PASS", None),
+    ],
+)
+def test_every_ending_has_its_verdict(
+    results: dict[str, CheckResult], check_id: str, verdict: str, detail: str | None
+) -> None:
+    result = results[check_id]
+    assert (result.verdict, result.code or result.by) == (verdict, detail), result.message
+
+
+def test_a_failed_measurement_says_everything_and_nothing_about_the_machine(results: dict[str, CheckResult]) -> None:
+    result = results["p1.values.bad"]
+    assert result.repeat == "python -m pytest 'phases/p1_tiny.py::test_values[bad]' --device cpu --seed 7"
+    assert re.fullmatch(
+        r"phases/p1_tiny\.py:\d+: error: measured 2 ms, allowed 1\.5 ms at row 3 of \S*phases; repeat with: "
+        + re.escape(result.repeat),
+        result.message,
+    )
+    assert [(m.name, m.measured, m.allowed) for m in result.measurements] == [("error", 2.0, 1.5)]
+
+
+def test_messages_hold_no_path_of_the_machine(tree: Tree, results: dict[str, CheckResult]) -> None:
+    places = [str(tree.root), str(tree.root.parent), "/site-packages/_pytest"]
+    assert [(r.id, r.message) for r in results.values() for place in places if place in r.message] == []
+
+
+def test_a_crash_shows_the_last_words_of_the_library(results: dict[str, CheckResult]) -> None:
+    message = results["p3.aborts.one"].message
+    assert message.startswith("the process died of signal 6 (Aborted) during this check")
+    assert "LLVM ERROR: cannot select" in message
+    assert 'File "phases/p3_tiny.py"' in message
+
+
+def test_a_hang_shows_where_it_hung(results: dict[str, CheckResult]) -> None:
+    assert re.search(r'File "phases/p4_tiny\.py", line \d+ in test_hangs', results["p4.hangs.one"].message)
+
+
+def test_output_has_a_plain_line_per_phase_and_per_failure(output: str) -> None:
+    assert re.search(r"^phase 3 compile: 1 passed, 1 crashed, 1 blocked \(\d+\.\d s\)$", output, re.MULTILINE)
+    assert re.search(r"^  CRASH p3\.aborts\.one \(soft\): the process died", output, re.MULTILINE)
+    assert re.search(r"^record: reports/runs/\S+/record\.json$", output, re.MULTILINE)
+
+
+def test_the_record_is_complete_and_in_order(tree: Tree, results: dict[str, CheckResult]) -> None:
+    record = tree.records()[-1]
+    assert (record.state, record.target, record.seed) == ("complete", "emulated", 7)
+    assert (record.subject.version, record.subject.source, record.subject.git_sha) == ("9.9", "bundled", "none")
+    assert [result.id[:2] for result in record.results] == sorted(result.id[:2] for result in record.results)
+    assert record.environment.variables["TRITON_INTERPRET"] == "1"
+    assert record.duration_s > 1
+
+
+def test_pytest_in_one_process_has_the_runner_s_verdicts(tree: Tree, results: dict[str, CheckResult]) -> None:
+    done = tree.pytest("-m", "hard", "--phase", "1,2", "--seed", "7", "--device", "cpu")
+    assert done.returncode == 1
+    hard = [result for result in results.values() if result.gate == "hard" and result.id[1] in "12"]
+    untimed = {"duration_s": 0.0}
+    assert [r.model_copy(update=untimed) for r in tree.results().values()] == [
+        r.model_copy(update=untimed) for r in hard
+    ]
+    assert "record: reports/runs/" in done.stdout
+    assert "this verifies no GPU" in " ".join(done.stdout.split())
+
+
+_WAITS = """
+@check("p2.waits", gate="hard", cases={"a": 0, "b": 1}, **WORDS)
+def test_waits(case):
+    if case and not Path("go").exists():
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        while True: time.sleep(60)
+"""
+
+
+def test_an_interrupted_run_is_resumed_and_finishes_the_same_record(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    tree.write_phase(1, _FINE.replace("p5", "p1"))
+    tree.write_phase(2, _WAITS)
+    printed = _interrupt_twice(tree, "run", "--device", "cpu")
+    (record,) = tree.records()
+    assert (record.state, [result.id for result in record.results]) == ("interrupted", ["p1.fine.one", "p2.waits.a"])
+    assert f"resume with: python -m verify run --resume {record.run_id}" in printed
+
+    package = tree.root / "triattention" / "__init__.py"
+    text = package.read_text()
+    package.write_text(text + "# changed\n")
+    refused = tree.verify("run", "--resume", record.run_id)
+    assert refused.returncode == 3
+    assert re.search(r"cannot be resumed: the subject's content was \w{12} and is now \w{12}", refused.stderr)
+    package.write_text(text)
+
+    (tree.root / "go").touch()
+    done = tree.verify("run", "--resume", record.run_id)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 3 checks are left" in done.stdout
+    (record,) = tree.records()
+    assert (record.state, len(record.results)) == ("complete", 3)
+    starts = [event["id"] for event in tree.events() if event["event"] == "start"]
+    assert starts == ["p1.fine.one", "p2.waits.a", *["p2.waits.b"] * 2]
+
+    again = tree.verify("run", "--resume", str(tree.root / "reports" / "runs" / record.run_id))
+    assert (again.returncode, "is complete" in again.stdout) == (0, True)
+
+
+def _interrupt_twice(tree: Tree, *arguments: str) -> str:
+    """Start a run, ask it to stop while p2.waits.b takes no notice, ask again, and return what it printed."""
+    running = tree.start_verify(*arguments)
+    _wait_until(lambda: any(event.get("id") == "p2.waits.b" for event in tree.events()))
+    begun = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        running.send_signal(number)
+        time.sleep(0.4)
+    printed, _ = running.communicate(timeout=30)
+    assert running.returncode == 2, printed
+    # being asked twice, it did not try the gentle ways for as long as they may take
+    assert time.monotonic() - begun < 4
+    return printed
+
+
+def _wait_until(happened: Callable[[], bool], limit_s: float = 30.0) -> None:
+    until = time.monotonic() + limit_s
+    while not happened():
+        assert time.monotonic() < until, f"nothing happened within {limit_s} s"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["-m", "hard and soft"],
+            "no check is selected by -m 'hard and soft'; `python -m verify gates` lists them all",
+        ),
+        (["-m", "hard and"], "the checks cannot be collected: Wrong expression passed to '-m': hard and: at column 9"),
+        (["--subject", "elsewhere"], "subject 'elsewhere': there is no directory"),
+        (["--resume", "nothing"], "there is no run 'nothing' in"),
+    ],
+)
+def test_what_cannot_be_run_is_one_sentence_exit_3_and_leaves_nothing(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    tree = make_tree(tmp_path)
+    tree.write_phase(5, _FINE)
+    refused = tree.verify("run", *arguments)
+    assert refused.returncode == 3, refused.stdout
+    assert refused.stderr.startswith(f"verify: {sentence}")
+    assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "reports").exists()
+
+
+def test_a_subject_that_does_not_import_is_refused(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    tree.write_phase(5, _FINE)
+    (tmp_path / "triattention" / "__init__.py").write_text("import absent_dependency\n")
+    refused = tree.verify("run", "--device", "cpu")
+    assert refused.returncode == 3
+    assert (
+        "subject 'bundled' does not import (ModuleNotFoundError: No module named 'absent_dependency')" in refused.stderr
+    )
+    assert not (tmp_path / "reports").exists()
+
+
+def _result(number: int, gate: str, verdict: Verdict, by: int | None = None) -> CheckResult:
+    return CheckResult(
+        id=f"p1.made.c{number}", gate=gate, verdict=verdict, by=None if by is None else f"p1.made.c{by}",
+        evidence="emulated", seed=0, duration_s=0, message="made", repeat="made",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("results", "strict_soft", "code"),
+    [
+        ([("hard", "PASS"), ("soft", "FAIL")], False, 0),
+        ([("hard", "PASS"), ("soft", "FAIL")], True, 4),
+        ([("hard", "FAIL"), ("soft", "FAIL")], True, 1),
+        ([("hard", "INFRA"), ("soft", "PASS")], False, 3),
+        ([("hard", "INFRA"), ("hard", "BLOCKED", 0)], False, 3),
+        ([("hard", "INFRA"), ("hard", "CRASH")], False, 1),
+        ([("soft", "CRASH"), ("hard", "BLOCKED", 0)], False, 1),
+        ([("hard", "BLOCKED", 9)], False, 1),
+        ([("soft", "INFRA"), ("soft", "BLOCKED", 0)], False, 0),
+    ],
+)
+def test_exit_code(results: list[tuple], strict_soft: bool, code: int) -> None:
+    made = [_result(number, result[0], Verdict(result[1]), *result[2:]) for number, result in enumerate(results)]
+    assert exit_code(made, strict_soft=strict_soft) == code

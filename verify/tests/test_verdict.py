@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pytest
+
+from verify.architectures import EMULATED, find
+from verify.tests.samples import HARD, checks, passing, record, result
+from verify.verdict import TargetVerdict, assess, fill_command, must_pass
+
+SM120 = find(120)
+
+
+def verdict_of(*records, target=SM120) -> TargetVerdict:
+    return assess(target, records, checks()).verdict
+
+
+def replaced(check_id: str, verdict: str, **fields):
+    return [*(r for r in passing() if r.id != check_id), result(check_id, verdict, **fields)]
+
+
+def test_must_pass_is_every_hard_check_that_applies() -> None:
+    assert [check.id for check in must_pass(checks(), SM120)] == list(HARD)
+    assert "p1.torch_sees.gpu" not in [check.id for check in must_pass(checks(), EMULATED)]
+
+
+def test_verified_needs_every_must_pass_check_on_hardware() -> None:
+    found = assess(SM120, [record("sm120", passing())], checks())
+    assert found.verdict is TargetVerdict.VERIFIED
+    assert "All 6 must-pass checks passed on Sample GPU 120 for sample 1.0 (1234567)" in found.sentence
+    assert found.missing == ()
+
+
+@pytest.mark.parametrize("verdict", ["FAIL", "ERROR", "CRASH", "TIMEOUT", "XPASS"])
+def test_one_failure_fails_the_gpu(verdict: str) -> None:
+    found = assess(SM120, [record("sm120", replaced("p4.oracle.n33", verdict))], checks())
+    assert found.verdict is TargetVerdict.FAILED
+    assert "p4.oracle.n33" in found.sentence
+    assert "5 passed, 0 without a result" in found.sentence
+
+
+@pytest.mark.parametrize("verdict", ["SKIP", "BLOCKED", "XFAIL"])
+def test_what_taught_nothing_leaves_the_gpu_incomplete(verdict: str) -> None:
+    assert verdict_of(record("sm120", replaced("p4.oracle.n33", verdict))) is TargetVerdict.INCOMPLETE
+
+
+def test_an_absent_result_leaves_the_gpu_incomplete() -> None:
+    found = assess(SM120, [record("sm120", passing()[:-1])], checks())
+    assert found.verdict is TargetVerdict.INCOMPLETE
+    assert [cell.check.id for cell in found.missing] == ["p4.triton_pytorch.max"]
+    assert fill_command(found) == "python -m verify run --expect sm120 --phases 4"
+
+
+def test_infra_is_told_from_failure_and_does_not_hide_one() -> None:
+    infra = replaced("p1.bf16.matmul", "INFRA")
+    assert verdict_of(record("sm120", infra)) is TargetVerdict.INFRA
+    both = [*(r for r in infra if r.id != "p4.oracle.n1"), result("p4.oracle.n1", "FAIL")]
+    assert verdict_of(record("sm120", both)) is TargetVerdict.FAILED
+
+
+def test_a_soft_failure_does_not_change_the_verdict() -> None:
+    found = assess(SM120, [record("sm120", [*passing(), result("p8.kernel.ms", "FAIL")])], checks())
+    assert found.verdict is TargetVerdict.VERIFIED
+    assert "of 2 soft checks 0 passed, 1 failed, 1 without a result" in found.sentence
+
+
+def test_no_record_is_incomplete_and_says_so() -> None:
+    found = assess(SM120, [record("sm90", passing())], checks())
+    assert found.verdict is TargetVerdict.INCOMPLETE
+    assert found.sentence.startswith("There is no record of an sm120 GPU")
+    assert fill_command(found) == "python -m verify run --expect sm120"
+
+
+@pytest.mark.parametrize("evidence", ["emulated", "compiled"])
+def test_other_evidence_never_fills_a_hardware_cell(evidence: str) -> None:
+    results = [*passing()[:-1], result("p4.triton_pytorch.max", evidence=evidence)]
+    found = assess(SM120, [record("sm120", results)], checks())
+    assert found.verdict is TargetVerdict.INCOMPLETE
+    (cell,) = found.missing
+    assert not cell.passed
+    # what was compiled is shown as such; what was emulated says nothing about a GPU
+    assert (cell.result is not None) is (evidence == "compiled")
+
+
+def test_a_compiled_failure_does_not_fail_the_gpu() -> None:
+    results = [*passing()[:-1], result("p4.triton_pytorch.max", "FAIL", evidence="compiled")]
+    assert verdict_of(record("sm120", results)) is TargetVerdict.INCOMPLETE
+
+
+def test_emulated_can_pass_and_verifies_no_gpu() -> None:
+    found = assess(EMULATED, [record("emulated", passing("emulated"))], checks())
+    assert found.verdict is TargetVerdict.EMULATED_PASS
+    assert found.sentence.endswith("this verifies no GPU.")
+    assert verdict_of(record("emulated", passing("emulated"))) is TargetVerdict.INCOMPLETE
+
+
+def test_emulated_fails_and_is_incomplete_in_its_own_words() -> None:
+    results = passing("emulated")
+    assert verdict_of(record("emulated", results[:-1]), target=EMULATED) is TargetVerdict.EMULATED_INCOMPLETE
+    failed = [*results[:-1], result("p4.triton_pytorch.max", "FAIL", "emulated")]
+    assert verdict_of(record("emulated", failed), target=EMULATED) is TargetVerdict.EMULATED_FAIL
+
+
+def test_the_newest_result_counts_for_better_and_for_worse() -> None:
+    old, new = record("sm120", passing(), day=1), record("sm120", [result("p4.oracle.n1", "FAIL")], day=2)
+    assert verdict_of(old, new) is verdict_of(new, old) is TargetVerdict.FAILED
+    mended = record("sm120", [result("p4.oracle.n1")], day=3)
+    assert verdict_of(old, new, mended) is TargetVerdict.VERIFIED
+
+
+def test_time_and_not_text_decides_what_is_newest() -> None:
+    first = record("sm120", passing(), run_id="a", time_utc="2026-11-01T00:00:00Z")
+    later = record("sm120", [result("p4.oracle.n1", "FAIL")], run_id="b", time_utc="2026-11-01T00:00:00.5Z")
+    assert verdict_of(first, later) is TargetVerdict.FAILED
+
+
+@pytest.mark.parametrize("change", [{"git_sha": "other"}, {"dirty": True}, {"version": "2.0"}, {"name": "another"}])
+def test_records_of_another_subject_are_stale_and_not_mixed(change: dict) -> None:
+    old = record("sm120", passing(), day=1)
+    new = record("sm120", passing()[:1], day=2)
+    new = new.model_copy(update={"subject": new.subject.model_copy(update=change)})
+    found = assess(SM120, [old, new], checks())
+    assert found.verdict is TargetVerdict.INCOMPLETE
+    assert found.used == (new,)
+    assert found.stale == (old,)
+
+
+def test_a_result_of_no_known_check_is_listed_and_counts_for_nothing() -> None:
+    found = assess(SM120, [record("sm120", [*passing(), result("p4.gone.x", "FAIL")])], checks())
+    assert found.verdict is TargetVerdict.VERIFIED
+    assert found.unknown_ids == ("p4.gone.x",)
+
+
+def test_a_suite_without_checks_verifies_nothing() -> None:
+    assert assess(SM120, [record("sm120", passing())], []).verdict is TargetVerdict.INCOMPLETE

@@ -1,0 +1,102 @@
+"""Every tolerance of the suite, with its derivation. Nothing is compared with a number that does not come from here.
+
+An fp32 implementation that reads exact keys makes, per score, a handful of roundings of 2^-24 relative to the sum of the
+absolute terms T (a sum of n terms in a tree rounds log2 n times, each weight and product once, |k| twice); folded
+prototypes measured 0.6 to 2.5 units of 2^-24 T. Class A allows 8. Class B adds what honest fp32 phases cost: an
+angle x = (t + o) omega held in fp32 is off by up to |x| 2^-24, and forming it from rounded factors doubles that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from verify.oracle import Case
+
+#: Half a unit in the last place of 1.0 in float32.
+UNIT = 2.0**-24
+
+#: Class A, in units of 2^-24 T.
+CLASS_A_UNITS = 8.0
+
+#: Plan 3.2: the fixed bound on the difference of the Triton and the PyTorch path.
+PLAN_MAX_DIFF = 1e-2
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How far scores are from the oracle, in the worst place.
+
+    ``units`` is the largest error over 2^-24 T (class A allows 8); ``of_b`` the largest error over the class B budget
+    (allows 1); ``max_error`` the largest absolute error. NaN where a score is NaN, which no bound admits.
+    """
+
+    units: float
+    of_b: float
+    max_error: float
+    where: str
+
+    @property
+    def accuracy_class(self) -> str:
+        """``A``, ``B`` or ``C`` of spec: within 8 x 2^-24 T; within that plus honest fp32 phases; neither."""
+        if self.units <= CLASS_A_UNITS:
+            return "A"
+        return "B" if self.of_b <= 1.0 else "C"
+
+
+def budget_a(case: Case) -> np.ndarray:
+    """Class A's allowed error per score, ``[B, H*G, N]``."""
+    from verify import oracle
+
+    return CLASS_A_UNITS * UNIT * oracle.term_sum(case)
+
+
+def budget_b(case: Case) -> np.ndarray:
+    """Class B's allowed error per score, ``[B, H*G, N]``."""
+    from verify import oracle
+
+    return budget_a(case) + 2 * UNIT * oracle.phase_sum(case)
+
+
+def accuracy(got: Any, case: Case) -> Accuracy:
+    """Compare the scores ``[B, H*G, N]`` of a subject with the oracle's."""
+    import numpy as np
+
+    from verify import oracle
+
+    want = oracle.scores(case)
+    error = np.abs(np.asarray(got, dtype=np.float64) - want)
+    relative = _ratio(error, budget_a(case)) * CLASS_A_UNITS
+    worst = np.unravel_index(int(np.argmax(np.where(np.isnan(relative), np.inf, relative))), relative.shape)
+    place = "row {}, query head {}, key {}".format(*(int(i) for i in worst))
+    of_b = float(np.max(_ratio(error, budget_b(case))))
+    return Accuracy(float(relative[worst]), of_b, float(error.max()), f"{place} (oracle {want[worst]:.6g})")
+
+
+def _ratio(error: np.ndarray, budget: np.ndarray) -> np.ndarray:
+    """error / budget, where nothing over nothing is 0: a score of no terms has to be exactly 0."""
+    import numpy as np
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((error == 0) & (budget == 0), 0.0, error / budget)
+
+
+def trig_entry_units(table: Any, exact: np.ndarray) -> float:
+    """Largest error of table entries (cos or sin values) in units of 2^-24; rounding once costs at most half of one."""
+    import numpy as np
+
+    return float(np.max(np.abs(np.asarray(table, dtype=np.float64) - exact)) / UNIT)
+
+
+#: A cos or sin rounded once from float64 is within half a unit; one more unit is left for the libm.
+TRIG_ENTRY_UNITS = 1.5
+
+
+def trig_entry_units_fp32_phase(angle: np.ndarray) -> float:
+    """What an entry may be off by, in units of 2^-24, when its phase was formed in fp32: the rounding plus 2 |x|."""
+    import numpy as np
+
+    return TRIG_ENTRY_UNITS + 2 * float(np.max(np.abs(angle)))

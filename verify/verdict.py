@@ -1,0 +1,209 @@
+"""The verdict of a GPU, or of the emulated target: what its must-pass checks prove, merged over its records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from itertools import compress
+
+from verify.architectures import EMULATED, Target
+from verify.checks import Check
+from verify.record import FAILING, CheckResult, Evidence, Record, SubjectInfo, Verdict
+
+
+class TargetVerdict(StrEnum):
+    """What is known about a target. Only VERIFIED speaks for hardware; the EMULATED words say that they do not."""
+
+    VERIFIED = "VERIFIED"
+    FAILED = "FAILED"
+    INCOMPLETE = "INCOMPLETE"
+    INFRA = "INFRA"
+    EMULATED_PASS = "EMULATED PASS"
+    EMULATED_FAIL = "EMULATED FAIL"
+    EMULATED_INCOMPLETE = "EMULATED INCOMPLETE"
+
+
+_EMULATED_WORDS = {
+    TargetVerdict.VERIFIED: TargetVerdict.EMULATED_PASS,
+    TargetVerdict.FAILED: TargetVerdict.EMULATED_FAIL,
+    TargetVerdict.INCOMPLETE: TargetVerdict.EMULATED_INCOMPLETE,
+    TargetVerdict.INFRA: TargetVerdict.INFRA,
+}
+
+#: What a cell of a matrix may show, best proof first. A GPU's cell never shows an emulated result.
+_SHOWN: dict[bool, tuple[Evidence, ...]] = {True: ("emulated",), False: ("hardware", "compiled")}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One check on one target: the newest result of the best evidence there is, or none."""
+
+    check: Check
+    must_pass: bool
+    result: CheckResult | None
+    proves: bool  #: whether the evidence is the kind that the target's verdict rests on
+    run_id: str | None
+
+    @property
+    def passed(self) -> bool:
+        return self.proves and self.result is not None and self.result.verdict is Verdict.PASS
+
+    @property
+    def failed(self) -> bool:
+        return self.proves and self.result is not None and self.result.verdict in FAILING
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """A target's verdict with everything it rests on; ``used`` and ``stale`` are newest first."""
+
+    target: Target
+    verdict: TargetVerdict
+    sentence: str
+    cells: tuple[Cell, ...]
+    used: tuple[Record, ...]
+    stale: tuple[Record, ...]
+    unknown_ids: tuple[str, ...]
+
+    @property
+    def must_pass(self) -> tuple[Cell, ...]:
+        return tuple(cell for cell in self.cells if cell.must_pass)
+
+    @property
+    def missing(self) -> tuple[Cell, ...]:
+        """Must-pass cells that neither passed nor failed: absent, skipped, blocked, or proven in another way only."""
+        return tuple(cell for cell in self.must_pass if not cell.passed and not cell.failed)
+
+    @property
+    def subject(self) -> SubjectInfo | None:
+        return self.used[0].subject if self.used else None
+
+
+def must_pass(checks: Iterable[Check], target: Target) -> list[Check]:
+    """The checks that ``target`` must pass: every HARD one whose range includes it."""
+    return [check for check in checks if check.spec.gate == "hard" and check.applies_to(target.target)]
+
+
+def newest_first(records: Iterable[Record]) -> list[Record]:
+    # as times, not as strings: "…00.5Z" would sort before "…00Z"
+    return sorted(records, key=lambda record: (datetime.fromisoformat(record.time_utc), record.run_id), reverse=True)
+
+
+def subject_key(subject: SubjectInfo) -> tuple[str, str, str, bool]:
+    """What two records must agree on to speak about one subject; its ``source`` is where it lay, not what it is."""
+    return subject.name, subject.version, subject.git_sha, subject.dirty
+
+
+def describe_subject(subject: SubjectInfo) -> str:
+    """The subject in a few words: ``triattention 0.1.0 (1234abc, with local changes)``."""
+    state = ", with local changes" if subject.dirty else ""
+    sha = "no git commit" if subject.git_sha == "none" else subject.git_sha[:7]
+    return f"{subject.name} {subject.version} ({sha}{state})"
+
+
+def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -> Assessment:
+    """The verdict of ``target`` from those of ``records`` that are about it and about its newest record's subject.
+
+    Per id the newest result counts, a failure as much as a pass. Records about another subject are listed as stale.
+    """
+    own = newest_first(record for record in records if record.target == target.target)
+    same = [subject_key(record.subject) == subject_key(own[0].subject) for record in own]
+    used, stale = list(compress(own, same)), [record for record, kept in zip(own, same, strict=True) if not kept]
+    found = _newest_results(used)
+    wanted = {check.id for check in must_pass(checks, target)}
+    cells = tuple(
+        cell
+        for cell in (_cell(check, target, found, check.id in wanted) for check in checks)
+        if cell.result is not None or cell.check.applies_to(target.target)
+    )
+    known = {check.id for check in checks}
+    unknown = tuple(dict.fromkeys(check_id for check_id, _ in found if check_id not in known))
+    verdict = _verdict([cell for cell in cells if cell.must_pass])
+    if target is EMULATED:
+        verdict = _EMULATED_WORDS[verdict]
+    sentence = _sentence(target, verdict, cells, used)
+    return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown)
+
+
+def _newest_results(records: Sequence[Record]) -> dict[tuple[str, Evidence], tuple[CheckResult, str]]:
+    found: dict[tuple[str, Evidence], tuple[CheckResult, str]] = {}
+    for record in records:
+        for result in record.results:
+            found.setdefault((result.id, result.evidence), (result, record.run_id))
+    return found
+
+
+def _cell(
+    check: Check, target: Target, found: dict[tuple[str, Evidence], tuple[CheckResult, str]], wanted: bool
+) -> Cell:
+    shown = _SHOWN[target is EMULATED]
+    for evidence in shown:
+        if (check.id, evidence) in found:
+            result, run_id = found[check.id, evidence]
+            return Cell(check, wanted, result, evidence == shown[0], run_id)
+    return Cell(check, wanted, None, False, None)
+
+
+def _verdict(cells: Sequence[Cell]) -> TargetVerdict:
+    failed = {cell.result.verdict for cell in cells if cell.failed}
+    if failed - {Verdict.INFRA}:
+        return TargetVerdict.FAILED
+    if failed:
+        return TargetVerdict.INFRA
+    if cells and all(cell.passed for cell in cells):
+        return TargetVerdict.VERIFIED
+    return TargetVerdict.INCOMPLETE
+
+
+def _sentence(target: Target, verdict: TargetVerdict, cells: Sequence[Cell], used: Sequence[Record]) -> str:
+    """One sentence that says what was verified and what was not."""
+    hard = [cell for cell in cells if cell.must_pass]
+    emulated = target is EMULATED
+    if not used:
+        who = "a run without a GPU" if emulated else f"an {target.target} GPU"
+        return f"There is no record of {who}, so none of its {len(hard)} must-pass checks is verified."
+    failed = [cell.check.id for cell in hard if cell.failed]
+    passed = sum(cell.passed for cell in hard)
+    where = f"{_where(target, used)} for {describe_subject(used[0].subject)}"
+    end = "; this verifies no GPU." if emulated else "."
+    if verdict in (TargetVerdict.VERIFIED, TargetVerdict.EMULATED_PASS):
+        return f"All {len(hard)} must-pass checks passed {where}; {_soft(cells)}{end}"
+    if failed:
+        ended = "could not be judged" if verdict is TargetVerdict.INFRA else "failed"
+        start = f"{len(failed)} of {len(hard)} must-pass checks {ended} {where}, the first of them {failed[0]}"
+        return f"{start}; {passed} passed, {len(hard) - passed - len(failed)} without a result that counts{end}"
+    return (
+        f"{passed} of {len(hard)} must-pass checks passed {where} and none failed, "
+        f"but {len(hard) - passed} without a result that counts leave {target.target} open{end}"
+    )
+
+
+def _where(target: Target, used: Sequence[Record]) -> str:
+    if target is EMULATED:
+        return "under Triton's interpreter and CPU torch"
+    return "on " + " and ".join(dict.fromkeys(record.environment.gpu.name for record in used if record.environment.gpu))
+
+
+def _soft(cells: Sequence[Cell]) -> str:
+    soft = [cell for cell in cells if cell.check.spec.gate == "soft"]
+    passed, failed = sum(cell.passed for cell in soft), sum(cell.failed for cell in soft)
+    absent = len(soft) - passed - failed
+    return f"of {len(soft)} soft checks {passed} passed, {failed} failed, {absent} without a result"
+
+
+def missing_by_phase(assessment: Assessment) -> dict[int, list[Cell]]:
+    """The missing must-pass cells, by phase, ascending."""
+    phases: dict[int, list[Cell]] = {}
+    for cell in sorted(assessment.missing, key=lambda cell: cell.check.phase):
+        phases.setdefault(cell.check.phase, []).append(cell)
+    return phases
+
+
+def fill_command(assessment: Assessment) -> str:
+    """The command that would fill what is missing, on a machine with the target's GPU."""
+    where = "--device cpu" if assessment.target is EMULATED else f"--expect {assessment.target.target}"
+    missing = set(missing_by_phase(assessment))
+    some = missing != {cell.check.phase for cell in assessment.must_pass}
+    return f"python -m verify run {where}" + (f" --phases {','.join(map(str, sorted(missing)))}" if some else "")
