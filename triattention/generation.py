@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One reply. ``seconds`` is prefill and decoding; ``new_tokens`` counts the end token; ``peak_kv_tokens`` is the longest the
+    """One reply.
+
+    ``seconds`` is prefill and decoding; ``new_tokens`` counts the end token; ``peak_kv_tokens`` is the longest the
     cache was after a step, per KV head.
     """
 
@@ -53,8 +55,8 @@ def encode(loaded: LoadedModel, questions: Sequence[Question], max_new_tokens: i
         ids = encoded["input_ids"]
         if limit is not None and ids.shape[1] + max_new_tokens > limit:
             raise TriAttentionError(
-                f"question {number} has {ids.shape[1]} tokens and the reply may have {max_new_tokens}, together more than "
-                f"the {limit} positions of {loaded.source.name}; lower --max-new-tokens or leave the question out"
+                f"question {number} has {ids.shape[1]} tokens and the reply may have {max_new_tokens}, together more "
+                f"than the {limit} positions of {loaded.source.name}; lower --max-new-tokens or leave the question out"
             )
         prompts.append(ids)
     return prompts

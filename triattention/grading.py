@@ -3,15 +3,15 @@
 The rules, in order:
 
 1. Reasoning inside ``<think>...</think>`` is dropped; a reply that never leaves it has no answer.
-2. The final answer is what the reply marks as such, the last mark winning: ``\\boxed{...}``, ``#### ...``, ``answer is ...``,
-   ``answer: ...`` (to the end of that sentence).
+2. The final answer is what the reply marks as such, the last mark winning: ``\\boxed{...}``, ``#### ...``,
+   ``answer is ...``, ``answer: ...`` (to the end of that sentence).
 3. Without a mark, a mathematical answer is the last expression of the reply, and an answer in words is in its first
    sentence: sums are worked out before they are answered, facts are stated first.
-4. Mathematical answers (a number, or anything in LaTeX) are compared by value with math-verify: 0.5 is 1/2, 14 is not 4. Where
-   a number is expected, a sum that is left to do is no answer: ``5 * 5`` is not 25, ``5 * 5 = 25`` is. A whole number up to
-   twelve may also be written as a word.
-5. Words are compared whole and without case, never as substrings. A clause that denies or hedges (``not Paris``, ``Paris or
-   Lyon``) does not answer.
+4. Mathematical answers (a number, or anything in LaTeX) are compared by value with math-verify: 0.5 is 1/2, 14 is not
+   4. Where a number is expected, a sum that is left to do is no answer: ``5 * 5`` is not 25, ``5 * 5 = 25`` is. A whole
+   number up to twelve may also be written as a word.
+5. Words are compared whole and without case, never as substrings. A clause that denies or hedges (``not Paris``,
+   ``Paris or Lyon``) does not answer.
 """
 
 from __future__ import annotations
@@ -32,14 +32,28 @@ _MATH_SECONDS = 5
 
 _NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?(\s*/\s*\d+)?\s*%?")
 #: Numbers with an operator between them; a slash without spaces is a fraction.
-_SUM = re.compile(r"\d+(?:[.,]\d+)*(?:(?:\s*(?:[-+*×÷]|\\times|\\cdot|\\div)\s*|\s+/\s+)\d+(?:[.,]\d+)*)+")
+_SUM = re.compile(r"\d+(?:[.,]\d+)*(?:(?:\s*(?:[-+*\u00d7\u00f7]|\\times|\\cdot|\\div)\s*|\s+/\s+)\d+(?:[.,]\d+)*)+")
 _MARK = re.compile(r"(?:\banswer\b[^.:=\n]{0,80}?(?:\bis\b(?:\s*:)?|:|=)|####)[\s*]*", re.IGNORECASE)
 #: A full stop ends a sentence only before a space, so that 3.5 stays whole.
 _SENTENCE_END = re.compile(r"[.!?](?=[\s\"')*]|$)|\n")
 _CLAUSE_END = re.compile(r"[,;:()]|\bbut\b|\brather\b", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"\b(?:not|never|neither|nor|cannot|or|either)\b|n't\b", re.IGNORECASE)
 _WORD = re.compile(r"[^\W_]+")
-_NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_NUMBER_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +144,8 @@ def _contains(words: list[str], wanted: list[str]) -> bool:
 def _math_verify() -> Iterator[tuple[Any, Any]]:
     """math-verify's parse and verify, each within 5 s.
 
-    Its time limit is an alarm signal, which only the main thread can set (elsewhere there is no limit), and which would cancel
-    an alarm somebody else has set (pytest-timeout): that one is set again afterwards.
+    Its time limit is an alarm signal, which only the main thread can set (elsewhere there is no limit), and which would
+    cancel an alarm somebody else has set (pytest-timeout): that one is set again afterwards.
     """
     # it warns once per process where the limit is off, and logs every text that it cannot parse
     logging.getLogger("math_verify").setLevel(logging.ERROR)

@@ -23,7 +23,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model as the user named it (``name``) and where transformers finds it (``location``: a directory or a hub name)."""
+    """A model as the user named it, and its ``location`` for transformers: a directory or a hub name."""
 
     name: str
     location: str
@@ -55,10 +55,10 @@ def find_source(name: str) -> ModelSource:
     if name == EMBEDDED:
         return ModelSource(name, str(embedded_directory()))
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         _check_directory(path)
         return ModelSource(name, str(path))
-    if path.exists():
+    if path.is_file():
         raise TriAttentionError(f"--model {name} is a file; give the directory that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise TriAttentionError(
@@ -99,7 +99,7 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def fetch(source: ModelSource) -> Path:
-    """The directory of a model; a hub model is downloaded into the hub's cache. Raises TriAttentionError if it cannot be."""
+    """The directory of a model; a hub model is downloaded into the hub's cache, or TriAttentionError says why not."""
     if source.local:
         return Path(source.location)
     from huggingface_hub import snapshot_download
@@ -168,7 +168,7 @@ def load(source: ModelSource, *, dtype: str = "auto", device: str = "auto", atte
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place
         raise TriAttentionError(
-            f"cannot load model {source.name}: {len(missing)} of its weights are not in its files ({missing[0]} is one); "
+            f"cannot load model {source.name}: {len(missing)} of its weights are not in its files (one: {missing[0]}); "
             "download it again"
         )
     return LoadedModel(model, tokenizer, source)

@@ -7,6 +7,13 @@ import torch
 from triattention.errors import TriAttentionError
 
 
+def to_device(values: list[int], device: torch.device) -> torch.Tensor:
+    """Host integers as int64 on ``device``, through pinned memory for a GPU, so that nothing waits for it."""
+    if device.type == "cuda":
+        return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
+    return torch.tensor(values, device=device)
+
+
 def z_score(scores: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
     """Standardise each query head over its evictable region: ``[B, H*G, N]`` with region ``[B, N]``, float64 out.
 
@@ -44,7 +51,7 @@ def keep_mask(scores: torch.Tensor, valid: torch.Tensor, protected: torch.Tensor
     order = ranked.argsort(dim=-1, descending=True, stable=True)  # stable: ties keep the lower index first
     rank = torch.empty_like(order)
     rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-    n_keep = valid.sum(-1) - torch.tensor(evict, device=valid.device)
+    n_keep = valid.sum(-1) - to_device(evict, valid.device)
     return (rank < n_keep[:, None, None]) & valid[:, None]
 
 

@@ -57,9 +57,12 @@ class Statistics:
         """R = |m| / a averaged over heads and frequencies, per layer: float32 ``[L]``, in [0, 1]."""
         return (torch.hypot(self.q_mean_real, self.q_mean_imag) / self.q_abs_mean.clamp_min(1e-30)).mean((1, 2))
 
-    def check_model(self, model: Any) -> Architecture:
-        """The model's description, or TriAttentionError naming both values of the first thing that differs."""
-        live = describe(model)
+    def check_model(self, model: Any) -> None:
+        """Raise TriAttentionError, naming both values, unless these can be the statistics of ``model``."""
+        self.check_architecture(describe(model))
+
+    def check_architecture(self, live: Architecture) -> None:
+        """``check_model`` for a model that has been described already."""
         here = tuple(self.q_abs_mean.shape)
         wanted = (live.num_layers, live.num_query_heads, len(live.omega))
         if here != wanted:
@@ -69,7 +72,6 @@ class Statistics:
             )
         if self.architecture is not None:
             self.architecture.require_same(live, self.source)
-        return live
 
 
 def save(path: str | os.PathLike[str], statistics: Statistics) -> None:

@@ -46,11 +46,11 @@ def read_text(path: Path) -> str:
 
 
 def calibrate_on_text(loaded: LoadedModel, text: str) -> Statistics:
-    """Statistics of an unpatched model over ``text``. Raises TriAttentionError for too short a text (under 512 tokens)."""
+    """Statistics of an unpatched model over ``text``. Raises TriAttentionError for a text of under 512 tokens."""
     ids = loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     if ids.shape[1] < MIN_TOKENS:
         raise TriAttentionError(
-            f"the calibration text has {ids.shape[1]} tokens; give at least {MIN_TOKENS}, and some thousands for good statistics"
+            f"the calibration text has {ids.shape[1]} tokens; give at least {MIN_TOKENS}, better some thousands"
         )
 
     def forward(model: Any) -> None:
@@ -64,8 +64,8 @@ def calibrate_on_text(loaded: LoadedModel, text: str) -> Statistics:
 def cached_statistics(loaded: LoadedModel) -> Path:
     """The cached statistics file of a model on the bundled text; calibrates when there is none that fits.
 
-    One file per model (configuration and weight files), dtype and text. Of several processes one calibrates and the others
-    wait. Raises TriAttentionError when the cache cannot be written.
+    One file per model (configuration and weight files), dtype and text. Of several processes one calibrates and the
+    others wait. Raises TriAttentionError when the cache cannot be written.
     """
     text = bundled_text()
     of_text = hashlib.sha256(text.encode()).hexdigest()[:8]

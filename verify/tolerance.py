@@ -95,6 +95,12 @@ def trig_entry_units(table: Any, exact: np.ndarray) -> float:
 TRIG_ENTRY_UNITS = 1.5
 
 
+#: Largest difference of float32 log-probabilities between two attention implementations over the same cache. Each layer
+#: sums the same terms in another order: about 2^-24 sqrt(terms) relative, 1e-6 after some hundred terms, which thirty layers
+#: and a softmax over logits of size 20 turn into some 1e-4 at worst. A mask that is off by one key gives 1e-1 or more.
+ATTENTION_LOG_PROB = 1e-3
+
+
 def trig_entry_units_fp32_phase(angle: np.ndarray) -> float:
     """What an entry may be off by, in units of 2^-24, when its phase was formed in fp32: the rounding plus 2 |x|."""
     import numpy as np

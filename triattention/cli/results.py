@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One line of the results file. ``tokens_per_s`` is new_tokens / seconds; ``budget`` is None without compression."""
+    """One line of the results file. ``tokens_per_s`` is new_tokens / seconds; ``budget`` is None for method full."""
 
     question: str
     expected: str
@@ -68,10 +68,10 @@ def run_name(method: str, budget: int | None, model: str, dataset: str) -> str:
 
 
 class Results:
-    """The results of one run, kept in ``<out>/<name>.jsonl`` and ``<out>/<name>.summary.json``; in memory where ``out`` is None.
+    """Results of a run: ``<out>/<name>.jsonl`` and ``<out>/<name>.summary.json``, in memory where ``out`` is None.
 
-    Entering makes the directory and the file; every line is written whole and flushed, so an interrupted run leaves whole
-    lines and no summary.
+    Entering makes the directory and the file; every line is written whole and flushed, so an interrupted run leaves
+    whole lines and no summary.
     """
 
     def __init__(self, out: Path | None, name: str) -> None:
@@ -80,7 +80,7 @@ class Results:
         self._jsonl = None if out is None else out / f"{name}.jsonl"
 
     def check(self) -> None:
-        """Raise TriAttentionError for a directory that cannot be written to or that holds this run already; writes nothing."""
+        """Raise TriAttentionError for a directory that cannot be written to or holds this run already."""
         if self._jsonl is None:
             return
         require_writable(self._jsonl.parent, "--out")

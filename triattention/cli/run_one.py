@@ -36,7 +36,7 @@ def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "run-one",
         help="answer a dataset with one model and one method, and grade it",
-        description="Answer the questions one at a time, greedily, print and grade each answer, and end with the accuracy.",
+        description="Answer the questions one at a time, greedily; print and grade each; end with the accuracy.",
     )
     add_model_options(parser)
     parser.add_argument(
@@ -183,8 +183,8 @@ def _ask(
         reply = answer(loaded, prompt, max_new_tokens)
     except torch.OutOfMemoryError as error:
         raise TriAttentionError(
-            f"the GPU ran out of memory in the question {question.question[:60]!r}; lower --max-new-tokens or --budget, "
-            "or use --dtype bfloat16"
+            f"the GPU ran out of memory in the question {question.question[:60]!r}; lower --max-new-tokens or --budget"
+            ", or use --dtype bfloat16"
         ) from error
     return Result.of(question, reply, grade(reply.text, question.answer), described)
 

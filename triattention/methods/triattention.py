@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from triattention import statistics
+from triattention.architecture import Architecture, describe
 from triattention.errors import TriAttentionError
 from triattention.scoring import score
-from triattention.selection import evictable, group_max, keep_indices, keep_mask, z_score
+from triattention.selection import evictable, group_max, keep_indices, keep_mask, to_device, z_score
 from triattention.trig import fold, geometric_offsets, phases
 from triattention.vllm.core.compressor import rope_of
 from triattention.vllm.core.config import check_budget
@@ -62,6 +63,8 @@ class TriAttentionConfig:
             raise TriAttentionError(
                 "per_layer_perhead_pruning is not available yet; use per_head_pruning=True, or neither for union"
             )
+        if self.score_aggregation not in ("mean", "max"):
+            raise TriAttentionError(f"score_aggregation is {self.score_aggregation!r}; use 'mean' or 'max'")
         if self.layer_perhead_aggregation != "max":
             raise TriAttentionError(
                 f"layer_perhead_aggregation is {self.layer_perhead_aggregation!r}; only 'max' is available"
@@ -72,16 +75,21 @@ class TriAttention:
     """Statistics on a device, and the keep sets of a round.
 
     ``rounds`` and ``peak_length`` (physical tokens of the longest row, after a step and its round) count since ``reset``.
-    Raises TriAttentionError when the statistics file is missing, damaged or not what was expected.
+    RoPE is that of ``live``, the description of a live model; without one it is the statistics file's, or the model's at
+    ``config.model_path``. Raises TriAttentionError when the statistics file is missing, damaged or of another model.
     """
 
-    def __init__(self, config: TriAttentionConfig) -> None:
+    def __init__(self, config: TriAttentionConfig, *, live: Architecture | None = None) -> None:
         self.config = config
         self.statistics = loaded = statistics.load(config.stats_path)
         if config.metadata_expectations:
             _require(statistics.read_payload(config.stats_path), config.metadata_expectations, loaded.source)
-        omega, self.attention_scaling = rope_of(loaded, config.model_path)
-        self.style = loaded.architecture.rope_style if loaded.architecture else "half"
+        if live is not None:
+            loaded.check_architecture(live)
+            omega, self.attention_scaling, self.style = live.omega, live.attention_scaling, live.rope_style
+        else:
+            omega, self.attention_scaling = rope_of(loaded, config.model_path)
+            self.style = loaded.architecture.rope_style if loaded.architecture else "half"
         self.device = torch.device(config.device)
         self.omega = omega.to(self.device)
         self.offsets = geometric_offsets(config.offset_max_length, self.device)
@@ -142,24 +150,23 @@ class TriAttention:
         if not keys or keys[0].shape[0] != 1:
             raise TriAttentionError("compute_keep_indices takes the cache of one sequence; patch the model to compress batches")
         length = keys[0].shape[2]
-        budget, protected_count = self._limits(prefix_length, length)
+        budget, protected_count = self._limits(prefix_length)
         evict = evictable(length, budget, protected_count)
         if evict == 0:
             return None
         valid = torch.ones(1, length, dtype=torch.bool, device=keys[0].device)
         protected = self._protected(valid, torch.tensor([prefix_length], device=valid.device))
         scores = self.selection_scores(keys, length + self._evicted, ~protected)
-        _require_finite(scores)
+        _require_finite(scores.isfinite().all())
         self._evicted += evict
         kept = keep_indices(keep_mask(scores, valid, protected, [evict]), length - evict)[0]
         return kept if self.config.per_head_pruning else kept[0]
 
-    def _limits(self, prompt: int, length: int) -> tuple[int, int]:
-        """Budget and number of protected tokens of a row of ``length`` tokens, ``prompt`` of them the prompt."""
+    def _limits(self, prompt: int) -> tuple[int, int]:
+        """Budget and number of protected tokens of a row with a prompt of ``prompt`` tokens."""
         config = self.config
         budget = config.budget + (0 if config.count_prompt_tokens else prompt)
-        protected = (0 if config.allow_prefill_compression else prompt) + config.window_size
-        return budget, min(protected, length)
+        return budget, (0 if config.allow_prefill_compression else prompt) + config.window_size
 
     def _protected(self, valid: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """Prompt and window among the real tokens: bool ``[B, P]``."""
@@ -189,7 +196,7 @@ class TriAttention:
     def _due(self, state: Any, length: int, prompt: int, seen: int) -> int:
         """How many tokens of a row go now; 0 when it is not due."""
         config = self.config
-        budget, protected = self._limits(prompt, length)
+        budget, protected = self._limits(prompt)
         if protected > budget and not state.warned:
             state.warned = True
             warnings.warn(
@@ -209,7 +216,7 @@ class TriAttention:
         keys = [layer.keys for layer in cache.layers]
         protected = self._protected(state.valid, state.prompt)
         scores = self.selection_scores(keys, state.seen, state.valid & ~protected)
-        _require_finite(scores.masked_fill(~state.valid[:, None], 0))
+        finite = scores.masked_fill(~state.valid[:, None], 0).isfinite().all()
         mask = keep_mask(scores, state.valid, protected, evict)
         kept = [n - gone for n, gone in zip(lengths, evict, strict=True)]
         width = max(kept)
@@ -217,14 +224,14 @@ class TriAttention:
         for layer in cache.layers:
             layer.keep(indices)
         column = torch.arange(width, device=state.valid.device)
-        state.valid = column >= width - torch.tensor(kept, device=column.device)[:, None]
+        state.valid = column >= width - to_device(kept, column.device)[:, None]
         state.ragged = min(kept) < width
-        state.rounds += 1
         self.rounds += 1
+        _require_finite(finite)  # waits for the device, so it comes when the whole round is queued
 
 
-def _require_finite(scores: torch.Tensor) -> None:
-    if not scores.isfinite().all():
+def _require_finite(finite: torch.Tensor) -> None:
+    if not finite:
         raise TriAttentionError(
             "a score is NaN or Inf, so a cached key is NaN or Inf; load the model with dtype float32 or bfloat16 and try again"
         )
@@ -275,12 +282,11 @@ def apply_triattention_patch(
         use_slack_trigger, per_head_pruning, per_layer_perhead_pruning, layer_perhead_aggregation, disable_mlr,
         disable_trig, window_size=window_size,
     )  # fmt: skip
-    method = TriAttention(config)
-    live = method.statistics.check_model(model)
-    # the live model's own rotary parameters; the file's agree to 1 ulp where it has any
-    method.omega, method.style = live.omega.to(method.device), live.rope_style
-    method.freq_weight.fill_(live.attention_scaling)
-    model.triattention = method
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise TriAttentionError(f"the model is spread over {', '.join(sorted(devices))}; load it on one device")
+    live = describe(model)
+    model.triattention = method = TriAttention(config, live=live)
     model.forward = _compressing(model.forward, model, method, live.num_layers)
 
 
@@ -301,7 +307,8 @@ def _compressing(forward: Callable[..., Any], model: Any, method: TriAttention, 
     @wraps(forward)
     def compressed_forward(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind_partial(*args, **kwargs)
-        given = {**call.arguments, **call.arguments.pop("kwargs", {})}
+        extra = call.arguments.pop("kwargs", {})
+        given = {**call.arguments, **extra}
         use_cache = given.get("use_cache")
         if use_cache is False or (use_cache is None and not model.config.use_cache):
             return forward(*args, **kwargs)
@@ -358,8 +365,8 @@ def _new_columns(attention_mask: torch.Tensor | None, inputs: torch.Tensor, cach
             "ever fed (cache.get_seq_length() plus the new ones)"
         )
     new = attention_mask[:, -q_len:].to(inputs.device, torch.bool)
-    # a prefill may wait for the device to learn that nothing is padded; a decode step must not, and feeds real tokens
-    return new, q_len > 1 and not bool(new.all())
+    # a prefill may wait for the device to learn that nothing is padded; a decode step must not, so it assumes the worst
+    return new, batch > 1 if q_len == 1 else not bool(new.all())
 
 
 def _require_positions(given: torch.Tensor | None, positions: torch.Tensor, new: torch.Tensor) -> None:

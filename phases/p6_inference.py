@@ -1,0 +1,329 @@
+"""Phase 6: a real language model, end to end, without vLLM (plan 4.1 to 4.3)."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from verify import check, skip
+from verify.subject import Subject, find_subject
+from verify.tolerance import ATTENTION_LOG_PROB
+
+_TOOL_LIMIT_S = 420
+_MAX_QUESTIONS = 2
+_NEW_TOKENS = 72
+
+#: The recommended setting, small enough that a short run has several rounds.
+_BUDGET, _DIVIDE = 96, 24
+_RECOMMENDED = {
+    "per_head_pruning": True, "normalize_scores": True, "use_slack_trigger": True, "count_prompt_tokens": True,
+    "divide_length": _DIVIDE,
+}  # fmt: skip
+
+_PROMPTS = (
+    "A train leaves the station at noon and travels west along the river for two hours before it stops at a small town. "
+    "The people of the town have a market every week, and they sell apples, bread, cloth and clocks. Describe the day.",
+    "Explain in a few sentences why the sky is blue and why the sunset is red.",
+)
+
+
+def _tool(subject: Subject, *arguments: str, limit_s: float = _TOOL_LIMIT_S) -> str:
+    """Run the command line of a subject and return what it printed; a failure is one sentence with its last line."""
+    child = subprocess.run(
+        subject.command(*arguments), capture_output=True, text=True, timeout=limit_s, env=subject.environment()
+    )
+    last = (child.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+    assert child.returncode == 0, f"{arguments[0]} ended with exit code {child.returncode}: {last}"
+    return child.stdout
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model loaded in float32 with its tokenizer, the directory it came from and its statistics file."""
+
+    model: Any
+    tokenizer: Any
+    location: str
+    statistics: Path
+    subject: Subject
+
+    def patch(self, **options: Any) -> None:
+        self.subject.attribute("methods.triattention", "apply_triattention_patch")(
+            self.model, stats_path=str(self.statistics), model_path=self.location, **{**_RECOMMENDED, **options}
+        )
+
+    def tokens(self, *prompts: str) -> dict[str, Any]:
+        return self.tokenizer(list(prompts), return_tensors="pt", padding=True).to(self.model.device)
+
+    def generate(self, encoded: dict[str, Any], **options: Any) -> Any:
+        """New tokens ``[B, _NEW_TOKENS]``, greedy and never stopping early, so that every run has the same length."""
+        out = self.model.generate(
+            **encoded, max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=self.tokenizer.pad_token_id, **options
+        )
+        return out[:, encoded["input_ids"].shape[1] :]
+
+    def decode(self, encoded: dict[str, Any], steps: int) -> Iterator[tuple[int, Any]]:
+        """Prefill and greedy steps by hand: tokens fed in the step, and the cache after it."""
+        import torch
+        from transformers import DynamicCache
+
+        cache, ids = DynamicCache(config=self.model.config), encoded["input_ids"]
+        with torch.inference_mode():
+            for _ in range(steps):
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+                yield ids.shape[1], cache
+                ids = out.logits[:, -1:].argmax(-1)
+
+
+@pytest.fixture(scope="module")
+def location(model_name: str, subject: Subject, pytestconfig: pytest.Config) -> str:
+    """The directory of the model. The embedded one is made by the bundled command line, whatever the subject is."""
+    if model_name != "embedded":
+        return model_name
+    bundled = find_subject("bundled", pytestconfig.rootpath)
+    return _tool(bundled, "download-models", "--model", "embedded").strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def statistics(location: str, device: str, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the model, by the bundled calibration."""
+    path = tmp_path_factory.mktemp("statistics") / "statistics.pt"
+    bundled = find_subject("bundled", pytestconfig.rootpath)
+    _tool(bundled, "build-stats", "--model", location, "--output", str(path), "--dtype", "float32", "--device", device)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(location: str, statistics: Path, subject: Subject, device: str) -> Model:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, attn_implementation="sdpa")
+    tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Model(model.to(device).eval(), tokenizer, location, statistics, subject)
+
+
+@pytest.fixture
+def model(loaded: Model) -> Iterator[Model]:
+    """The model, unpatched at the start; whatever forward a check put there is taken away after it."""
+    original = loaded.model.forward
+    own = set(vars(loaded.model))
+    yield loaded
+    for name in set(vars(loaded.model)) - own:
+        delattr(loaded.model, name)
+    if loaded.model.forward != original:
+        loaded.model.forward = original
+
+
+def _physical(cache: Any) -> int:
+    return max(layer.keys.shape[-2] for layer in cache.layers)
+
+
+def _answers(out: Path) -> list[dict[str, Any]]:
+    lines = [line for path in sorted(out.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+def _run_one(subject: Subject, location: str, device: str, out: Path, *options: str) -> list[dict[str, Any]]:
+    printed = _tool(
+        subject, "run-one", "--model", location, "--dataset", "smoke", "--max-questions", str(_MAX_QUESTIONS),
+        "--max-new-tokens", "64", "--device", device, "--out", str(out), *options,
+    )  # fmt: skip
+    assert "accuracy" in printed, "the summary line has no accuracy"
+    answers = _answers(out)
+    assert len(answers) == _MAX_QUESTIONS, f"{len(answers)} of {_MAX_QUESTIONS} questions were answered"
+    empty = [answer["question"] for answer in answers if not answer["answer"].strip()]
+    assert not empty, f"the answer to {empty[0]!r} is empty"
+    return answers
+
+
+_CLI = {
+    "reason": "It is what a user does first, from the command line to a graded answer.",
+    "remedy": "Run the same command by hand and read its output; then the other checks of this phase.",
+    "timeout_s": 600,
+}
+
+
+@check(
+    "p6.cli", gate="hard", cases="sdpa", plan="4.1",
+    claim="The command line answers questions with a compressed cache under sdpa, and compression happened.", **_CLI,
+)  # fmt: skip
+def test_cli_sdpa(case: str, subject: Subject, location: str, device: str, tmp_path: Path, measure) -> None:
+    budget = ("--budget", "40", "--divide-length", "8", "--window-size", "16", "--allow-prefill-compression")
+    answers = _run_one(
+        subject, location, device, tmp_path, "--method", "triattention", "--attn-implementation", case, *budget
+    )
+    assert sum(answer["rounds"] for answer in answers) > 0, "no round happened, so nothing was compressed"
+    measure("peak KV tokens", max(answer["peak_kv_tokens"] for answer in answers), 40 + 8 - 1, unit="tokens")
+
+
+@check(
+    "p6.cli_full", gate="hard", cases="sdpa", plan="4.3",
+    claim="The command line answers questions with the full cache, and gets 2 + 2 right.", **_CLI,
+)  # fmt: skip
+def test_cli_full(case: str, subject: Subject, location: str, device: str, tmp_path: Path) -> None:
+    answers = _run_one(subject, location, device, tmp_path, "--method", "full", "--attn-implementation", case)
+    assert not any(answer["rounds"] for answer in answers), "the full method compressed"
+    assert any(answer["correct"] for answer in answers), f"no answer is right: {[answer['answer'] for answer in answers]}"
+
+
+@check(
+    "p6.cli_flash", gate="soft", cases="flash_attention_2", plan="4.2", needs_gpu=True,
+    claim="The command line answers questions with a compressed cache under flash_attention_2.", **_CLI,
+)  # fmt: skip
+def test_cli_flash(case: str, subject: Subject, location: str, device: str, tmp_path: Path) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("flash_attn") is None:
+        skip("PKG_MISSING", "flash-attn is not installed; sdpa is the fallback")
+    budget = ("--budget", "40", "--divide-length", "8", "--allow-prefill-compression", "--dtype", "bfloat16")
+    _run_one(subject, location, device, tmp_path, "--method", "triattention", "--attn-implementation", case, *budget)
+
+
+@check(
+    "p6.baseline", gate="hard", cases="budget_above_length",
+    claim="A budget that is never reached gives exactly the tokens of the unpatched model.",
+    reason="Whatever differs then is not compression: a mask, a position or a cache that the patch got wrong.",
+    tolerance="Token ids are equal; nothing was evicted, so the arithmetic is the same.",
+    remedy="Compare the position ids and the mask of the first differing step with the unpatched model's.",
+    timeout_s=600,
+)  # fmt: skip
+def test_baseline(case: str, model: Model, measure) -> None:
+    encoded = model.tokens(*_PROMPTS)
+    want = model.generate(encoded)
+    model.patch(kv_budget=4096)
+    measure("tokens that differ", int((model.generate(encoded) != want).sum()), 0, where="two rows, one left-padded")
+
+
+@check(
+    "p6.cache", gate="hard", cases={"per_head": True, "union": False},
+    claim="The cache holds less than budget + divide_length tokens after every step, and the budget after a round.",
+    reason="A budget that has no effect is the most reported fault of cache compression, and it costs no error.",
+    tolerance="Spec: length < max(budget, protected) + divide_length after every step and its round.",
+    remedy="Check that the round runs after the step, and that its trigger is a watermark.",
+    timeout_s=300,
+)  # fmt: skip
+def test_cache_bound(case: bool, model: Model, measure) -> None:
+    model.patch(kv_budget=_BUDGET, per_head_pruning=case)
+    lengths = [_physical(cache) for _, cache in model.decode(model.tokens(_PROMPTS[0]), _BUDGET + 2 * _DIVIDE)]
+    measure("longest cache after a step", max(lengths), _BUDGET + _DIVIDE - 1, unit="tokens")
+    after = [b for a, b in zip(lengths, lengths[1:], strict=False) if b < a]
+    assert len(after) >= 2, f"{len(after)} rounds happened in {len(lengths)} steps, expected at least 2"
+    assert set(after) == {_BUDGET}, f"after a round the cache holds {sorted(set(after))} tokens, the budget is {_BUDGET}"
+
+
+@check(
+    "p6.prefill", gate="hard", cases="chunked",
+    claim="Prompt chunks that step over the trigger cannot pass the bound by more than themselves.",
+    reason="A trigger that tests for equality is stepped over by every step of several tokens.",
+    tolerance="Spec: during a step the bound may be exceeded by the step's own tokens; after it, it holds.",
+    remedy="Make the trigger a watermark (>=) and run the round after each chunk.",
+    timeout_s=300,
+)  # fmt: skip
+def test_chunked_prefill(case: str, model: Model, measure) -> None:
+    import torch
+    from transformers import DynamicCache
+
+    ids = model.tokens(" ".join(_PROMPTS * 4))["input_ids"]
+    model.patch(kv_budget=_BUDGET, allow_prefill_compression=True)
+    cache = DynamicCache(config=model.model.config)
+    with torch.inference_mode():
+        for chunk in ids.split(37, dim=1):
+            model.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            measure("cache after a chunk", _physical(cache), _BUDGET + _DIVIDE - 1, unit="tokens")
+    assert ids.shape[1] > 2 * _BUDGET, f"the prompt has {ids.shape[1]} tokens, too few to test anything"
+
+
+@check(
+    "p6.positions", gate="hard", cases="keep_counting",
+    claim="The position of the next token is the number of tokens ever seen, however many were evicted.",
+    reason="Positions that follow the physical length repeat after a round, and attention reads the wrong distances.",
+    remedy="Count the tokens fed, not the tokens held.",
+    timeout_s=300,
+)  # fmt: skip
+def test_positions(case: str, model: Model) -> None:
+    seen: list[list[int]] = []
+    rotary = next(module for module in model.model.modules() if hasattr(module, "inv_freq"))
+
+    def note(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        seen.append(positions[0].tolist())
+
+    handle = rotary.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        model.patch(kv_budget=_BUDGET)
+        fed = [count for count, _ in model.decode(model.tokens(_PROMPTS[0]), _BUDGET + 2 * _DIVIDE)]
+    finally:
+        handle.remove()
+    got = [position for step in seen for position in step]
+    wrong = next((i for i, position in enumerate(got) if position != i), None)
+    assert wrong is None, f"token {wrong} was given position {got[wrong]}"
+    assert len(got) == sum(fed), f"{len(got)} positions for {sum(fed)} tokens"
+
+
+@check(
+    "p6.batch", gate="hard", cases="padded_equals_single",
+    claim="A left-padded row of a batch gets the tokens it gets alone, through several rounds.",
+    reason="Length, trigger, budget and normalisation are per row; a pad that is counted shifts all of them.",
+    tolerance="Token ids are equal in float32 (keep sets may differ only inside score gaps below the error budget).",
+    remedy="Look for a length taken from the tensor's shape where the row's own count is meant.",
+    timeout_s=600,
+)  # fmt: skip
+def test_padded_batch(case: str, model: Model, measure) -> None:
+    model.patch(kv_budget=_BUDGET // 2, divide_length=_DIVIDE // 2, allow_prefill_compression=True)
+    together = model.generate(model.tokens(*_PROMPTS))
+    for row, prompt in enumerate(_PROMPTS):
+        alone = model.generate(model.tokens(prompt))
+        measure("tokens that differ", int((together[row] != alone[0]).sum()), 0, where=f"row {row}")
+
+
+@check(
+    "p6.reset", gate="hard", cases="between_generations",
+    claim="A second generation is not touched by what the first one evicted.",
+    reason="State that survives a generation evicts from the next one at the wrong moment.",
+    remedy="Tie the state to the cache, not to the model.",
+    timeout_s=300,
+)  # fmt: skip
+def test_reset(case: str, model: Model, measure) -> None:
+    model.patch(kv_budget=_BUDGET // 2, divide_length=_DIVIDE // 2)
+    first = model.generate(model.tokens(_PROMPTS[1]))
+    model.generate(model.tokens(_PROMPTS[0]))
+    measure("tokens that differ", int((model.generate(model.tokens(_PROMPTS[1])) != first).sum()), 0)
+
+
+@check(
+    "p6.attention", gate="soft", cases="eager_equals_sdpa",
+    claim="eager and sdpa attention give nearly the same next-token distribution over a compressed cache.",
+    reason="The two build their masks differently; a mask that hides a kept token shows here.",
+    tolerance="1e-3 on teacher-forced float32 log-probabilities: two summation orders over thirty layers.",
+    remedy="Compare the masks of the first step after a round.",
+    timeout_s=300,
+)  # fmt: skip
+def test_eager_equals_sdpa(case: str, model: Model, measure) -> None:
+    import torch
+
+    logits = {}
+    ids = model.tokens(_PROMPTS[0])["input_ids"]
+    model.patch(kv_budget=ids.shape[1] // 2, divide_length=4, allow_prefill_compression=True)
+    for attention in ("sdpa", "eager"):
+        model.model.set_attn_implementation(attention)
+        with torch.inference_mode():
+            prefix = model.model(input_ids=ids[:, :-12], use_cache=True)
+            steps = [
+                model.model(input_ids=ids[:, i : i + 1], past_key_values=prefix.past_key_values).logits
+                for i in range(ids.shape[1] - 12, ids.shape[1])
+            ]
+        logits[attention] = torch.cat(steps, 1).log_softmax(-1)
+    model.model.set_attn_implementation("sdpa")
+    difference = float((logits["sdpa"] - logits["eager"]).abs().max())
+    assert not math.isnan(difference), "a logit is NaN"
+    measure("largest difference in log-probability", difference, ATTENTION_LOG_PROB)

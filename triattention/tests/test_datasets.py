@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from triattention.datasets import Question, load_dataset
+from triattention.errors import TriAttentionError
+from triattention.grading import grade
+
+
+def test_smoke_has_twenty_questions_whose_own_answers_are_graded_correct() -> None:
+    questions = load_dataset("smoke").questions
+    assert len(questions) == len({q.question for q in questions}) == 20
+    assert Question("What is 2+2?", "4") in questions
+    assert all(grade(f"It is {q.answer}.", q.answer).correct for q in questions)
+
+
+def test_a_local_file_keeps_order_takes_numbers_and_skips_empty_lines(tmp_path: Path) -> None:
+    path = tmp_path / "my set.jsonl"
+    path.write_text('{"question": "a\u2028b", "answer": 4, "id": 1}\n\n{"question": "c", "answer": "d"}\r\n', "utf-8")
+    dataset = load_dataset(str(path))
+    assert dataset.name == "my-set"
+    assert dataset.questions == (Question("a\u2028b", "4"), Question("c", "d"))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"question": ', "not JSON (Expecting value at column 14)"),
+        ("[1]", "a list, not an object"),
+        ('{"answer": "b"}', '"question" is None'),
+        ('{"question": " ", "answer": "b"}', "\"question\" is ' '"),
+        ('{"question": "a"}', '"answer" is None'),
+        ('{"question": "a", "answer": true}', '"answer" is True'),
+        ('{"question": "a", "answer": ""}', "\"answer\" is ''"),
+    ],
+)
+def test_a_broken_line_is_named_with_its_number_and_reason(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(TriAttentionError, match=re.escape(f"{path}, line 2: ") + ".*" + re.escape(reason)):
+        load_dataset(str(path))
+
+
+def test_unknown_names_and_unreadable_files_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(TriAttentionError, match="dataset 'aime24' is not known; known: smoke"):
+        load_dataset("aime24")
+    with pytest.raises(TriAttentionError, match="No such file"):
+        load_dataset(str(tmp_path / "none.jsonl"))
+    empty, binary = tmp_path / "empty.jsonl", tmp_path / "binary.jsonl"
+    empty.write_text("\n")
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(TriAttentionError, match="has no questions"):
+        load_dataset(str(empty))
+    with pytest.raises(TriAttentionError, match="is not UTF-8"):
+        load_dataset(str(binary))

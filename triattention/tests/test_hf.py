@@ -1,0 +1,278 @@
+"""The Hugging Face path on tiny models: rounds, padding, chunks, resets and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from triattention import statistics
+from triattention.errors import TriAttentionError
+from triattention.methods.triattention import (
+    TriAttention,
+    TriAttentionConfig,
+    apply_triattention_patch,
+    remove_triattention_patch,
+)
+from triattention.tests import tiny
+
+
+@pytest.fixture(scope="module", params=[("llama", "sdpa"), ("qwen2", "eager"), ("qwen3", "sdpa")], ids="-".join)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    kind, attention = request.param
+    model = tiny.make(kind, attention=attention)
+    return model, tiny.calibrated(model, tmp_path_factory.mktemp("stats") / "stats.pt")
+
+
+@pytest.fixture
+def model(made: tuple[Any, Path]) -> Iterator[Any]:
+    yield made[0]
+    remove_triattention_patch(made[0])
+
+
+@pytest.fixture
+def stats(made: tuple[Any, Path]) -> Path:
+    return made[1]
+
+
+def _patch(model: Any, stats: Path, **options: Any) -> TriAttention:
+    apply_triattention_patch(model, stats_path=stats, model_path=None, **{**tiny.RECOMMENDED, **options})
+    return model.triattention
+
+
+def _padded(*rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    width = max(row.shape[1] for row in rows)
+    ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def test_a_budget_never_reached_changes_nothing(model: Any, stats: Path) -> None:
+    ids = tiny.tokens(40)
+    want = tiny.generate(model, ids)
+    _patch(model, stats, kv_budget=1000)
+    assert torch.equal(tiny.generate(model, ids), want)
+
+
+def test_removing_the_patch_restores_the_model(model: Any, stats: Path) -> None:
+    ids = tiny.tokens(40)
+    want = tiny.generate(model, ids)
+    method = _patch(model, stats)
+    assert not torch.equal(tiny.generate(model, ids), want)
+    assert method.rounds > 0
+    remove_triattention_patch(model)
+    assert torch.equal(tiny.generate(model, ids), want)
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"per_head_pruning": False}, {"use_slack_trigger": False}], ids=["per_head", "union", "interval"])
+def test_padded_rows_equal_their_single_runs(model: Any, stats: Path, options: dict) -> None:
+    a, b = tiny.tokens(40), tiny.tokens(25, seed=2)
+    _patch(model, stats, **options)
+    together = model.generate(**_padded(a, b), max_new_tokens=100, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(together[0], tiny.generate(model, a)[0])
+    assert torch.equal(together[1, 15:], tiny.generate(model, b)[0])
+
+
+def test_the_cache_stays_below_the_bound_and_frees_memory(model: Any, stats: Path) -> None:
+    _patch(model, stats)
+    cache, ids, lengths = DynamicCache(config=model.config), tiny.tokens(40), []
+    for _ in range(100):
+        out = model(input_ids=ids, past_key_values=cache)
+        lengths.append(cache.layers[0].keys.shape[-2])
+        assert cache.layers[0].keys.untyped_storage().nbytes() == cache.layers[0].keys.nbytes
+        ids = out.logits[:, -1:].argmax(-1)
+    assert max(lengths) == 48 + 16 - 1
+    assert cache.get_seq_length() == 40 + 99
+    assert model.triattention.peak_length == max(lengths)
+
+
+def test_kept_rows_are_the_scored_ones_bit_for_bit(model: Any, stats: Path) -> None:
+    _patch(model, stats)
+    plain, held = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    ids = tiny.tokens(64)
+    method = model.triattention
+    remove_triattention_patch(model)
+    model(input_ids=ids, past_key_values=plain)
+    _patch(model, stats)
+    model(input_ids=ids, past_key_values=held)
+    pairs = [(layer.keys, layer.values) for layer in plain.layers]
+    kept = method.compute_keep_indices(pairs)
+    assert kept.shape == (2, 48)
+    for (keys, values), layer in zip(pairs, held.layers, strict=True):
+        gather = kept[None, :, :, None].expand(1, 2, 48, 16)
+        assert torch.equal(layer.keys, keys.gather(2, gather))
+        assert torch.equal(layer.values, values.gather(2, gather))
+    assert torch.equal(kept, kept.sort(-1).values)
+    assert {*range(56, 64)} <= set(kept[0].tolist())
+
+
+def test_chunked_prefill_of_a_long_prompt_is_bounded(model: Any, stats: Path) -> None:
+    method = _patch(model, stats)
+    tiny.generate(model, tiny.tokens(200), new=40, prefill_chunk_size=23)
+    assert method.peak_length < 48 + 16
+    assert method.rounds > 5
+
+
+def test_a_protected_prompt_is_never_evicted_and_said_once(model: Any, stats: Path) -> None:
+    method = _patch(model, stats, allow_prefill_compression=False)
+    cache, ids = DynamicCache(config=model.config), tiny.tokens(60)
+    with pytest.warns(UserWarning, match="68 protected tokens .* exceed the budget of 48") as caught:
+        for _ in range(60):
+            ids = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+    assert len([w for w in caught if "protected" in str(w.message)]) == 1
+    remove_triattention_patch(model)
+    plain = DynamicCache(config=model.config)
+    model(input_ids=tiny.tokens(60), past_key_values=plain)
+    torch.testing.assert_close(cache.layers[0].keys[:, :, :60], plain.layers[0].keys, rtol=0, atol=0)
+    assert method.rounds == 3  # due at 84, 100 and 116 tokens seen: divide_length apart, not at every step
+
+
+def test_generations_do_not_share_state(model: Any, stats: Path) -> None:
+    _patch(model, stats)
+    first = tiny.generate(model, tiny.tokens(40))
+    tiny.generate(model, tiny.tokens(30, seed=3))
+    assert torch.equal(tiny.generate(model, tiny.tokens(40)), first)
+
+
+def test_two_caches_can_alternate(model: Any, stats: Path) -> None:
+    _patch(model, stats)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    feeds = [tiny.tokens(40), tiny.tokens(30, seed=3)]
+    alone = [tiny.generate(model, ids, new=60) for ids in feeds]
+    outputs: list[list[int]] = [[], []]
+    for _ in range(60):
+        for i in (0, 1):
+            feeds[i] = model(input_ids=feeds[i], past_key_values=caches[i]).logits[:, -1:].argmax(-1)
+            outputs[i].append(int(feeds[i]))
+    assert outputs[0] == alone[0][0, 40:].tolist()
+    assert outputs[1] == alone[1][0, 30:].tolist()
+
+
+def test_a_conversation_goes_on_with_a_compressed_cache(model: Any, stats: Path) -> None:
+    _patch(model, stats)
+    cache, ids = DynamicCache(config=model.config), tiny.tokens(40)
+    first = tiny.generate(model, ids, new=60, past_key_values=cache)
+    whole = torch.cat([first, tiny.tokens(10, seed=5)], 1)
+    second = tiny.generate(model, whole, new=20, past_key_values=cache, attention_mask=torch.ones_like(whole))
+    assert second.shape[1] == 40 + 60 + 10 + 20
+    assert cache.get_seq_length() == second.shape[1] - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kv_budget": 0}, "KV budget is 0"),
+        ({"window_size": 48}, "window is 48 and the KV budget 48"),
+        ({"divide_length": 0}, "divide_length is 0"),
+        ({"per_layer_perhead_pruning": True}, "not available yet"),
+        ({"score_aggregation": "median"}, "'median'"),
+        ({"stats_path": "nowhere.pt"}, "no statistics file nowhere.pt"),
+        ({"metadata_expectations": {"rope_style": "interleaved"}}, "rope_style = 'half' and 'interleaved'"),
+    ],
+)
+def test_bad_options_are_refused_before_the_model_is_touched(model: Any, stats: Path, options: dict, words: str) -> None:
+    with pytest.raises(TriAttentionError, match=words):
+        _patch(model, **{"stats": stats, **{"stats" if k == "stats_path" else k: v for k, v in options.items()}})
+    assert not hasattr(model, "triattention")
+
+
+def test_nan_keys_end_the_generation_with_one_sentence(model: Any, stats: Path) -> None:
+    _patch(model, stats)
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    kept = weight[0, 0].item()
+    try:
+        weight.data[0, 0] = torch.nan
+        with pytest.raises(TriAttentionError, match="NaN or Inf"):
+            tiny.generate(model, tiny.tokens(80), new=2)
+    finally:
+        weight.data[0, 0] = kept
+
+
+def test_beam_search_is_refused(model: Any, stats: Path) -> None:
+    _patch(model, stats)
+    with pytest.raises(TriAttentionError, match="num_beams=1"):
+        tiny.generate(model, tiny.tokens(40), new=5, num_beams=2)
+
+
+def test_a_static_cache_is_refused(model: Any, stats: Path) -> None:
+    _patch(model, stats)
+    with pytest.raises(TriAttentionError, match="leave cache_implementation unset"):
+        tiny.generate(model, tiny.tokens(40), new=5, cache_implementation="static")
+
+
+def test_a_cache_filled_without_the_patch_is_refused(model: Any, stats: Path) -> None:
+    cache = DynamicCache(config=model.config)
+    model(input_ids=tiny.tokens(40), past_key_values=cache)
+    _patch(model, stats)
+    with pytest.raises(TriAttentionError, match="40 tokens that were cached without the patch"):
+        model(input_ids=tiny.tokens(1), past_key_values=cache)
+
+
+def test_wrong_position_ids_are_refused(model: Any, stats: Path) -> None:
+    _patch(model, stats)
+    with pytest.raises(TriAttentionError, match=r"position_ids\[0, 0\] is 7"):
+        model(input_ids=tiny.tokens(4), position_ids=torch.arange(7, 11)[None])
+
+
+def test_another_models_statistics_are_refused(stats: Path) -> None:
+    deeper = tiny.make(num_hidden_layers=2)
+    with pytest.raises(TriAttentionError, match=r"\(3, 4, 8\) and the model llama has \(2, 4, 8\)|\(3, 4, 8\).*\(2, 4, 8\)"):
+        _patch(deeper, stats)
+
+
+def test_statistics_of_another_rope_base_are_refused(tmp_path: Path) -> None:
+    stats = tiny.calibrated(tiny.make(), tmp_path / "stats.pt")
+    other = tiny.make(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    with pytest.raises(TriAttentionError, match=r"omega\[1\] = "):
+        _patch(other, stats)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_a_rope_that_changes_with_length_is_refused_by_name(rope: str) -> None:
+    parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 2048}
+    if rope == "longrope":
+        parameters |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    model = tiny.make(rope_parameters=parameters)
+    with pytest.raises(TriAttentionError, match=f"RoPE type '{rope}' is not supported"):
+        tiny.calibrated(model, Path("never_written.pt"))
+
+
+def test_yarn_carries_its_scaling_into_the_weights(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
+    model = tiny.make(rope_parameters=yarn)
+    method = _patch(model, tiny.calibrated(model, tmp_path / "stats.pt"))
+    assert method.attention_scaling == pytest.approx(1.1386, abs=1e-4)
+    assert torch.equal(method.freq_weight, torch.full_like(method.freq_weight, method.attention_scaling))
+
+
+def test_compute_keep_indices_of_the_published_class(model: Any, stats: Path) -> None:
+    config = TriAttentionConfig(stats, None, "cpu", torch.float32, 32)
+    method = TriAttention(config)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=tiny.tokens(60), past_key_values=cache)
+    pairs = tuple((layer.keys, layer.values) for layer in cache.layers)
+    kept = method.compute_keep_indices(pairs, prefix_length=10)
+    assert kept.tolist() == sorted(kept.tolist())
+    assert kept[:10].tolist() == list(range(10))
+    assert len(kept) == 10 + 32  # published defaults: union, prompt protected and on top of the budget
+    assert method.compute_keep_indices(tuple((k[:, :, :20], v[:, :, :20]) for k, v in pairs), prefix_length=10) is None
+
+
+def test_published_statistics_serve_a_live_model(model: Any, stats: Path, tmp_path: Path) -> None:
+    from triattention.methods.pruning_utils import load_head_frequency_stats, save_head_frequency_stats
+
+    metadata, by_head = load_head_frequency_stats(stats, "cpu")
+    save_head_frequency_stats(tmp_path / "published.pt", list(by_head), by_head, {"head_dim": 16})
+    ids = tiny.tokens(40)
+    with pytest.raises(TriAttentionError, match="does not carry omega"):
+        TriAttention(TriAttentionConfig(tmp_path / "published.pt", None, "cpu", torch.float32, 32))
+    assert statistics.load(tmp_path / "published.pt").architecture is None
+    _patch(model, stats)
+    want = tiny.generate(model, ids)
+    remove_triattention_patch(model)
+    _patch(model, tmp_path / "published.pt")  # omega then comes from the live model
+    assert torch.equal(tiny.generate(model, ids), want)

@@ -1,0 +1,149 @@
+"""Statistics: calibration against a direct computation, both file layouts, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from triattention import statistics
+from triattention.calibration import calibrate
+from triattention.errors import TriAttentionError
+from triattention.methods.pruning_utils import (
+    HeadFrequencyStats,
+    load_head_frequency_stats,
+    save_head_frequency_stats,
+)
+from triattention.tests import tiny
+
+
+def _direct(model: Any, ids: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """m and a of a layer from its hidden states, by the model's own projection and norm, in float64."""
+    caught: list[torch.Tensor] = []
+    attention = model.model.layers[layer].self_attn
+    handle = attention.register_forward_pre_hook(lambda _, args, kwargs: caught.append(kwargs["hidden_states"]), with_kwargs=True)
+    with torch.no_grad():
+        model(ids)
+        q = attention.q_proj(caught[0])[0].view(-1, 4, 16)
+        q = (attention.q_norm(q) if hasattr(attention, "q_norm") else q).double()
+    handle.remove()
+    pairs = torch.complex(q[..., :8], q[..., 8:])
+    return pairs.mean(0), pairs.abs().mean(0)
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.CONFIGS))
+def test_calibration_agrees_with_a_direct_computation(kind: str) -> None:
+    model = tiny.make(kind)
+    if kind == "qwen3":  # an extreme q_norm: statistics of the projection alone would be far off
+        for layer in model.model.layers:
+            layer.self_attn.q_norm.weight.data.mul_(torch.linspace(0.1, 9, 16))
+    ids = tiny.tokens(200)
+
+    def two_batches(m: Any) -> None:
+        m(ids[:, :70])
+        m(ids[:, 70:])
+
+    got = calibrate(model, lambda m: m(ids))
+    m, a = _direct(model, ids, 2)
+    torch.testing.assert_close(torch.complex(got.q_mean_real[2], got.q_mean_imag[2]).to(m.dtype), m, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.q_abs_mean[2].double(), a, rtol=1e-6, atol=1e-6)
+    assert calibrate(model, two_batches).token_count == got.token_count == 200
+    assert ((got.concentration() > 0) & (got.concentration() <= 1)).all()
+
+
+def test_calibration_restores_the_model_also_on_error() -> None:
+    model = tiny.make()
+
+    def broken(m: Any) -> None:
+        m(tiny.tokens(5))
+        raise KeyError("text")
+
+    with pytest.raises(KeyError):
+        calibrate(model, broken)
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(TriAttentionError, match="ran no tokens"):
+        calibrate(model, lambda m: None)
+
+
+def test_our_layout_round_trips(tmp_path: Path) -> None:
+    model = tiny.make()
+    made = calibrate(model, lambda m: m(tiny.tokens(100)))
+    statistics.save(tmp_path / "a" / "stats.pt", made)
+    loaded = statistics.load(tmp_path / "a" / "stats.pt")
+    assert torch.equal(loaded.q_mean_imag, made.q_mean_imag)
+    assert torch.equal(loaded.architecture.omega, made.architecture.omega)
+    loaded.check_model(model)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["stats.pt"]
+
+
+def test_the_published_layout_of_a_large_model_loads_in_a_second(tmp_path: Path) -> None:
+    m = torch.randn(64, dtype=torch.complex64)
+    by_head = {(layer, head): HeadFrequencyStats(m, m.abs() + 1) for layer in range(36) for head in range(32)}
+    path = tmp_path / "published.pt"
+    save_head_frequency_stats(path, list(by_head), by_head, {"head_dim": 128, "rope_style": "half"})
+    began = time.perf_counter()
+    metadata, loaded = load_head_frequency_stats(path, "cpu")
+    assert time.perf_counter() - began < 2, "loading waits for something"
+    assert metadata["head_dim"] == 128
+    assert torch.equal(loaded[35, 31].q_mean_complex, m)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return tiny.calibrated(tiny.make(), tmp_path / "stats.pt")
+
+
+def _rewrite(path: Path, change: Any) -> None:
+    payload = torch.load(path, weights_only=True)
+    change(payload)
+    torch.save(payload, path)
+
+
+def test_a_truncated_file_is_refused_with_its_size(saved: Path) -> None:
+    saved.write_bytes(saved.read_bytes()[:500])
+    with pytest.raises(TriAttentionError, match=r"stats.pt \(500 bytes\) cannot be read"):
+        statistics.load(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04"])
+def test_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(TriAttentionError, match="cannot be read"):
+        statistics.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: p.update(format_version=9), "format version 9 and this release reads 1"),
+        (lambda p: p.pop("q_abs_mean"), "q_abs_mean"),
+        (lambda p: p["q_mean_real"].__setitem__((1, 2, 3), float("nan")), "q_mean_real holds NaN"),
+        (lambda p: p["q_abs_mean"].mul_(0.1), r"exceeds E\|q\| at layer 0, head 0"),
+        (lambda p: p.pop("format"), "not a statistics file"),
+        (lambda p: p["architecture"].pop("omega"), "not a statistics file"),
+    ],
+)
+def test_a_damaged_file_is_refused(saved: Path, change: Any, words: str) -> None:
+    _rewrite(saved, change)
+    with pytest.raises(TriAttentionError, match=words):
+        statistics.load(saved)
+
+
+def test_a_gap_in_a_published_file_is_an_error(tmp_path: Path) -> None:
+    m = torch.randn(8, dtype=torch.complex64)
+    by_head = {(layer, head): HeadFrequencyStats(m, m.abs()) for layer in range(2) for head in range(4)}
+    save_head_frequency_stats(tmp_path / "p.pt", list(by_head), by_head, {})
+    _rewrite(tmp_path / "p.pt", lambda p: p["stats"].pop("layer01_head02"))
+    with pytest.raises(TriAttentionError, match="lacks layer 1, head 2"):
+        statistics.load(tmp_path / "p.pt")
+    with pytest.raises(TriAttentionError, match="layer 5, head 0 is sampled but has no statistics"):
+        save_head_frequency_stats(tmp_path / "q.pt", [(5, 0)], by_head, {})
+    assert not (tmp_path / "q.pt").exists()
+
+
+def test_a_finetuned_configuration_is_refused(saved: Path) -> None:
+    with pytest.raises(TriAttentionError, match="is of llama .configuration .* and the model is llama .configuration"):
+        statistics.load(saved).check_model(tiny.make(vocab_size=300))
