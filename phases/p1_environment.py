@@ -68,7 +68,10 @@ def test_torch_sees_gpu(case: str, target: str) -> None:
     "p1.bf16_matmul", gate="hard", cases="smoke", plan="1.3",
     claim="A bf16 matrix product on the device is right.",
     reason="It is the first arithmetic anything does; if it is wrong, no later number means anything.",
-    tolerance="Each output is one bf16 rounding (2^-8 relative) of a sum whose fp32 accumulation adds 128 x 2^-24 of its terms.",
+    tolerance=(
+        "Each output is one bf16 rounding (2^-8 relative) of a sum whose fp32 accumulation adds "
+        "128 x 2^-24 of its terms."
+    ),
     remedy="Suspect the driver or the card before any code: run a memory test.",
 )  # fmt: skip
 def test_bf16_matmul(case: str, device: str, seed: int, measure) -> None:

@@ -35,7 +35,9 @@ def test_name(case, subject: Subject) -> None:
 def test_defaults(case: str, subject: Subject) -> None:
     fields = {field.name: field.default for field in dataclasses.fields(subject.attribute(case, "TriAttentionConfig"))}
     differs = {
-        name: fields.get(name, "absent") for name, default in CONFIG_DEFAULTS[case].items() if fields.get(name, "absent") != default
+        name: fields.get(name, "absent")
+        for name, default in CONFIG_DEFAULTS[case].items()
+        if fields.get(name, "absent") != default
     }
     assert not differs, f"{case}.TriAttentionConfig differs from the published defaults in {differs}"
 

@@ -9,15 +9,22 @@ from verify.problems import Shape, make
 from verify.subject import Subject
 
 _VARIANTS = {
-    f"{dtype}-{style}-{aggregation}": Shape(n=65, dtype=dtype, style=style, aggregation=aggregation, offsets=(1.0, 2.0, 4.0))
-    for dtype, style, aggregation in product(("bfloat16", "float16", "float32"), ("half", "interleaved"), ("mean", "max"))
+    f"{dtype}-{style}-{aggregation}": Shape(
+        n=65, dtype=dtype, style=style, aggregation=aggregation, offsets=(1.0, 2.0, 4.0)
+    )
+    for dtype, style, aggregation in product(
+        ("bfloat16", "float16", "float32"), ("half", "interleaved"), ("mean", "max")
+    )
 }
 
 
 @check(
     "p3.scoring", gate="hard", cases=_VARIANTS, needs=("p1.triton",),
     claim="The scoring kernel compiles and launches for a key dtype, a pair layout and an aggregation.",
-    reason="Triton compiles each variant anew for each GPU; one that does not compile is found here and not in a service.",
+    reason=(
+        "Triton compiles each variant anew for each GPU; one that does not compile is found here and "
+        "not in a service."
+    ),
     remedy="Read the compiler's message; python -m verify doctor says whether this triton knows the GPU.",
     timeout_s=180,
 )  # fmt: skip

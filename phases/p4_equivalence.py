@@ -7,7 +7,7 @@ from dataclasses import replace
 from verify import check
 from verify.problems import Problem, Shape, make
 from verify.subject import Subject
-from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, UNIT, accuracy, budget_a
+from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, budget_a
 
 _BASE = Shape()
 
@@ -20,7 +20,10 @@ _SHAPES = (
     | {f"max-d{d}": replace(_BASE, d=d, n=33, aggregation="max") for d in (64, 96, 128, 256)}
     | {"max-interleaved": replace(_BASE, n=33, style="interleaved", aggregation="max", dtype="float32")}
     | {strides: replace(_BASE, n=65, b=2, strides=strides) for strides in ("transposed", "sliced", "spread")}
-    | {f"{strides}-interleaved": replace(_BASE, n=65, style="interleaved", strides=strides) for strides in ("sliced", "spread")}
+    | {
+        f"{strides}-interleaved": replace(_BASE, n=65, style="interleaved", strides=strides)
+        for strides in ("sliced", "spread")
+    }
     | {"batch3": replace(_BASE, n=65, b=3), "offsets1": replace(_BASE, n=65, offsets=(1.0,))}
     | {"no_mlr": replace(_BASE, n=65, disable_mlr=True)}
     | {f"t{t}": replace(_BASE, n=65, t=t) for t in (0, 32768, 131072, 1_000_000)}
@@ -33,9 +36,12 @@ _HIGH_T = {
 }
 
 _CLASS_B = (
-    "Class B: 8 x 2^-24 of the sum of absolute terms T for roundings, plus |t omega| 2^-23 per term for honest fp32 phases."
+    "Class B: 8 x 2^-24 of the sum of absolute terms T for roundings, plus |t omega| 2^-23 per "
+    "term for honest fp32 phases."
 )
-_CLASS_A = "Class A: 8 x 2^-24 of the sum of absolute terms T at every t; folded float64 phases measured 0.6 to 2.5 units."
+_CLASS_A = (
+    "Class A: 8 x 2^-24 of the sum of absolute terms T at every t; folded float64 phases measured 0.6 to 2.5 units."
+)
 
 
 def _triton(subject: Subject, problem: Problem):
@@ -106,7 +112,10 @@ def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: i
     "p4.plan", gate="hard", cases="triton_vs_pytorch", plan="3.2", needs=("p1.triton", "p3.plan"),
     claim="On the plan's inputs the two paths differ by less than 1e-2, and by less than twice the class A budget.",
     reason="It is the plan's HARD gate 3.2; the derived bound beside it is what correct paths can keep.",
-    tolerance="The plan's fixed 1e-2; derived: each path may be off by 8 x 2^-24 T, so they may differ by 16 x 2^-24 T.",
+    tolerance=(
+        "The plan's fixed 1e-2; derived: each path may be off by 8 x 2^-24 T, so they may differ "
+        "by 16 x 2^-24 T."
+    ),
     remedy="p4.triton_oracle and p4.pytorch_oracle say which of the two is wrong.",
 )  # fmt: skip
 def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: int, measure) -> None:
@@ -133,7 +142,11 @@ def test_accuracy_class(case: tuple[str, Shape], subject: Subject, device: str, 
 
 @check(
     "p4.gqa", gate="soft", needs=("p1.triton",), tolerance=_CLASS_B,
-    cases={f"{path}-{a}": (path, replace(_BASE, n=65, h=2, g=3, aggregation=a)) for path in ("triton", "pytorch") for a in ("mean", "max")},
+    cases={
+        f"{path}-{aggregation}": (path, replace(_BASE, n=65, h=2, g=3, aggregation=aggregation))
+        for path in ("triton", "pytorch")
+        for aggregation in ("mean", "max")
+    },
     claim="Statistics of G query heads per KV head are scored in one call, query head h against KV head h // G.",
     reason="Without it callers repeat K for each query head and read it G times.",
     remedy="Accept statistics with H x G rows; the result has H x G rows too.",

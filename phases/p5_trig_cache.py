@@ -23,7 +23,10 @@ def _table(subject: Subject, problem):
 @check(
     "p5.table", gate="hard", cases={"first": 1, "middle": 32, "last": _MAX_SEQ_LEN // _INTERVAL}, plan="3.3",
     claim="Every entry of a table row is the cos or sin of (t + o) omega.",
-    reason="A row that is off by one interval scores every key as if the query stood elsewhere, and still looks plausible.",
+    reason=(
+        "A row that is off by one interval scores every key as if the query stood elsewhere, and "
+        "still looks plausible."
+    ),
     tolerance="1.5 units of 2^-24 per entry for one rounding, plus 2 |x| units where the phase x was formed in fp32.",
     remedy="Rows are at interval, 2 interval, ...; the last one is at the largest multiple up to max_seq_len.",
 )  # fmt: skip
@@ -36,7 +39,9 @@ def test_table(case: int, subject: Subject, device: str, seed: int, measure) -> 
     angle = (t + problem.case.offsets)[:, None] * problem.case.omega
     for name, got, exact in (("cos", cos, np.cos(angle)), ("sin", sin, np.sin(angle))):
         units = trig_entry_units(got.cpu().numpy(), exact)
-        measure(f"{name} entry error", units, trig_entry_units_fp32_phase(angle), unit="x 2^-24", where=f"row of t = {t}")
+        measure(
+            f"{name} entry error", units, trig_entry_units_fp32_phase(angle), unit="x 2^-24", where=f"row of t = {t}"
+        )
 
 
 @check(

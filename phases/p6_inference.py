@@ -7,6 +7,7 @@ import math
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ _RECOMMENDED = {
 }  # fmt: skip
 
 _PROMPTS = (
-    "A train leaves the station at noon and travels west along the river for two hours before it stops at a small town. "
+    "A train leaves the station at noon and travels west along the river for two hours before it stops "
+    "at a small town. "
     "The people of the town have a market every week, and they sell apples, bread, cloth and clocks. Describe the day.",
     "Explain in a few sentences why the sky is blue and why the sunset is red.",
 )
@@ -65,7 +67,12 @@ class Model:
     def generate(self, encoded: dict[str, Any], **options: Any) -> Any:
         """New tokens ``[B, _NEW_TOKENS]``, greedy and never stopping early, so that every run has the same length."""
         out = self.model.generate(
-            **encoded, max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=self.tokenizer.pad_token_id, **options
+            **encoded,
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
         )
         return out[:, encoded["input_ids"].shape[1] :]
 
@@ -92,7 +99,9 @@ def location(model_name: str, subject: Subject, pytestconfig: pytest.Config) -> 
 
 
 @pytest.fixture(scope="module")
-def statistics(location: str, device: str, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def statistics(
+    location: str, device: str, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Statistics of the model, by the bundled calibration."""
     path = tmp_path_factory.mktemp("statistics") / "statistics.pt"
     bundled = find_subject("bundled", pytestconfig.rootpath)
@@ -173,7 +182,9 @@ def test_cli_sdpa(case: str, subject: Subject, location: str, device: str, tmp_p
 def test_cli_full(case: str, subject: Subject, location: str, device: str, tmp_path: Path) -> None:
     answers = _run_one(subject, location, device, tmp_path, "--method", "full", "--attn-implementation", case)
     assert not any(answer["rounds"] for answer in answers), "the full method compressed"
-    assert any(answer["correct"] for answer in answers), f"no answer is right: {[answer['answer'] for answer in answers]}"
+    assert any(answer["correct"] for answer in answers), (
+        f"no answer is right: {[answer['answer'] for answer in answers]}"
+    )
 
 
 @check(
@@ -216,9 +227,11 @@ def test_cache_bound(case: bool, model: Model, measure) -> None:
     model.patch(kv_budget=_BUDGET, per_head_pruning=case)
     lengths = [_physical(cache) for _, cache in model.decode(model.tokens(_PROMPTS[0]), _BUDGET + 2 * _DIVIDE)]
     measure("longest cache after a step", max(lengths), _BUDGET + _DIVIDE - 1, unit="tokens")
-    after = [b for a, b in zip(lengths, lengths[1:], strict=False) if b < a]
+    after = [after for before, after in pairwise(lengths) if after < before]
     assert len(after) >= 2, f"{len(after)} rounds happened in {len(lengths)} steps, expected at least 2"
-    assert set(after) == {_BUDGET}, f"after a round the cache holds {sorted(set(after))} tokens, the budget is {_BUDGET}"
+    assert set(after) == {_BUDGET}, (
+        f"after a round the cache holds {sorted(set(after))} tokens, the budget is {_BUDGET}"
+    )
 
 
 @check(

@@ -17,11 +17,15 @@ def test_engine(case: str) -> Never:
     skip("NOT_IMPLEMENTED", "the suite does not drive vLLM yet")
 
 
-@check("p7.plugin", gate="soft", cases="activates", plan="5.2", claim="vLLM starts with the plugin activated.", **_COMMON)
+@check(
+    "p7.plugin", gate="soft", cases="activates", plan="5.2", claim="vLLM starts with the plugin activated.", **_COMMON
+)
 def test_plugin(case: str) -> Never:
     skip("NOT_IMPLEMENTED", "the suite does not drive vLLM yet")
 
 
-@check("p7.server", gate="soft", cases="answers", plan="5.3", claim="The server lists its model and answers.", **_COMMON)
+@check(
+    "p7.server", gate="soft", cases="answers", plan="5.3", claim="The server lists its model and answers.", **_COMMON
+)
 def test_server(case: str) -> Never:
     skip("NOT_IMPLEMENTED", "the suite does not drive vLLM yet")

@@ -18,7 +18,15 @@ STYLE_OF_TYPE = {"llama": "half", "qwen2": "half", "qwen3": "half"}
 STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 #: Configuration entries that say nothing about the statistics of a model's queries.
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "quantization_config")
+_VOLATILE = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "use_cache",
+    "quantization_config",
+)
 
 
 @dataclass(frozen=True)
@@ -45,18 +53,28 @@ class Architecture:
 
     def require_same(self, live: Architecture, source: str) -> None:
         """Raise TriAttentionError, naming both values, unless ``live`` is the model these statistics are of."""
-        for name in ("num_layers", "num_query_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_style", "attention_scaling"):
+        for name in (
+            "num_layers",
+            "num_query_heads",
+            "num_kv_heads",
+            "head_dim",
+            "rotary_dim",
+            "rope_style",
+            "attention_scaling",
+        ):
             mine, its = getattr(self, name), getattr(live, name)
             if mine != its:
                 raise TriAttentionError(
-                    f"{source} is of {self.model_id} with {name} {mine} and the model {live.model_id} has {its}; calibrate this model"
+                    f"{source} is of {self.model_id} with {name} {mine} and the model {live.model_id} has "
+                    f"{its}; calibrate this model"
                 )
         ulp = torch.nextafter(live.omega, torch.full_like(live.omega, torch.inf)) - live.omega
         off = ((self.omega - live.omega).abs() > ulp).nonzero()
         if len(off):
             f = int(off[0])
             raise TriAttentionError(
-                f"{source} is of {self.model_id} with omega[{f}] = {self.omega[f].item():.9g} and the model {live.model_id} "
+                f"{source} is of {self.model_id} with omega[{f}] = {self.omega[f].item():.9g} and the "
+                f"model {live.model_id} "
                 f"has {live.omega[f].item():.9g}; calibrate this model"
             )
         if self.fingerprint != live.fingerprint:
@@ -71,7 +89,8 @@ def decoder_of(model: Any) -> Any:
     decoder = getattr(model, "model", model)
     if not hasattr(decoder, "layers") or not hasattr(decoder, "rotary_emb"):
         raise TriAttentionError(
-            f"{type(model).__name__} has no decoder layers with a rotary module; supported: {', '.join(sorted(STYLE_OF_TYPE))}"
+            f"{type(model).__name__} has no decoder layers with a rotary module; supported: "
+            f"{', '.join(sorted(STYLE_OF_TYPE))}"
         )
     return decoder
 
@@ -85,7 +104,9 @@ def describe(model: Any) -> Architecture:
         )
     sliding = [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"]
     if sliding:
-        raise TriAttentionError(f"the model has {sliding[0]} layers, which cannot be compressed; use a full-attention model")
+        raise TriAttentionError(
+            f"the model has {sliding[0]} layers, which cannot be compressed; use a full-attention model"
+        )
     rotary = decoder_of(model).rotary_emb
     if rotary.rope_type not in STATIC_ROPE_TYPES:
         raise TriAttentionError(

@@ -34,14 +34,18 @@ class CompressedLayer(DynamicLayer):
         self.evicted = 0
 
     def keep(self, indices: torch.Tensor) -> None:
-        """Hold only ``indices`` ``[B, H, K]``, in this order; keys and values are moved bit for bit, the rest is freed."""
+        """Hold only ``indices`` ``[B, H, K]``, in this order; keys and values are moved bit for bit, the rest is
+        freed.
+        """
         self.evicted += self.keys.shape[-2] - indices.shape[-1]
         gather = indices[..., None].to(self.keys.device)
         self.keys = self.keys.gather(2, gather.expand(-1, -1, -1, self.keys.shape[-1]))
         self.values = self.values.gather(2, gather.expand(-1, -1, -1, self.values.shape[-1]))
 
     def _refuse(self, *args: object, **kwargs: object) -> None:
-        raise TriAttentionError("beam search and row reordering are not supported with a compressed cache; use num_beams=1")
+        raise TriAttentionError(
+            "beam search and row reordering are not supported with a compressed cache; use num_beams=1"
+        )
 
     reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse
 
@@ -50,10 +54,10 @@ class CompressedLayer(DynamicLayer):
 class CacheState:
     """What is known of the rows of one cache beside its tensors; kept on the cache, so it dies with it.
 
-    ``valid`` bool ``[B, P]``: real tokens among the held columns. ``seen`` int64 ``[B]``: real tokens ever fed, which is the
-    position of the next one. ``prompt`` int64 ``[B]``: tokens of the prompt. Host side, so that a decode step asks the
-    device nothing: ``longest``, an upper bound of the real tokens in any row, and ``ragged``, whether any column may be
-    a pad.
+    ``valid`` bool ``[B, P]``: real tokens among the held columns. ``seen`` int64 ``[B]``: real tokens ever fed,
+    which is the position of the next one. ``prompt`` int64 ``[B]``: tokens of the prompt. Host side, so that a
+    decode step asks the device nothing: ``longest``, an upper bound of the real tokens in any row, and ``ragged``,
+    whether any column may be a pad.
     """
 
     valid: torch.Tensor
@@ -70,7 +74,9 @@ class CacheState:
         return cls(torch.zeros(batch, 0, dtype=torch.bool, device=device), counts, counts.clone())
 
     def append(self, new: torch.Tensor, new_is_ragged: bool) -> torch.Tensor:
-        """Add new columns ``[B, q]`` (real or pad) and return the positions of their tokens ``[B, q]`` (0 for a pad)."""
+        """Add new columns ``[B, q]`` (real or pad) and return the positions of their tokens ``[B, q]`` (0 for a
+        pad).
+        """
         counts = new.to(torch.int64).cumsum(-1)
         positions = (self.seen[:, None] + counts - 1).masked_fill(~new, 0)
         self.prefilling = self.prefilling and (self.valid.shape[1] == 0 or new.shape[1] > 1)

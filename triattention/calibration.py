@@ -1,4 +1,6 @@
-"""Calibration: stream text through a model and average its queries, after q_norm and before RoPE (paper, Q/K centers)."""
+"""Calibration: stream text through a model and average its queries, after q_norm and before RoPE (paper, Q/K
+centers).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class _Means:
         self.count = 0
 
     def hook(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        """Take q as ``[..., heads * D]`` (q_proj) or ``[..., heads, D]`` (q_norm); each leading element is one token."""
+        """Take q as ``[..., heads * D]`` (q_proj) or ``[..., heads, D]`` (q_norm); each leading element is one
+        token.
+        """
         q = output.detach().reshape(-1, self.n_heads, self.head_dim).to(torch.float64)
         real, imag = split_pairs(q, self.style)
         self.real = self.real.to(q.device) + real.sum(0)
@@ -45,7 +49,8 @@ def calibrate(model: Any, forward_loop: Callable[[Any], None]) -> Statistics:
             source = getattr(attention, "q_norm", None) or getattr(attention, "q_proj", None)
             if source is None:
                 raise TriAttentionError(
-                    f"layer {index} is a {type(attention).__name__} with neither q_norm nor q_proj; its queries cannot be read"
+                    f"layer {index} is a {type(attention).__name__} with neither q_norm nor q_proj; its "
+                    "queries cannot be read"
                 )
             means.append(_Means(live.num_query_heads, live.head_dim, live.rope_style))
             handles.append(source.register_forward_hook(means[-1].hook))

@@ -2,7 +2,8 @@
 
 S[n] = agg_a (k_re[n] . w_re[a] + k_im[n] . w_im[a]) + |k[n]| . w_abs, with the weights of ``trig.fold``.
 
-    K tile [BLOCK_N, F] (re, im)  --- stays in registers --->  for g in G: for a in A: multiply, reduce over F, aggregate
+K tile [BLOCK_N, F] (re, im)  --- stays in registers --->  for g in G: for a in A: multiply, reduce over F,
+aggregate
 
 Set TRITON_INTERPRET=1 before triton is imported to run it on a CPU.
 """
@@ -90,7 +91,7 @@ def score_triton(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tens
             f"the keys are on {keys.device} and the Triton kernel needs a CUDA device; use the PyTorch path "
             "(use_triton_scoring=False), or set TRITON_INTERPRET=1 before triton is imported"
         )
-    batch, heads, n_tokens, head_dim = keys.shape
+    batch, heads, n_tokens, _ = keys.shape
     n_weight_rows, n_query_heads, width, n_freq = weights.re.shape
     out = torch.empty((batch, n_query_heads, n_tokens), dtype=torch.float32, device=keys.device)
     if out.numel() == 0:

@@ -55,7 +55,9 @@ def invert_rope(
     the rotated key does; the result carries none. Raises TriAttentionError when ``scale`` is the number 0.
     """
     if isinstance(scale, (int, float)) and scale == 0:
-        raise TriAttentionError("the attention scaling is 0; pass the rotary module's attention_scaling (1.0 without YaRN)")
+        raise TriAttentionError(
+            "the attention scaling is 0; pass the rotary module's attention_scaling (1.0 without YaRN)"
+        )
     # rotated = s R k and cos = s cos(angle), so one more 1/s on top of the transposed rotation gives k
     return (rotated * cos - rotate_half(rotated, style=style) * sin) / scale**2
 

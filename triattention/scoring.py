@@ -14,18 +14,21 @@ KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def check_inputs(keys: torch.Tensor, statistics: dict[str, torch.Tensor], omega: torch.Tensor, style: str) -> None:
     """Raise TriAttentionError, naming the argument and its shape, unless the shapes and dtypes fit together.
 
-    ``keys`` ``[B, H, N, D]``; each of ``statistics`` ``[H*G, F]``; ``omega`` ``[F]`` with D = 2 F. Values are not looked at: that
-    would wait for the device. A NaN key gets a NaN score and touches no other.
+    ``keys`` ``[B, H, N, D]``; each of ``statistics`` ``[H*G, F]``; ``omega`` ``[F]`` with D = 2 F. Values are not
+    looked at: that would wait for the device. A NaN key gets a NaN score and touches no other.
     """
     check_style(style)
     if keys.ndim != 4:
-        raise TriAttentionError(f"the keys have shape {tuple(keys.shape)}; they must be [batch, kv heads, tokens, head dim]")
+        raise TriAttentionError(
+            f"the keys have shape {tuple(keys.shape)}; they must be [batch, kv heads, tokens, head dim]"
+        )
     if keys.dtype not in KEY_DTYPES:
         raise TriAttentionError(f"the keys are {keys.dtype}; use bfloat16, float16 or float32")
     n_freq, (heads, head_dim) = omega.numel(), (keys.shape[1], keys.shape[3])
     if head_dim != 2 * n_freq:
         raise TriAttentionError(
-            f"the keys have head dim {head_dim} and omega {n_freq} frequencies; full rotary needs head dim = 2 x frequencies"
+            f"the keys have head dim {head_dim} and omega {n_freq} frequencies; full rotary needs head "
+            "dim = 2 x frequencies"
         )
     query_heads = next(iter(statistics.values())).shape[0]
     for name, tensor in statistics.items():

@@ -17,8 +17,8 @@ def to_device(values: list[int], device: torch.device) -> torch.Tensor:
 def z_score(scores: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
     """Standardise each query head over its evictable region: ``[B, H*G, N]`` with region ``[B, N]``, float64 out.
 
-    Population standard deviation (ddof 0) clamped at 1e-6, from deviations about the mean and never from E[x^2] - E[x]^2.
-    float64 makes the result independent of how a row was padded or batched.
+    Population standard deviation (ddof 0) clamped at 1e-6, from deviations about the mean and never from E[x^2] -
+    E[x]^2. float64 makes the result independent of how a row was padded or batched.
     """
     x, inside = scores.to(torch.float64), region[:, None]
     count = inside.sum(-1, keepdim=True).clamp_min(1)
@@ -37,10 +37,10 @@ def group_max(scores: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
 def keep_mask(scores: torch.Tensor, valid: torch.Tensor, protected: torch.Tensor, evict: list[int]) -> torch.Tensor:
     """Which cached tokens stay: bool ``[B, S, N]`` for S sets per row.
 
-    ``scores`` ``[B, S, N]``; ``valid`` and ``protected`` bool ``[B, N]`` (real tokens; those never evicted); ``evict`` how many of the
-    valid tokens of each row go. The highest scores stay; among equal scores the lowest index wins. NaN scores are the
-    caller's to refuse. Raises TriAttentionError when a row is asked to evict protected or absent tokens, where that
-    can be known without waiting for the device.
+    ``scores`` ``[B, S, N]``; ``valid`` and ``protected`` bool ``[B, N]`` (real tokens; those never evicted);
+    ``evict`` how many of the valid tokens of each row go. The highest scores stay; among equal scores the lowest
+    index wins. NaN scores are the caller's to refuse. Raises TriAttentionError when a row is asked to evict
+    protected or absent tokens, where that can be known without waiting for the device.
     """
     if len(evict) != scores.shape[0]:
         raise TriAttentionError(f"evict names {len(evict)} rows and the scores have {scores.shape[0]}")
@@ -56,14 +56,18 @@ def keep_mask(scores: torch.Tensor, valid: torch.Tensor, protected: torch.Tensor
 
 
 def keep_indices(mask: torch.Tensor, width: int) -> torch.Tensor:
-    """Ascending indices of the kept tokens, right-aligned in ``width`` columns: bool ``[B, S, N]`` to int64 ``[B, S, width]``.
+    """Ascending indices of the kept tokens, right-aligned in ``width`` columns: bool ``[B, S, N]`` to int64 ``[B,
+    S, width]``.
 
-    A row that keeps fewer than ``width`` tokens begins with indices of evicted ones; its mask must hide those columns.
+    A row that keeps fewer than ``width`` tokens begins with indices of evicted ones; its mask must hide those
+    columns.
     """
     order = mask.to(torch.uint8).argsort(dim=-1, stable=True)
     return order[..., order.shape[-1] - width :]
 
 
 def evictable(length: int, budget: int, protected: int) -> int:
-    """How many of ``length`` tokens go in a round: down to the budget, or to the protected ones if those alone exceed it."""
+    """How many of ``length`` tokens go in a round: down to the budget, or to the protected ones if those alone
+    exceed it.
+    """
     return max(0, length - max(budget, min(protected, length)))

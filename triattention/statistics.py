@@ -26,8 +26,8 @@ CAPTURE_POINT = "after q_norm, before RoPE"
 class Statistics:
     """m = E[q] and a = E|q| per (layer, query head, frequency), over calibration text.
 
-    ``q_mean_real``, ``q_mean_imag``, ``q_abs_mean``: float32 ``[L, H*G, F]``. ``architecture`` describes the model they were taken
-    from; it is None for a published file, which does not say.
+    ``q_mean_real``, ``q_mean_imag``, ``q_abs_mean``: float32 ``[L, H*G, F]``. ``architecture`` describes the model
+    they were taken from; it is None for a published file, which does not say.
     """
 
     q_mean_real: torch.Tensor
@@ -42,7 +42,9 @@ class Statistics:
         for name in ("q_mean_real", "q_mean_imag", "q_abs_mean"):
             tensor = getattr(self, name)
             if tensor.ndim != 3 or tensor.shape != shape:
-                raise TriAttentionError(f"{self.source}: {name} has shape {tuple(tensor.shape)}; expected [L, heads, F]")
+                raise TriAttentionError(
+                    f"{self.source}: {name} has shape {tuple(tensor.shape)}; expected [L, heads, F]"
+                )
             if not tensor.isfinite().all():
                 raise TriAttentionError(f"{self.source}: {name} holds NaN or Inf; calibrate again")
         short = (torch.hypot(self.q_mean_real, self.q_mean_imag) - self.q_abs_mean * (1 + 1e-5) > 1e-6).nonzero()
@@ -77,7 +79,9 @@ class Statistics:
 def save(path: str | os.PathLike[str], statistics: Statistics) -> None:
     """Write our layout atomically. Raises TriAttentionError when the statistics do not say which model they are of."""
     if statistics.architecture is None:
-        raise TriAttentionError(f"{statistics.source} does not say which model it is of; calibrate the model to save it")
+        raise TriAttentionError(
+            f"{statistics.source} does not say which model it is of; calibrate the model to save it"
+        )
     _save_atomic(
         path,
         {
@@ -107,7 +111,9 @@ def _save_atomic(path: str | os.PathLike[str], payload: dict[str, Any]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Statistics:
-    """Read either layout with ``weights_only=True``. Raises TriAttentionError naming the file and what is wrong with it."""
+    """Read either layout with ``weights_only=True``. Raises TriAttentionError naming the file and what is wrong
+    with it.
+    """
     payload, source = read_payload(path), str(path)
     try:
         if payload.get("format") == FORMAT:
@@ -122,7 +128,9 @@ def load(path: str | os.PathLike[str]) -> Statistics:
             )  # fmt: skip
         return _from_published(payload, source)
     except (KeyError, TypeError, AttributeError) as error:
-        raise TriAttentionError(f"{source} is not a statistics file: {error!r} is missing or malformed; calibrate again") from error
+        raise TriAttentionError(
+            f"{source} is not a statistics file: {error!r} is missing or malformed; calibrate again"
+        ) from error
 
 
 def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -130,12 +138,13 @@ def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
     source = Path(path)
     if not source.is_file():
         raise TriAttentionError(
-            f"there is no statistics file {source}; make one with python -m triattention build-stats --model MODEL --output {source}"
+            f"there is no statistics file {source}; make one with python -m triattention build-stats "
+            f"--model MODEL --output {source}"
         )
     try:
         payload = torch.load(source, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise TriAttentionError(
             f"the statistics file {source} ({source.stat().st_size} bytes) cannot be read: {reason}; calibrate again"
         ) from error
@@ -160,7 +169,9 @@ def _from_published(payload: dict[str, Any], source: str) -> Statistics:
             for name in names:
                 columns[name].append(entry[name].to(torch.float32))
     stacked = [torch.stack(columns[name]).view(layers, per_layer, -1) for name in names]
-    return Statistics(*stacked, token_count=int(payload["metadata"].get("token_count", 0)), architecture=None, source=source)
+    return Statistics(
+        *stacked, token_count=int(payload["metadata"].get("token_count", 0)), architecture=None, source=source
+    )
 
 
 def published_payload(statistics_by_head: dict[tuple[int, int], Any], metadata: dict[str, Any]) -> dict[str, Any]:
@@ -178,6 +189,8 @@ def published_payload(statistics_by_head: dict[tuple[int, int], Any], metadata: 
     }
 
 
-def save_published(path: str | os.PathLike[str], statistics_by_head: dict[tuple[int, int], Any], metadata: dict[str, Any]) -> None:
+def save_published(
+    path: str | os.PathLike[str], statistics_by_head: dict[tuple[int, int], Any], metadata: dict[str, Any]
+) -> None:
     """Write the published layout atomically."""
     _save_atomic(path, published_payload(statistics_by_head, metadata))

@@ -22,7 +22,7 @@ def geometric_offsets(max_length: int, device: torch.device | str | None = None)
 
 def check_position(t: int) -> int:
     """``t`` as a Python int. Raises TriAttentionError when it is not a whole number >= 0."""
-    if isinstance(t, float) and not t.is_integer() or int(t) < 0:
+    if (isinstance(t, float) and not t.is_integer()) or int(t) < 0:
         raise TriAttentionError(f"round_start is {t}; it must be a whole number >= 0, the position of the next token")
     return int(t)
 
@@ -42,8 +42,8 @@ def phases(t: int | torch.Tensor, offsets: torch.Tensor, omega: torch.Tensor) ->
 class Weights:
     """What a key is multiplied with: S = agg_o (k_re . re + k_im . im) + |k| . norm.
 
-    ``re`` and ``im`` are float64 ``[Bw, H*G, A, F]``, where Bw is 1 or B and A is 1 (mean: folded over the offsets, which is
-    exact because the mean is linear) or O (max); ``norm`` is float64 ``[H*G, F]``.
+    ``re`` and ``im`` are float64 ``[Bw, H*G, A, F]``, where Bw is 1 or B and A is 1 (mean: folded over the offsets,
+    which is exact because the mean is linear) or O (max); ``norm`` is float64 ``[H*G, F]``.
     """
 
     re: torch.Tensor
@@ -65,9 +65,9 @@ def fold(
 ) -> Weights:
     """Fold statistics and phases into the weights of one layer.
 
-    q_* and ``freq_weight`` are ``[H*G, F]``; ``cos`` and ``sin`` ``[O, F]`` or ``[B, O, F]``. ``disable_mlr`` makes the second
-    coefficient a instead of a - |m|; ``disable_trig`` leaves the second term only. No epsilon anywhere: zero statistics
-    give exactly 0. Raises TriAttentionError for an unknown aggregation.
+    q_* and ``freq_weight`` are ``[H*G, F]``; ``cos`` and ``sin`` ``[O, F]`` or ``[B, O, F]``. ``disable_mlr`` makes
+    the second coefficient a instead of a - |m|; ``disable_trig`` leaves the second term only. No epsilon anywhere:
+    zero statistics give exactly 0. Raises TriAttentionError for an unknown aggregation.
     """
     if aggregation not in ("mean", "max"):
         raise TriAttentionError(f"aggregation is {aggregation!r}; use 'mean' or 'max'")
@@ -89,8 +89,8 @@ def fold(
 class TrigTableCache:
     """cos and sin of (t + o) omega at t = interval, 2 interval, ... up to ``max_seq_len`` (plan 3.3).
 
-    ``cos_table`` and ``sin_table`` are float32 ``[num_positions, O, F]`` on ``device``, each entry the float64 value rounded
-    once. Raises TriAttentionError (a ValueError) when the table would be empty.
+    ``cos_table`` and ``sin_table`` are float32 ``[num_positions, O, F]`` on ``device``, each entry the float64
+    value rounded once. Raises TriAttentionError (a ValueError) when the table would be empty.
     """
 
     def __init__(
@@ -128,7 +128,9 @@ class TrigTableCache:
         return 2 * self.cos_table.numel() * self.cos_table.element_size() / 2**20
 
     def get_trig_values(self, round_start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The row of ``round_start``: cos and sin, float32 ``[O, F]``. Raises ValueError off the interval or the table."""
+        """The row of ``round_start``: cos and sin, float32 ``[O, F]``. Raises ValueError off the interval or the
+        table.
+        """
         t = check_position(round_start)
         if t % self.compress_interval:
             raise TriAttentionError(f"round_start is {t}; the table has rows at multiples of {self.compress_interval}")
@@ -161,7 +163,8 @@ class TrigTableCache:
     def __repr__(self) -> str:
         return (
             f"TrigTableCache(positions={self.num_positions}, interval={self.compress_interval}, "
-            f"offsets={self.num_offsets}, frequencies={self.freq_count}, {self.memory_mb:.2f} MiB, device={self.device})"
+            f"offsets={self.num_offsets}, frequencies={self.freq_count}, {self.memory_mb:.2f} MiB, "
+            f"device={self.device})"
         )
 
 

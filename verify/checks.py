@@ -49,11 +49,12 @@ _CASE = re.compile(r"[A-Za-z0-9_\-]+")
 class CheckSpec:
     """The declaration of one check, or of one family of checks that differ by ``case``.
 
-    ``family`` is ``p<phase>.<topic>``; each key of ``cases`` makes one check with the stable id ``p<phase>.<topic>.<case>``.
-    ``claim`` says what a PASS proves, ``reason`` why anybody should care, ``remedy`` what to do if it fails, ``tolerance``
-    which bound applies and where it comes from, ``plan`` the item of the verification plan (``"3.2"``) it answers.
-    ``needs`` names checks (full ids, or families) whose HARD failure makes this one BLOCKED. ``needs_gpu`` checks are
-    SKIP(NO_GPU) on the CPU target and are not on its must-pass list.
+    ``family`` is ``p<phase>.<topic>``; each key of ``cases`` makes one check with the stable id
+    ``p<phase>.<topic>.<case>``. ``claim`` says what a PASS proves, ``reason`` why anybody should care, ``remedy``
+    what to do if it fails, ``tolerance`` which bound applies and where it comes from, ``plan`` the item of the
+    verification plan (``"3.2"``) it answers. ``needs`` names checks (full ids, or families) whose HARD failure
+    makes this one BLOCKED. ``needs_gpu`` checks are SKIP(NO_GPU) on the CPU target and are not on its must-pass
+    list.
 
     Raises ValueError naming the family when a field breaks these rules.
     """

@@ -1,9 +1,9 @@
 """The arbiter: scores in float64 from the pre-RoPE form with positions, sharing no code with any subject.
 
-A subject scores keys that already carry their rotation. The oracle takes the other way: it knows the key before RoPE and
-the key's position p, and forms
+A subject scores keys that already carry their rotation. The oracle takes the other way: it knows the key before
+RoPE and the key's position p, and forms
 
-    S = agg_o sum_f w |m_f| |k_f| cos((t + o - p) omega_f + arg m_f - arg k0_f) + sum_f w e_f |k_f|,   |k_f| = s |k0_f|
+S = agg_o sum_f w |m_f| |k_f| cos((t + o - p) omega_f + arg m_f - arg k0_f) + sum_f w e_f |k_f|,   |k_f| = s |k0_f|
 
 in NumPy float64, where e_f is a - |m| (a under ``disable_mlr``). Source: paper, score of a key.
 """
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Case:
     """One scoring problem, float64 throughout.
 
-    ``k0`` complex ``[B, H, N, F]``: keys before RoPE and scaling; ``positions`` ``[N]``; ``m`` complex, ``a`` and ``w`` ``[H*G, F]``;
-    ``omega`` ``[F]``; ``offsets`` ``[O]``; ``t`` the position of the next token; ``s`` the attention scaling.
+    ``k0`` complex ``[B, H, N, F]``: keys before RoPE and scaling; ``positions`` ``[N]``; ``m`` complex, ``a`` and
+    ``w`` ``[H*G, F]``; ``omega`` ``[F]``; ``offsets`` ``[O]``; ``t`` the position of the next token; ``s`` the
+    attention scaling.
     """
 
     k0: np.ndarray
@@ -84,7 +85,9 @@ def scores(case: Case) -> np.ndarray:
 
 
 def term_sum(case: Case) -> np.ndarray:
-    """T = sum_f |w| |k_f| (|m_f| + |e_f|), ``[B, H*G, N]``: what rounding errors are relative to, whatever the algebra."""
+    """T = sum_f |w| |k_f| (|m_f| + |e_f|), ``[B, H*G, N]``: what rounding errors are relative to, whatever the
+    algebra.
+    """
     import numpy as np
 
     m_abs = np.abs(case.m)
@@ -93,7 +96,8 @@ def term_sum(case: Case) -> np.ndarray:
 
 
 def phase_sum(case: Case) -> np.ndarray:
-    """sum_f |w| |m_f| |k_f| |(t + o) omega_f|, ``[B, H*G, N]``, at the largest offset (max) or averaged over them (mean).
+    """sum_f |w| |m_f| |k_f| |(t + o) omega_f|, ``[B, H*G, N]``, at the largest offset (max) or averaged over them
+    (mean).
 
     Times 2^-23 this is the error that honest fp32 phases cause.
     """

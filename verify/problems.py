@@ -51,11 +51,19 @@ class Problem:
     def scoring_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the published ``triattention_scoring``."""
         return {
-            "K_rot": self.keys, "position_indices": None, "q_mean_real": self.q_mean_real, "q_mean_imag": self.q_mean_imag,
-            "q_abs_mean": self.q_abs_mean, "freq_scale_sq": self.freq_weight, "omega": self.omega, "offsets": self.offsets,
-            "round_start": self.shape.t, "aggregation": self.shape.aggregation, "rope_style": self.shape.style,
+            "K_rot": self.keys,
+            "position_indices": None,
+            "q_mean_real": self.q_mean_real,
+            "q_mean_imag": self.q_mean_imag,
+            "q_abs_mean": self.q_abs_mean,
+            "freq_scale_sq": self.freq_weight,
+            "omega": self.omega,
+            "offsets": self.offsets,
+            "round_start": self.shape.t,
+            "aggregation": self.shape.aggregation,
+            "rope_style": self.shape.style,
             "disable_mlr": self.shape.disable_mlr,
-        }  # fmt: skip
+        }
 
     def head_stats(self) -> dict[str, torch.Tensor]:
         """``head_stats`` of the published ``compute_scores``."""
@@ -110,8 +118,9 @@ def make(shape: Shape, seed: int, device: str) -> Problem:
 
 
 def restride(x: torch.Tensor, strides: str) -> torch.Tensor:
-    """The same values behind other strides: ``contiguous``, ``transposed`` (tokens before heads), ``sliced`` (a view into a
-    larger buffer at an offset) or ``spread`` (every second element, so the last stride is 2)."""
+    """The same values behind other strides: ``contiguous``, ``transposed`` (tokens before heads), ``sliced`` (a
+    view into a larger buffer at an offset) or ``spread`` (every second element, so the last stride is 2).
+    """
     import torch
 
     if strides == "contiguous":

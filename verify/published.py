@@ -1,7 +1,7 @@
 """The published API as data: what a subject must offer, in which order, with which defaults.
 
-Source: plan 2.3 and the public repository's release 0.2.0. A signature is compared by parameter names, order and defaults; a
-subject may append keyword-only parameters with defaults.
+Source: plan 2.3 and the public repository's release 0.2.0. A signature is compared by parameter names, order and
+defaults; a subject may append keyword-only parameters with defaults.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A published name and, where it is callable, its parameters as ``name`` or ``name=default`` (``repr`` of the default)."""
+    """A published name and, where it is callable, its parameters as ``name`` or ``name=default`` (``repr`` of the
+    default).
+    """
 
     module: str
     name: str
@@ -31,7 +33,8 @@ NAMES = (
         "methods.triattention",
         "apply_triattention_patch",
         "model, stats_path, model_path, kv_budget, offset_max_length=65536, score_aggregation='mean', pruning_seed=0, "
-        "metadata_expectations=None, normalize_scores=False, count_prompt_tokens=False, allow_prefill_compression=False, "
+        "metadata_expectations=None, normalize_scores=False, count_prompt_tokens=False, "
+        "allow_prefill_compression=False, "
         "divide_length=128, use_slack_trigger=False, per_head_pruning=False, per_layer_perhead_pruning=False, "
         "layer_perhead_aggregation='max', disable_mlr=False, disable_trig=False",
     ),
@@ -69,22 +72,48 @@ NAMES = (
 CONFIG_DEFAULTS = MappingProxyType(
     {
         "methods.triattention": {
-            "offset_max_length": 65536, "score_aggregation": "mean", "normalize_scores": False,
-            "count_prompt_tokens": False, "allow_prefill_compression": False, "divide_length": 128,
-            "use_slack_trigger": False, "per_head_pruning": False, "per_layer_perhead_pruning": False,
-            "layer_perhead_aggregation": "max", "disable_mlr": False, "disable_trig": False,
+            "offset_max_length": 65536,
+            "score_aggregation": "mean",
+            "normalize_scores": False,
+            "count_prompt_tokens": False,
+            "allow_prefill_compression": False,
+            "divide_length": 128,
+            "use_slack_trigger": False,
+            "per_head_pruning": False,
+            "per_layer_perhead_pruning": False,
+            "layer_perhead_aggregation": "max",
+            "disable_mlr": False,
+            "disable_trig": False,
         },
         "vllm.core.config": {
-            "kv_budget": 2048, "divide_length": 128, "sparse_round_window": 32, "pruning_mode": "per_head",
-            "score_aggregation": "mean", "offset_max_length": 65536, "disable_top_n_high_freq": 0, "disable_mlr": False,
-            "disable_trig": False, "include_prefill_in_budget": True, "protect_prefill": True,
-            "sparse_normalize_scores": True, "triton_block_size": 128, "use_triton_scoring": True, "use_trig_cache": True,
-            "trig_cache_max_seq_len": None, "trig_cache_warn_threshold_mb": 100.0, "stats_path": None, "model_path": None,
-            "rope_style": "half", "head_dim": None, "num_kv_heads": None, "num_layers": None, "seed": None,
+            "kv_budget": 2048,
+            "divide_length": 128,
+            "sparse_round_window": 32,
+            "pruning_mode": "per_head",
+            "score_aggregation": "mean",
+            "offset_max_length": 65536,
+            "disable_top_n_high_freq": 0,
+            "disable_mlr": False,
+            "disable_trig": False,
+            "include_prefill_in_budget": True,
+            "protect_prefill": True,
+            "sparse_normalize_scores": True,
+            "triton_block_size": 128,
+            "use_triton_scoring": True,
+            "use_trig_cache": True,
+            "trig_cache_max_seq_len": None,
+            "trig_cache_warn_threshold_mb": 100.0,
+            "stats_path": None,
+            "model_path": None,
+            "rope_style": "half",
+            "head_dim": None,
+            "num_kv_heads": None,
+            "num_layers": None,
+            "seed": None,
             "enable_debug_logging": False,
         },
     }
-)  # fmt: skip
+)
 
 
 def signature_differs(name: Name, found: Callable[..., object]) -> str:
@@ -100,7 +129,8 @@ def signature_differs(name: Name, found: Callable[..., object]) -> str:
         given = have[index].default
         shown = [] if given is inspect.Parameter.empty else [repr(given)]
         if shown != default:
-            return f"{parameter} has default {shown[0] if shown else 'none'}, published is {default[0] if default else 'none'}"
+            theirs, ours = (values[0] if values else "none" for values in (shown, default))
+            return f"{parameter} has default {theirs}, published is {ours}"
     for extra in have[len(want) :]:
         if extra.kind is not extra.KEYWORD_ONLY or extra.default is extra.empty:
             return f"{extra.name} is not published; an added parameter must be keyword-only with a default"

@@ -165,7 +165,9 @@ class Record(_Strict):
             seen.add(result.id)
             if (result.evidence == "hardware") and self.target == "emulated":
                 raise ValueError(f"{result.id} claims hardware evidence in an emulated run")
-        if self.target != "emulated" and (self.environment.gpu is None or f"sm{self.environment.gpu.sm}" != self.target):
+        if self.target != "emulated" and (
+            self.environment.gpu is None or f"sm{self.environment.gpu.sm}" != self.target
+        ):
             raise ValueError(f"run {self.run_id} claims {self.target}, but its environment has another GPU or none")
         return self
 

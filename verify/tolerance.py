@@ -1,9 +1,9 @@
 """Every tolerance of the suite, with its derivation. Nothing is compared with a number that does not come from here.
 
-An fp32 implementation that reads exact keys makes, per score, a handful of roundings of 2^-24 relative to the sum of the
-absolute terms T (a sum of n terms in a tree rounds log2 n times, each weight and product once, |k| twice); folded
-prototypes measured 0.6 to 2.5 units of 2^-24 T. Class A allows 8. Class B adds what honest fp32 phases cost: an
-angle x = (t + o) omega held in fp32 is off by up to |x| 2^-24, and forming it from rounded factors doubles that.
+An fp32 implementation that reads exact keys makes, per score, a handful of roundings of 2^-24 relative to the sum
+of the absolute terms T (a sum of n terms in a tree rounds log2 n times, each weight and product once, |k| twice);
+folded prototypes measured 0.6 to 2.5 units of 2^-24 T. Class A allows 8. Class B adds what honest fp32 phases cost:
+an angle x = (t + o) omega held in fp32 is off by up to |x| 2^-24, and forming it from rounded factors doubles that.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def trig_entry_units(table: Any, exact: np.ndarray) -> float:
 TRIG_ENTRY_UNITS = 1.5
 
 
-#: Largest difference of float32 log-probabilities between two attention implementations over the same cache. Each layer
-#: sums the same terms in another order: about 2^-24 sqrt(terms) relative, 1e-6 after some hundred terms, which thirty layers
-#: and a softmax over logits of size 20 turn into some 1e-4 at worst. A mask that is off by one key gives 1e-1 or more.
+#: Largest difference of float32 log-probabilities between two attention implementations over the same cache. Each
+#: layer sums the same terms in another order: about 2^-24 sqrt(terms) relative, 1e-6 after some hundred terms, which
+#: thirty layers and a softmax over logits of size 20 turn into some 1e-4 at worst.
 ATTENTION_LOG_PROB = 1e-3
 
 

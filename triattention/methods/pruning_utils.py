@@ -42,8 +42,9 @@ def build_rotary(
 ) -> torch.nn.Module:
     """The rotary module of the model at ``model_path`` (or of ``config``), built by the model's own class.
 
-    ``inv_freq`` stays float32 whatever ``dtype`` is: a frequency rounded to bf16 is off by 0.4 %. ``dtype`` is that of the
-    cos and sin it returns, which the module takes from its input. Raises TriAttentionError for a path without a config.
+    ``inv_freq`` stays float32 whatever ``dtype`` is: a frequency rounded to bf16 is off by 0.4 %. ``dtype`` is that
+    of the cos and sin it returns, which the module takes from its input. Raises TriAttentionError for a path
+    without a config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,7 +52,9 @@ def build_rotary(
         try:
             config = AutoConfig.from_pretrained(model_path)
         except (OSError, ValueError) as error:
-            raise TriAttentionError(f"{model_path} has no model configuration; give a model directory or hub name") from error
+            raise TriAttentionError(
+                f"{model_path} has no model configuration; give a model directory or hub name"
+            ) from error
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     rotary = next((m for m in skeleton.modules() if hasattr(m, "inv_freq")), None)
@@ -63,7 +66,9 @@ def build_rotary(
 def compute_frequency_scaling(
     rotary: torch.nn.Module, head_dim: int, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
-    """s^2 per frequency, ``[head_dim / 2]`` in ``dtype``: the weight on unrotated keys; cached keys already carry one s."""
+    """s^2 per frequency, ``[head_dim / 2]`` in ``dtype``: the weight on unrotated keys; cached keys already carry
+    one s.
+    """
     scaling = float(getattr(rotary, "attention_scaling", 1.0))
     return torch.full((head_dim // 2,), scaling**2, dtype=dtype, device=device)
 
@@ -83,7 +88,8 @@ def compute_frequency_statistics_from_means(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Amplitude |m||k|, phase arg(m conj k) and extra term (a - |m|)|k| of unrotated keys, each ``[N, F]``.
 
-    ``q_mean_complex`` and ``q_abs_mean`` ``[F]`` of one head, ``k_unrot`` ``[N, D]``. ``disable_mlr`` makes the extra term a |k|.
+    ``q_mean_complex`` and ``q_abs_mean`` ``[F]`` of one head, ``k_unrot`` ``[N, D]``. ``disable_mlr`` makes the
+    extra term a |k|.
     """
     k = to_complex_pairs(k_unrot, style=style)
     relative = q_mean_complex * k.conj()
@@ -106,8 +112,8 @@ def score_keys_for_round(
 ) -> torch.Tensor:
     """Scores of one head's unrotated keys from their positions, float32 ``[N]`` (paper; the pre-RoPE form).
 
-    ``key_indices`` ``[N]``, ``amp``, ``phi``, ``extra`` ``[N, F]``, ``omega`` and ``freq_scale_sq`` (s^2) ``[F]``, ``offsets`` ``[O]``. Phases in
-    float64. Raises TriAttentionError for an unknown aggregation.
+    ``key_indices`` ``[N]``, ``amp``, ``phi``, ``extra`` ``[N, F]``, ``omega`` and ``freq_scale_sq`` (s^2) ``[F]``,
+    ``offsets`` ``[O]``. Phases in float64. Raises TriAttentionError for an unknown aggregation.
     """
     if aggregation not in ("mean", "max"):
         raise TriAttentionError(f"aggregation is {aggregation!r}; use 'mean' or 'max'")
@@ -143,7 +149,9 @@ def load_head_frequency_stats(
         metadata["token_count"] = loaded.token_count
     metadata = metadata | {"sampled_heads": [[layer, head] for layer in range(layers) for head in range(heads)]}
     by_head = {
-        (layer, head): HeadFrequencyStats(m[layer, head], a[layer, head]) for layer in range(layers) for head in range(heads)
+        (layer, head): HeadFrequencyStats(m[layer, head], a[layer, head])
+        for layer in range(layers)
+        for head in range(heads)
     }
     return metadata, by_head
 
@@ -158,5 +166,7 @@ def save_head_frequency_stats(
     heads = [tuple(head) for head in sampled_heads]
     absent = [head for head in heads if head not in stats_map]
     if absent:
-        raise TriAttentionError(f"layer {absent[0][0]}, head {absent[0][1]} is sampled but has no statistics; calibrate it")
+        raise TriAttentionError(
+            f"layer {absent[0][0]}, head {absent[0][1]} is sampled but has no statistics; calibrate it"
+        )
     statistics.save_published(output_path, {head: stats_map[head] for head in heads}, dict(metadata))

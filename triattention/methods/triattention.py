@@ -28,12 +28,12 @@ __all__ = ["TriAttention", "TriAttentionConfig", "apply_triattention_patch", "re
 class TriAttentionConfig:
     """Options of the Hugging Face path; names, order and defaults as published, ``window_size`` is ours.
 
-    ``budget`` counts cached tokens, beyond the prompt unless ``count_prompt_tokens``. The prompt is protected unless
-    ``allow_prefill_compression``. ``use_slack_trigger`` waits for budget + divide_length tokens; without it a round is due
-    whenever a multiple of ``divide_length`` tokens has been passed since the budget was. ``per_head_pruning`` keeps one
-    set per KV head, else one ``union`` set. ``pruning_seed`` is accepted; ties go to the lowest index, not to noise.
-    ``metadata_expectations`` are entries the statistics file must hold. Raises TriAttentionError (a ValueError) for what
-    cannot be honoured.
+    ``budget`` counts cached tokens, beyond the prompt unless ``count_prompt_tokens``. The prompt is protected
+    unless ``allow_prefill_compression``. ``use_slack_trigger`` waits for budget + divide_length tokens; without it
+    a round is due whenever a multiple of ``divide_length`` tokens has been passed since the budget was.
+    ``per_head_pruning`` keeps one set per KV head, else one ``union`` set. ``pruning_seed`` is accepted; ties go to
+    the lowest index, not to noise. ``metadata_expectations`` are entries the statistics file must hold. Raises
+    TriAttentionError (a ValueError) for what cannot be honoured.
     """
 
     stats_path: str | os.PathLike[str]
@@ -74,9 +74,10 @@ class TriAttentionConfig:
 class TriAttention:
     """Statistics on a device, and the keep sets of a round.
 
-    ``rounds`` and ``peak_length`` (physical tokens of the longest row, after a step and its round) count since ``reset``.
-    RoPE is that of ``live``, the description of a live model; without one it is the statistics file's, or the model's at
-    ``config.model_path``. Raises TriAttentionError when the statistics file is missing, damaged or of another model.
+    ``rounds`` and ``peak_length`` (physical tokens of the longest row, after a step and its round) count since
+    ``reset``. RoPE is that of ``live``, the description of a live model; without one it is the statistics file's,
+    or the model's at ``config.model_path``. Raises TriAttentionError when the statistics file is missing, damaged
+    or of another model.
     """
 
     def __init__(self, config: TriAttentionConfig, *, live: Architecture | None = None) -> None:
@@ -110,11 +111,12 @@ class TriAttention:
     def selection_scores(
         self, keys: Sequence[torch.Tensor], seen: torch.Tensor | int, region: torch.Tensor
     ) -> torch.Tensor:
-        """Scores from which a round keeps: ``[B, H, N]`` (per_head) or ``[B, 1, N]`` (union), float64 where normalised.
+        """Scores from which a round keeps: ``[B, H, N]`` (per_head) or ``[B, 1, N]`` (union), float64 where
+        normalised.
 
-        ``keys`` one ``[B, H, N, D]`` per layer; ``seen`` the position of the next token, one per row; ``region`` bool ``[B, N]``
-        what can be evicted. per_head is the mean over layers of the maximum over each group; union the maximum over
-        everything. One batched call per layer.
+        ``keys`` one ``[B, H, N, D]`` per layer; ``seen`` the position of the next token, one per row; ``region``
+        bool ``[B, N]`` what can be evicted. per_head is the mean over layers of the maximum over each group; union
+        the maximum over everything. One batched call per layer.
         """
         config = self.config
         cos, sin = phases(seen, self.offsets, self.omega)
@@ -141,14 +143,18 @@ class TriAttention:
     def compute_keep_indices(
         self, pkv_tuple: Sequence[tuple[torch.Tensor, torch.Tensor]], prefix_length: int = 0
     ) -> torch.Tensor | None:
-        """Indices to keep of one sequence, ascending: ``[H, K]`` (per_head) or ``[K]`` (union); None within the budget.
+        """Indices to keep of one sequence, ascending: ``[H, K]`` (per_head) or ``[K]`` (union); None within the
+        budget.
 
-        ``pkv_tuple`` holds (keys, values) ``[1, H, N, D]`` per layer; the first ``prefix_length`` tokens are the prompt. The caller
-        applies the indices; positions are counted as if it had, until ``reset_compression_state``.
+        ``pkv_tuple`` holds (keys, values) ``[1, H, N, D]`` per layer; the first ``prefix_length`` tokens are the
+        prompt. The caller applies the indices; positions are counted as if it had, until
+        ``reset_compression_state``.
         """
         keys = [layer[0] for layer in pkv_tuple]
         if not keys or keys[0].shape[0] != 1:
-            raise TriAttentionError("compute_keep_indices takes the cache of one sequence; patch the model to compress batches")
+            raise TriAttentionError(
+                "compute_keep_indices takes the cache of one sequence; patch the model to compress batches"
+            )
         length = keys[0].shape[2]
         budget, protected_count = self._limits(prefix_length)
         evict = evictable(length, budget, protected_count)
@@ -200,7 +206,8 @@ class TriAttention:
         if protected > budget and not state.warned:
             state.warned = True
             warnings.warn(
-                f"{protected} protected tokens (prompt and window) exceed the budget of {budget}; they are kept and the rest "
+                f"{protected} protected tokens (prompt and window) exceed the budget of {budget}; they "
+                "are kept and the rest "
                 "is compressed, so give a larger budget or allow_prefill_compression=True to go below them",
                 stacklevel=2,
             )
@@ -233,7 +240,8 @@ class TriAttention:
 def _require_finite(finite: torch.Tensor) -> None:
     if not finite:
         raise TriAttentionError(
-            "a score is NaN or Inf, so a cached key is NaN or Inf; load the model with dtype float32 or bfloat16 and try again"
+            "a score is NaN or Inf, so a cached key is NaN or Inf; load the model with dtype float32 or "
+            "bfloat16 and try again"
         )
 
 
@@ -241,7 +249,9 @@ def _require(payload: dict[str, Any], expectations: Mapping[str, Any], source: s
     found = {**payload, **payload.get("architecture", {}), **payload.get("metadata", {})}
     for key, value in expectations.items():
         if found.get(key) != value:
-            raise TriAttentionError(f"{source} has {key} = {found.get(key)!r} and {value!r} was expected; calibrate this model")
+            raise TriAttentionError(
+                f"{source} has {key} = {found.get(key)!r} and {value!r} was expected; calibrate this model"
+            )
 
 
 def apply_triattention_patch(
@@ -268,19 +278,20 @@ def apply_triattention_patch(
 ) -> None:
     """Make ``model`` compress its cache to ``kv_budget`` tokens per row while it generates (plan 4.1).
 
-    Works with ``generate`` and with hand-written loops, sdpa, eager and flash_attention_2, chunked prefill and left-padded
-    batches. State lives on the cache: a new cache starts afresh. Positions keep counting, so ``position_ids`` may be left
-    out; given ones must agree. ``model.triattention`` holds the counters; ``remove_triattention_patch`` undoes it. The
-    arguments are those of ``TriAttentionConfig``. Raises TriAttentionError for options that cannot be honoured, a
-    statistics file of another model, or a model that cannot be served.
+    Works with ``generate`` and with hand-written loops, sdpa, eager and flash_attention_2, chunked prefill and
+    left-padded batches. State lives on the cache: a new cache starts afresh. Positions keep counting, so
+    ``position_ids`` may be left out; given ones must agree. ``model.triattention`` holds the counters;
+    ``remove_triattention_patch`` undoes it. The arguments are those of ``TriAttentionConfig``. Raises
+    TriAttentionError for options that cannot be honoured, a statistics file of another model, or a model that
+    cannot be served.
     """
     if hasattr(model, "triattention"):
         raise TriAttentionError("the model is patched already; call remove_triattention_patch(model) first")
     config = TriAttentionConfig(
-        stats_path, model_path, model.device, model.dtype, kv_budget, offset_max_length, score_aggregation, pruning_seed,
-        metadata_expectations, normalize_scores, count_prompt_tokens, allow_prefill_compression, divide_length,
-        use_slack_trigger, per_head_pruning, per_layer_perhead_pruning, layer_perhead_aggregation, disable_mlr,
-        disable_trig, window_size=window_size,
+        stats_path, model_path, model.device, model.dtype, kv_budget, offset_max_length, score_aggregation,
+        pruning_seed, metadata_expectations, normalize_scores, count_prompt_tokens, allow_prefill_compression,
+        divide_length, use_slack_trigger, per_head_pruning, per_layer_perhead_pruning, layer_perhead_aggregation,
+        disable_mlr, disable_trig, window_size=window_size,
     )  # fmt: skip
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1:
@@ -333,21 +344,28 @@ def _compressing(forward: Callable[..., Any], model: Any, method: TriAttention, 
 
 
 def _state_of(cache: Any, inputs: torch.Tensor, state_type: type) -> Any:
-    """The state kept on ``cache``; made when the cache is empty, cut when the cache was cropped, refused when it is foreign."""
+    """The state kept on ``cache``; made when the cache is empty, cut when the cache was cropped, refused when it is
+    foreign.
+    """
     held = 0 if cache.layers[0].keys is None or cache.layers[0].keys.numel() == 0 else cache.layers[0].keys.shape[-2]
     state = getattr(cache, "triattention", None)
     if held == 0:
         state = cache.triattention = state_type.empty(inputs.shape[0], inputs.device)
     elif state is None:
-        raise TriAttentionError(f"the cache holds {held} tokens that were cached without the patch; start with an empty cache")
+        raise TriAttentionError(
+            f"the cache holds {held} tokens that were cached without the patch; start with an empty cache"
+        )
     elif held < state.valid.shape[1]:
         state.crop_to(held)
     elif held > state.valid.shape[1]:
         raise TriAttentionError(
-            f"the cache holds {held} columns and {state.valid.shape[1]} were fed through the patched model; start with an empty cache"
+            f"the cache holds {held} columns and {state.valid.shape[1]} were fed through the patched "
+            "model; start with an empty cache"
         )
     if inputs.shape[0] != state.valid.shape[0]:
-        raise TriAttentionError(f"the inputs have {inputs.shape[0]} rows and the cache {state.valid.shape[0]}; feed one row per row")
+        raise TriAttentionError(
+            f"the inputs have {inputs.shape[0]} rows and the cache {state.valid.shape[0]}; feed one row per row"
+        )
     return state
 
 
@@ -361,7 +379,8 @@ def _new_columns(attention_mask: torch.Tensor | None, inputs: torch.Tensor, cach
         return torch.ones(batch, q_len, dtype=torch.bool, device=inputs.device), False
     if attention_mask.ndim != 2 or attention_mask.shape[1] != cached + q_len:
         raise TriAttentionError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, {cached + q_len}], one column per token "
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, {cached + q_len}], "
+            "one column per token "
             "ever fed (cache.get_seq_length() plus the new ones)"
         )
     new = attention_mask[:, -q_len:].to(inputs.device, torch.bool)
@@ -378,6 +397,7 @@ def _require_positions(given: torch.Tensor | None, positions: torch.Tensor, new:
         row, column = differs.nonzero()[0].tolist()
         wrong = int(given.expand_as(positions)[row, column])
         raise TriAttentionError(
-            f"position_ids[{row}, {column}] is {wrong} and the tokens seen so far make it {int(positions[row, column])}; "
+            f"position_ids[{row}, {column}] is {wrong} and the tokens seen so far make it "
+            f"{int(positions[row, column])}; "
             "leave position_ids out"
         )

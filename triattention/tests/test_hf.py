@@ -68,7 +68,9 @@ def test_removing_the_patch_restores_the_model(model: Any, stats: Path) -> None:
     assert "forward" not in vars(model)
 
 
-@pytest.mark.parametrize("options", [{}, {"per_head_pruning": False}, {"use_slack_trigger": False}], ids=["per_head", "union", "interval"])
+@pytest.mark.parametrize(
+    "options", [{}, {"per_head_pruning": False}, {"use_slack_trigger": False}], ids=["per_head", "union", "interval"]
+)
 def test_padded_rows_equal_their_single_runs(model: Any, stats: Path, options: dict) -> None:
     a, b = tiny.tokens(40), tiny.tokens(25, seed=2)
     _patch(model, stats, **options)
@@ -120,9 +122,14 @@ def test_chunked_prefill_of_a_long_prompt_is_bounded(model: Any, stats: Path) ->
 def test_a_protected_prompt_is_never_evicted_and_said_once(model: Any, stats: Path) -> None:
     method = _patch(model, stats, allow_prefill_compression=False)
     cache, ids = DynamicCache(config=model.config), tiny.tokens(60)
-    with pytest.warns(UserWarning, match="68 protected tokens .* exceed the budget of 48") as caught:
+
+    def run() -> None:
+        nonlocal ids
         for _ in range(60):
             ids = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+    with pytest.warns(UserWarning, match="68 protected tokens .* exceed the budget of 48") as caught:
+        run()
     assert len([w for w in caught if "protected" in str(w.message)]) == 1
     remove_triattention_patch(model)
     plain = DynamicCache(config=model.config)
@@ -174,7 +181,9 @@ def test_a_conversation_goes_on_with_a_compressed_cache(model: Any, stats: Path)
         ({"metadata_expectations": {"rope_style": "interleaved"}}, "rope_style = 'half' and 'interleaved'"),
     ],
 )
-def test_bad_options_are_refused_before_the_model_is_touched(model: Any, stats: Path, options: dict, words: str) -> None:
+def test_bad_options_are_refused_before_the_model_is_touched(
+    model: Any, stats: Path, options: dict, words: str
+) -> None:
     with pytest.raises(TriAttentionError, match=words):
         _patch(model, **{"stats": stats, **{"stats" if k == "stats_path" else k: v for k, v in options.items()}})
     assert not hasattr(model, "triattention")
@@ -220,7 +229,9 @@ def test_wrong_position_ids_are_refused(model: Any, stats: Path) -> None:
 
 def test_another_models_statistics_are_refused(stats: Path) -> None:
     deeper = tiny.make(num_hidden_layers=2)
-    with pytest.raises(TriAttentionError, match=r"\(3, 4, 8\) and the model llama has \(2, 4, 8\)|\(3, 4, 8\).*\(2, 4, 8\)"):
+    with pytest.raises(
+        TriAttentionError, match=r"\(3, 4, 8\) and the model llama has \(2, 4, 8\)|\(3, 4, 8\).*\(2, 4, 8\)"
+    ):
         _patch(deeper, stats)
 
 
@@ -265,7 +276,7 @@ def test_compute_keep_indices_of_the_published_class(model: Any, stats: Path) ->
 def test_published_statistics_serve_a_live_model(model: Any, stats: Path, tmp_path: Path) -> None:
     from triattention.methods.pruning_utils import load_head_frequency_stats, save_head_frequency_stats
 
-    metadata, by_head = load_head_frequency_stats(stats, "cpu")
+    _, by_head = load_head_frequency_stats(stats, "cpu")
     save_head_frequency_stats(tmp_path / "published.pt", list(by_head), by_head, {"head_dim": 16})
     ids = tiny.tokens(40)
     with pytest.raises(TriAttentionError, match="does not carry omega"):

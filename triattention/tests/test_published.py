@@ -32,7 +32,9 @@ _BLOCKS = Path(__file__).parent / "plan_blocks"
 
 @pytest.mark.parametrize("block", sorted(path.stem for path in _BLOCKS.glob("*.py")))
 def test_plan_block_runs(block: str) -> None:
-    """On a CUDA machine to the letter; elsewhere "cuda" reads "cpu", without the synchronisation and the repetitions of 6.1."""
+    """On a CUDA machine to the letter; elsewhere "cuda" reads "cpu", without the synchronisation and the
+    repetitions of 6.1.
+    """
     text = (_BLOCKS / f"{block}.py").read_text("utf-8")
     environment = dict(os.environ)
     if not torch.cuda.is_available():
@@ -73,7 +75,15 @@ def test_the_pre_rope_form_gives_the_cached_scores(style: str, aggregation: str)
     a = m.abs() + 0.5
     amp, phi, extra = compute_frequency_statistics_from_means(m, a, k0, style=style)
     got = score_keys_for_round(
-        torch.arange(n), t, amp, phi, omega, extra, offsets, aggregation, torch.full((freq,), s * s, dtype=torch.float64)
+        torch.arange(n),
+        t,
+        amp,
+        phi,
+        omega,
+        extra,
+        offsets,
+        aggregation,
+        torch.full((freq,), s * s, dtype=torch.float64),
     )
     weight = torch.full((1, freq), s)
     weights = fold(m.real[None], m.imag[None], a[None], weight, *phases(t, offsets, omega), aggregation=aggregation)

@@ -80,7 +80,9 @@ def test_a_nan_key_gets_a_nan_score_and_touches_no_other() -> None:
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_few_tokens(tokens: int) -> None:
     keys, stats = torch.randn(1, H, tokens, 2 * F), _statistics(H)
-    scores = triattention_scoring(keys, None, *stats.values(), torch.rand(F), geometric_offsets(4), 5, rope_style="half")
+    scores = triattention_scoring(
+        keys, None, *stats.values(), torch.rand(F), geometric_offsets(4), 5, rope_style="half"
+    )
     assert scores.shape == (1, H, tokens)
 
 
@@ -153,5 +155,11 @@ def test_bad_arguments_are_named(change: dict, words: str) -> None:
 def test_statistics_that_do_not_divide_among_the_heads_are_refused() -> None:
     with pytest.raises(TriAttentionError, match="3 query heads do not divide among 2 KV heads"):
         triattention_scoring(
-            torch.zeros(1, 2, 4, 16), None, *_statistics(3).values(), torch.rand(F), geometric_offsets(4), 5, rope_style="half"
+            torch.zeros(1, 2, 4, 16),
+            None,
+            *_statistics(3).values(),
+            torch.rand(F),
+            geometric_offsets(4),
+            5,
+            rope_style="half",
         )

@@ -53,7 +53,7 @@ def test_keep_mask_equals_a_sorted_list(data: st.DataObject) -> None:
 def test_z_score_uses_the_region_only_and_survives_a_large_offset() -> None:
     x = torch.tensor([[[1e6 + 1, 1e6 + 2, 1e6 + 3, 7.0]]])
     z = z_score(x, torch.tensor([[True, True, True, False]]))
-    torch.testing.assert_close(z[0, 0, :3], torch.tensor([-1.5**0.5, 0, 1.5**0.5], dtype=torch.float64))
+    torch.testing.assert_close(z[0, 0, :3], torch.tensor([-(1.5**0.5), 0, 1.5**0.5], dtype=torch.float64))
 
 
 def test_z_score_of_equal_scores_is_zero() -> None:

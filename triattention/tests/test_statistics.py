@@ -24,7 +24,9 @@ def _direct(model: Any, ids: torch.Tensor, layer: int) -> tuple[torch.Tensor, to
     """m and a of a layer from its hidden states, by the model's own projection and norm, in float64."""
     caught: list[torch.Tensor] = []
     attention = model.model.layers[layer].self_attn
-    handle = attention.register_forward_pre_hook(lambda _, args, kwargs: caught.append(kwargs["hidden_states"]), with_kwargs=True)
+    handle = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: caught.append(kwargs["hidden_states"]), with_kwargs=True
+    )
     with torch.no_grad():
         model(ids)
         q = attention.q_proj(caught[0])[0].view(-1, 4, 16)
@@ -48,7 +50,9 @@ def test_calibration_agrees_with_a_direct_computation(kind: str) -> None:
 
     got = calibrate(model, lambda m: m(ids))
     m, a = _direct(model, ids, 2)
-    torch.testing.assert_close(torch.complex(got.q_mean_real[2], got.q_mean_imag[2]).to(m.dtype), m, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        torch.complex(got.q_mean_real[2], got.q_mean_imag[2]).to(m.dtype), m, rtol=1e-6, atol=1e-6
+    )
     torch.testing.assert_close(got.q_abs_mean[2].double(), a, rtol=1e-6, atol=1e-6)
     assert calibrate(model, two_batches).token_count == got.token_count == 200
     assert ((got.concentration() > 0) & (got.concentration() <= 1)).all()
@@ -145,5 +149,7 @@ def test_a_gap_in_a_published_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_finetuned_configuration_is_refused(saved: Path) -> None:
-    with pytest.raises(TriAttentionError, match="is of llama .configuration .* and the model is llama .configuration"):
+    with pytest.raises(
+        TriAttentionError, match=r"is of llama \(configuration .* and the model is llama \(configuration"
+    ):
         statistics.load(saved).check_model(tiny.make(vocab_size=300))

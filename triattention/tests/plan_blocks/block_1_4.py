@@ -1,8 +1,9 @@
+import torch
 import triton
 import triton.language as tl
-import torch
 
 print("Triton version:", triton.__version__)
+
 
 @triton.jit
 def add_kernel(x_ptr, y_ptr, out_ptr, n: tl.constexpr):
@@ -10,6 +11,7 @@ def add_kernel(x_ptr, y_ptr, out_ptr, n: tl.constexpr):
     x = tl.load(x_ptr + offs)
     y = tl.load(y_ptr + offs)
     tl.store(out_ptr + offs, x + y)
+
 
 x = torch.randn(128, device="cuda")
 y = torch.randn(128, device="cuda")

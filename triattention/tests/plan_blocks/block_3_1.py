@@ -1,4 +1,5 @@
 import torch
+
 from triattention.vllm.core.kernels.triton_scoring import triattention_scoring
 
 batch, heads, seq_len, head_dim = 1, 8, 512, 128
@@ -27,5 +28,4 @@ scores = triattention_scoring(
 )
 assert scores.shape == (batch, heads, seq_len), f"Bad shape: {scores.shape}"
 assert scores.isfinite().all(), "Non-finite scores detected"
-print(f"Triton scoring kernel: PASSED (shape={tuple(scores.shape)}, "
-      f"range=[{scores.min():.4f}, {scores.max():.4f}])")
+print(f"Triton scoring kernel: PASSED (shape={tuple(scores.shape)}, range=[{scores.min():.4f}, {scores.max():.4f}])")

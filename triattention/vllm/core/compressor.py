@@ -45,12 +45,13 @@ class TriAttentionCompressor:
         *,
         prefill_length: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keep the budget of a layer: ``[B, H, N, D]`` twice to ``[B, H, K, D]`` twice and ascending indices ``[B, H, K]``.
+        """Keep the budget of a layer: ``[B, H, N, D]`` twice to ``[B, H, K, D]`` twice and ascending indices ``[B,
+        H, K]``.
 
-        Below the trigger (budget + divide_length) everything is kept. ``cache_positions`` ``[N]`` or ``[B, N]`` gives the
-        position of the newest token; without it tokens are counted from ``reset``. ``prefill_length`` says how many tokens
-        at the front are the prompt, which ``protect_prefill`` protects; a length once given holds until ``reset``.
-        Raises TriAttentionError when a score is NaN or Inf (a key is), naming the layer.
+        Below the trigger (budget + divide_length) everything is kept. ``cache_positions`` ``[N]`` or ``[B, N]``
+        gives the position of the newest token; without it tokens are counted from ``reset``. ``prefill_length``
+        says how many tokens at the front are the prompt, which ``protect_prefill`` protects; a length once given
+        holds until ``reset``. Raises TriAttentionError when a score is NaN or Inf (a key is), naming the layer.
         """
         state = self._layers.setdefault(layer_idx, _LayerState())
         if prefill_length is not None:
@@ -80,14 +81,18 @@ class TriAttentionCompressor:
         """Selection scores ``[B, H, N]``, or ``[B, 1, N]`` for ``per_layer`` (the maximum over KV heads)."""
         config, loaded = self.config, self._load(keys)
         if layer_idx not in loaded.head_stats:
-            raise TriAttentionError(f"{config.stats_path} has {len(loaded.head_stats)} layers and layer {layer_idx} was asked for")
+            raise TriAttentionError(
+                f"{config.stats_path} has {len(loaded.head_stats)} layers and layer {layer_idx} was asked for"
+            )
         per_query_head = TriAttentionConfig(**{**vars(config), "pruning_mode": "per_head", "topk_dtype": torch.float32})
         scores = compute_scores(
             keys, None, loaded.head_stats[layer_idx], loaded.omega, loaded.offsets, loaded.freq_weight,
             per_query_head, round_start=t, trig_cache=loaded.trig_cache,
         )  # fmt: skip
         if not scores.isfinite().all():
-            raise TriAttentionError(f"layer {layer_idx} has a NaN or Inf score, so a cached key is NaN or Inf; check the model's dtype")
+            raise TriAttentionError(
+                f"layer {layer_idx} has a NaN or Inf score, so a cached key is NaN or Inf; check the model's dtype"
+            )
         if config.sparse_normalize_scores:
             scores = z_score(scores, region)
         scores = group_max(scores, keys.shape[1])
@@ -143,7 +148,8 @@ class _Loaded:
 
 
 def rope_of(loaded: statistics.Statistics, model_path: Any) -> tuple[torch.Tensor, float]:
-    """omega float32 ``[F]`` and s of the model the statistics are of: from the file, or from the model at ``model_path``.
+    """omega float32 ``[F]`` and s of the model the statistics are of: from the file, or from the model at
+    ``model_path``.
 
     Raises TriAttentionError when the file does not say and no path is given.
     """

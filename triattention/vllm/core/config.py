@@ -26,7 +26,8 @@ def check_budget(kv_budget: int, divide_length: int, window_size: int) -> None:
         raise TriAttentionError(f"divide_length is {divide_length}; it must be at least 1 token (128 is usual)")
     if window_size < 0 or window_size >= kv_budget:
         raise TriAttentionError(
-            f"the window is {window_size} and the KV budget {kv_budget}; give a window from 0 to {kv_budget - 1}, or none"
+            f"the window is {window_size} and the KV budget {kv_budget}; give a window from 0 to "
+            f"{kv_budget - 1}, or none"
         )
 
 
@@ -34,10 +35,10 @@ def check_budget(kv_budget: int, divide_length: int, window_size: int) -> None:
 class TriAttentionConfig:
     """Options of scoring and selection; names, order and defaults as published.
 
-    ``window_size=None`` becomes ``min(128, kv_budget // 2)``. ``compute_dtype`` bounds the precision from below: scoring here is
-    never below float32, so every value is honoured. ``sparse_round_window`` and ``triton_block_size`` belong to the
-    published kernel; only their defaults are accepted. Raises TriAttentionError (a ValueError) for what cannot be
-    honoured.
+    ``window_size=None`` becomes ``min(128, kv_budget // 2)``. ``compute_dtype`` bounds the precision from below:
+    scoring here is never below float32, so every value is honoured. ``sparse_round_window`` and
+    ``triton_block_size`` belong to the published kernel; only their defaults are accepted. Raises TriAttentionError
+    (a ValueError) for what cannot be honoured.
     """
 
     kv_budget: int = 2048

@@ -22,11 +22,13 @@ def compute_scores(
     round_start: int | None = None,
     trig_cache: TrigTableCache | None = None,
 ) -> torch.Tensor:
-    """Scores ``[B, H*G, N]`` (``[B, N]`` for ``per_layer``) by the path ``config.use_triton_scoring`` names, never by another.
+    """Scores ``[B, H*G, N]`` (``[B, N]`` for ``per_layer``) by the path ``config.use_triton_scoring`` names, never
+    by another.
 
-    ``key_states`` ``[B, H, N, D]``; ``head_stats`` has ``q_mean_complex`` ``[H*G, F, 2]`` and ``q_abs_mean`` ``[H*G, F]`` (absent: equals
-    |q_mean|). ``round_start=None`` is the maximum of ``cache_positions``, else N - 1. The dtype is ``config.topk_dtype``. A round beyond
-    ``trig_cache`` forms its phases directly. Raises TriAttentionError when shapes, dtypes or devices do not fit.
+    ``key_states`` ``[B, H, N, D]``; ``head_stats`` has ``q_mean_complex`` ``[H*G, F, 2]`` and ``q_abs_mean``
+    ``[H*G, F]`` (absent: equals |q_mean|). ``round_start=None`` is the maximum of ``cache_positions``, else N - 1.
+    The dtype is ``config.topk_dtype``. A round beyond ``trig_cache`` forms its phases directly. Raises
+    TriAttentionError when shapes, dtypes or devices do not fit.
     """
     scoring = compute_scores_triton if config.use_triton_scoring else compute_scores_pytorch
     args = (key_states, cache_positions, head_stats, omega, offsets, freq_scale_sq, config, round_start)
@@ -46,7 +48,16 @@ def compute_scores_triton(
 ) -> torch.Tensor:
     """``compute_scores`` through the Triton kernel."""
     return _scores(
-        key_states, cache_positions, head_stats, omega, offsets, freq_scale_sq, config, round_start, trig_cache, use_triton=True
+        key_states,
+        cache_positions,
+        head_stats,
+        omega,
+        offsets,
+        freq_scale_sq,
+        config,
+        round_start,
+        trig_cache,
+        use_triton=True,
     )
 
 
@@ -64,7 +75,16 @@ def compute_scores_pytorch(
 ) -> torch.Tensor:
     """``compute_scores`` in PyTorch, on any device."""
     return _scores(
-        key_states, cache_positions, head_stats, omega, offsets, freq_scale_sq, config, round_start, trig_cache, use_triton=False
+        key_states,
+        cache_positions,
+        head_stats,
+        omega,
+        offsets,
+        freq_scale_sq,
+        config,
+        round_start,
+        trig_cache,
+        use_triton=False,
     )
 
 

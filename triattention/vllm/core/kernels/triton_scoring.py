@@ -1,4 +1,6 @@
-"""The published kernel module (plan 3.1 to 3.3): thin front ends over ``triattention.kernels`` and ``triattention.trig``."""
+"""The published kernel module (plan 3.1 to 3.3): thin front ends over ``triattention.kernels`` and
+``triattention.trig``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ __all__ = ["TrigTableCache", "create_trig_cache", "score_kernel", "triattention_
 
 
 def triattention_scoring(
-    K_rot: torch.Tensor,  # noqa: N803 - the published name
+    K_rot: torch.Tensor,
     position_indices: torch.Tensor | None,
     q_mean_real: torch.Tensor,
     q_mean_imag: torch.Tensor,
@@ -32,14 +34,20 @@ def triattention_scoring(
 ) -> torch.Tensor:
     """Score cached, already rotated keys with the Triton kernel: float32 ``[B, H*G, N]``.
 
-    ``K_rot`` ``[B, H, N, D]`` in bf16, fp16 or fp32, any strides; ``q_*`` and ``freq_scale_sq`` (the weight w, used as given)
-    ``[H*G, F]``, query head h reading KV head ``h // G``; ``omega`` ``[F]``; ``offsets`` ``[O]``. ``position_indices`` is accepted and
-    not needed, the rotation is already in the key. ``trig_values`` = (cos, sin) ``[O, F]`` wins over ``trig_cache``, which
-    serves any integer ``round_start`` it covers. A NaN key gets a NaN score. Source: paper, score of a key; plan 3.1.
+    ``K_rot`` ``[B, H, N, D]`` in bf16, fp16 or fp32, any strides; ``q_*`` and ``freq_scale_sq`` (the weight w, used
+    as given) ``[H*G, F]``, query head h reading KV head ``h // G``; ``omega`` ``[F]``; ``offsets`` ``[O]``.
+    ``position_indices`` is accepted and not needed, the rotation is already in the key. ``trig_values`` = (cos,
+    sin) ``[O, F]`` wins over ``trig_cache``, which serves any integer ``round_start`` it covers. A NaN key gets a
+    NaN score. Source: paper, score of a key; plan 3.1.
 
     Raises TriAttentionError (a ValueError) when shapes, dtypes, devices or ``round_start`` do not fit.
     """
-    named = {"q_mean_real": q_mean_real, "q_mean_imag": q_mean_imag, "q_abs_mean": q_abs_mean, "freq_scale_sq": freq_scale_sq}
+    named = {
+        "q_mean_real": q_mean_real,
+        "q_mean_imag": q_mean_imag,
+        "q_abs_mean": q_abs_mean,
+        "freq_scale_sq": freq_scale_sq,
+    }
     check_inputs(K_rot, named, omega, rope_style)
     cos, sin = _trig(check_position(round_start), offsets, omega, trig_cache, trig_values)
     weights = fold(
@@ -68,6 +76,7 @@ def _trig(
         return phases(t, offsets, omega)
     if tuple(cos.shape) != expected or tuple(sin.shape) != expected:
         raise TriAttentionError(
-            f"{source} has shape {tuple(cos.shape)}; {expected[0]} offsets and {expected[1]} frequencies need {expected}"
+            f"{source} has shape {tuple(cos.shape)}; {expected[0]} offsets and {expected[1]} frequencies "
+            f"need {expected}"
         )
     return cos, sin
