@@ -17,16 +17,11 @@ STYLE_OF_TYPE = {"llama": "half", "qwen2": "half", "qwen3": "half"}
 #: RoPE kinds whose omega never changes with the length of the sequence.
 STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
-#: Configuration entries that say nothing about the statistics of a model's queries.
-_VOLATILE = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "architectures",
-    "use_cache",
-    "quantization_config",
-)
+#: Configuration entries that decide what a model's queries are; token ids, dropout and the like do not.
+_SHAPING = (
+    "model_type", "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,10 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Architecture:
-        return cls(**data)
+        architecture = cls(**data)
+        if architecture.omega.ndim != 1 or not architecture.omega.isfinite().all():
+            raise ValueError("omega is not a list of finite numbers")
+        return architecture
 
     def require_same(self, live: Architecture, source: str) -> None:
         """Raise TriAttentionError, naming both values, unless ``live`` is the model these statistics are of."""
@@ -69,7 +67,7 @@ class Architecture:
                     f"{its}; calibrate this model"
                 )
         ulp = torch.nextafter(live.omega, torch.full_like(live.omega, torch.inf)) - live.omega
-        off = ((self.omega - live.omega).abs() > ulp).nonzero()
+        off = (~((self.omega - live.omega).abs() <= ulp)).nonzero()
         if len(off):
             f = int(off[0])
             raise TriAttentionError(
@@ -118,7 +116,7 @@ def describe(model: Any) -> Architecture:
         raise TriAttentionError(
             f"the model rotates {2 * len(omega)} of {head_dim} head dims; partial rotary models are not supported yet"
         )
-    described = {key: value for key, value in sorted(config.to_dict().items()) if key not in _VOLATILE}
+    described = {key: value for key, value in sorted(config.to_dict().items()) if key in _SHAPING}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return Architecture(
         model_id=str(getattr(config, "_name_or_path", "") or config.model_type).rstrip("/").rsplit("/", 1)[-1],

@@ -11,6 +11,7 @@ patch of their own; the physical length is ``layer.keys.shape[-2]``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Never
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -19,35 +20,44 @@ from triattention.errors import TriAttentionError
 
 
 class CompressedLayer(DynamicLayer):
-    """A dynamic layer that has dropped ``evicted`` columns."""
+    """A dynamic layer that has dropped ``evicted`` columns and holds ``held``."""
 
+    is_croppable = False
     evicted: int = 0
 
+    @property
+    def held(self) -> int:
+        return super().get_seq_length()
+
     def get_seq_length(self) -> int:
-        return super().get_seq_length() + self.evicted
+        return self.held + self.evicted
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return super().get_seq_length() + query_length, self.evicted
+        return self.held + query_length, self.evicted
 
     def reset(self) -> None:
-        super().reset()
-        self.evicted = 0
+        self.keys = self.values = None
+        self.is_initialized, self.evicted = False, 0
 
     def keep(self, indices: torch.Tensor) -> None:
-        """Hold only ``indices`` ``[B, H, K]``, in this order; keys and values are moved bit for bit, the rest is
-        freed.
-        """
-        self.evicted += self.keys.shape[-2] - indices.shape[-1]
+        """Hold only ``indices`` ``[B, H, K]``, in this order; keys and values move bit for bit, the rest is freed."""
+        self.evicted += self.held - indices.shape[-1]
         gather = indices[..., None].to(self.keys.device)
         self.keys = self.keys.gather(2, gather.expand(-1, -1, -1, self.keys.shape[-1]))
         self.values = self.values.gather(2, gather.expand(-1, -1, -1, self.values.shape[-1]))
 
-    def _refuse(self, *args: object, **kwargs: object) -> None:
+    def crop(self, *args: object, **kwargs: object) -> Never:
+        raise TriAttentionError(
+            "a compressed cache cannot be rolled back, so speculative decoding is not supported; "
+            "leave assistant_model and prompt_lookup_num_tokens unset"
+        )
+
+    def _refuse_rows(self, *args: object, **kwargs: object) -> Never:
         raise TriAttentionError(
             "beam search and row reordering are not supported with a compressed cache; use num_beams=1"
         )
 
-    reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse
+    reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse_rows
 
 
 @dataclass
@@ -55,17 +65,19 @@ class CacheState:
     """What is known of the rows of one cache beside its tensors; kept on the cache, so it dies with it.
 
     ``valid`` bool ``[B, P]``: real tokens among the held columns. ``seen`` int64 ``[B]``: real tokens ever fed,
-    which is the position of the next one. ``prompt`` int64 ``[B]``: tokens of the prompt. Host side, so that a
-    decode step asks the device nothing: ``longest``, an upper bound of the real tokens in any row, and ``ragged``,
-    whether any column may be a pad.
+    which is the position of the next one. ``prompt`` int64 ``[B]``: tokens of the prompt. The rest is on the host,
+    so that a decode step asks the device nothing: ``longest``, an upper bound of the real tokens in any row;
+    ``until_due``, how many more no row can be due before; ``ragged``, whether any held column may be a pad;
+    ``last_step``, columns of the last step of a prefill that may still go on, 0 once it is over.
     """
 
     valid: torch.Tensor
     seen: torch.Tensor
     prompt: torch.Tensor
     longest: int = 0
+    until_due: int = 0
     ragged: bool = False
-    prefilling: bool = True
+    last_step: int | None = None
     warned: bool = False
 
     @classmethod
@@ -73,26 +85,26 @@ class CacheState:
         counts = torch.zeros(batch, dtype=torch.int64, device=device)
         return cls(torch.zeros(batch, 0, dtype=torch.bool, device=device), counts, counts.clone())
 
-    def append(self, new: torch.Tensor, new_is_ragged: bool) -> torch.Tensor:
-        """Add new columns ``[B, q]`` (real or pad) and return the positions of their tokens ``[B, q]`` (0 for a
-        pad).
+    def append(self, new: torch.Tensor, ragged: bool) -> torch.Tensor:
+        """Add new columns ``[B, q]`` (real or pad) and return the positions of their tokens ``[B, q]`` (0 for a pad).
+
+        The prompt is the first step and the chunks after it, up to the first that is shorter than the one before; a
+        chunk of one token cannot be told from a decode step and is taken for one.
         """
         counts = new.to(torch.int64).cumsum(-1)
         positions = (self.seen[:, None] + counts - 1).masked_fill(~new, 0)
-        self.prefilling = self.prefilling and (self.valid.shape[1] == 0 or new.shape[1] > 1)
         self.valid = torch.cat([self.valid, new], dim=1)
         self.seen = self.seen + counts[:, -1]
-        if self.prefilling:
+        width = new.shape[1]
+        if self.last_step is None or (self.last_step and width > 1):
             self.prompt = self.seen.clone()
-        self.longest += new.shape[1]
-        self.ragged = self.ragged or new_is_ragged
+            self.last_step = width if width >= (self.last_step or 0) else 0
+        else:
+            self.last_step = 0
+        self.longest += width
+        self.until_due -= width
+        self.ragged = self.ragged or ragged
         return positions
-
-    def crop_to(self, held: int) -> None:
-        """Follow a cache that was cropped from the right to ``held`` columns."""
-        dropped = self.valid[:, held:]
-        self.valid, self.seen = self.valid[:, :held], self.seen - dropped.sum(-1)
-        self.longest = min(self.longest, held)
 
 
 def adopt(cache: Cache, n_layers: int) -> None:

@@ -50,10 +50,10 @@ def score_torch(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tenso
     rows, query_heads, width, n_freq = weights.re.shape
     group = query_heads // heads
     real, imag = (x.to(torch.float64) for x in split_pairs(keys, style))
-    w_re, w_im = (w.view(rows, heads, group * width, n_freq).mT for w in (weights.re, weights.im))
+    w_re, w_im = (w.reshape(rows, heads, group * width, n_freq).mT for w in (weights.re, weights.im))
     trig = real @ w_re + imag @ w_im  # [B, H, N, G*A]
     trig = trig.view(batch, heads, n_tokens, group, width).amax(-1)
-    total = trig + torch.hypot(real, imag) @ weights.norm.view(heads, group, n_freq).mT
+    total = trig + torch.hypot(real, imag) @ weights.norm.reshape(heads, group, n_freq).mT
     return total.mT.reshape(batch, query_heads, n_tokens).to(torch.float32)
 
 

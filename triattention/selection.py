@@ -7,6 +7,33 @@ import torch
 from triattention.errors import TriAttentionError
 
 
+def default_window(kv_budget: int) -> int:
+    """The window where none is given: ``min(128, kv_budget // 2)``, so that any budget of 1 or more is usable."""
+    return min(128, kv_budget // 2)
+
+
+def check_budget(kv_budget: int, divide_length: int, window_size: int) -> None:
+    """Raise TriAttentionError, naming the value, for a budget, interval or window that cannot work together."""
+    if kv_budget < 1:
+        raise TriAttentionError(f"the KV budget is {kv_budget}; it must be at least 1 token (2048 is usual)")
+    if divide_length < 1:
+        raise TriAttentionError(f"divide_length is {divide_length}; it must be at least 1 token (128 is usual)")
+    if window_size < 0 or window_size >= kv_budget:
+        raise TriAttentionError(
+            f"the window is {window_size} and the KV budget {kv_budget}; give a window from 0 to "
+            f"{kv_budget - 1}, or none"
+        )
+
+
+def protection_exceeds(protected: int, budget: int) -> str:
+    """What to say, once, when the protected tokens alone do not fit the budget."""
+    return (
+        f"{protected} protected tokens (prompt and window) exceed the budget of {budget}; they are kept "
+        "and the rest is "
+        "compressed, so give a larger budget or let the prompt be compressed"
+    )
+
+
 def to_device(values: list[int], device: torch.device) -> torch.Tensor:
     """Host integers as int64 on ``device``, through pinned memory for a GPU, so that nothing waits for it."""
     if device.type == "cuda":
@@ -46,9 +73,11 @@ def keep_mask(scores: torch.Tensor, valid: torch.Tensor, protected: torch.Tensor
         raise TriAttentionError(f"evict names {len(evict)} rows and the scores have {scores.shape[0]}")
     if min(evict, default=0) < 0 or max(evict, default=0) > scores.shape[-1]:
         raise TriAttentionError(f"evict is {evict}; it must lie between 0 and the {scores.shape[-1]} cached tokens")
-    ranked = torch.where(protected[:, None], torch.inf, scores)
-    ranked = torch.where(valid[:, None], ranked, -torch.inf)
-    order = ranked.argsort(dim=-1, descending=True, stable=True)  # stable: ties keep the lower index first
+    # two stable sorts, the lesser key first: by score, then protected before evictable before absent; a marker value
+    # such as +inf would tie with real scores
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    kind = torch.where(protected, 0, torch.where(valid, 1, 2)).to(torch.uint8)[:, None].expand_as(order)
+    order = order.gather(-1, kind.gather(-1, order).argsort(dim=-1, stable=True))
     rank = torch.empty_like(order)
     rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
     n_keep = valid.sum(-1) - to_device(evict, valid.device)

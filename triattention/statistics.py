@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,15 @@ import torch
 from triattention.architecture import Architecture, describe
 from triattention.errors import TriAttentionError
 
+#: What torch.load raises, depending on where a file is cut or changed.
+_UNREADABLE = (
+    RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError,
+    TypeError,
+)  # fmt: skip
+
 FORMAT, FORMAT_VERSION = "triattention-statistics", 1
 CAPTURE_POINT = "after q_norm, before RoPE"
+_NAMES = ("q_mean_real", "q_mean_imag", "q_abs_mean")
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,8 @@ class Statistics:
     """m = E[q] and a = E|q| per (layer, query head, frequency), over calibration text.
 
     ``q_mean_real``, ``q_mean_imag``, ``q_abs_mean``: float32 ``[L, H*G, F]``. ``architecture`` describes the model
-    they were taken from; it is None for a published file, which does not say.
+    they were taken from; it is None for a published file, which does not say; ``declared``
+    is what little of it such a file's metadata names.
     """
 
     q_mean_real: torch.Tensor
@@ -36,10 +46,11 @@ class Statistics:
     token_count: int
     architecture: Architecture | None
     source: str
+    declared: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = self.q_abs_mean.shape
-        for name in ("q_mean_real", "q_mean_imag", "q_abs_mean"):
+        for name in _NAMES:
             tensor = getattr(self, name)
             if tensor.ndim != 3 or tensor.shape != shape:
                 raise TriAttentionError(
@@ -66,6 +77,13 @@ class Statistics:
     def check_architecture(self, live: Architecture) -> None:
         """``check_model`` for a model that has been described already."""
         here = tuple(self.q_abs_mean.shape)
+        for name, mine in self.declared.items():
+            if mine != getattr(live, name):
+                raise TriAttentionError(
+                    f"{self.source} declares {name} {mine!r} and the model {live.model_id} has "
+                    f"{getattr(live, name)!r}; "
+                    "calibrate this model"
+                )
         wanted = (live.num_layers, live.num_query_heads, len(live.omega))
         if here != wanted:
             raise TriAttentionError(
@@ -74,6 +92,20 @@ class Statistics:
             )
         if self.architecture is not None:
             self.architecture.require_same(live, self.source)
+
+    def rope(self, model_path: str | os.PathLike[str] | None) -> tuple[torch.Tensor, float, str]:
+        """omega float32 ``[F]``, s and the pair layout: as the file has them, or the model at ``model_path``.
+
+        Raises TriAttentionError when the file does not say and no path is given.
+        """
+        if self.architecture is not None:
+            return self.architecture.omega, self.architecture.attention_scaling, self.architecture.rope_style
+        if model_path is None:
+            raise TriAttentionError(f"{self.source} does not carry omega; give model_path as well, or calibrate again")
+        from triattention.methods.pruning_utils import build_rotary
+
+        rotary = build_rotary("cpu", model_path, torch.float32)
+        return rotary.inv_freq.float(), float(rotary.attention_scaling), self.declared.get("rope_style", "half")
 
 
 def save(path: str | os.PathLike[str], statistics: Statistics) -> None:
@@ -114,23 +146,34 @@ def load(path: str | os.PathLike[str]) -> Statistics:
     """Read either layout with ``weights_only=True``. Raises TriAttentionError naming the file and what is wrong
     with it.
     """
-    payload, source = read_payload(path), str(path)
-    try:
-        if payload.get("format") == FORMAT:
-            if payload["format_version"] != FORMAT_VERSION:
+    return parse(read_payload(path), str(path))
+
+
+def parse(payload: Mapping[str, Any], source: str) -> Statistics:
+    """The statistics in a payload of either layout; ``source`` names it in errors. Raises TriAttentionError."""
+    with _malformed(source):
+        if payload.get("format") != FORMAT:
+            return _from_published(payload, source)
+        for name, expected in (("format_version", FORMAT_VERSION), ("capture_point", CAPTURE_POINT)):
+            if payload[name] != expected:
                 raise TriAttentionError(
-                    f"{source} has format version {payload['format_version']} and this release reads {FORMAT_VERSION}; "
-                    "calibrate again"
+                    f"{source} has {name} {payload[name]!r} and this release reads {expected!r}; calibrate again"
                 )
-            return Statistics(
-                payload["q_mean_real"], payload["q_mean_imag"], payload["q_abs_mean"],
-                payload["token_count"], Architecture.from_dict(payload["architecture"]), source,
-            )  # fmt: skip
-        return _from_published(payload, source)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise TriAttentionError(
-            f"{source} is not a statistics file: {error!r} is missing or malformed; calibrate again"
-        ) from error
+        return Statistics(
+            payload["q_mean_real"], payload["q_mean_imag"], payload["q_abs_mean"],
+            int(payload["token_count"]), Architecture.from_dict(payload["architecture"]), source,
+        )  # fmt: skip
+
+
+@contextmanager
+def _malformed(source: str) -> Iterator[None]:
+    """Whatever goes wrong inside, because an entry is absent or of another shape, is one sentence about ``source``."""
+    try:
+        yield
+    except TriAttentionError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
+        raise TriAttentionError(f"{source} is not a statistics file ({error!r:.120}); calibrate again") from error
 
 
 def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -143,7 +186,7 @@ def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         payload = torch.load(source, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise TriAttentionError(
             f"the statistics file {source} ({source.stat().st_size} bytes) cannot be read: {reason}; calibrate again"
@@ -153,25 +196,36 @@ def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
     return payload
 
 
-def _from_published(payload: dict[str, Any], source: str) -> Statistics:
-    """Stack the published per-head entries; every layer must have every head, a gap is an error and never filled."""
-    heads = {(int(layer), int(head)) for layer, head in payload["metadata"]["sampled_heads"]}
-    if not heads:
-        raise TriAttentionError(f"{source} lists no heads; calibrate again")
-    layers, per_layer = max(layer for layer, _ in heads) + 1, max(head for _, head in heads) + 1
-    names = ("q_mean_real", "q_mean_imag", "q_abs_mean")
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    for layer in range(layers):
-        for head in range(per_layer):
-            entry = payload["stats"].get(f"layer{layer:02d}_head{head:02d}") if (layer, head) in heads else None
+def published_heads(payload: Mapping[str, Any], source: str) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+    """The entries of a published file by (layer, head), each with its three float32 tensors; it may hold some heads
+    only.
+
+    Raises TriAttentionError for a head that is listed but absent, or malformed.
+    """
+    with _malformed(source):
+        found = {}
+        for layer, head in payload["metadata"]["sampled_heads"]:
+            entry = payload["stats"].get(f"layer{layer:02d}_head{head:02d}")
             if entry is None:
                 raise TriAttentionError(f"{source} lacks layer {layer}, head {head}; calibrate every head")
-            for name in names:
-                columns[name].append(entry[name].to(torch.float32))
-    stacked = [torch.stack(columns[name]).view(layers, per_layer, -1) for name in names]
-    return Statistics(
-        *stacked, token_count=int(payload["metadata"].get("token_count", 0)), architecture=None, source=source
-    )
+            found[layer, head] = {name: entry[name].to(torch.float32) for name in _NAMES}
+        if not found:
+            raise TriAttentionError(f"{source} lists no heads; calibrate again")
+        return found
+
+
+def _from_published(payload: Mapping[str, Any], source: str) -> Statistics:
+    """Stack the published per-head entries; every layer must have every head, a gap is an error and never filled."""
+    heads = published_heads(payload, source)
+    layers, per_layer = (1 + max(key[axis] for key in heads) for axis in (0, 1))
+    every = [(layer, head) for layer in range(layers) for head in range(per_layer)]
+    absent = [key for key in every if key not in heads]
+    if absent:
+        raise TriAttentionError(f"{source} lacks layer {absent[0][0]}, head {absent[0][1]}; calibrate every head")
+    stacked = [torch.stack([heads[key][name] for key in every]).view(layers, per_layer, -1) for name in _NAMES]
+    metadata = payload["metadata"]
+    declared = {name: metadata[name] for name in ("rope_style", "head_dim") if name in metadata}
+    return Statistics(*stacked, int(metadata.get("token_count", 0)), None, source, declared)
 
 
 def published_payload(statistics_by_head: dict[tuple[int, int], Any], metadata: dict[str, Any]) -> dict[str, Any]:

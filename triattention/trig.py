@@ -32,6 +32,8 @@ def phases(t: int | torch.Tensor, offsets: torch.Tensor, omega: torch.Tensor) ->
 
     ``omega`` ``[F]`` and ``offsets`` ``[O]`` are taken as given and widened exactly.
     """
+    if offsets.numel() == 0:
+        raise TriAttentionError("there are no offsets; give at least one (1, 2, 4, ... up to 65536 is usual)")
     o = offsets.to(device=omega.device, dtype=torch.float64)
     position = o + t if isinstance(t, int) else o + t.to(device=omega.device, dtype=torch.float64)[:, None]
     angle = position[..., None] * omega.to(torch.float64)
@@ -113,6 +115,7 @@ class TrigTableCache:
         self.offsets = offsets.to(self.device, torch.float32)
         self.omega = omega.to(self.device)
         self.num_offsets, self.freq_count = offsets.numel(), omega.numel()
+        self._checked = (offsets, omega)
         rows = torch.arange(1, self.num_positions + 1, device=self.device, dtype=torch.float64) * self.compress_interval
         shape = (self.num_positions, self.num_offsets, self.freq_count)
         self.cos_table = torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -159,6 +162,28 @@ class TrigTableCache:
         angle = residual * self.omega.to(torch.float64)
         turn_cos, turn_sin = angle.cos(), angle.sin()
         return cos * turn_cos - sin * turn_sin, sin * turn_cos + cos * turn_sin
+
+    def require_same(self, offsets: torch.Tensor, omega: torch.Tensor) -> None:
+        """Raise TriAttentionError unless the table was made with these offsets and frequencies.
+
+        Values are compared once per pair of tensors: looking at a tensor on a GPU waits for it.
+        """
+        if offsets is self._checked[0] and omega is self._checked[1]:
+            return
+        mine, given = (self.num_offsets, self.freq_count), (offsets.numel(), omega.numel())
+        if mine != given:
+            raise TriAttentionError(
+                f"trig_cache has {mine[0]} offsets and {mine[1]} frequencies and the call {given[0]} and {given[1]}; "
+                "build it with the same offsets and omega"
+            )
+        same = torch.equal(self.offsets, offsets.to(self.device, torch.float32)) and torch.equal(
+            self.omega.to(torch.float64), omega.to(self.device, torch.float64)
+        )
+        if not same:
+            raise TriAttentionError(
+                "trig_cache was built with other offsets or another omega than the call; build it with the same ones"
+            )
+        self._checked = (offsets, omega)
 
     def __repr__(self) -> str:
         return (

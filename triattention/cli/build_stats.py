@@ -26,12 +26,17 @@ def add_parser(verbs: Any) -> None:
     add_model_options(parser)
     parser.add_argument("--input", metavar="TEXT", help="UTF-8 text to calibrate on (default: the bundled text)")
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help="statistics file to write (replaced if it exists)"
+        "--output",
+        metavar="FILE",
+        help="statistics file to write, replaced if it exists (default: the one that run-one uses, in the cache)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.output is None:
+        _show_cached(args)
+        return
     output = Path(args.output).expanduser()
     if output.is_dir():
         raise TriAttentionError(f"--output {output} is a directory; give the name of the file to write")
@@ -50,6 +55,18 @@ def run(args: argparse.Namespace) -> None:
         raise TriAttentionError(f"cannot write {output}: {error.strerror}; give another --output") from error
     print(f"wrote {output}: {result.token_count} tokens of {args.input or 'the bundled text'}")
     print(*concentration_lines(result), sep="\n")
+
+
+def _show_cached(args: argparse.Namespace) -> None:
+    """Print the statistics that ``run-one`` uses, made now if there are none yet, and last where they are."""
+    if args.input is not None:
+        raise TriAttentionError(f"--input {args.input} needs --output: statistics in the cache are of the bundled text")
+    from triattention import statistics
+    from triattention.text_calibration import cached_statistics
+
+    quiet_transformers()
+    path = cached_statistics(models.load(models.find_source(args.model), dtype=args.dtype, device=args.device))
+    print(*concentration_lines(statistics.load(path)), path, sep="\n")
 
 
 def concentration_lines(result: Statistics) -> list[str]:

@@ -135,7 +135,7 @@ def _say_what_has_no_effect(args: argparse.Namespace) -> None:
 def _check_compression(args: argparse.Namespace) -> None:
     """Fill in the defaults and refuse what cannot work, before a model is loaded."""
     from triattention import statistics
-    from triattention.vllm.core.config import check_budget, default_window
+    from triattention.selection import check_budget, default_window
 
     args.budget = DEFAULT_BUDGET if args.budget is None else args.budget
     args.divide_length = DEFAULT_DIVIDE_LENGTH if args.divide_length is None else args.divide_length

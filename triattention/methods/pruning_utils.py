@@ -136,24 +136,26 @@ def load_head_frequency_stats(
 ) -> tuple[dict[str, Any], dict[tuple[int, int], HeadFrequencyStats]]:
     """``(metadata, {(layer, head): HeadFrequencyStats})`` of a file in either layout, tensors on ``device``.
 
+    A published file may hold some heads only; the result has the heads that it has.
+
     Raises TriAttentionError naming the file and what is wrong with it.
     """
-    payload = statistics.read_payload(stats_path)
-    loaded = statistics.load(stats_path)
-    m = torch.complex(loaded.q_mean_real, loaded.q_mean_imag).to(device)
-    a = loaded.q_abs_mean.to(device)
-    layers, heads, _ = a.shape
-    metadata = payload.get("metadata")
-    if metadata is None:
-        metadata = dict(loaded.architecture.to_dict()) if loaded.architecture else {}
-        metadata["token_count"] = loaded.token_count
-    metadata = metadata | {"sampled_heads": [[layer, head] for layer in range(layers) for head in range(heads)]}
-    by_head = {
-        (layer, head): HeadFrequencyStats(m[layer, head], a[layer, head])
-        for layer in range(layers)
-        for head in range(heads)
-    }
-    return metadata, by_head
+    payload, source = statistics.read_payload(stats_path), str(stats_path)
+    if payload.get("format") == statistics.FORMAT:
+        loaded = statistics.parse(payload, source)
+        metadata = {**loaded.architecture.to_dict(), "token_count": loaded.token_count}
+        m = torch.complex(loaded.q_mean_real, loaded.q_mean_imag)
+        layers, heads, _ = m.shape
+        rows = {(i, j): (m[i, j], loaded.q_abs_mean[i, j]) for i in range(layers) for j in range(heads)}
+    else:
+        entries = statistics.published_heads(payload, source)
+        metadata = payload["metadata"]
+        rows = {
+            key: (torch.complex(entry["q_mean_real"], entry["q_mean_imag"]), entry["q_abs_mean"])
+            for key, entry in entries.items()
+        }
+    by_head = {key: HeadFrequencyStats(m.to(device), a.to(device)) for key, (m, a) in rows.items()}
+    return {**metadata, "sampled_heads": [list(key) for key in by_head]}, by_head
 
 
 def save_head_frequency_stats(

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from triattention import statistics
 from triattention.architecture import Architecture, describe
 from triattention.errors import TriAttentionError
-from triattention.scoring import score
-from triattention.selection import evictable, group_max, keep_indices, keep_mask, to_device, z_score
+from triattention.scoring import check_inputs, score
+from triattention.selection import (
+    check_budget,
+    evictable,
+    group_max,
+    keep_indices,
+    keep_mask,
+    protection_exceeds,
+    to_device,
+    z_score,
+)
 from triattention.trig import fold, geometric_offsets, phases
-from triattention.vllm.core.compressor import rope_of
-from triattention.vllm.core.config import check_budget
+
+if TYPE_CHECKING:
+    from triattention.cache import CacheState
 
 __all__ = ["TriAttention", "TriAttentionConfig", "apply_triattention_patch", "remove_triattention_patch"]
 
@@ -89,8 +97,7 @@ class TriAttention:
             loaded.check_architecture(live)
             omega, self.attention_scaling, self.style = live.omega, live.attention_scaling, live.rope_style
         else:
-            omega, self.attention_scaling = rope_of(loaded, config.model_path)
-            self.style = loaded.architecture.rope_style if loaded.architecture else "half"
+            omega, self.attention_scaling, self.style = loaded.rope(config.model_path)
         self.device = torch.device(config.device)
         self.omega = omega.to(self.device)
         self.offsets = geometric_offsets(config.offset_max_length, self.device)
@@ -98,6 +105,7 @@ class TriAttention:
             x.to(self.device) for x in (loaded.q_mean_real, loaded.q_mean_imag, loaded.q_abs_mean)
         )
         self.freq_weight = torch.full_like(self.q_abs_mean[0], self.attention_scaling)
+        self.replaced_forward: Callable[..., Any] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -111,14 +119,19 @@ class TriAttention:
     def selection_scores(
         self, keys: Sequence[torch.Tensor], seen: torch.Tensor | int, region: torch.Tensor
     ) -> torch.Tensor:
-        """Scores from which a round keeps: ``[B, H, N]`` (per_head) or ``[B, 1, N]`` (union), float64 where
-        normalised.
+        """Scores that a round keeps the best of: ``[B, H, N]`` (per_head) or ``[B, 1, N]`` (union).
 
         ``keys`` one ``[B, H, N, D]`` per layer; ``seen`` the position of the next token, one per row; ``region``
         bool ``[B, N]`` what can be evicted. per_head is the mean over layers of the maximum over each group; union
         the maximum over everything. One batched call per layer.
         """
         config = self.config
+        if len(keys) != len(self.q_abs_mean):
+            raise TriAttentionError(
+                f"the cache has {len(keys)} layers and {self.statistics.source} has {len(self.q_abs_mean)}; "
+                "calibrate this model"
+            )
+        check_inputs(keys[0], {"q_abs_mean": self.q_abs_mean[0]}, self.omega, self.style)
         cos, sin = phases(seen, self.offsets, self.omega)
         total: torch.Tensor | None = None
         for layer, layer_keys in enumerate(keys):
@@ -136,14 +149,12 @@ class TriAttention:
                 total = scores
             else:
                 total = total + scores if config.per_head_pruning else torch.maximum(total, scores)
-        if total is None:
-            raise TriAttentionError("there are no layers to score; pass the cache of at least one layer")
         return total / len(keys) if config.per_head_pruning else total
 
     def compute_keep_indices(
         self, pkv_tuple: Sequence[tuple[torch.Tensor, torch.Tensor]], prefix_length: int = 0
     ) -> torch.Tensor | None:
-        """Indices to keep of one sequence, ascending: ``[H, K]`` (per_head) or ``[K]`` (union); None within the
+        """Indices to keep of one sequence, ascending: ``[H, K]`` (per_head), ``[K]`` (union), or None within the
         budget.
 
         ``pkv_tuple`` holds (keys, values) ``[1, H, N, D]`` per layer; the first ``prefix_length`` tokens are the
@@ -181,45 +192,47 @@ class TriAttention:
         in_prompt = rank < (0 if self.config.allow_prefill_compression else prompt[:, None])
         return valid & (in_window | in_prompt)
 
-    def after_step(self, cache: Any, state: Any) -> None:
+    def after_step(self, cache: Any, state: CacheState) -> None:
         """Compress the rows of ``cache`` that are due after a forward step, and keep the counters."""
-        if not self._may_be_due(state):
-            self.peak_length = max(self.peak_length, state.longest)
-            return
-        # the only wait for the device: three small vectors, before the round
-        lengths, prompts, seen = torch.stack([state.valid.sum(-1), state.prompt, state.seen]).tolist()
-        evict = [self._due(state, *row) for row in zip(lengths, prompts, seen, strict=True)]
-        if any(evict):
-            self._round(cache, state, lengths, evict)
-        state.longest = max(n - gone for n, gone in zip(lengths, evict, strict=True))
+        if state.until_due <= 0:
+            # the only wait for the device before a round: three small vectors
+            lengths, prompts, seen = torch.stack([state.valid.sum(-1), state.prompt, state.seen]).tolist()
+            limits = [self._limit(state, n, prompt) for n, prompt in zip(lengths, prompts, strict=True)]
+            evict = [
+                n - limit if n > limit and self._until_due(n, limit, s) <= 0 else 0
+                for n, limit, s in zip(lengths, limits, seen, strict=True)
+            ]
+            if any(evict):
+                self._round(cache, state, lengths, evict)
+            kept = [n - gone for n, gone in zip(lengths, evict, strict=True)]
+            state.longest = max(kept)
+            state.until_due = min(
+                self._until_due(n, limit, s, after=True) for n, limit, s in zip(kept, limits, seen, strict=True)
+            )
         self.peak_length = max(self.peak_length, state.longest)
 
-    def _may_be_due(self, state: Any) -> bool:
-        """Whether any row can be due, from host-side bounds alone."""
-        slack = self.config.divide_length if self.config.use_slack_trigger else 1
-        return state.longest >= self.config.budget + slack
-
-    def _due(self, state: Any, length: int, prompt: int, seen: int) -> int:
-        """How many tokens of a row go now; 0 when it is not due."""
-        config = self.config
+    def _limit(self, state: CacheState, length: int, prompt: int) -> int:
+        """How many tokens a row holds after a round: its budget, or its protected tokens where those are more."""
         budget, protected = self._limits(prompt)
-        if protected > budget and not state.warned:
+        if min(length, protected) > budget and not state.warned:
             state.warned = True
-            warnings.warn(
-                f"{protected} protected tokens (prompt and window) exceed the budget of {budget}; they "
-                "are kept and the rest "
-                "is compressed, so give a larger budget or allow_prefill_compression=True to go below them",
-                stacklevel=2,
-            )
-        limit = max(budget, protected)
-        if config.use_slack_trigger:
-            due = length >= limit + config.divide_length
-        else:
-            over = length - limit  # a multiple of the interval has been passed since the limit was
-            due = over > 0 and seen // config.divide_length > (seen - over) // config.divide_length
-        return evictable(length, budget, protected) if due else 0
+            warnings.warn(protection_exceeds(protected, budget), stacklevel=2)
+        return max(budget, protected)
 
-    def _round(self, cache: Any, state: Any, lengths: list[int], evict: list[int]) -> None:
+    def _until_due(self, length: int, limit: int, seen: int, *, after: bool = False) -> int:
+        """Tokens that a row of ``length`` can still take before a round is due; 0 or less: it is due.
+
+        Without the slack trigger a round is due when, since the limit was passed, a multiple of ``divide_length``
+        has been seen; ``after`` a look at the row, that is the next multiple.
+        """
+        interval = self.config.divide_length
+        if self.config.use_slack_trigger:
+            return limit + interval - length
+        first_over = seen - (length - limit) + 1  # tokens seen when the row first exceeded its limit
+        earliest = max(first_over, seen + 1) if after else first_over
+        return -(-earliest // interval) * interval - seen
+
+    def _round(self, cache: Any, state: CacheState, lengths: list[int], evict: list[int]) -> None:
         keys = [layer.keys for layer in cache.layers]
         protected = self._protected(state.valid, state.prompt)
         scores = self.selection_scores(keys, state.seen, state.valid & ~protected)
@@ -280,10 +293,10 @@ def apply_triattention_patch(
 
     Works with ``generate`` and with hand-written loops, sdpa, eager and flash_attention_2, chunked prefill and
     left-padded batches. State lives on the cache: a new cache starts afresh. Positions keep counting, so
-    ``position_ids`` may be left out; given ones must agree. ``model.triattention`` holds the counters;
-    ``remove_triattention_patch`` undoes it. The arguments are those of ``TriAttentionConfig``. Raises
-    TriAttentionError for options that cannot be honoured, a statistics file of another model, or a model that
-    cannot be served.
+    ``position_ids`` may be left out; given ones must agree, which multi-token steps check. ``model.triattention``
+    holds the counters; ``remove_triattention_patch`` undoes it. The arguments are those of ``TriAttentionConfig``.
+    Raises TriAttentionError for options that cannot be honoured, a statistics file of another model, or a model
+    that cannot be served.
     """
     if hasattr(model, "triattention"):
         raise TriAttentionError("the model is patched already; call remove_triattention_patch(model) first")
@@ -293,111 +306,23 @@ def apply_triattention_patch(
         divide_length, use_slack_trigger, per_head_pruning, per_layer_perhead_pruning, layer_perhead_aggregation,
         disable_mlr, disable_trig, window_size=window_size,
     )  # fmt: skip
+    from triattention.forward import compressing  # needs transformers, which scoring alone does not
+
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1:
         raise TriAttentionError(f"the model is spread over {', '.join(sorted(devices))}; load it on one device")
     live = describe(model)
-    model.triattention = method = TriAttention(config, live=live)
-    model.forward = _compressing(model.forward, model, method, live.num_layers)
+    method = TriAttention(config, live=live)
+    # another library's hook may have put a forward of its own on the instance
+    method.replaced_forward = vars(model).get("forward")
+    model.triattention = method
+    model.forward = compressing(model.forward, model, method, live.num_layers)
 
 
 def remove_triattention_patch(model: Any) -> None:
     """Undo ``apply_triattention_patch``; a model without the patch is left as it is."""
     if hasattr(model, "triattention"):
+        before = model.triattention.replaced_forward
         del model.forward, model.triattention
-
-
-def _compressing(forward: Callable[..., Any], model: Any, method: TriAttention, n_layers: int) -> Callable[..., Any]:
-    """``forward`` with the cache compressed after each step."""
-    from transformers import DynamicCache
-
-    from triattention.cache import CacheState, adopt
-
-    signature = inspect.signature(forward)
-
-    @wraps(forward)
-    def compressed_forward(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind_partial(*args, **kwargs)
-        extra = call.arguments.pop("kwargs", {})
-        given = {**call.arguments, **extra}
-        use_cache = given.get("use_cache")
-        if use_cache is False or (use_cache is None and not model.config.use_cache):
-            return forward(*args, **kwargs)
-        inputs = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-        cache = given.get("past_key_values")
-        cache = DynamicCache(config=model.config) if cache is None else cache
-        adopt(cache, n_layers)
-        state = _state_of(cache, inputs, CacheState)
-        if state.valid.shape[1] == 0:
-            method.reset()
-        new, ragged = _new_columns(given.get("attention_mask"), inputs, cache.get_seq_length())
-        positions = state.append(new, ragged)
-        _require_positions(given.get("position_ids"), positions, new)
-        evicted = cache.layers[0].evicted
-        mask = torch.nn.functional.pad(state.valid, (evicted, 0)) if state.ragged else None
-        given |= {"past_key_values": cache, "attention_mask": mask, "position_ids": positions, "use_cache": True}
-        output = forward(**given)
-        method.after_step(cache, state)
-        return output
-
-    return compressed_forward
-
-
-def _state_of(cache: Any, inputs: torch.Tensor, state_type: type) -> Any:
-    """The state kept on ``cache``; made when the cache is empty, cut when the cache was cropped, refused when it is
-    foreign.
-    """
-    held = 0 if cache.layers[0].keys is None or cache.layers[0].keys.numel() == 0 else cache.layers[0].keys.shape[-2]
-    state = getattr(cache, "triattention", None)
-    if held == 0:
-        state = cache.triattention = state_type.empty(inputs.shape[0], inputs.device)
-    elif state is None:
-        raise TriAttentionError(
-            f"the cache holds {held} tokens that were cached without the patch; start with an empty cache"
-        )
-    elif held < state.valid.shape[1]:
-        state.crop_to(held)
-    elif held > state.valid.shape[1]:
-        raise TriAttentionError(
-            f"the cache holds {held} columns and {state.valid.shape[1]} were fed through the patched "
-            "model; start with an empty cache"
-        )
-    if inputs.shape[0] != state.valid.shape[0]:
-        raise TriAttentionError(
-            f"the inputs have {inputs.shape[0]} rows and the cache {state.valid.shape[0]}; feed one row per row"
-        )
-    return state
-
-
-def _new_columns(attention_mask: torch.Tensor | None, inputs: torch.Tensor, cached: int) -> tuple[torch.Tensor, bool]:
-    """Which of the new columns are real, bool ``[B, q]``, and whether any may be a pad.
-
-    The mask covers everything ever fed, as in every Hugging Face model; only its last q columns are news.
-    """
-    batch, q_len = inputs.shape[:2]
-    if attention_mask is None:
-        return torch.ones(batch, q_len, dtype=torch.bool, device=inputs.device), False
-    if attention_mask.ndim != 2 or attention_mask.shape[1] != cached + q_len:
-        raise TriAttentionError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, {cached + q_len}], "
-            "one column per token "
-            "ever fed (cache.get_seq_length() plus the new ones)"
-        )
-    new = attention_mask[:, -q_len:].to(inputs.device, torch.bool)
-    # a prefill may wait for the device to learn that nothing is padded; a decode step must not, so it assumes the worst
-    return new, batch > 1 if q_len == 1 else not bool(new.all())
-
-
-def _require_positions(given: torch.Tensor | None, positions: torch.Tensor, new: torch.Tensor) -> None:
-    """Refuse position ids that disagree with the tokens counted here; looked at in multi-token steps only."""
-    if given is None or positions.shape[1] == 1:
-        return
-    differs = (given.to(positions.device) != positions) & new
-    if bool(differs.any()):
-        row, column = differs.nonzero()[0].tolist()
-        wrong = int(given.expand_as(positions)[row, column])
-        raise TriAttentionError(
-            f"position_ids[{row}, {column}] is {wrong} and the tokens seen so far make it "
-            f"{int(positions[row, column])}; "
-            "leave position_ids out"
-        )
+        if before is not None:
+            model.forward = before

@@ -207,6 +207,59 @@ def test_beam_search_is_refused(model: Any, stats: Path) -> None:
         tiny.generate(model, tiny.tokens(40), new=5, num_beams=2)
 
 
+def test_speculative_decoding_is_refused(model: Any, stats: Path) -> None:
+    _patch(model, stats)
+    with pytest.raises(TriAttentionError, match="speculative decoding is not supported"):
+        tiny.generate(model, tiny.tokens(40), new=20, prompt_lookup_num_tokens=4)
+
+
+def test_multi_token_decode_steps_do_not_make_the_prompt_grow(model: Any, stats: Path) -> None:
+    method = _patch(model, stats, allow_prefill_compression=False)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=tiny.tokens(20), past_key_values=cache)
+    for seed in range(40):
+        model(input_ids=tiny.tokens(4, seed), past_key_values=cache)
+        assert cache.layers[0].keys.shape[-2] < 48 + 16
+    assert method.rounds > 3
+
+
+@pytest.mark.parametrize("options", [{}, {"use_slack_trigger": False}, {"count_prompt_tokens": False}])
+def test_a_decode_step_waits_for_the_device_only_when_a_row_can_be_due(
+    model: Any, stats: Path, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = _patch(model, stats, **options)
+    looks = 0
+    original = torch.Tensor.tolist
+
+    def counted(tensor: torch.Tensor) -> list:
+        nonlocal looks
+        looks += tensor.shape[:1] == (3,) and tensor.ndim == 2
+        return original(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    tiny.generate(model, tiny.tokens(40), new=100)
+    assert method.rounds > 2
+    assert looks <= method.rounds + 2
+
+
+def test_somebody_elses_forward_comes_back(model: Any, stats: Path) -> None:
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        return type(model).forward(model, *args, **kwargs)
+
+    model.forward = theirs
+    _patch(model, stats)
+    remove_triattention_patch(model)
+    assert model.forward is theirs
+    del model.forward
+
+
+def test_token_ids_of_the_configuration_do_not_make_another_model(stats: Path, model: Any) -> None:
+    before = model.config.pad_token_id
+    model.config.pad_token_id = 2
+    _patch(model, stats)
+    model.config.pad_token_id = before
+
+
 def test_a_static_cache_is_refused(model: Any, stats: Path) -> None:
     _patch(model, stats)
     with pytest.raises(TriAttentionError, match="leave cache_implementation unset"):

@@ -118,10 +118,10 @@ def compressor(tmp_path: Path) -> TriAttentionCompressor:
 def test_the_compressor_waits_for_its_trigger_and_keeps_the_budget(compressor: TriAttentionCompressor) -> None:
     torch.manual_seed(0)
     keys, values = torch.randn(2, 1, 2, 48, 16).unbind(0)
-    same, _, everything = compressor.compress(keys[:, :, :47], values[:, :, :47])
+    same, _, everything = compressor.compress(keys[:, :, :47], values[:, :, :47], prefill_length=10)
     assert same.shape[2] == 47
     assert everything[0, 0].tolist() == list(range(47))
-    kept_keys, kept_values, indices = compressor.compress(keys, values, prefill_length=10)
+    kept_keys, kept_values, indices = compressor.compress(keys, values)
     assert kept_keys.shape == kept_values.shape == (1, 2, 32, 16)
     for head in range(2):
         row = indices[0, head].tolist()
@@ -136,19 +136,50 @@ def test_the_compressor_waits_for_its_trigger_and_keeps_the_budget(compressor: T
 
 def test_compressor_state_is_per_layer(compressor: TriAttentionCompressor) -> None:
     keys, values = torch.randn(2, 1, 2, 48, 16).unbind(0)
-    compressor.compress(keys, values, layer_idx=2)
+    compressor.compress(keys, values, layer_idx=2, prefill_length=0)
     compressor.compress(keys[:, :, :20], values[:, :, :20], layer_idx=0)
     assert {layer: state["rounds"] for layer, state in compressor.get_state().items()} == {0: 0, 2: 1}
     with pytest.raises(TriAttentionError, match="has 3 layers and layer 7"):
-        compressor.compress(keys, values, layer_idx=7)
+        compressor.compress(keys, values, layer_idx=7, prefill_length=0)
 
 
 def test_nan_keys_are_refused_by_the_compressor(compressor: TriAttentionCompressor) -> None:
     keys, values = torch.randn(2, 1, 2, 48, 16).unbind(0)
     keys[0, 1, 5, 5] = torch.nan
     with pytest.raises(TriAttentionError, match="layer 1 has a NaN or Inf score"):
-        compressor.compress(keys, values, layer_idx=1)
+        compressor.compress(keys, values, layer_idx=1, prefill_length=0)
     assert compressor.get_state()[1]["rounds"] == 0
+
+
+def test_the_first_call_is_the_prompt_and_a_due_one_must_say_how_long_it_was(
+    compressor: TriAttentionCompressor,
+) -> None:
+    keys, values = torch.randn(2, 1, 2, 60, 16).unbind(0)
+    with pytest.raises(TriAttentionError, match=r"first call has 60 tokens.*pass prefill_length"):
+        compressor.compress(keys, values)
+    compressor.reset()
+    compressor.compress(keys[:, :, :40], values[:, :, :40])
+    with pytest.warns(UserWarning, match="44 protected tokens .* exceed the budget of 32"):
+        _, _, kept = compressor.compress(keys, values)
+    assert kept[0, 1].tolist() == [*range(40), *range(56, 60)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"head_dim": 64}, "head_dim is 64 and here it is 16"),
+        ({"num_kv_heads": 7}, "num_kv_heads is 7 and here it is 2"),
+        ({"num_layers": 99}, "num_layers is 99 and here it is 3"),
+        ({"rope_style": "interleaved"}, "rope_style is 'interleaved' and .* is of 'half'"),
+    ],
+)
+def test_options_that_contradict_the_cache_are_refused(
+    compressor: TriAttentionCompressor, options: dict, words: str
+) -> None:
+    config = TriAttentionConfig(**{**vars(compressor.config), **options})
+    keys, values = torch.randn(2, 1, 2, 60, 16).unbind(0)
+    with pytest.raises(TriAttentionError, match=words):
+        TriAttentionCompressor(config).compress(keys, values, prefill_length=0)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,27 @@ def test_the_engine_path_passes_the_end_of_its_table() -> None:
     torch.testing.assert_close(compute_scores(*args, 999, table), compute_scores(*args, 999), rtol=0, atol=0)
 
 
+def test_a_table_of_another_omega_is_refused() -> None:
+    keys, omega, offsets = torch.randn(1, H, N, 2 * F), torch.rand(F), geometric_offsets(64)
+    other = TrigTableCache(1024, 128, offsets, omega * 7, "cpu")
+    with pytest.raises(TriAttentionError, match="other offsets or another omega"):
+        triattention_scoring(keys, None, *_statistics(H).values(), omega, offsets, 128, trig_cache=other)
+    fewer = TrigTableCache(1024, 128, offsets[:3], omega, "cpu")
+    with pytest.raises(TriAttentionError, match="3 offsets and 8 frequencies and the call 7 and 8"):
+        triattention_scoring(keys, None, *_statistics(H).values(), omega, offsets, 128, trig_cache=fewer)
+
+
+def test_transposed_statistics_score_alike() -> None:
+    torch.manual_seed(0)
+    keys, stats = torch.randn(1, H, N, 2 * F), _statistics()
+    rest = (torch.rand(F), geometric_offsets(64), T, "max")
+    strided = [x.T.contiguous().T for x in stats.values()]
+    cos_sin = phases(T, rest[1], rest[0])
+    want = score_torch(keys, fold(*stats.values(), *cos_sin, aggregation="max"), "half")
+    got = score_torch(keys, fold(*strided, *cos_sin, aggregation="max"), "half")
+    assert torch.equal(got, want)
+
+
 def test_round_start_defaults() -> None:
     torch.manual_seed(0)
     keys, omega, offsets = torch.randn(1, H, N, 2 * F), torch.rand(F), geometric_offsets(64)

@@ -27,6 +27,12 @@ def test_protected_tokens_stay_whatever_they_score() -> None:
     assert keep_indices(mask, 3).tolist() == [[[0, 1, 4]]]
 
 
+def test_infinite_scores_do_not_displace_protected_tokens() -> None:
+    protected = torch.tensor([[False, False, False, True]])
+    mask = keep_mask(torch.full((1, 1, 4), torch.inf), _all(4), protected, [2])
+    assert keep_indices(mask, 2).tolist() == [[[0, 3]]]
+
+
 def test_rows_of_different_lengths_are_right_aligned() -> None:
     valid = torch.tensor([[True] * 4, [False, False, True, True]])
     scores = torch.tensor([[[1.0, 4.0, 3.0, 2.0]], [[9.0, 9.0, 1.0, 2.0]]])

@@ -122,7 +122,11 @@ def test_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda p: p.update(format_version=9), "format version 9 and this release reads 1"),
+        (lambda p: p.update(format_version=9), "format_version 9 and this release reads 1"),
+        (lambda p: p.update(capture_point="after RoPE"), "capture_point 'after RoPE'"),
+        (lambda p: p.update(token_count="many"), "not a statistics file"),
+        (lambda p: p["architecture"].update(omega=[1.0]), "not a statistics file"),
+        (lambda p: p["architecture"]["omega"].mul_(float("nan")), "not a statistics file"),
         (lambda p: p.pop("q_abs_mean"), "q_abs_mean"),
         (lambda p: p["q_mean_real"].__setitem__((1, 2, 3), float("nan")), "q_mean_real holds NaN"),
         (lambda p: p["q_abs_mean"].mul_(0.1), r"exceeds E\|q\| at layer 0, head 0"),
@@ -146,6 +150,34 @@ def test_a_gap_in_a_published_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TriAttentionError, match="layer 5, head 0 is sampled but has no statistics"):
         save_head_frequency_stats(tmp_path / "q.pt", [(5, 0)], by_head, {})
     assert not (tmp_path / "q.pt").exists()
+
+
+def test_some_published_heads_load_as_they_are_but_cannot_serve_a_model(tmp_path: Path) -> None:
+    m = torch.randn(8, dtype=torch.complex64)
+    by_head = {key: HeadFrequencyStats(m, m.abs()) for key in ((0, 0), (2, 3))}
+    save_head_frequency_stats(tmp_path / "p.pt", list(by_head), by_head, {})
+    _, loaded = load_head_frequency_stats(tmp_path / "p.pt", "cpu")
+    assert sorted(loaded) == [(0, 0), (2, 3)]
+    with pytest.raises(TriAttentionError, match="lacks layer 0, head 1"):
+        statistics.load(tmp_path / "p.pt")
+
+
+@pytest.mark.parametrize("heads", [[["a", "b"]], [[0, 0, 0]], [[-1, -1]], "all"])
+def test_malformed_published_files_are_refused(tmp_path: Path, heads: Any) -> None:
+    m = torch.randn(8, dtype=torch.complex64)
+    by_head = {(layer, head): HeadFrequencyStats(m, m.abs()) for layer in range(2) for head in range(4)}
+    save_head_frequency_stats(tmp_path / "p.pt", list(by_head), by_head, {})
+    _rewrite(tmp_path / "p.pt", lambda p: p["metadata"].update(sampled_heads=heads))
+    with pytest.raises(TriAttentionError, match=r"not a statistics file|lacks layer"):
+        statistics.load(tmp_path / "p.pt")
+
+
+def test_declared_metadata_is_compared_with_the_model(tmp_path: Path) -> None:
+    m = torch.randn(8, dtype=torch.complex64)
+    by_head = {(layer, head): HeadFrequencyStats(m, m.abs()) for layer in range(3) for head in range(4)}
+    save_head_frequency_stats(tmp_path / "p.pt", list(by_head), by_head, {"rope_style": "interleaved"})
+    with pytest.raises(TriAttentionError, match=r"declares rope_style 'interleaved' and the model .* has 'half'"):
+        statistics.load(tmp_path / "p.pt").check_model(tiny.make())
 
 
 def test_a_finetuned_configuration_is_refused(saved: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +11,21 @@ import torch
 
 from triattention import statistics
 from triattention.errors import TriAttentionError
-from triattention.selection import evictable, group_max, keep_indices, keep_mask, z_score
+from triattention.selection import evictable, group_max, keep_indices, keep_mask, protection_exceeds, z_score
 from triattention.trig import TrigTableCache, create_trig_cache, geometric_offsets
 from triattention.vllm.core.config import TriAttentionConfig
 from triattention.vllm.core.scoring import compute_scores
 
+_log = logging.getLogger("triattention.compressor")
+
 
 @dataclass
 class _LayerState:
-    """What one layer has been through since ``reset``: tokens evicted, rounds run, the protected prompt."""
+    """What one layer has been through since ``reset``; ``prefill_length`` is None until the prompt has been seen."""
 
     evicted: int = 0
     rounds: int = 0
-    prefill_length: int = 0
+    prefill_length: int | None = None
 
 
 class TriAttentionCompressor:
@@ -45,45 +49,65 @@ class TriAttentionCompressor:
         *,
         prefill_length: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keep the budget of a layer: ``[B, H, N, D]`` twice to ``[B, H, K, D]`` twice and ascending indices ``[B,
-        H, K]``.
+        """Keep the budget: ``[B, H, N, D]`` twice to ``[B, H, K, D]`` twice, and ascending indices ``[B, H, K]``.
 
         Below the trigger (budget + divide_length) everything is kept. ``cache_positions`` ``[N]`` or ``[B, N]``
-        gives the position of the newest token; without it tokens are counted from ``reset``. ``prefill_length``
-        says how many tokens at the front are the prompt, which ``protect_prefill`` protects; a length once given
-        holds until ``reset``. Raises TriAttentionError when a score is NaN or Inf (a key is), naming the layer.
+        gives the position of the newest token, the same for every row; without it tokens are counted from
+        ``reset``. The prompt, which ``protect_prefill`` protects, is the cache of a layer's first call after
+        ``reset``, or the first ``prefill_length`` tokens where that is given. Raises TriAttentionError when the
+        first call is due already and the prompt's length is not given, for a cache the configuration or the
+        statistics do not fit, and when a score is NaN or Inf.
         """
-        state = self._layers.setdefault(layer_idx, _LayerState())
-        if prefill_length is not None:
-            state.prefill_length = prefill_length
-        batch, heads, length, _ = key_states.shape
         config = self.config
-        budget = config.kv_budget + (0 if config.include_prefill_in_budget else state.prefill_length)
-        prompt = min(state.prefill_length, length) if config.protect_prefill else 0
-        protected_count = min(prompt + config.window_size, length)
+        batch, heads, length, _ = key_states.shape
+        state = self._layers.setdefault(layer_idx, _LayerState())
+        prompt = self._prompt(state, length, prefill_length)
+        budget = config.kv_budget + (0 if config.include_prefill_in_budget else prompt)
+        protected_count = (prompt if config.protect_prefill else 0) + config.window_size
         if length < max(budget, protected_count) + config.divide_length:
             everything = torch.arange(length, device=key_states.device).expand(batch, heads, length)
             return key_states, value_states, everything
+        if protected_count > budget and state.rounds == 0:
+            warnings.warn(protection_exceeds(protected_count, budget), stacklevel=2)
         evict = evictable(length, budget, protected_count)
         t = int(cache_positions.max()) + 1 if cache_positions is not None else length + state.evicted
         position = torch.arange(length, device=key_states.device)
-        protected = ((position < prompt) | (position >= length - config.window_size)).expand(batch, length)
-        valid = torch.ones_like(protected)
+        protected = position >= length - config.window_size
+        if config.protect_prefill:
+            protected = protected | (position < prompt)
+        protected = protected.expand(batch, length)
         scores = self._scores(key_states, layer_idx, t, ~protected)
-        mask = keep_mask(scores, valid, protected, [evict] * batch)
+        mask = keep_mask(scores, torch.ones_like(protected), protected, [evict] * batch)
         kept = keep_indices(mask, length - evict).expand(batch, heads, -1)
-        gather = kept[..., None].expand(-1, -1, -1, key_states.shape[-1])
         state.evicted += evict
         state.rounds += 1
-        return key_states.gather(2, gather), value_states.gather(2, gather), kept
+        if config.enable_debug_logging:
+            _log.warning("layer %d, t = %d: %d of %d tokens evicted", layer_idx, t, evict, length)
+        keys, values = (
+            x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (key_states, value_states)
+        )
+        return keys, values, kept
+
+    def _prompt(self, state: _LayerState, length: int, given: int | None) -> int:
+        """The length of the prompt, remembered until ``reset``."""
+        config = self.config
+        if given is not None:
+            state.prefill_length = given
+        elif state.prefill_length is None:
+            matters = config.protect_prefill or not config.include_prefill_in_budget
+            if matters and length >= config.kv_budget + config.divide_length:
+                raise TriAttentionError(
+                    f"the first call has {length} tokens, which is due for compression, and nothing says "
+                    "how many are the "
+                    "prompt; pass prefill_length, or set protect_prefill=False and include_prefill_in_budget=True"
+                )
+            state.prefill_length = length
+        return state.prefill_length
 
     def _scores(self, keys: torch.Tensor, layer_idx: int, t: int, region: torch.Tensor) -> torch.Tensor:
         """Selection scores ``[B, H, N]``, or ``[B, 1, N]`` for ``per_layer`` (the maximum over KV heads)."""
         config, loaded = self.config, self._load(keys)
-        if layer_idx not in loaded.head_stats:
-            raise TriAttentionError(
-                f"{config.stats_path} has {len(loaded.head_stats)} layers and layer {layer_idx} was asked for"
-            )
+        loaded.check(config, keys, layer_idx)
         per_query_head = TriAttentionConfig(**{**vars(config), "pruning_mode": "per_head", "topk_dtype": torch.float32})
         scores = compute_scores(
             keys, None, loaded.head_stats[layer_idx], loaded.omega, loaded.offsets, loaded.freq_weight,
@@ -122,13 +146,16 @@ class _Loaded:
     offsets: torch.Tensor
     freq_weight: torch.Tensor
     trig_cache: TrigTableCache | None
+    style: str
+    kv_heads: int | None
+    source: str
 
     @classmethod
     def from_config(cls, config: TriAttentionConfig, device: torch.device) -> _Loaded:
         if config.stats_path is None:
             raise TriAttentionError("stats_path is not set; give the compressor a statistics file")
         loaded = statistics.load(config.stats_path)
-        omega, scaling = rope_of(loaded, config.model_path)
+        omega, scaling, style = loaded.rope(config.model_path)
         omega, offsets = omega.to(device), geometric_offsets(config.offset_max_length, device)
         trig_cache = None
         if config.use_trig_cache:
@@ -144,20 +171,23 @@ class _Loaded:
             for layer in range(loaded.q_abs_mean.shape[0])
         }
         weight = torch.full(loaded.q_abs_mean.shape[1:], scaling, device=device)
-        return cls(head_stats, omega, offsets, weight, trig_cache)
+        kv_heads = loaded.architecture.num_kv_heads if loaded.architecture else None
+        return cls(head_stats, omega, offsets, weight, trig_cache, style, kv_heads, str(config.stats_path))
 
-
-def rope_of(loaded: statistics.Statistics, model_path: Any) -> tuple[torch.Tensor, float]:
-    """omega float32 ``[F]`` and s of the model the statistics are of: from the file, or from the model at
-    ``model_path``.
-
-    Raises TriAttentionError when the file does not say and no path is given.
-    """
-    if loaded.architecture is not None:
-        return loaded.architecture.omega, loaded.architecture.attention_scaling
-    if model_path is None:
-        raise TriAttentionError(f"{loaded.source} does not carry omega; give model_path as well, or calibrate again")
-    from triattention.methods.pruning_utils import build_rotary
-
-    rotary = build_rotary("cpu", model_path, torch.float32)
-    return rotary.inv_freq.float(), float(getattr(rotary, "attention_scaling", 1.0))
+    def check(self, config: TriAttentionConfig, keys: torch.Tensor, layer_idx: int) -> None:
+        """Raise TriAttentionError, naming both values, unless configuration, statistics and cache fit together."""
+        layers = len(self.head_stats)
+        if not 0 <= layer_idx < layers:
+            raise TriAttentionError(f"{self.source} has {layers} layers and layer {layer_idx} was asked for")
+        if config.rope_style != self.style:
+            raise TriAttentionError(
+                f"rope_style is {config.rope_style!r} and {self.source} is of {self.style!r}; set it so"
+            )
+        for name, given, found in (
+            ("num_layers", config.num_layers, layers),
+            ("num_kv_heads", config.num_kv_heads, keys.shape[1]),
+            ("head_dim", config.head_dim, keys.shape[3]),
+            ("statistics' KV heads", self.kv_heads, keys.shape[1]),
+        ):
+            if given is not None and given != found:
+                raise TriAttentionError(f"{name} is {given} and here it is {found}; use the values of one model")

@@ -9,36 +9,23 @@ import torch
 
 from triattention.errors import TriAttentionError
 from triattention.rope import check_style
+from triattention.selection import check_budget, default_window
 
+_ALIASES = {"per_layer_perhead": "per_layer_per_head"}
 PRUNING_MODES = ("per_head", "per_layer", "per_layer_per_head")
-
-
-def default_window(kv_budget: int) -> int:
-    """The window where none is given: ``min(128, kv_budget // 2)``, so that any budget of 1 or more is usable."""
-    return min(128, kv_budget // 2)
-
-
-def check_budget(kv_budget: int, divide_length: int, window_size: int) -> None:
-    """Raise TriAttentionError, naming the value, for a budget, interval or window that cannot work together."""
-    if kv_budget < 1:
-        raise TriAttentionError(f"the KV budget is {kv_budget}; it must be at least 1 token (2048 is usual)")
-    if divide_length < 1:
-        raise TriAttentionError(f"divide_length is {divide_length}; it must be at least 1 token (128 is usual)")
-    if window_size < 0 or window_size >= kv_budget:
-        raise TriAttentionError(
-            f"the window is {window_size} and the KV budget {kv_budget}; give a window from 0 to "
-            f"{kv_budget - 1}, or none"
-        )
 
 
 @dataclass
 class TriAttentionConfig:
     """Options of scoring and selection; names, order and defaults as published.
 
-    ``window_size=None`` becomes ``min(128, kv_budget // 2)``. ``compute_dtype`` bounds the precision from below:
-    scoring here is never below float32, so every value is honoured. ``sparse_round_window`` and
-    ``triton_block_size`` belong to the published kernel; only their defaults are accepted. Raises TriAttentionError
-    (a ValueError) for what cannot be honoured.
+    ``window_size=None`` becomes ``min(128, kv_budget // 2)``. ``rope_style``, ``head_dim``, ``num_kv_heads`` and
+    ``num_layers`` are compared with the cache and the statistics where they are given. Four options have nothing
+    left to do and any value is fine: ``compute_dtype`` (scoring is never below float32), ``position_indices_dtype``
+    (keys carry their rotation), ``device`` (the work is done where the keys are) and ``seed`` (ties are broken by
+    index, not by noise). ``disable_top_n_high_freq``, ``sparse_round_window`` and ``triton_block_size`` belong to
+    the published kernel; only their defaults are accepted. Raises TriAttentionError (a ValueError) for what cannot
+    be honoured.
     """
 
     kv_budget: int = 2048
@@ -77,10 +64,16 @@ class TriAttentionConfig:
             self.window_size = default_window(self.kv_budget)
         check_budget(self.kv_budget, self.divide_length, self.window_size)
         check_style(self.rope_style)
+        self.pruning_mode = _ALIASES.get(self.pruning_mode, self.pruning_mode)
         if self.pruning_mode not in PRUNING_MODES:
             raise TriAttentionError(f"pruning_mode is {self.pruning_mode!r}; use one of {', '.join(PRUNING_MODES)}")
         if self.score_aggregation not in ("mean", "max"):
             raise TriAttentionError(f"score_aggregation is {self.score_aggregation!r}; use 'mean' or 'max'")
+        if self.trig_cache_max_seq_len is not None and self.trig_cache_max_seq_len < self.divide_length:
+            raise TriAttentionError(
+                f"trig_cache_max_seq_len is {self.trig_cache_max_seq_len}; it must be at least divide_length "
+                f"({self.divide_length}), or unset"
+            )
         if self.offset_max_length < 1:
             raise TriAttentionError(f"offset_max_length is {self.offset_max_length}; it must be at least 1")
         self.device = torch.device(self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from triattention.errors import TriAttentionError
 from triattention.scoring import check_inputs, score
 from triattention.trig import TrigTableCache, check_position, fold, phases
 from triattention.vllm.core.config import TriAttentionConfig
@@ -101,15 +102,21 @@ def _scores(
     *,
     use_triton: bool,
 ) -> torch.Tensor:
+    if "q_mean_complex" not in head_stats:
+        raise TriAttentionError(
+            f"head_stats has {sorted(head_stats)}; it needs q_mean_complex, and q_abs_mean beside it"
+        )
     m = head_stats["q_mean_complex"]
     m_re, m_im = (m.real, m.imag) if m.is_complex() else (m[..., 0], m[..., 1])
     a = head_stats.get("q_abs_mean")
     a = torch.hypot(m_re, m_im) if a is None else a
-    weight = freq_scale_sq.expand_as(a)
+    weight = freq_scale_sq.expand_as(a) if freq_scale_sq.shape == a.shape[-1:] else freq_scale_sq
     named = {"q_mean_complex": m_re, "q_abs_mean": a, "freq_scale_sq": weight}
     check_inputs(key_states, named, omega, config.rope_style)
     t = _round_start(key_states, cache_positions, round_start)
     covered = trig_cache is not None and config.use_trig_cache and t <= trig_cache.max_seq_len
+    if trig_cache is not None:
+        trig_cache.require_same(offsets, omega)
     cos, sin = trig_cache.phases_at(t) if covered else phases(t, offsets, omega)
     weights = fold(
         m_re, m_im, a, weight, cos, sin,

@@ -70,6 +70,7 @@ def _trig(
         cos, sin = trig_values
         source = "trig_values"
     elif trig_cache is not None:
+        trig_cache.require_same(offsets, omega)
         cos, sin = trig_cache.phases_at(t)
         source = "trig_cache"
     else:

@@ -1,0 +1,109 @@
+"""A ``forward`` that compresses: what stands between a model and its cache while the patch is on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from triattention.cache import CacheState, adopt
+from triattention.errors import TriAttentionError
+
+if TYPE_CHECKING:
+    from triattention.methods.triattention import TriAttention
+
+
+def compressing(forward: Callable[..., Any], model: Any, method: TriAttention, n_layers: int) -> Callable[..., Any]:
+    """``forward`` with masks and positions of a compressed cache before the step, and a round after it where one is
+    due.
+
+    A call without a cache (``use_cache=False``) goes through unchanged.
+    """
+    signature = inspect.signature(forward)
+
+    @wraps(forward)
+    def compressed_forward(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind_partial(*args, **kwargs)
+        extra = call.arguments.pop("kwargs", {})
+        given = {**call.arguments, **extra}
+        use_cache = given.get("use_cache")
+        inputs = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if inputs is None or use_cache is False or (use_cache is None and not model.config.use_cache):
+            return forward(*args, **kwargs)
+        cache = given.get("past_key_values")
+        cache = DynamicCache(config=model.config) if cache is None else cache
+        adopt(cache, n_layers)
+        state = _state_of(cache, inputs)
+        if state.valid.shape[1] == 0:
+            method.reset()
+        new, ragged = _new_columns(given.get("attention_mask"), inputs, cache.get_seq_length())
+        positions = state.append(new, ragged)
+        _require_positions(given.get("position_ids"), positions, new)
+        mask = torch.nn.functional.pad(state.valid, (cache.layers[0].evicted, 0)) if state.ragged else None
+        given |= {"past_key_values": cache, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+        output = forward(**given)
+        if cache.layers[0].keys is not None:  # gradient checkpointing drops the cache
+            method.after_step(cache, state)
+        return output
+
+    return compressed_forward
+
+
+def _state_of(cache: Any, inputs: torch.Tensor) -> CacheState:
+    """The state kept on ``cache``, made when the cache is empty; a cache that others have changed is refused."""
+    held = cache.layers[0].held
+    state = getattr(cache, "triattention", None)
+    if held == 0:
+        state = cache.triattention = CacheState.empty(inputs.shape[0], inputs.device)
+    elif state is None:
+        raise TriAttentionError(
+            f"the cache holds {held} tokens that were cached without the patch; start with an empty cache"
+        )
+    elif held != state.valid.shape[1]:
+        raise TriAttentionError(
+            f"the cache holds {held} columns and {state.valid.shape[1]} were fed through the patched model; "
+            "start with an empty cache"
+        )
+    if inputs.shape[0] != state.valid.shape[0]:
+        raise TriAttentionError(
+            f"the inputs have {inputs.shape[0]} rows and the cache {state.valid.shape[0]}; feed one row per cached row"
+        )
+    return state
+
+
+def _new_columns(attention_mask: torch.Tensor | None, inputs: torch.Tensor, cached: int) -> tuple[torch.Tensor, bool]:
+    """Which of the new columns are real, bool ``[B, q]``, and whether any may be a pad.
+
+    The mask covers everything ever fed, as in every Hugging Face model; only its last q columns are news. One row's
+    single decode token is real whatever the mask says.
+    """
+    batch, q_len = inputs.shape[:2]
+    if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[1] != cached + q_len):
+        raise TriAttentionError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, {cached + q_len}], "
+            "one column per "
+            "token ever fed (cache.get_seq_length() plus the new ones)"
+        )
+    if attention_mask is None or (batch == 1 and q_len == 1):
+        return torch.ones(batch, q_len, dtype=torch.bool, device=inputs.device), False
+    new = attention_mask[:, -q_len:].to(inputs.device, torch.bool)
+    # a prefill may wait for the device to learn that nothing is padded; a decode step must not, so it assumes the worst
+    return new, q_len == 1 or not bool(new.all())
+
+
+def _require_positions(given: torch.Tensor | None, positions: torch.Tensor, new: torch.Tensor) -> None:
+    """Refuse position ids that disagree with the tokens counted here; looked at in multi-token steps only."""
+    if given is None or positions.shape[1] == 1:
+        return
+    differs = (given.to(positions.device) != positions) & new
+    if bool(differs.any()):
+        row, column = differs.nonzero()[0].tolist()
+        wrong = int(given.expand_as(positions)[row, column])
+        raise TriAttentionError(
+            f"position_ids[{row}, {column}] is {wrong} and the tokens seen so far make it "
+            f"{int(positions[row, column])}; leave position_ids out"
+        )
