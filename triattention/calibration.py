@@ -63,6 +63,13 @@ def calibrate(model: Any, forward_loop: Callable[[Any], None]) -> Statistics:
     if count == 0:
         raise TriAttentionError("the calibration loop ran no tokens through the model; give it text")
 
+    for index, mean in enumerate(means):
+        if not mean.norm.isfinite().all():
+            raise TriAttentionError(
+                f"layer {index} of {live.model_id} has queries that are NaN or Inf; check its weights, or load it "
+                "in float32"
+            )
+
     def stack(name: str) -> torch.Tensor:
         return torch.stack([getattr(mean, name).cpu() for mean in means]).div(count).to(torch.float32)
 

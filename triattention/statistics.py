@@ -189,7 +189,8 @@ def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
     except _UNREADABLE as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise TriAttentionError(
-            f"the statistics file {source} ({source.stat().st_size} bytes) cannot be read: {reason}; calibrate again"
+            f"the statistics file {source} ({source.stat().st_size} bytes) cannot be read, so it is damaged "
+            f"or no statistics file ({reason}); calibrate again"
         ) from error
     if not isinstance(payload, dict):
         raise TriAttentionError(f"{source} holds a {type(payload).__name__}, not statistics; calibrate again")

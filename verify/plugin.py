@@ -95,7 +95,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     session = config.stash[SESSION]
     # the tests inside the bundled package import that package, which another subject takes the place of
-    return True if session.subject.root != session.root and collection_path == session.root / PACKAGE else None
+    own = session.root / PACKAGE
+    return True if session.subject.root != session.root and collection_path.is_relative_to(own) else None
 
 
 @pytest.hookimpl(tryfirst=True)

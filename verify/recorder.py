@@ -66,7 +66,8 @@ def localise(text: str, root: Path) -> str:
     places |= {Path(tempfile.gettempdir()): "<tmp>", Path.home(): "~"}
     for place in sorted(places, key=lambda path: len(str(path)), reverse=True):
         if len(place.parts) > 1:
-            text = re.sub(rf"{re.escape(str(place))}(?=/|\b)", places[place], text)
+            # not inside a relative path such as ../../tmp/checkout
+            text = re.sub(rf"(?<![\w.]){re.escape(str(place))}(?=/|\b)", places[place], text)
     text = text.replace("./phases/", "phases/").strip()
     return text if len(text) <= _MESSAGE_LIMIT else f"{text[: _MESSAGE_LIMIT - 4]} ..."
 

@@ -70,8 +70,8 @@ def run_name(method: str, budget: int | None, model: str, dataset: str) -> str:
 class Results:
     """Results of a run: ``<out>/<name>.jsonl`` and ``<out>/<name>.summary.json``, in memory where ``out`` is None.
 
-    Entering makes the directory and the file; every line is written whole and flushed, so an interrupted run leaves
-    whole lines and no summary.
+    The first line makes the directory and the file, so a run that fails before it leaves nothing. Every line is written
+    whole and flushed; an interrupted run leaves whole lines and no summary.
     """
 
     def __init__(self, out: Path | None, name: str) -> None:
@@ -88,12 +88,6 @@ class Results:
             raise TriAttentionError(f"{self._jsonl} exists; give another --out, or remove the file")
 
     def __enter__(self) -> Self:
-        if self._jsonl is not None:
-            try:
-                self._jsonl.parent.mkdir(parents=True, exist_ok=True)
-                self._stream = self._jsonl.open("x", encoding="utf-8")
-            except OSError as error:
-                raise _cannot_write(self._jsonl, error) from error
         return self
 
     def __exit__(
@@ -104,8 +98,11 @@ class Results:
 
     def append(self, result: Result) -> None:
         self._lines.append(result)
-        if self._stream is not None:
+        if self._jsonl is not None:
             try:
+                if self._stream is None:
+                    self._jsonl.parent.mkdir(parents=True, exist_ok=True)
+                    self._stream = self._jsonl.open("x", encoding="utf-8")
                 self._stream.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
                 self._stream.flush()
             except OSError as error:
