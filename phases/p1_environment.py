@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from typing import TYPE_CHECKING
 
 from verify import check, skip
 from verify.architectures import SUITE_MINIMUMS, find
+from verify.outcome import InfraError
+
+if TYPE_CHECKING:
+    from verify.record import Gpu
 
 
 def _at_least(found: str, minimum: str) -> bool:
@@ -15,6 +21,19 @@ def _at_least(found: str, minimum: str) -> bool:
     return numbers(found) >= numbers(minimum)
 
 
+def _card() -> Gpu:
+    """The first GPU that NVML shows. Raises InfraError where it does not answer or shows none."""
+    from verify import nvml
+
+    try:
+        cards = nvml.query().gpus
+    except nvml.NvmlUnavailable as error:
+        raise InfraError(f"NVML does not answer ({error}); see `python -m verify doctor`") from error
+    if not cards:
+        raise InfraError("NVML shows no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi, then run again")
+    return cards[0]
+
+
 @check(
     "p1.driver", gate="hard", cases="version", plan="1.1", needs_gpu=True,
     claim="The driver answers through NVML and is new enough for this GPU.",
@@ -22,15 +41,12 @@ def _at_least(found: str, minimum: str) -> bool:
     remedy="Install the driver that the message names, or newer, and reboot.",
 )  # fmt: skip
 def test_driver(case: str, target: str) -> None:
-    from verify import nvml
-
-    driver = nvml.query()
-    architecture = find(driver.gpus[0].sm)
-    assert architecture is not None, f"SM {driver.gpus[0].sm} of {driver.gpus[0].name} is not covered by this suite"
-    assert f"sm{driver.gpus[0].sm}" == target, f"NVML sees sm{driver.gpus[0].sm} and the run's target is {target}"
-    minimum = architecture.minimums.driver
-    assert minimum is None or _at_least(driver.version, minimum), (
-        f"driver {driver.version} is older than {minimum}, which {target} needs"
+    card = _card()
+    if f"sm{card.sm}" != target:
+        raise InfraError(f"NVML sees sm{card.sm} ({card.name}) and the run's target is {target}; start a new run")
+    minimum = find(card.sm).minimums.driver
+    assert minimum is None or _at_least(card.driver, minimum), (
+        f"driver {card.driver} is older than {minimum}, which {target} needs"
     )
 
 
@@ -114,10 +130,15 @@ def test_identity(case: str, target: str) -> None:
     import torch
     import triton
 
-    from verify import nvml
-
-    card, seen = nvml.query().gpus[0], torch.cuda.get_device_properties(0)
+    card, seen = _card(), torch.cuda.get_device_properties(0)
     names = {"NVML": f"sm{card.sm}", "torch": f"sm{10 * seen.major + seen.minor}"}
     names["triton"] = f"sm{triton.runtime.driver.active.get_current_target().arch}"
-    assert set(names.values()) == {target}, f"they disagree: {names}, and the run's target is {target}"
-    assert card.name == seen.name, f"NVML's first GPU is {card.name} and torch's is {seen.name}"
+    if set(names.values()) != {target}:
+        raise InfraError(f"they disagree: {names}, and the run's target is {target}; set CUDA_VISIBLE_DEVICES")
+    if card.name != seen.name:
+        raise InfraError(f"NVML's first GPU is {card.name} and torch's is {seen.name}; set CUDA_VISIBLE_DEVICES")
+    # torch has it from 2.4 on, without the prefix that says whether it is a card or a slice of one
+    uuid = getattr(seen, "uuid", None)
+    spelled = {hashlib.sha256(f"{prefix}{uuid}".encode()).hexdigest() for prefix in ("GPU-", "MIG-", "")}
+    if uuid is not None and card.uuid_sha256 not in spelled:
+        raise InfraError(f"NVML and torch mean two different cards named {card.name}; set CUDA_VISIBLE_DEVICES to one")

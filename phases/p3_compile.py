@@ -19,7 +19,7 @@ _VARIANTS = {
 
 
 @check(
-    "p3.scoring", gate="hard", cases=_VARIANTS, needs=("p1.triton",),
+    "p3.scoring", gate="hard", cases=_VARIANTS, needs=("p1.identity", "p1.triton",),
     claim="The scoring kernel compiles and launches for a key dtype, a pair layout and an aggregation.",
     reason=(
         "Triton compiles each variant anew for each GPU; one that does not compile is found here and "
@@ -29,13 +29,17 @@ _VARIANTS = {
     timeout_s=180,
 )  # fmt: skip
 def test_kernel_launches(case: Shape, subject: Subject, device: str, seed: int) -> None:
+    from verify.launches import counted
+
     scoring = subject.attribute("vllm.core.kernels.triton_scoring", "triattention_scoring")
-    scores = scoring(**make(case, seed, device).scoring_arguments())
+    with counted() as launched:
+        scores = scoring(**make(case, seed, device).scoring_arguments())
+    assert launched, "the call launched no Triton kernel, so something else made these scores"
     _shape_and_finite(scores, (case.b, case.h * case.g, case.n))
 
 
 @check(
-    "p3.plan", gate="hard", cases="as_written", plan="3.1", needs=("p1.triton",),
+    "p3.plan", gate="hard", cases="as_written", plan="3.1", needs=("p1.identity", "p1.triton",),
     claim="The plan's call of the scoring kernel returns finite scores of the right shape.",
     reason="It is the plan's HARD gate 3.1, with its own sizes and its unusual statistics (a below |m|).",
     remedy="See p3.scoring for the variant bfloat16-half-mean.",

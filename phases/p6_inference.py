@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from verify import check, skip
+from verify import check, oracle, skip
+from verify.problems import OFFSETS_17
 from verify.subject import Subject, find_subject
 from verify.tolerance import ATTENTION_LOG_PROB
 
@@ -90,6 +92,45 @@ class Model:
                 yield ids.shape[1], cache
                 ids = out.logits[:, -1:].argmax(-1)
 
+    def feed(self, ids: Any, prompt: int) -> Iterator[Any]:
+        """Feed ``ids`` ``[1, T]``: the first ``prompt`` at once, then one by one; the cache after each step."""
+        import torch
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        with torch.inference_mode():
+            for step in (ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)):
+                self.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                yield cache
+
+    def oracle_cases(self, keys: list[Any], t: int, options: dict[str, Any]) -> list[oracle.Case]:
+        """One scoring problem per layer, of rotated ``keys`` ``[1, H, N, D]`` and the statistics file."""
+        import numpy as np
+        import torch
+
+        stats = torch.load(self.statistics, weights_only=True)
+        omega = stats["architecture"]["omega"].double().numpy()
+        scaling = stats["architecture"]["attention_scaling"]
+        positions = np.arange(t)
+        real, imag, norm = (stats[name].double().numpy() for name in ("q_mean_real", "q_mean_imag", "q_abs_mean"))
+        return [
+            oracle.Case(
+                k0=oracle.unrotated(layer.double().cpu().numpy(), positions, omega, "half", scaling),
+                positions=positions,
+                m=real[i] + 1j * imag[i],
+                a=norm[i],
+                w=np.full(norm[i].shape, scaling),
+                omega=omega,
+                offsets=np.array(OFFSETS_17),
+                t=t,
+                s=scaling,
+                aggregation=options.get("score_aggregation", "mean"),
+                disable_mlr=options.get("disable_mlr", False),
+                disable_trig=options.get("disable_trig", False),
+            )
+            for i, layer in enumerate(keys)
+        ]
+
 
 @pytest.fixture(scope="module")
 def location(model_name: str, subject: Subject, pytestconfig: pytest.Config) -> str:
@@ -162,7 +203,7 @@ _CLI = {
 
 
 @check(
-    "p6.cli", gate="hard", cases="sdpa", plan="4.1",
+    "p6.cli", gate="hard", needs=("p1.identity",), cases="sdpa", plan="4.1",
     claim="The command line answers questions with a compressed cache under sdpa, and compression happened.", **_CLI,
 )  # fmt: skip
 def test_cli_sdpa(case: str, subject: Subject, location: str, device: str, tmp_path: Path, measure) -> None:
@@ -175,19 +216,18 @@ def test_cli_sdpa(case: str, subject: Subject, location: str, device: str, tmp_p
 
 
 @check(
-    "p6.cli_full", gate="hard", cases="sdpa", plan="4.3",
-    claim="The command line answers questions with the full cache, and gets 2 + 2 right.", **_CLI,
+    "p6.cli_full", gate="hard", needs=("p1.identity",), cases="sdpa", plan="4.3",
+    claim="The command line answers questions with the full cache, and What is 2+2? with 4.", **_CLI,
 )  # fmt: skip
 def test_cli_full(case: str, subject: Subject, location: str, device: str, tmp_path: Path) -> None:
     answers = _run_one(subject, location, device, tmp_path, "--method", "full", "--attn-implementation", case)
     assert not any(answer["rounds"] for answer in answers), "the full method compressed"
-    assert any(answer["correct"] for answer in answers), (
-        f"no answer is right: {[answer['answer'] for answer in answers]}"
-    )
+    (said,) = (answer["answer"] for answer in answers if answer["question"] == "What is 2+2?")
+    assert re.search(r"\b(4|four)\b", said), f"the answer to What is 2+2? is {said!r}"
 
 
 @check(
-    "p6.cli_flash", gate="soft", cases="flash_attention_2", plan="4.2", needs_gpu=True,
+    "p6.cli_flash", gate="soft", needs=("p1.identity",), cases="flash_attention_2", plan="4.2", needs_gpu=True,
     claim="The command line answers questions with a compressed cache under flash_attention_2.", **_CLI,
 )  # fmt: skip
 def test_cli_flash(case: str, subject: Subject, location: str, device: str, tmp_path: Path) -> None:
@@ -200,7 +240,7 @@ def test_cli_flash(case: str, subject: Subject, location: str, device: str, tmp_
 
 
 @check(
-    "p6.baseline", gate="hard", cases="budget_above_length",
+    "p6.baseline", gate="hard", needs=("p1.identity",), cases="budget_above_length",
     claim="A budget that is never reached gives exactly the tokens of the unpatched model.",
     reason="Whatever differs then is not compression: a mask, a position or a cache that the patch got wrong.",
     tolerance="Token ids are equal; nothing was evicted, so the arithmetic is the same.",
@@ -215,7 +255,7 @@ def test_baseline(case: str, model: Model, measure) -> None:
 
 
 @check(
-    "p6.cache", gate="hard", cases={"per_head": True, "union": False},
+    "p6.cache", gate="hard", needs=("p1.identity",), cases={"per_head": True, "union": False},
     claim="The cache holds less than budget + divide_length tokens after every step, and the budget after a round.",
     reason="A budget that has no effect is the most reported fault of cache compression, and it costs no error.",
     tolerance="Spec: length < max(budget, protected) + divide_length after every step and its round.",
@@ -233,8 +273,77 @@ def test_cache_bound(case: bool, model: Model, measure) -> None:
     )
 
 
+_PROMPT, _FED = 24, 96
+_EVICT_PROMPT = {"kv_budget": _BUDGET, "allow_prefill_compression": True}
+
+
+@pytest.fixture(scope="module")
+def uncompressed(loaded: Model) -> tuple[Any, list[tuple[Any, Any]]]:
+    """Ids ``[1, 96]`` and what the unpatched model caches for them: (keys, values) per layer, one token at a time."""
+    ids = loaded.tokens(" ".join(_PROMPTS * 4))["input_ids"][:, :_FED]
+    cache = list(loaded.feed(ids, _PROMPT))[-1]
+    return ids, [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+
+
+def _kept_of(original: Any, held: Any) -> Any:
+    """Which of the rows ``[H, N, D]`` each held row ``[H, K, D]`` is, bit for bit, per KV head: int64 ``[H, K]``."""
+    same = (held[:, :, None] == original[:, None]).all(-1)
+    assert same.any(-1).all(), f"{int((~same.any(-1)).sum())} held rows are not rows that were cached, bit for bit"
+    return same.to(int).argmax(-1)
+
+
 @check(
-    "p6.prefill", gate="hard", cases="chunked",
+    "p6.keep_set", gate="hard", needs=("p1.identity",),
+    cases={
+        "per_head": _EVICT_PROMPT,
+        "union": {**_EVICT_PROMPT, "per_head_pruning": False},
+        "union_raw": {**_EVICT_PROMPT, "per_head_pruning": False, "normalize_scores": False},
+        "prompt_protected": {"kv_budget": _BUDGET},
+        "prompt_on_top": {"kv_budget": _BUDGET - _PROMPT, "count_prompt_tokens": False},
+        "interval": {**_EVICT_PROMPT, "use_slack_trigger": False},
+        "max": {**_EVICT_PROMPT, "score_aggregation": "max"},
+        "no_mlr": {**_EVICT_PROMPT, "disable_mlr": True},
+        "no_trig": {**_EVICT_PROMPT, "disable_trig": True},
+    },
+    claim="A round keeps the tokens that the oracle keeps, and moves their keys and values together, bit for bit.",
+    reason="A cache of the right length can hold the wrong tokens, or values of others; text stays fluent for a while.",
+    tolerance="The oracle's set, except inside score gaps below twice the class B error (verify/keep_set.py).",
+    remedy="Check query head to KV head, the statistics' layer, the position of the round, then the sort.",
+    timeout_s=300,
+)  # fmt: skip
+def test_keep_set(case: dict[str, Any], model: Model, uncompressed: Any, measure) -> None:
+    import numpy as np
+
+    from verify.keep_set import select
+
+    ids, original = uncompressed
+    model.patch(**case)
+    length, cache = next(
+        (n, cache) for n, cache in enumerate(model.feed(ids, _PROMPT), start=_PROMPT) if _physical(cache) < n
+    )
+    first = _kept_of(original[0][0][0, :, :length], cache.layers[0].keys[0])
+    for number, ((keys, values), layer) in enumerate(zip(original, cache.layers, strict=True)):
+        rows = first[None, :, :, None]
+        for name, was, held in (("keys", keys, layer.keys), ("values", values, layer.values)):
+            want = was[:, :, :length].gather(2, rows.expand_as(held))
+            assert (want == held).all(), f"layer {number} holds {name} of other tokens than layer 0's keys"
+    kept = np.zeros((first.shape[0], length), dtype=bool)
+    np.put_along_axis(kept, first.cpu().numpy(), True, axis=-1)
+    evictable = np.ones(length, dtype=bool)
+    evictable[: 0 if case.get("allow_prefill_compression") else _PROMPT] = False
+    assert kept[:, ~evictable].all(), "a protected token was evicted"
+    assert (kept.sum(-1) == _BUDGET).all(), (
+        f"{kept.sum(-1).tolist()} tokens are held after a round, the budget is {_BUDGET}"
+    )
+    selection = select(
+        model.oracle_cases([keys[:, :, :length] for keys, _ in original], length, case), evictable,
+        per_head=case.get("per_head_pruning", True), normalize=case.get("normalize_scores", True),
+    )  # fmt: skip
+    measure("best evicted over worst kept score", selection.inversion(kept, evictable), selection.allowed)
+
+
+@check(
+    "p6.prefill", gate="hard", needs=("p1.identity",), cases="chunked",
     claim="Prompt chunks that step over the trigger cannot pass the bound by more than themselves.",
     reason="A trigger that tests for equality is stepped over by every step of several tokens.",
     tolerance="Spec: during a step the bound may be exceeded by the step's own tokens; after it, it holds.",
@@ -256,7 +365,7 @@ def test_chunked_prefill(case: str, model: Model, measure) -> None:
 
 
 @check(
-    "p6.positions", gate="hard", cases="keep_counting",
+    "p6.positions", gate="hard", needs=("p1.identity",), cases="keep_counting",
     claim="The position of the next token is the number of tokens ever seen, however many were evicted.",
     reason="Positions that follow the physical length repeat after a round, and attention reads the wrong distances.",
     remedy="Count the tokens fed, not the tokens held.",
@@ -283,10 +392,10 @@ def test_positions(case: str, model: Model) -> None:
 
 
 @check(
-    "p6.batch", gate="hard", cases="padded_equals_single",
+    "p6.batch", gate="hard", needs=("p1.identity",), cases="padded_equals_single",
     claim="A left-padded row of a batch gets the tokens it gets alone, through several rounds.",
     reason="Length, trigger, budget and normalisation are per row; a pad that is counted shifts all of them.",
-    tolerance="Token ids are equal in float32 (keep sets may differ only inside score gaps below the error budget).",
+    tolerance="Token ids are equal; in float32 a gap between two scores or logits is far above the rounding of either.",
     remedy="Look for a length taken from the tensor's shape where the row's own count is meant.",
     timeout_s=600,
 )  # fmt: skip
@@ -299,7 +408,7 @@ def test_padded_batch(case: str, model: Model, measure) -> None:
 
 
 @check(
-    "p6.reset", gate="hard", cases="between_generations",
+    "p6.reset", gate="hard", needs=("p1.identity",), cases="between_generations",
     claim="A second generation is not touched by what the first one evicted.",
     reason="State that survives a generation evicts from the next one at the wrong moment.",
     remedy="Tie the state to the cache, not to the model.",
@@ -313,9 +422,9 @@ def test_reset(case: str, model: Model, measure) -> None:
 
 
 @check(
-    "p6.attention", gate="soft", cases="eager_equals_sdpa",
+    "p6.attention", gate="soft", needs=("p1.identity",), cases="eager_equals_sdpa",
     claim="eager and sdpa attention give nearly the same next-token distribution over a compressed cache.",
-    reason="The two build their masks differently; a mask that hides a kept token shows here.",
+    reason="The two build their masks differently; a mask that only one of them honours shows here.",
     tolerance="1e-3 on teacher-forced float32 log-probabilities: two summation orders over thirty layers.",
     remedy="Compare the masks of the first step after a round.",
     timeout_s=300,

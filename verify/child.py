@@ -152,7 +152,7 @@ class PhaseProcess:
             evidence=self._manifest.evidence,
             seed=derive_seed(self._manifest.seed, check.id),
             duration_s=time.monotonic() - self._current_since if check.id == self._current else 0.0,
-            message=localise(message, self._root),
+            message=localise(message, self._root, self._manifest.places),
             repeat=repeat_command(check.node, self._manifest, self._root),
         )
 

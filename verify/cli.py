@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from verify.outcome import ConfigurationError
-from verify.request import DEFAULT_SEED, RunRequest, default_out, parse_expect, parse_phases
+from verify.request import DEFAULT_SEED, RunRequest, parse_expect, parse_phases
 
 EXIT_CONFIGURATION = 3
 
 _FORMATS = ("terminal", "markdown", "json")
+
+#: What a run is started with and keeps, by the option that chooses it.
+_FIXED = {
+    "phases": "--phases", "expression": "-m", "device": "--device", "model": "--model", "subject": "--subject",
+    "seed": "--seed",
+}  # fmt: skip
 
 _EXAMPLES = """\
 examples:
@@ -87,20 +93,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def request_of(chosen: argparse.Namespace) -> RunRequest:
-    """The validated request of ``run``. Raises ConfigurationError."""
-    phases = parse_phases(",".join(chosen.phases)) if chosen.phases else RunRequest.phases
-    return RunRequest(
-        phases=phases,
-        expression=chosen.expression,
-        device=chosen.device,
-        expect=parse_expect(chosen.expect) if chosen.expect is not None else None,
-        model=chosen.model,
-        subject=chosen.subject,
-        seed=chosen.seed,
-        out=chosen.out if chosen.out is not None else default_out(),
-        resume=chosen.resume,
-        strict_soft=chosen.strict_soft,
-    )
+    """The validated request of ``run``. Raises ConfigurationError; ``--resume`` refuses what its run has fixed."""
+    given = {name: value for name, value in vars(chosen).items() if name != "verb"}
+    if "resume" in given and (fixed := [flag for name, flag in _FIXED.items() if name in given]):
+        raise ConfigurationError(f"--resume keeps the options that its run was started with; drop {', '.join(fixed)}")
+    if "phases" in given:
+        given["phases"] = parse_phases(",".join(given["phases"]))
+    if "expect" in given:
+        given["expect"] = parse_expect(given["expect"])
+    return RunRequest(**given)
 
 
 def _add(verbs: argparse._SubParsersAction, name: str, claim: str) -> argparse.ArgumentParser:
@@ -125,15 +126,17 @@ def _add_records(verb: argparse.ArgumentParser) -> None:
 def _add_run(verbs: argparse._SubParsersAction) -> None:
     run = _add(verbs, "run", "run the checks here, print the gate matrix and write a record")
     run.epilog, run.formatter_class = _RUN_EXAMPLES, argparse.RawDescriptionHelpFormatter
+    # an option that is not given is absent, so that one beside --resume is seen; RunRequest has the defaults
+    run.argument_default = argparse.SUPPRESS
     run.add_argument(
         "--phases", "--phase", metavar="P", action="append", help="4, 1,3-5 or 1-8 (repeatable; default: all)"
     )
     run.add_argument("-m", dest="expression", metavar="EXPR", help="a pytest marker expression, such as hard")
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: a GPU if there is one")
     run.add_argument("--expect", metavar="GPU", help="refuse to run on any other GPU (sm120, 120 or 12.0)")
-    run.add_argument("--model", default=RunRequest.model, metavar="M", help="embedded (default), or a directory")
-    run.add_argument("--subject", default=RunRequest.subject, metavar="S", help="bundled (default), or a checkout")
-    run.add_argument("--seed", type=int, default=DEFAULT_SEED, metavar="N", help=f"default: {DEFAULT_SEED}")
+    run.add_argument("--model", metavar="M", help="embedded (default), or a directory")
+    run.add_argument("--subject", metavar="S", help="bundled (default), or a checkout")
+    run.add_argument("--seed", type=int, metavar="N", help=f"default: {DEFAULT_SEED}")
     run.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
     run.add_argument("--resume", metavar="RUN", help="the id or directory of an interrupted run; it keeps its options")
     run.add_argument("--strict-soft", action="store_true", help="exit 4 when a SOFT check fails")

@@ -63,6 +63,8 @@ def prepare(device: DeviceName, model: str) -> None:
         )
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+    # NVML counts the cards in this order, and CUDA by its own guess at speed unless it is told
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # triton 3.10 turns its default off; a run says which one it used
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if model == "embedded":

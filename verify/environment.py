@@ -25,6 +25,8 @@ _PREFIXES = ("TRITON_", "CUDA_", "CUBLAS_", "TORCH", "PYTORCH_")
 _NAMES = ("NVIDIA_TF32_OVERRIDE",)
 #: The fused multiply-add default is about to change in triton, so a record says which one it had even if nobody set it.
 _ALWAYS = ("TRITON_DEFAULT_FP_FUSION",)
+#: What names a machine, a user or a secret under one of the prefixes (TRITON_..._HOST) changes no result.
+_PRIVATE = re.compile(r"(?:^|_)(?:HOST|HOSTNAME|HOSTS|ADDR|ENDPOINT|USER|TOKEN|SECRET|PASSWORD|KEY)(?:_|$)")
 _UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z\-/]+")
 
 
@@ -103,9 +105,13 @@ def operating_system() -> str:
 
 
 def variables() -> dict[str, str]:
-    """The environment variables that change results, sorted; a path is only ``set``, a GPU's UUID its sha256."""
+    """The environment variables that change results, sorted; a path is only ``set``, a GPU's UUID its sha256.
+
+    A variable whose name says that it holds a host, a user or a secret is left out.
+    """
     names = {name for name in os.environ if name.startswith(_PREFIXES) or name in _NAMES} | set(_ALWAYS)
-    return {name: _harmless(os.environ.get(name, "unset")) for name in sorted(names)}
+    kept = sorted(name for name in names if not _PRIVATE.search(name))
+    return {name: _harmless(os.environ.get(name, "unset")) for name in kept}
 
 
 def _harmless(value: str) -> str:

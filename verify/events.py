@@ -20,6 +20,9 @@ from verify.record import FAILING, CheckResult, Record, Verdict, write_atomic, w
 
 MANIFEST, EVENTS, RECORD, LOCK = "run.json", "events.jsonl", "record.json", "lock"
 
+#: The kinds of event, with what each has.
+_FIELDS = {"start": {"id"}, "result": {"result"}, "elapsed": {"seconds"}}
+
 
 def create(run_dir: Path, manifest: Manifest) -> None:
     """Make the run's directory with its manifest, and a record without results."""
@@ -66,19 +69,38 @@ class Follower:
 
     def __init__(self, run_dir: Path, *, from_start: bool = False) -> None:
         self._path = run_dir / EVENTS
-        self._position = 0
+        self._position = self._lines = 0
         if not from_start:
             self.new()
 
     def new(self) -> list[dict[str, Any]]:
-        """The new events in order; what follows the last newline is still being written and is not an event yet."""
+        """The new events in order; what follows the last newline is still being written and is not an event yet.
+
+        Raises ConfigurationError naming the file and the line of a whole line that is not an event.
+        """
         if not self._path.exists():
             return []
         with self._path.open("rb") as stream:
             stream.seek(self._position)
             whole, newline, _ = stream.read().rpartition(b"\n")
         self._position += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines()]
+        found = []
+        for line in whole.splitlines():
+            self._lines += 1
+            found.append(_event(line, self._path, self._lines))
+        return found
+
+
+def _event(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+        if not isinstance(event, dict) or not event.keys() >= _FIELDS[event["event"]]:
+            raise ValueError("not an event")
+        if event["event"] == "result":
+            CheckResult.model_validate(event["result"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{path}, line {number}, is damaged; start a new run") from error
+    return event
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
@@ -87,7 +109,7 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_results(run_dir: Path) -> dict[str, CheckResult]:
-    """The final result of every check that has one."""
+    """The final result of every check that has one. Raises ConfigurationError for a damaged file."""
     results = (CheckResult.model_validate(e["result"]) for e in read_events(run_dir) if e["event"] == "result")
     return {result.id: result for result in results}
 
@@ -129,6 +151,7 @@ def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"])
         state=state,
         target=manifest.target,
         subject=manifest.subject_info,
+        instrument_sha256=manifest.instrument_sha256,
         environment=manifest.environment,
         model=manifest.model_id,
         seed=manifest.seed,

@@ -12,7 +12,7 @@ from verify.architectures import Architecture
 from verify.checks import PHASES
 from verify.matrix import Row, bound, count, headroom, rows
 from verify.record import Measurement, Record
-from verify.verdict import Assessment, Cell, describe_subject, fill_command, missing_by_phase
+from verify.verdict import Assessment, Cell, describe_subject, fill_command, missing_by_phase, stale_because
 
 
 def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -28,7 +28,7 @@ def dumps(value: Any) -> str:
 
 def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
     parts = [f"# {assessment.target.target}: {assessment.verdict}\n\n{assessment.sentence}\n"]
-    if assessment.used or assessment.stale:
+    if assessment.used:
         header = ["run", "time", "GPU", "driver", "torch", "triton", "subject", "counts"]
         parts.append(markdown_table(header, _run_lines(assessment)))
     header = ["phase", "plan", "check", "gate", "verdict", "evidence", "measured / allowed", "headroom"]
@@ -81,7 +81,7 @@ def report_json(assessment: Assessment, unreadable: Sequence[str]) -> str:
     whole = _summary(assessment) | {
         "subject": assessment.subject.model_dump() if assessment.subject else None,
         "runs": [_run(record) for record in assessment.used],
-        "stale": [_run(record) for record in assessment.stale],
+        "stale": [_run(record) | {"because": stale_because(record, assessment.used[0])} for record in assessment.stale],
         "rows": [_row(row) for row in rows(assessment.cells)],
         "missing": [cell.check.id for cells in missing.values() for cell in cells],
         "fill": fill_command(assessment) if missing else None,
@@ -141,11 +141,10 @@ def _run(record: Record) -> dict[str, Any]:
 
 
 def _run_lines(assessment: Assessment) -> Iterable[list[str]]:
-    for records, counts in ((assessment.used, "yes"), (assessment.stale, "no: another subject")):
-        for record in records:
-            run = _run(record)
-            columns = ("run_id", "time_utc", "gpu", "driver", "torch", "triton", "subject")
-            yield [*(run[column] or "-" for column in columns), counts]
+    for record in (*assessment.used, *assessment.stale):
+        run, different = _run(record), stale_because(record, assessment.used[0])
+        columns = ("run_id", "time_utc", "gpu", "driver", "torch", "triton", "subject")
+        yield [*(run[column] or "-" for column in columns), f"no: {different}" if different else "yes"]
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from verify.architectures import parse_target
 from verify.checks import Gate
 from verify.device import DeviceName
 from verify.environment import capture
+from verify.instrument import instrument_sha256
 from verify.outcome import ConfigurationError
-from verify.record import Environment, Evidence, SubjectInfo
+from verify.record import Environment, Evidence, Sha256, SubjectInfo
 from verify.subject import Subject
 
 
@@ -35,13 +36,13 @@ class Selected(BaseModel):
 
 
 class Surroundings(BaseModel):
-    """The machine and the subject a run is about; a run is never continued in others."""
+    """The machine, the subject and the instrument of a run; it is never continued with others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     target: str
     subject_info: SubjectInfo
-    subject_sha256: str
+    instrument_sha256: Sha256
     environment: Environment
 
     def refuse(self, now: Surroundings, run_id: str) -> None:
@@ -49,15 +50,27 @@ class Surroundings(BaseModel):
         pairs = {
             "the target": (self.target, now.target),
             "the subject's commit": (self.subject_info.git_sha, now.subject_info.git_sha),
-            "the subject's content": (self.subject_sha256[:12], now.subject_sha256[:12]),
-            "torch": (self.environment.torch, now.environment.torch),
-            "triton": (self.environment.triton, now.environment.triton),
+            "the subject's content": (self.subject_info.content_sha256[:12], now.subject_info.content_sha256[:12]),
+            "the suite's own source": (self.instrument_sha256[:12], now.instrument_sha256[:12]),
         }
+        frozen, found = _facts(self.environment), _facts(now.environment)
+        pairs |= {name: (frozen.get(name, "unset"), found.get(name, "unset")) for name in frozen | found}
         for name, (before, after) in pairs.items():
             if before != after:
                 raise ConfigurationError(
                     f"run {run_id} cannot be resumed: {name} was {before} and is now {after}; start a new run"
                 )
+
+
+def _facts(environment: Environment) -> dict[str, object]:
+    """Every single fact of ``environment``, by the name that a sentence can use."""
+    facts: dict[str, object] = {}
+    for name, value in environment.model_dump().items():
+        if isinstance(value, dict):
+            facts |= {key if name == "variables" else f"{name} {key}": fact for key, fact in value.items()}
+        else:
+            facts[name] = "none" if value is None else value
+    return facts
 
 
 class Manifest(Surroundings):
@@ -78,12 +91,18 @@ class Manifest(Surroundings):
         return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
     @property
+    def places(self) -> dict[Path, str]:
+        """The directories outside the repository that the run uses, with the words that stand for them in a record."""
+        named = {self.subject: "<subject>", self.model: "<model>"}
+        return {Path(name): word for name, word in named.items() if Path(name).is_absolute()}
+
+    @property
     def evidence(self) -> Evidence:
         return "hardware" if self.device == "cuda" else "emulated"
 
 
-def survey(device: DeviceName, subject: Subject, expect: int | None = None) -> Surroundings:
-    """Look at the machine and the subject as they are now.
+def survey(device: DeviceName, subject: Subject, root: Path, expect: int | None = None) -> Surroundings:
+    """Look at the machine, the subject and the instrument with the phases of ``root`` as they are now.
 
     ``expect`` is the SM number that the GPU must have. Raises ConfigurationError when it is another GPU or one that the
     suite does not know, or the subject does not import.
@@ -100,7 +119,7 @@ def survey(device: DeviceName, subject: Subject, expect: int | None = None) -> S
     return Surroundings(
         target="emulated" if gpu is None else f"sm{gpu.sm}",
         subject_info=subject.info(),
-        subject_sha256=subject.content_sha256(),
+        instrument_sha256=instrument_sha256(root),
         environment=environment,
     )
 

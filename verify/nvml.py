@@ -55,8 +55,8 @@ def _session() -> Iterator[ModuleType]:
 def _visible(nvml: ModuleType) -> list[object]:
     """The handles in the order of CUDA_VISIBLE_DEVICES: indices, UUIDs or their beginnings, up to an unknown one.
 
-    Indices count as the driver does. CUDA counts the same way on a machine whose GPUs are alike, and elsewhere under
-    CUDA_DEVICE_ORDER=PCI_BUS_ID; a check of phase 1 fails where the two disagree.
+    Indices count as the driver does, and CUDA counts the same way under CUDA_DEVICE_ORDER=PCI_BUS_ID, which a run sets
+    unless the user chose another order; a check of phase 1 is INFRA where the two disagree.
     """
     cards = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -169,7 +169,7 @@ def _selected(item: pytest.Item) -> Selected:
 def _manifest(config: pytest.Config, checks: list[pytest.Item]) -> Manifest:
     session, expect = config.stash[SESSION], config.getoption("expect")
     return freeze(
-        survey(session.device.name, session.subject, parse_expect(expect) if expect else None),
+        survey(session.device.name, session.subject, session.root, parse_expect(expect) if expect else None),
         device=session.device.name,
         subject=session.subject,
         model=session.model,
@@ -255,7 +255,7 @@ def measure(request: pytest.FixtureRequest) -> Measure:
 
     def measure(name: str, measured: float, allowed: float, *, unit: str = "", where: str = "") -> None:
         __tracebackhide__ = True
-        where = localise(where, session.root)
+        where = localise(where, session.root, session.manifest.places)
         found = Measurement(name=name, measured=float(measured), allowed=float(allowed), unit=unit, where=where)
         taken.append(found)
         if not found.within:

@@ -36,7 +36,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of a scoring call on ``device`` and the oracle's view of exactly the same numbers."""
+    """Inputs of a scoring call on ``device`` and the oracle's view of exactly the same numbers.
+
+    ``head_stats`` is what the published ``compute_scores`` takes in place of the three q tensors.
+    """
 
     shape: Shape
     keys: torch.Tensor
@@ -47,6 +50,7 @@ class Problem:
     omega: torch.Tensor
     offsets: torch.Tensor
     case: oracle.Case
+    head_stats: dict[str, torch.Tensor]
 
     def scoring_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the published ``triattention_scoring``."""
@@ -65,16 +69,11 @@ class Problem:
             "disable_mlr": self.shape.disable_mlr,
         }
 
-    def head_stats(self) -> dict[str, torch.Tensor]:
-        """``head_stats`` of the published ``compute_scores``."""
-        import torch
-
-        return {"q_mean_complex": torch.stack([self.q_mean_real, self.q_mean_imag], -1), "q_abs_mean": self.q_abs_mean}
-
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor a scoring call is given, for the check that none of them is written to."""
+        """Every tensor a scoring call is given, and the buffer around strided keys, for the check that none changes."""
         names = ("keys", "q_mean_real", "q_mean_imag", "q_abs_mean", "freq_weight", "omega", "offsets")
-        return {name: getattr(self, name) for name in names}
+        around = self.keys if self.keys._base is None else self.keys._base
+        return {name: getattr(self, name) for name in names} | self.head_stats | {"buffer of the keys": around}
 
 
 def make(shape: Shape, seed: int, device: str) -> Problem:
@@ -114,7 +113,8 @@ def make(shape: Shape, seed: int, device: str) -> Problem:
         disable_trig=shape.disable_trig,
     )
     moved = [x.to(device) for x in (real, imag, a, weight, omega, offsets)]
-    return Problem(shape, restride(keys.to(device), shape.strides), *moved, case)
+    head_stats = {"q_mean_complex": torch.stack(moved[:2], -1), "q_abs_mean": moved[2]}
+    return Problem(shape, restride(keys.to(device), shape.strides), *moved, case, head_stats)
 
 
 def restride(x: torch.Tensor, strides: str) -> torch.Tensor:

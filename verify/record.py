@@ -12,7 +12,7 @@ import os
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -38,6 +38,9 @@ class Verdict(StrEnum):
 
 #: Verdicts that say that something is wrong, as against SKIP, BLOCKED and XFAIL, which say that nothing was learnt.
 FAILING = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.XPASS, Verdict.INFRA})
+
+#: A digest in the form in which hashlib prints it.
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 #: What a result proves; the three are never mixed in one cell.
 Evidence = Literal["hardware", "compiled", "emulated"]
@@ -89,6 +92,8 @@ class CheckResult(_Strict):
             raise ValueError(f"{self.id}: unknown skip code {self.code!r}; known: {', '.join(SKIP_CODES)}")
         if self.code == "NOT_IMPLEMENTED" and self.gate == "hard":
             raise ValueError(f"{self.id}: a hard check cannot be NOT_IMPLEMENTED")
+        if self.code == "NO_GPU" and self.evidence == "hardware":
+            raise ValueError(f"{self.id}: SKIP(NO_GPU) contradicts its hardware evidence")
         if (self.verdict is Verdict.BLOCKED) != (self.by is not None):
             raise ValueError(f"{self.id}: a BLOCKED names what blocks it and nothing else does (by {self.by!r})")
         outside = [m.name for m in self.measurements if not m.within]
@@ -131,17 +136,25 @@ class Environment(_Strict):
 
 
 class SubjectInfo(_Strict):
-    """The implementation under test; ``git_sha`` is ``none`` where the source is not a git checkout."""
+    """The implementation under test; ``git_sha`` is ``none`` where the source is not a git checkout.
+
+    ``content_sha256`` is the digest of the package's files: what it is, wherever it lay and whatever git knows of it.
+    """
 
     name: str = Field(min_length=1)
     version: str = Field(min_length=1)
     source: str = Field(min_length=1)
     git_sha: str = Field(min_length=1)
     dirty: bool
+    content_sha256: Sha256
 
 
 class Record(_Strict):
-    """One run on one target (``emulated`` or ``sm<NN>``)."""
+    """One run on one target (``emulated`` or ``sm<NN>``).
+
+    ``instrument_sha256`` is the digest of the suite's own sources. Raises ValidationError when the parts contradict
+    each other.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     run_id: str = Field(min_length=1)
@@ -149,6 +162,7 @@ class Record(_Strict):
     state: Literal["running", "interrupted", "complete"]
     target: str = Field(pattern=r"^(emulated|sm\d{2,3})$")
     subject: SubjectInfo
+    instrument_sha256: Sha256
     environment: Environment
     model: str = Field(min_length=1)
     seed: int
@@ -159,12 +173,15 @@ class Record(_Strict):
     @model_validator(mode="after")
     def _once_and_on_target(self) -> Record:
         seen: set[str] = set()
+        interpreted = self.environment.variables.get("TRITON_INTERPRET", "unset") not in ("", "0", "unset")
         for result in self.results:
             if result.id in seen:
                 raise ValueError(f"{result.id} has two results in run {self.run_id}")
             seen.add(result.id)
-            if (result.evidence == "hardware") and self.target == "emulated":
+            if result.evidence == "hardware" and self.target == "emulated":
                 raise ValueError(f"{result.id} claims hardware evidence in an emulated run")
+            if result.evidence == "hardware" and interpreted:
+                raise ValueError(f"{result.id} claims hardware evidence, but TRITON_INTERPRET emulated the kernels")
         if self.target != "emulated" and (
             self.environment.gpu is None or f"sm{self.environment.gpu.sm}" != self.target
         ):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import walk_tb
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import pytest
 
@@ -21,10 +22,12 @@ from verify.checks import SKIP_CODES, CheckSpec
 from verify.device import derive_seed
 from verify.manifest import Manifest
 from verify.outcome import InfraError, skip
-from verify.record import CheckResult, Measurement, Verdict
+from verify.record import FAILING, CheckResult, Measurement, Verdict
 from verify.subject import SubjectLacks
 
 _MESSAGE_LIMIT = 2000
+
+_NONE: Mapping[Path, str] = MappingProxyType({})
 
 #: Where the measurements of a check collect between the ``measure`` fixture and its result.
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
@@ -59,16 +62,23 @@ def _relative(name: str, root: Path) -> str:
     return os.path.relpath(name, root) if Path(name).is_dir() else name
 
 
-def localise(text: str, root: Path) -> str:
-    """``text`` without the machine in it: no colours, and its directories as short names; at most 2,000 characters."""
+def localise(text: str, root: Path, own: Mapping[Path, str] = _NONE) -> str:
+    """``text`` without the machine in it: no colours, no host name, its directories as short names.
+
+    ``own`` has the short names of the run's own directories. At most 2,000 characters.
+    """
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    places = {root: ".", Path(sys.prefix): "<venv>", Path(sys.base_prefix): "<python>"}
+    places = {**own, root: ".", Path(sys.prefix): "<venv>", Path(sys.base_prefix): "<python>"}
     places |= {Path(tempfile.gettempdir()): "<tmp>", Path.home(): "~"}
     for place in sorted(places, key=lambda path: len(str(path)), reverse=True):
         if len(place.parts) > 1:
             # not inside a relative path such as ../../tmp/checkout
             text = re.sub(rf"(?<![\w.]){re.escape(str(place))}(?=/|\b)", places[place], text)
     text = text.replace("./phases/", "phases/").strip()
+    node = platform.node()
+    host = node.partition(".")[0]
+    if host not in ("", "localhost"):
+        text = re.sub(rf"(?<![\w-])({re.escape(node)}|{re.escape(host)})(?![\w-])", "<host>", text)
     return text if len(text) <= _MESSAGE_LIMIT else f"{text[: _MESSAGE_LIMIT - 4]} ..."
 
 
@@ -82,27 +92,27 @@ class Ending:
     by: str | None = None
 
 
-def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path) -> Ending:
+def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping[Path, str]) -> Ending:
     """The verdict of an exception that left a step. Raises ValueError if a skip carries a code nobody declared."""
     error = excinfo.value
     if isinstance(error, pytest.skip.Exception):
         if blocked_by := getattr(error, "by", None):
             return Ending(Verdict.BLOCKED, str(error), by=blocked_by)
         if code := getattr(error, "code", None):
-            return Ending(Verdict.SKIP, localise(str(error), root), code=code)
+            return Ending(Verdict.SKIP, localise(str(error), root, own), code=code)
         return Ending(Verdict.ERROR, f"skip without a code ({error}); use verify.skip with {', '.join(SKIP_CODES)}")
     if isinstance(error, pytest.xfail.Exception):
         return Ending(Verdict.ERROR, f"xfail in a check ({error}); a check passes, fails or skips with a code")
     if isinstance(error, InfraError):
-        return Ending(Verdict.INFRA, localise(str(error), root))
+        return Ending(Verdict.INFRA, localise(str(error), root, own))
     where = _place(excinfo, root)
     if isinstance(error, pytest.fail.Exception) and _passed_through(excinfo.tb, "pytest_timeout"):
-        return Ending(Verdict.TIMEOUT, localise(f"{where}{error}", root))
+        return Ending(Verdict.TIMEOUT, localise(f"{where}{error}", root, own))
     failed = when == "call" and isinstance(error, AssertionError | pytest.fail.Exception)
     if failed or isinstance(error, SubjectLacks):
-        return Ending(Verdict.FAIL, localise(f"{where}{error}", root) or "assertion without a message")
+        return Ending(Verdict.FAIL, localise(f"{where}{error}", root, own) or "assertion without a message")
     step = "" if when == "call" else f"{when}: "
-    return Ending(Verdict.ERROR, localise(f"{where}{step}{excinfo.typename}: {error}", root))
+    return Ending(Verdict.ERROR, localise(f"{where}{step}{excinfo.typename}: {error}", root, own))
 
 
 def _passed_through(traceback: TracebackType | None, module: str) -> bool:
@@ -122,12 +132,17 @@ def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
 
 @dataclass(slots=True)
 class Recorder:
-    """The pytest plugin of one run: gates each check before setup, times it, and appends its result."""
+    """The pytest plugin of one run: gates each check before setup, times it, and appends its result.
+
+    The record on disk is brought up to date when a check fails and when the next phase begins, so that a process that
+    is aborted leaves one with the results so far.
+    """
 
     run_dir: Path
     manifest: Manifest
     root: Path
     _ending: Ending | None = field(default=None, init=False)
+    _phase: int | None = field(default=None, init=False)
     _results: dict[str, CheckResult] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -135,9 +150,12 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        if spec_of(item) is None:
+        spec = spec_of(item)
+        if spec is None:
             return (yield)
-        self._ending = None
+        if self._phase not in (None, spec.phase):
+            events.compose(self.run_dir, "running")
+        self._phase, self._ending = spec.phase, None
         item.stash[MEASUREMENTS] = []
         events.append_start(self.run_dir, id_of(item))
         begun = time.perf_counter()
@@ -145,6 +163,8 @@ class Recorder:
         result = self._result(item, time.perf_counter() - begun)
         self._results[result.id] = result
         events.append_result(self.run_dir, result)
+        if result.verdict in FAILING:
+            events.compose(self.run_dir, "running")
         return handled
 
     @pytest.hookimpl(tryfirst=True)
@@ -168,7 +188,7 @@ class Recorder:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if spec_of(item) is not None and call.excinfo is not None:
-            ending = ending_of(call.excinfo, call.when, self.root)
+            ending = ending_of(call.excinfo, call.when, self.root, self.manifest.places)
             if self._ending is None or self._ending.verdict in (Verdict.SKIP, Verdict.BLOCKED):
                 self._ending = ending
             if report.skipped and ending.verdict is Verdict.ERROR:

@@ -16,8 +16,6 @@ from verify.verdict import Assessment, assess
 if TYPE_CHECKING:
     from rich.console import Console
 
-FORMATS = ("terminal", "markdown", "json")
-
 #: The report was made, but some records could not be read.
 EXIT_UNREADABLE = 5
 

@@ -64,7 +64,7 @@ class RunRequest:
 
     ``phases`` are ascending; ``expression`` is a pytest marker expression; ``expect`` is the SM number the GPU must
     have; ``subject`` is ``bundled`` or the path of a checkout; ``resume`` is the id or the directory of an earlier run,
-    whose frozen request then replaces all of this but ``out`` and ``strict_soft``.
+    whose frozen request then replaces all of this but ``out``, ``expect`` and ``strict_soft``.
     """
 
     phases: tuple[int, ...] = tuple(PHASES)

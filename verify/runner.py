@@ -49,6 +49,7 @@ def run(request: RunRequest) -> int:
         with events.lock(run_dir) as held:
             manifest = events.read_manifest(run_dir)
             if request.resume:
+                _refuse_other_gpu(request, manifest)
                 _check_resumable(manifest, run_dir, root, console)
             with Interruption() as interruption:
                 finished = _run_phases(run_dir, root, manifest, interruption, held.fileno(), console)
@@ -106,7 +107,7 @@ def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
     subject = find_subject(request.subject, root)
     device = resolve(request.device)
     prepare(device.name, request.model)
-    surroundings = survey(device.name, subject, request.expect)
+    surroundings = survey(device.name, subject, root, request.expect)
     manifest = freeze(
         surroundings,
         device=device.name,
@@ -182,6 +183,14 @@ def _resume_name(run_dir: Path) -> str:
     return run_dir.name if usual else shlex.quote(os.path.relpath(run_dir))
 
 
+def _refuse_other_gpu(request: RunRequest, manifest: Manifest) -> None:
+    if request.expect is not None and manifest.target != f"sm{request.expect}":
+        raise ConfigurationError(
+            f"--expect sm{request.expect}, but run {manifest.run_id} is on {manifest.target}; "
+            "resume another run, or drop --expect"
+        )
+
+
 def _check_resumable(manifest: Manifest, run_dir: Path, root: Path, console: Console) -> None:
     """Refuse to go on with a run whose surroundings have changed; a complete one may always be looked at again."""
     events.drop_torn_line(run_dir)
@@ -192,7 +201,7 @@ def _check_resumable(manifest: Manifest, run_dir: Path, root: Path, console: Con
     if manifest.device == "cuda":
         resolve("cuda")
     prepare(manifest.device, manifest.model)
-    manifest.refuse(survey(manifest.device, find_subject(manifest.subject, root)), manifest.run_id)
+    manifest.refuse(survey(manifest.device, find_subject(manifest.subject, root), root), manifest.run_id)
     console.print(f"run {manifest.run_id}: {missing} of {len(manifest.selected)} checks are left", markup=False)
 
 

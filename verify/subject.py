@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from verify.instrument import digest_of
 from verify.outcome import ConfigurationError
 from verify.record import SubjectInfo
 
@@ -69,7 +69,7 @@ class Subject:
         try:
             return importlib.import_module(name)
         except ImportError as error:
-            raise SubjectLacks(f"subject {self.name!r} lacks the module {name} ({error})") from error
+            raise SubjectLacks(f"subject {self.source!r} lacks the module {name} ({error})") from error
 
     def attribute(self, path: str, name: str) -> Any:
         """``<package>.<path>.<name>``. Raises SubjectLacks naming what is absent."""
@@ -78,7 +78,7 @@ class Subject:
         try:
             return getattr(module, name)
         except AttributeError as error:
-            raise SubjectLacks(f"subject {self.name!r} lacks {name} in {module.__name__}") from error
+            raise SubjectLacks(f"subject {self.source!r} lacks {name} in {module.__name__}") from error
 
     def command(self, *arguments: str) -> list[str]:
         """The command line that runs the subject's own CLI; use it with ``environment()``."""
@@ -110,19 +110,32 @@ class Subject:
         found = json.loads(child.stdout.splitlines()[-1])
         self._must_be_here(found["where"])
         sha = self._git("rev-parse", "HEAD")
-        # without a commit nothing vouches for the content, which is what dirty says
-        dirty = sha is None or bool(self._git("status", "--porcelain", "--", PACKAGE))
-        version = found["version"]
-        return SubjectInfo(name=PACKAGE, version=version, source=self.source, git_sha=sha or "none", dirty=dirty)
+        return SubjectInfo(
+            name=PACKAGE,
+            version=found["version"],
+            source=self.source,
+            git_sha=sha or "none",
+            dirty=sha is None or not self._committed(),
+            content_sha256=self.content_sha256(),
+        )
 
     def content_sha256(self) -> str:
-        """A digest of the package's files, so that a resumed run can tell whether it still tests the same thing."""
-        digest = hashlib.sha256()
+        """A digest of the package's files but its tests, so that two runs can tell whether they test the same thing."""
         folder = self.root / PACKAGE
-        for file in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-            digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
-            digest.update(file.read_bytes())
-        return digest.hexdigest()
+        beside = {"__pycache__", "tests"}
+        files = (
+            path for path in folder.rglob("*") if path.is_file() and not beside & {*path.relative_to(folder).parts}
+        )
+        return digest_of(files, folder)
+
+    def _committed(self) -> bool:
+        """Whether the commit vouches for every file of the package; an ignored or untracked one is not in it."""
+        tracked = self._git("ls-files", "--", PACKAGE)
+        # file by file, because a folder that is shown as one could hold more than caches
+        changes = self._git("status", "--porcelain", "--untracked-files=all", "--ignored=traditional", "--", PACKAGE)
+        if not tracked or changes is None:
+            return False
+        return all("__pycache__/" in line for line in changes.splitlines())
 
     def _not_importable(self, problem: str) -> ConfigurationError:
         return ConfigurationError(f"subject {self.name!r} does not import ({problem}); repair it or name another")

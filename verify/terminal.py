@@ -13,7 +13,15 @@ from verify.architectures import Architecture, Target
 from verify.checks import PHASES, SKIP_CODES
 from verify.matrix import NOT_RUN, Row, bound, by_phase, count, headroom, rows
 from verify.record import FAILING
-from verify.verdict import Assessment, Cell, TargetVerdict, describe_subject, fill_command, missing_by_phase
+from verify.verdict import (
+    Assessment,
+    Cell,
+    TargetVerdict,
+    describe_subject,
+    fill_command,
+    missing_by_phase,
+    stale_because,
+)
 
 #: From these widths on a row has room for padding, and for its claim.
 _ROOMY = 96
@@ -25,7 +33,8 @@ _RUNS = 5
 
 _VERDICT_STYLE = {
     TargetVerdict.VERIFIED: "bold green",
-    TargetVerdict.EMULATED_PASS: "bold green",
+    # a pass, but of no GPU: only VERIFIED is green
+    TargetVerdict.EMULATED_PASS: "bold cyan",
     TargetVerdict.INCOMPLETE: "bold yellow",
     TargetVerdict.EMULATED_INCOMPLETE: "bold yellow",
 }
@@ -129,8 +138,9 @@ def _runs(assessment: Assessment) -> Table:
         where = f"{environment.gpu.name}, driver {environment.gpu.driver}" if environment.gpu else environment.os
         subject = describe_subject(record.subject)
         facts = f"{where}; torch {environment.torch}, triton {environment.triton}; {subject}; {record.state}"
-        kind = Text("run", style="dim") if record in assessment.used else Text("stale", style="yellow")
-        table.add_row(kind, Text(f"{record.run_id}: {facts}"))
+        different = stale_because(record, assessment.used[0])
+        kind = Text("stale", style="yellow") if different else Text("run", style="dim")
+        table.add_row(kind, Text(f"{record.run_id}: {facts}{f'; {different}' if different else ''}"))
     if len(records) > _RUNS:
         table.add_row("", f"and {count(len(records) - _RUNS, 'more record')}; --format json has them all")
     return table

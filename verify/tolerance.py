@@ -62,13 +62,15 @@ def budget_b(case: Case) -> np.ndarray:
 
 
 def accuracy(got: Any, case: Case) -> Accuracy:
-    """Compare the scores ``[B, H*G, N]`` of a subject with the oracle's."""
+    """Compare the scores ``[B, H*G, N]`` of a subject with the oracle's. Raises AssertionError for another shape."""
     import numpy as np
 
     from verify import oracle
 
     want = oracle.scores(case)
-    error = np.abs(np.asarray(got, dtype=np.float64) - want)
+    got = np.asarray(got, dtype=np.float64)
+    assert got.shape == want.shape, f"the scores have shape {got.shape}, expected {want.shape}"
+    error = np.abs(got - want)
     relative = _ratio(error, budget_a(case)) * CLASS_A_UNITS
     worst = np.unravel_index(int(np.argmax(np.where(np.isnan(relative), np.inf, relative))), relative.shape)
     place = "row {}, query head {}, key {}".format(*(int(i) for i in worst))
@@ -84,25 +86,19 @@ def _ratio(error: np.ndarray, budget: np.ndarray) -> np.ndarray:
         return np.where((error == 0) & (budget == 0), 0.0, error / budget)
 
 
-def trig_entry_units(table: Any, exact: np.ndarray) -> float:
-    """Largest error of table entries (cos or sin values) in units of 2^-24; rounding once costs at most half of one."""
-    import numpy as np
-
-    return float(np.max(np.abs(np.asarray(table, dtype=np.float64) - exact)) / UNIT)
-
-
-#: A cos or sin rounded once from float64 is within half a unit; one more unit is left for the libm.
-TRIG_ENTRY_UNITS = 1.5
-
-
 #: Largest difference of float32 log-probabilities between two attention implementations over the same cache. Each
 #: layer sums the same terms in another order: about 2^-24 sqrt(terms) relative, 1e-6 after some hundred terms, which
 #: thirty layers and a softmax over logits of size 20 turn into some 1e-4 at worst.
 ATTENTION_LOG_PROB = 1e-3
 
 
-def trig_entry_units_fp32_phase(angle: np.ndarray) -> float:
-    """What an entry may be off by, in units of 2^-24, when its phase was formed in fp32: the rounding plus 2 |x|."""
+def trig_entry_ratio(table: Any, exact: np.ndarray, angle: np.ndarray) -> float:
+    """Largest error of table entries (cos or sin values) over what each may be off by; at most 1 is allowed.
+
+    An entry rounded once from float64 is within half a unit of 2^-24, and one more is left for the libm; a phase x that
+    was formed in fp32 adds 2 |x| units, entry by entry.
+    """
     import numpy as np
 
-    return TRIG_ENTRY_UNITS + 2 * float(np.max(np.abs(angle)))
+    error = np.abs(np.asarray(table, dtype=np.float64) - exact) / UNIT
+    return float(np.max(error / (1.5 + 2 * np.abs(angle))))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from itertools import compress
 
 from verify.architectures import EMULATED, Target
-from verify.checks import Check
+from verify.checks import Check, Gate
 from verify.record import FAILING, CheckResult, Evidence, Record, SubjectInfo, Verdict
 
 
@@ -91,9 +91,23 @@ def newest_first(records: Iterable[Record]) -> list[Record]:
     return sorted(records, key=lambda record: (datetime.fromisoformat(record.time_utc), record.run_id), reverse=True)
 
 
-def subject_key(subject: SubjectInfo) -> tuple[str, str, str, bool]:
-    """What two records must agree on to speak about one subject; its ``source`` is where it lay, not what it is."""
-    return subject.name, subject.version, subject.git_sha, subject.dirty
+def subject_key(subject: SubjectInfo) -> tuple[str, str, str]:
+    """What two records must agree on to speak about one subject: its content, not where it lay or its commit."""
+    return subject.name, subject.version, subject.content_sha256
+
+
+def stale_because(record: Record, newest: Record) -> str | None:
+    """What ``record`` has otherwise than the ``newest`` one, as ``another torch``; None where both can be merged."""
+    ours, theirs = record.environment, newest.environment
+    pairs = {
+        "subject": (subject_key(record.subject), subject_key(newest.subject)),
+        "version of this suite": (record.instrument_sha256, newest.instrument_sha256),
+        "torch": (ours.torch, theirs.torch),
+        "triton": (ours.triton, theirs.triton),
+        "driver": (ours.gpu and ours.gpu.driver, theirs.gpu and theirs.gpu.driver),
+        "GPU": (ours.gpu and ours.gpu.uuid_sha256, theirs.gpu and theirs.gpu.uuid_sha256),
+    }
+    return next((f"another {name}" for name, (one, other) in pairs.items() if one != other), None)
 
 
 def describe_subject(subject: SubjectInfo) -> str:
@@ -104,22 +118,25 @@ def describe_subject(subject: SubjectInfo) -> str:
 
 
 def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -> Assessment:
-    """The verdict of ``target`` from those of ``records`` that are about it and about its newest record's subject.
+    """The verdict of ``target`` from those of ``records`` that are about it and comparable with its newest record.
 
-    Per id the newest result counts, a failure as much as a pass. Records about another subject are listed as stale.
+    Per id the newest result counts, a failure as much as a pass; a must-pass check of phase 6 counts with the embedded
+    model only. Records of another subject, instrument, software or card are listed as stale. A result whose gate is not
+    the catalogue's is of a check that this suite does not have.
     """
     own = newest_first(record for record in records if record.target == target.target)
-    same = [subject_key(record.subject) == subject_key(own[0].subject) for record in own]
+    same = [stale_because(record, own[0]) is None for record in own]
     used, stale = list(compress(own, same)), [record for record, kept in zip(own, same, strict=True) if not kept]
-    found = _newest_results(used)
     wanted = {check.id for check in must_pass(checks, target)}
+    gates = {check.id: check.spec.gate for check in checks}
+    found = _newest_results(used, gates, wanted)
     cells = tuple(
         cell
         for cell in (_cell(check, target, found, check.id in wanted) for check in checks)
         if cell.result is not None or cell.check.applies_to(target.target)
     )
-    known = {check.id for check in checks}
-    unknown = tuple(dict.fromkeys(check_id for check_id, _ in found if check_id not in known))
+    results = (result for record in used for result in record.results)
+    unknown = tuple(dict.fromkeys(result.id for result in results if gates.get(result.id) != result.gate))
     verdict = _verdict([cell for cell in cells if cell.must_pass])
     if target is EMULATED:
         verdict = _EMULATED_WORDS[verdict]
@@ -127,11 +144,16 @@ def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -
     return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown)
 
 
-def _newest_results(records: Sequence[Record]) -> dict[tuple[str, Evidence], tuple[CheckResult, str]]:
+def _newest_results(
+    records: Sequence[Record], gates: Mapping[str, Gate], wanted: Set[str]
+) -> dict[tuple[str, Evidence], tuple[CheckResult, str]]:
     found: dict[tuple[str, Evidence], tuple[CheckResult, str]] = {}
     for record in records:
         for result in record.results:
-            found.setdefault((result.id, result.evidence), (result, record.run_id))
+            # the must-pass list promises the embedded model; runs with others are further records
+            other_model = result.id in wanted and result.id.startswith("p6.") and record.model != "embedded"
+            if gates.get(result.id) == result.gate and not other_model:
+                found.setdefault((result.id, result.evidence), (result, record.run_id))
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -14,6 +16,15 @@ from triattention.vllm.core.kernels.triton_scoring import create_trig_cache, tri
 from triattention.vllm.core.scoring import compute_scores, compute_scores_pytorch, compute_scores_triton
 
 F, H, G, N, T = 8, 2, 3, 21, 777
+
+#: The kernel runs on the GPU where there is one, and in the interpreter elsewhere.
+DEVICE = "cuda" if torch.cuda.is_available() and not kernels.INTERPRETED else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _on_device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
 
 
 def _statistics(heads: int = H * G, freq: int = F) -> dict[str, torch.Tensor]:
@@ -89,7 +100,7 @@ def test_few_tokens(tokens: int) -> None:
 def test_trig_values_win_over_the_table() -> None:
     torch.manual_seed(0)
     keys, stats, omega, offsets = torch.randn(1, H, N, 2 * F), _statistics(H), torch.rand(F), geometric_offsets(64)
-    table = create_trig_cache(1024, 128, offsets, omega, "cpu")
+    table = create_trig_cache(1024, 128, offsets, omega, DEVICE)
     explicit = phases(300, offsets, omega)
     args = (keys, None, *stats.values(), omega, offsets, 256, "mean")
     want = triattention_scoring(keys, None, *stats.values(), omega, offsets, 300, "mean", rope_style="half")
@@ -101,7 +112,7 @@ def test_the_engine_path_passes_the_end_of_its_table() -> None:
     torch.manual_seed(0)
     keys, omega, offsets = torch.randn(1, H, N, 2 * F), torch.rand(F), geometric_offsets(64)
     stats = {"q_mean_complex": torch.randn(H, F, 2), "q_abs_mean": torch.rand(H, F) + 2}
-    table = TrigTableCache(256, 128, offsets, omega, "cpu")
+    table = TrigTableCache(256, 128, offsets, omega, DEVICE)
     config = TriAttentionConfig(kv_budget=64, use_triton_scoring=False)
     args = (keys, None, stats, omega, offsets, torch.ones(H, F), config)
     torch.testing.assert_close(compute_scores(*args, 999, table), compute_scores(*args, 999), rtol=0, atol=0)
@@ -109,10 +120,10 @@ def test_the_engine_path_passes_the_end_of_its_table() -> None:
 
 def test_a_table_of_another_omega_is_refused() -> None:
     keys, omega, offsets = torch.randn(1, H, N, 2 * F), torch.rand(F), geometric_offsets(64)
-    other = TrigTableCache(1024, 128, offsets, omega * 7, "cpu")
+    other = TrigTableCache(1024, 128, offsets, omega * 7, DEVICE)
     with pytest.raises(TriAttentionError, match="other offsets or another omega"):
         triattention_scoring(keys, None, *_statistics(H).values(), omega, offsets, 128, trig_cache=other)
-    fewer = TrigTableCache(1024, 128, offsets[:3], omega, "cpu")
+    fewer = TrigTableCache(1024, 128, offsets[:3], omega, DEVICE)
     with pytest.raises(TriAttentionError, match="3 offsets and 8 frequencies and the call 7 and 8"):
         triattention_scoring(keys, None, *_statistics(H).values(), omega, offsets, 128, trig_cache=fewer)
 

@@ -113,8 +113,11 @@ def record(target: str, results: Iterable[CheckResult], *, day: int = 1, **field
         os="Linux",
         variables={"TRITON_DEFAULT_FP_FUSION": "1"},
     )
-    subject = SubjectInfo(name="sample", version="1.0", source="bundled", git_sha="1234567890", dirty=False)
+    subject = SubjectInfo(
+        name="sample", version="1.0", source="bundled", git_sha="1234567890", dirty=False, content_sha256="0" * 64
+    )
     defaults = {"state": "complete", "model": "embedded", "seed": 0, "selection": "all", "duration_s": 1.0}
+    defaults |= {"instrument_sha256": "0" * 64}
     defaults |= {"run_id": f"run-{target}-{day}", "time_utc": f"2026-11-{day:02d}T00:00:00Z"}
     return Record(
         target=target,

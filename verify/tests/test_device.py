@@ -12,7 +12,7 @@ from verify.outcome import ConfigurationError
 
 @pytest.fixture(autouse=True)
 def _environment_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION", "HF_HUB_OFFLINE"):
+    for name in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION", "HF_HUB_OFFLINE", "CUDA_DEVICE_ORDER"):
         monkeypatch.setenv(name, "x")  # so that whatever prepare() sets is undone
         monkeypatch.delenv(name)
 
@@ -30,6 +30,14 @@ def test_cuda_without_a_gpu_is_refused_and_auto_is_emulated() -> None:
 def test_a_cpu_run_is_interpreted_and_offline() -> None:
     device.prepare("cpu", "embedded")
     assert {os.environ[n] for n in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION", "HF_HUB_OFFLINE")} == {"1"}
+
+
+def test_cuda_counts_the_cards_as_nvml_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    device.prepare("cuda", "embedded")
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    device.prepare("cuda", "embedded")
+    assert os.environ["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
 
 
 def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:

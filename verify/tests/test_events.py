@@ -31,6 +31,16 @@ def test_half_a_line_is_not_an_event_and_does_not_spoil_the_next(tmp_path: Path)
     assert list(events.read_results(tmp_path)) == ["p1.a.x", "p1.a.y"]
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"event": "other"}', '{"event": "result", "result": {"id": 1}}', ""])
+def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, damage: str) -> None:
+    events.append_start(tmp_path, "p1.a.x")
+    with (tmp_path / events.EVENTS).open("a") as stream:
+        stream.write(damage + "\n")
+    events.append_result(tmp_path, _result("p1.a.x"))
+    with pytest.raises(ConfigurationError, match=r"events\.jsonl, line 2, is damaged; start a new run$"):
+        events.read_results(tmp_path)
+
+
 def test_a_follower_sees_each_event_once(tmp_path: Path) -> None:
     events.append_start(tmp_path, "p1.a.x")
     follower = events.Follower(tmp_path)
@@ -77,14 +87,14 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
 def test_another_card_is_refused_with_both_names(tmp_path: Path) -> None:
     make_tree(tmp_path)
     with pytest.raises(ConfigurationError, match="--expect sm90, but this machine has no GPU that torch can use"):
-        survey("cpu", find_subject("bundled", tmp_path), expect=90)
+        survey("cpu", find_subject("bundled", tmp_path), tmp_path, expect=90)
 
 
 def test_a_record_is_there_from_the_start_and_names_a_local_model_by_its_directory(tmp_path: Path) -> None:
     make_tree(tmp_path)
     (tmp_path / "tiny-model").mkdir()
     subject = find_subject("bundled", tmp_path)
-    surroundings = survey("cpu", subject)
+    surroundings = survey("cpu", subject, tmp_path)
     manifest = freeze(
         surroundings,
         device="cpu",
@@ -98,7 +108,33 @@ def test_a_record_is_there_from_the_start_and_names_a_local_model_by_its_directo
     assert events.read_manifest(tmp_path / "run") == manifest
     record = read_record(tmp_path / "run" / events.RECORD)
     assert (record.state, record.model, record.seed) == ("running", "tiny-model", 3)
-    surroundings.refuse(survey("cpu", subject), "same")
-    other = surroundings.environment.model_copy(update={"torch": "0.1"})
-    with pytest.raises(ConfigurationError, match=r"run r1 cannot be resumed: torch was \S+ and is now 0\.1"):
-        surroundings.refuse(surroundings.model_copy(update={"environment": other}), "r1")
+    surroundings.refuse(survey("cpu", subject, tmp_path), "same")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("torch", "0.1", r"torch was \S+ and is now 0\.1"),
+        ("python", "3.99", r"python was \S+ and is now 3\.99"),
+        ("ptxas", {}, r"ptxas ptxas was \S+ and is now unset"),
+        ("variables", {"CUDA_X": "1"}, r"[A-Z0-9_]+ was \S+ and is now unset"),
+    ],
+)
+def test_a_run_is_not_resumed_elsewhere(tmp_path: Path, field: str, value: object, words: str) -> None:
+    make_tree(tmp_path)
+    frozen = survey("cpu", find_subject("bundled", tmp_path), tmp_path)
+    other = frozen.environment.model_copy(update={field: value})
+    with pytest.raises(ConfigurationError, match=f"^run r1 cannot be resumed: {words}; start a new run$"):
+        frozen.refuse(frozen.model_copy(update={"environment": other}), "r1")
+
+
+def test_another_instrument_is_refused(tmp_path: Path) -> None:
+    make_tree(tmp_path)
+    subject = find_subject("bundled", tmp_path)
+    frozen = survey("cpu", subject, tmp_path)
+    (tmp_path / "phases" / "tests").mkdir()
+    (tmp_path / "phases" / "tests" / "test_x.py").write_text("a test of the instrument measures nothing\n")
+    frozen.refuse(survey("cpu", subject, tmp_path), "same")
+    (tmp_path / "phases" / "p1_more.py").write_text("more = 1\n")
+    with pytest.raises(ConfigurationError, match=r"the suite's own source was \w{12} and is now \w{12}"):
+        frozen.refuse(survey("cpu", subject, tmp_path), "r1")

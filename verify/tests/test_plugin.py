@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from verify.recorder import localise
 from verify.tests.tree import Tree, make_tree
 
 _PASSES = """
@@ -100,6 +101,22 @@ def test_a_run_that_stops_early_is_interrupted_and_the_runner_finishes_it(tree: 
     assert [result.verdict for result in tree.results().values()] == ["FAIL", "PASS"]
 
 
+_ABORTS = """
+@check("p3.aborts", gate="hard", cases={{"fails": 0, "passes": 1, "aborts": 2}}, **WORDS)
+def test_aborts(case):
+    assert case, "no"
+    if case == 2: os.abort()
+"""
+
+
+def test_an_abort_leaves_a_record_with_the_results_so_far(tree: Tree) -> None:
+    tree.write_phase(1, _PASSES.format(phase=1, gate="hard"))
+    tree.write_phase(3, _ABORTS.format())
+    assert tree.pytest("phases", "--device", "cpu").returncode < 0
+    record = tree.records()[-1]
+    assert (record.state, [result.id for result in record.results]) == ("running", ["p1.passes.one", "p3.aborts.fails"])
+
+
 _ASKS = """
 @check("p1.asks", gate="hard", cases="one", **WORDS)
 def test_asks(case, subject):
@@ -126,6 +143,25 @@ def test_another_checkout_stands_in_for_the_bundled_subject(tree: Tree) -> None:
     assert tree.verify("run", "--device", "cpu", "--subject", "elsewhere/theirs").returncode == 0
 
 
+_TELLS = """
+@check("p1.tells", gate="hard", cases="one", **WORDS)
+def test_tells(case, subject, model_name):
+    import platform
+    raise OSError(f"{subject.root}/x and {model_name}/y on {platform.node()}")
+"""
+
+
+def test_a_record_names_neither_the_subject_s_place_nor_the_model_s_nor_the_host(tree: Tree) -> None:
+    tree.write_phase(1, _TELLS)
+    theirs, model = tree.root / "elsewhere", tree.root / "a" / "model"
+    (theirs / "triattention").mkdir(parents=True)
+    (theirs / "triattention" / "__init__.py").touch()
+    model.mkdir(parents=True)
+    tree.pytest("phases", f"--subject={theirs}", f"--model={model}", "--device", "cpu")
+    message = tree.results()["p1.tells.one"].message
+    assert message.endswith("OSError: <subject>/x and <model>/y on <host>"), message
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -140,3 +176,9 @@ def test_options_that_cannot_be_met_are_usage_errors(mixed: Tree, arguments: lis
     assert refused.returncode == pytest.ExitCode.USAGE_ERROR, refused.stdout
     assert complaint in refused.stderr
     assert len(mixed.records()) == before
+
+
+@pytest.mark.parametrize("node", ["box7.example.org", "box7"])
+def test_a_host_name_is_replaced_as_a_word(monkeypatch: pytest.MonkeyPatch, node: str) -> None:
+    monkeypatch.setattr("platform.node", lambda: node)
+    assert localise(f"on {node}, on box7. box70 in-box7", Path("/nowhere")) == "on <host>, on <host>. box70 in-box7"

@@ -8,7 +8,7 @@ from rich.console import Console
 from verify import terminal
 from verify.architectures import find
 from verify.tests.samples import checks, passing, record, result
-from verify.verdict import assess
+from verify.verdict import TargetVerdict, assess
 
 
 def printed(function, assessment, width: int = 100) -> str:
@@ -42,11 +42,17 @@ def test_many_runs_and_stale_ones_are_counted() -> None:
     records = [record("sm120", passing(), day=day) for day in range(1, 9)]
     old = record("sm120", passing(), day=9)
     newest = record("sm120", passing(), day=10)
-    newest = newest.model_copy(update={"subject": newest.subject.model_copy(update={"git_sha": "other"})})
+    newest = newest.model_copy(update={"subject": newest.subject.model_copy(update={"content_sha256": "1" * 64})})
     text = printed(terminal.print_report, assess(find(120), [*records, old], checks()))
     assert "and 4 more records" in text
     text = printed(terminal.print_report, assess(find(120), [old, newest], checks()))
     assert "stale  run-sm120-9" in text
+    assert "another subject" in text
+
+
+def test_only_verified_is_green() -> None:
+    green = [verdict for verdict in TargetVerdict if "green" in terminal._VERDICT_STYLE.get(verdict, "")]
+    assert green == [TargetVerdict.VERIFIED]
 
 
 def test_the_report_is_the_same_every_time() -> None:

@@ -210,6 +210,9 @@ def test_an_interrupted_run_is_resumed_and_finishes_the_same_record(tmp_path: Pa
     package = tree.root / "triattention" / "__init__.py"
     text = package.read_text()
     package.write_text(text + "# changed\n")
+    refused = tree.verify("run", "--resume", record.run_id, "--expect", "sm120")
+    assert refused.returncode == 3
+    assert f"--expect sm120, but run {record.run_id} is on emulated; " in refused.stderr
     refused = tree.verify("run", "--resume", record.run_id)
     assert refused.returncode == 3
     assert re.search(r"cannot be resumed: the subject's content was \w{12} and is now \w{12}", refused.stderr)

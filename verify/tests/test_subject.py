@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -31,13 +32,14 @@ def _git(where: Path, *arguments: str) -> str:
 
 
 def test_info_names_version_source_and_commit(checkout: Path) -> None:
-    info = find_subject(str(checkout), REPOSITORY).info()
-    assert info.model_dump() == {
+    subject = find_subject(str(checkout), REPOSITORY)
+    assert subject.info().model_dump() == {
         "name": "triattention",
         "version": "3.1",
         "source": "checkout:theirs",
         "git_sha": _git(checkout, "rev-parse", "HEAD"),
         "dirty": False,
+        "content_sha256": subject.content_sha256(),
     }
 
 
@@ -49,6 +51,25 @@ def test_only_changes_of_the_package_make_it_dirty(checkout: Path) -> None:
     (checkout / "triattention" / "new.py").write_text("")
     assert subject.info().dirty
     assert subject.content_sha256() != before
+
+
+def test_the_caches_of_an_import_do_not_make_it_dirty(checkout: Path) -> None:
+    subject = find_subject(str(checkout), REPOSITORY)
+    cache = checkout / "triattention" / "__pycache__"
+    cache.mkdir(exist_ok=True)
+    (cache / "__init__.cpython-311.pyc").touch()
+    assert not subject.info().dirty
+    (checkout / ".gitignore").write_text("__pycache__/\n")
+    assert not subject.info().dirty
+
+
+def test_what_git_ignores_or_does_not_track_is_dirty(checkout: Path) -> None:
+    (checkout / ".gitignore").write_text("*.so\nvendored/\n")
+    (checkout / "vendored").mkdir()
+    shutil.copytree(checkout / "triattention", checkout / "vendored" / "triattention")
+    assert find_subject(str(checkout / "vendored"), REPOSITORY).info().dirty
+    (checkout / "triattention" / "kernel.so").touch()
+    assert find_subject(str(checkout), REPOSITORY).info().dirty
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "module:triattention"])

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from verify.architectures import EMULATED, find
+from verify.checks import Check, CheckSpec
+from verify.record import Record
 from verify.tests.samples import HARD, checks, passing, record, result
-from verify.verdict import TargetVerdict, assess, fill_command, must_pass
+from verify.verdict import TargetVerdict, assess, fill_command, must_pass, stale_because
 
 SM120 = find(120)
 
@@ -112,7 +115,7 @@ def test_time_and_not_text_decides_what_is_newest() -> None:
     assert verdict_of(first, later) is TargetVerdict.FAILED
 
 
-@pytest.mark.parametrize("change", [{"git_sha": "other"}, {"dirty": True}, {"version": "2.0"}, {"name": "another"}])
+@pytest.mark.parametrize("change", [{"content_sha256": "1" * 64}, {"version": "2.0"}, {"name": "another"}])
 def test_records_of_another_subject_are_stale_and_not_mixed(change: dict) -> None:
     old = record("sm120", passing(), day=1)
     new = record("sm120", passing()[:1], day=2)
@@ -121,6 +124,61 @@ def test_records_of_another_subject_are_stale_and_not_mixed(change: dict) -> Non
     assert found.verdict is TargetVerdict.INCOMPLETE
     assert found.used == (new,)
     assert found.stale == (old,)
+
+
+def test_the_content_and_not_the_commit_makes_the_subject() -> None:
+    old, new = record("sm120", passing(), day=1), record("sm120", passing()[:1], day=2)
+    subject = new.subject.model_copy(update={"git_sha": "other", "dirty": True})
+    found = assess(SM120, [old, new.model_copy(update={"subject": subject})], checks())
+    assert (found.verdict, found.stale) == (TargetVerdict.VERIFIED, ())
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "because"),
+    [
+        ("record", {"instrument_sha256": "1" * 64}, "another version of this suite"),
+        ("environment", {"torch": "2.14.0"}, "another torch"),
+        ("environment", {"triton": "3.8.0"}, "another triton"),
+        ("gpu", {"driver": "590.1"}, "another driver"),
+        ("gpu", {"uuid_sha256": "1" * 64}, "another GPU"),
+    ],
+)
+def test_records_of_other_surroundings_are_stale_and_say_why(where: str, change: dict, because: str) -> None:
+    old, new = record("sm120", passing(), day=1), record("sm120", passing()[:1], day=2)
+    if where == "gpu":
+        where, change = "environment", {"gpu": new.environment.gpu.model_copy(update=change)}
+    if where == "environment":
+        change = {"environment": new.environment.model_copy(update=change)}
+    new = new.model_copy(update=change)
+    found = assess(SM120, [old, new], checks())
+    assert (found.verdict, found.used, found.stale) == (TargetVerdict.INCOMPLETE, (new,), (old,))
+    assert stale_because(old, new) == because
+
+
+def test_a_result_with_another_gate_is_of_a_check_the_suite_does_not_have() -> None:
+    found = assess(SM120, [record("sm120", replaced("p4.oracle.n33", "PASS", gate="soft"))], checks())
+    assert (found.verdict, found.unknown_ids) == (TargetVerdict.INCOMPLETE, ("p4.oracle.n33",))
+
+
+@pytest.mark.parametrize(("model", "verdict"), [("embedded", "VERIFIED"), ("other/model", "INCOMPLETE")])
+def test_phase_6_counts_with_the_embedded_model_only(model: str, verdict: str) -> None:
+    spec = CheckSpec("p6.eviction", "hard", "claim", "reason", "remedy", {"one": None})
+    inference = Check("p6.eviction.one", "one", spec, "phases/x.py::test[one]")
+    made = record("sm120", [result("p6.eviction.one", gate="hard")], model=model)
+    assert assess(SM120, [record("sm120", passing()), made], [*checks(), inference]).verdict == verdict
+
+
+def test_hardware_evidence_from_the_interpreter_is_no_record() -> None:
+    whole = record("sm120", passing()).model_dump()
+    whole["environment"]["variables"]["TRITON_INTERPRET"] = "1"
+    with pytest.raises(ValidationError, match="claims hardware evidence, but TRITON_INTERPRET emulated the kernels"):
+        Record.model_validate(whole)
+
+
+def test_a_skip_without_a_gpu_is_not_hardware_evidence() -> None:
+    assert result("p1.torch_sees.gpu", "SKIP", "emulated", code="NO_GPU").code == "NO_GPU"
+    with pytest.raises(ValidationError, match=r"SKIP\(NO_GPU\) contradicts its hardware evidence"):
+        result("p1.torch_sees.gpu", "SKIP", "hardware", code="NO_GPU")
 
 
 def test_a_result_of_no_known_check_is_listed_and_counts_for_nothing() -> None:
