@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from verify import check, oracle, skip
-from verify.problems import OFFSETS_17
+from verify import check, skip
+from verify.live_model import LiveModel, physical_length
 from verify.subject import Subject, find_subject
 from verify.tolerance import ATTENTION_LOG_PROB
 
-_TOOL_LIMIT_S = 420
 _MAX_QUESTIONS = 2
 _NEW_TOKENS = 48
 
@@ -40,117 +37,25 @@ _PROMPTS = (
 )
 
 
-def _tool(subject: Subject, *arguments: str, limit_s: float = _TOOL_LIMIT_S) -> str:
-    """Run the command line of a subject and return what it printed; a failure is one sentence with its last line."""
-    child = subprocess.run(
-        subject.command(*arguments), capture_output=True, text=True, timeout=limit_s, env=subject.environment()
-    )
-    last = (child.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-    assert child.returncode == 0, f"{arguments[0]} ended with exit code {child.returncode}: {last}"
-    return child.stdout
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model loaded in float32 with its tokenizer, the directory it came from and its statistics file."""
-
-    model: Any
-    tokenizer: Any
-    location: str
-    statistics: Path
-    subject: Subject
-
-    def patch(self, **options: Any) -> None:
-        self.subject.attribute("methods.triattention", "apply_triattention_patch")(
-            self.model, stats_path=str(self.statistics), model_path=self.location, **{**_RECOMMENDED, **options}
-        )
-
-    def tokens(self, *prompts: str) -> dict[str, Any]:
-        return self.tokenizer(list(prompts), return_tensors="pt", padding=True).to(self.model.device)
-
-    def generate(self, encoded: dict[str, Any], **options: Any) -> Any:
-        """New tokens ``[B, _NEW_TOKENS]``, greedy and never stopping early, so that every run has the same length."""
-        out = self.model.generate(
-            **encoded,
-            max_new_tokens=_NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **options,
-        )
-        return out[:, encoded["input_ids"].shape[1] :]
-
-    def decode(self, encoded: dict[str, Any], steps: int) -> Iterator[tuple[int, Any]]:
-        """Prefill and greedy steps by hand: tokens fed in the step, and the cache after it."""
-        import torch
-        from transformers import DynamicCache
-
-        cache, ids = DynamicCache(config=self.model.config), encoded["input_ids"]
-        with torch.inference_mode():
-            for _ in range(steps):
-                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-                yield ids.shape[1], cache
-                ids = out.logits[:, -1:].argmax(-1)
-
-    def feed(self, ids: Any, prompt: int) -> Iterator[Any]:
-        """Feed ``ids`` ``[1, T]``: the first ``prompt`` at once, then one by one; the cache after each step."""
-        import torch
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.model.config)
-        with torch.inference_mode():
-            for step in (ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)):
-                self.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                yield cache
-
-    def oracle_cases(self, keys: list[Any], t: int, options: dict[str, Any]) -> list[oracle.Case]:
-        """One scoring problem per layer, of rotated ``keys`` ``[1, H, N, D]`` and the statistics file."""
-        import numpy as np
-        import torch
-
-        stats = torch.load(self.statistics, weights_only=True)
-        omega = stats["architecture"]["omega"].double().numpy()
-        scaling = stats["architecture"]["attention_scaling"]
-        positions = np.arange(t)
-        real, imag, norm = (stats[name].double().numpy() for name in ("q_mean_real", "q_mean_imag", "q_abs_mean"))
-        return [
-            oracle.Case(
-                k0=oracle.unrotated(layer.double().cpu().numpy(), positions, omega, "half", scaling),
-                positions=positions,
-                m=real[i] + 1j * imag[i],
-                a=norm[i],
-                w=np.full(norm[i].shape, scaling),
-                omega=omega,
-                offsets=np.array(OFFSETS_17),
-                t=t,
-                s=scaling,
-                aggregation=options.get("score_aggregation", "mean"),
-                disable_mlr=options.get("disable_mlr", False),
-                disable_trig=options.get("disable_trig", False),
-            )
-            for i, layer in enumerate(keys)
-        ]
-
-
 @pytest.fixture(scope="module")
 def location(model_name: str, subject: Subject, pytestconfig: pytest.Config) -> str:
     """The directory of the model. The embedded one is made by the bundled command line, whatever the subject is."""
     if model_name != "embedded":
         return model_name
     bundled = find_subject("bundled", pytestconfig.rootpath)
-    return _tool(bundled, "download-models", "--model", "embedded").strip().splitlines()[-1]
+    return bundled.run("download-models", "--model", "embedded").strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def statistics(location: str, device: str, pytestconfig: pytest.Config) -> Path:
     """Statistics of the model in float32, by the bundled calibration; made once per model and kept in its cache."""
     bundled = find_subject("bundled", pytestconfig.rootpath)
-    printed = _tool(bundled, "build-stats", "--model", location, "--dtype", "float32", "--device", device)
+    printed = bundled.run("build-stats", "--model", location, "--dtype", "float32", "--device", device)
     return Path(printed.strip().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def loaded(location: str, statistics: Path, subject: Subject, device: str) -> Model:
+def loaded(location: str, statistics: Path, subject: Subject, device: str) -> LiveModel:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -158,11 +63,11 @@ def loaded(location: str, statistics: Path, subject: Subject, device: str) -> Mo
     tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Model(model.to(device).eval(), tokenizer, location, statistics, subject)
+    return LiveModel(model.to(device).eval(), tokenizer, location, statistics, subject, _RECOMMENDED)
 
 
 @pytest.fixture
-def model(loaded: Model) -> Iterator[Model]:
+def model(loaded: LiveModel) -> Iterator[LiveModel]:
     """The model, unpatched at the start; whatever forward a check put there is taken away after it."""
     original = loaded.model.forward
     own = set(vars(loaded.model))
@@ -173,18 +78,14 @@ def model(loaded: Model) -> Iterator[Model]:
         loaded.model.forward = original
 
 
-def _physical(cache: Any) -> int:
-    return max(layer.keys.shape[-2] for layer in cache.layers)
-
-
 def _answers(out: Path) -> list[dict[str, Any]]:
     lines = [line for path in sorted(out.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
     return [json.loads(line) for line in lines]
 
 
 def _run_one(subject: Subject, location: str, device: str, out: Path, *options: str) -> list[dict[str, Any]]:
-    printed = _tool(
-        subject, "run-one", "--model", location, "--dataset", "smoke", "--max-questions", str(_MAX_QUESTIONS),
+    printed = subject.run(
+        "run-one", "--model", location, "--dataset", "smoke", "--max-questions", str(_MAX_QUESTIONS),
         "--max-new-tokens", "64", "--device", device, "--out", str(out), *options,
     )  # fmt: skip
     assert "accuracy" in printed, "the summary line has no accuracy"
@@ -247,11 +148,16 @@ def test_cli_flash(case: str, subject: Subject, location: str, device: str, tmp_
     remedy="Compare the position ids and the mask of the first differing step with the unpatched model's.",
     timeout_s=600,
 )  # fmt: skip
-def test_baseline(case: str, model: Model, measure) -> None:
+def test_baseline(case: str, model: LiveModel, measure) -> None:
     encoded = model.tokens(*_PROMPTS)
-    want = model.generate(encoded)
+    want = model.generate(encoded, _NEW_TOKENS)
     model.patch(kv_budget=4096)
-    measure("tokens that differ", int((model.generate(encoded) != want).sum()), 0, where="two rows, one left-padded")
+    measure(
+        "tokens that differ",
+        int((model.generate(encoded, _NEW_TOKENS) != want).sum()),
+        0,
+        where="two rows, one left-padded",
+    )
 
 
 @check(
@@ -262,9 +168,9 @@ def test_baseline(case: str, model: Model, measure) -> None:
     remedy="Check that the round runs after the step, and that its trigger is a watermark.",
     timeout_s=300,
 )  # fmt: skip
-def test_cache_bound(case: bool, model: Model, measure) -> None:
+def test_cache_bound(case: bool, model: LiveModel, measure) -> None:
     model.patch(kv_budget=_BUDGET, per_head_pruning=case)
-    lengths = [_physical(cache) for _, cache in model.decode(model.tokens(_PROMPTS[0]), _STEPS)]
+    lengths = [physical_length(cache) for _, cache in model.decode(model.tokens(_PROMPTS[0]), _STEPS)]
     measure("longest cache after a step", max(lengths), _BUDGET + _DIVIDE - 1, unit="tokens")
     after = [after for before, after in pairwise(lengths) if after < before]
     assert len(after) >= 2, f"{len(after)} rounds happened in {len(lengths)} steps, expected at least 2"
@@ -278,7 +184,7 @@ _EVICT_PROMPT = {"kv_budget": _BUDGET, "allow_prefill_compression": True}
 
 
 @pytest.fixture(scope="module")
-def uncompressed(loaded: Model) -> tuple[Any, list[tuple[Any, Any]]]:
+def uncompressed(loaded: LiveModel) -> tuple[Any, list[tuple[Any, Any]]]:
     """Ids ``[1, 96]`` and what the unpatched model caches for them: (keys, values) per layer, one token at a time."""
     ids = loaded.tokens(" ".join(_PROMPTS * 4))["input_ids"][:, :_FED]
     cache = list(loaded.feed(ids, _PROMPT))[-1]
@@ -311,7 +217,7 @@ def _kept_of(original: Any, held: Any) -> Any:
     remedy="Check query head to KV head, the statistics' layer, the position of the round, then the sort.",
     timeout_s=300,
 )  # fmt: skip
-def test_keep_set(case: dict[str, Any], model: Model, uncompressed: Any, measure) -> None:
+def test_keep_set(case: dict[str, Any], model: LiveModel, uncompressed: Any, measure) -> None:
     import numpy as np
 
     from verify.keep_set import select
@@ -319,7 +225,7 @@ def test_keep_set(case: dict[str, Any], model: Model, uncompressed: Any, measure
     ids, original = uncompressed
     model.patch(**case)
     length, cache = next(
-        (n, cache) for n, cache in enumerate(model.feed(ids, _PROMPT), start=_PROMPT) if _physical(cache) < n
+        (n, cache) for n, cache in enumerate(model.feed(ids, _PROMPT), start=_PROMPT) if physical_length(cache) < n
     )
     first = _kept_of(original[0][0][0, :, :length], cache.layers[0].keys[0])
     for number, ((keys, values), layer) in enumerate(zip(original, cache.layers, strict=True)):
@@ -350,7 +256,7 @@ def test_keep_set(case: dict[str, Any], model: Model, uncompressed: Any, measure
     remedy="Make the trigger a watermark (>=) and run the round after each chunk.",
     timeout_s=300,
 )  # fmt: skip
-def test_chunked_prefill(case: str, model: Model, measure) -> None:
+def test_chunked_prefill(case: str, model: LiveModel, measure) -> None:
     import torch
     from transformers import DynamicCache
 
@@ -360,7 +266,7 @@ def test_chunked_prefill(case: str, model: Model, measure) -> None:
     with torch.inference_mode():
         for chunk in ids.split(37, dim=1):
             model.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            measure("cache after a chunk", _physical(cache), _BUDGET + _DIVIDE - 1, unit="tokens")
+            measure("cache after a chunk", physical_length(cache), _BUDGET + _DIVIDE - 1, unit="tokens")
     assert ids.shape[1] > 2 * _BUDGET, f"the prompt has {ids.shape[1]} tokens, too few to test anything"
 
 
@@ -371,7 +277,7 @@ def test_chunked_prefill(case: str, model: Model, measure) -> None:
     remedy="Count the tokens fed, not the tokens held.",
     timeout_s=300,
 )  # fmt: skip
-def test_positions(case: str, model: Model) -> None:
+def test_positions(case: str, model: LiveModel) -> None:
     seen: list[list[int]] = []
     rotary = next(module for module in model.model.modules() if hasattr(module, "inv_freq"))
 
@@ -399,11 +305,11 @@ def test_positions(case: str, model: Model) -> None:
     remedy="Look for a length taken from the tensor's shape where the row's own count is meant.",
     timeout_s=600,
 )  # fmt: skip
-def test_padded_batch(case: str, model: Model, measure) -> None:
+def test_padded_batch(case: str, model: LiveModel, measure) -> None:
     model.patch(kv_budget=_BUDGET // 2, divide_length=_DIVIDE // 2, allow_prefill_compression=True)
-    together = model.generate(model.tokens(*_PROMPTS))
+    together = model.generate(model.tokens(*_PROMPTS), _NEW_TOKENS)
     for row, prompt in enumerate(_PROMPTS):
-        alone = model.generate(model.tokens(prompt))
+        alone = model.generate(model.tokens(prompt), _NEW_TOKENS)
         measure("tokens that differ", int((together[row] != alone[0]).sum()), 0, where=f"row {row}")
 
 
@@ -414,11 +320,11 @@ def test_padded_batch(case: str, model: Model, measure) -> None:
     remedy="Tie the state to the cache, not to the model.",
     timeout_s=300,
 )  # fmt: skip
-def test_reset(case: str, model: Model, measure) -> None:
+def test_reset(case: str, model: LiveModel, measure) -> None:
     model.patch(kv_budget=_BUDGET // 2, divide_length=_DIVIDE // 2)
-    first = model.generate(model.tokens(_PROMPTS[1]))
-    model.generate(model.tokens(_PROMPTS[0]))
-    measure("tokens that differ", int((model.generate(model.tokens(_PROMPTS[1])) != first).sum()), 0)
+    first = model.generate(model.tokens(_PROMPTS[1]), _NEW_TOKENS)
+    model.generate(model.tokens(_PROMPTS[0]), _NEW_TOKENS)
+    measure("tokens that differ", int((model.generate(model.tokens(_PROMPTS[1]), _NEW_TOKENS) != first).sum()), 0)
 
 
 @check(
@@ -429,7 +335,7 @@ def test_reset(case: str, model: Model, measure) -> None:
     remedy="Compare the masks of the first step after a round.",
     timeout_s=300,
 )  # fmt: skip
-def test_eager_equals_sdpa(case: str, model: Model, measure) -> None:
+def test_eager_equals_sdpa(case: str, model: LiveModel, measure) -> None:
     import torch
 
     logits = {}

@@ -72,7 +72,7 @@ def localise(text: str, root: Path, own: Mapping[Path, str] = _NONE) -> str:
     places |= {Path(tempfile.gettempdir()): "<tmp>", Path.home(): "~"}
     for place in sorted(places, key=lambda path: len(str(path)), reverse=True):
         if len(place.parts) > 1:
-            # not inside a relative path such as ../../tmp/checkout
+            # not inside a relative path, which a repeat command may hold
             text = re.sub(rf"(?<![\w.]){re.escape(str(place))}(?=/|\b)", places[place], text)
     text = text.replace("./phases/", "phases/").strip()
     node = platform.node()

@@ -20,6 +20,8 @@ PACKAGE = "triattention"
 
 _IMPORT_LIMIT_S = 180
 _GIT_LIMIT_S = 30
+#: Converting, calibrating and answering two questions take a minute on two cores.
+_COMMAND_LIMIT_S = 420
 
 #: Prints where the package was found and its version; run in a child, so that asking costs this process nothing.
 _PROBE = """
@@ -83,6 +85,19 @@ class Subject:
     def command(self, *arguments: str) -> list[str]:
         """The command line that runs the subject's own CLI; use it with ``environment()``."""
         return [sys.executable, "-m", PACKAGE, *arguments]
+
+    def run(self, *arguments: str, limit_s: float = _COMMAND_LIMIT_S) -> str:
+        """What the subject's own CLI printed. Raises AssertionError, with its last line, unless it ends well."""
+        __tracebackhide__ = True
+        try:
+            child = subprocess.run(
+                self.command(*arguments), capture_output=True, text=True, timeout=limit_s, env=self.environment()
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{arguments[0]} did not end within {limit_s:g} s") from error
+        last = (child.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+        assert child.returncode == 0, f"{arguments[0]} ended with exit code {child.returncode}: {last}"
+        return child.stdout
 
     def environment(self) -> dict[str, str]:
         """The environment in which a child process imports this subject, wherever the child is started."""
