@@ -229,23 +229,17 @@ def _from_published(payload: Mapping[str, Any], source: str) -> Statistics:
     return Statistics(*stacked, int(metadata.get("token_count", 0)), None, source, declared)
 
 
-def published_payload(statistics_by_head: dict[tuple[int, int], Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The published layout of ``{(layer, head): HeadFrequencyStats}`` with its metadata."""
-    return {
-        "metadata": metadata | {"sampled_heads": [list(key) for key in sorted(statistics_by_head)]},
-        "stats": {
-            f"layer{layer:02d}_head{head:02d}": {
-                "q_mean_real": entry.q_mean_complex.real.to(torch.float32).cpu().clone(),
-                "q_mean_imag": entry.q_mean_complex.imag.to(torch.float32).cpu().clone(),
-                "q_abs_mean": entry.q_abs_mean.to(torch.float32).cpu().clone(),
-            }
-            for (layer, head), entry in sorted(statistics_by_head.items())
-        },
-    }
-
-
 def save_published(
     path: str | os.PathLike[str], statistics_by_head: dict[tuple[int, int], Any], metadata: dict[str, Any]
 ) -> None:
-    """Write the published layout atomically."""
-    _save_atomic(path, published_payload(statistics_by_head, metadata))
+    """Write ``{(layer, head): HeadFrequencyStats}`` in the published layout, atomically."""
+    stats = {
+        f"layer{layer:02d}_head{head:02d}": {
+            "q_mean_real": entry.q_mean_complex.real.to(torch.float32).cpu().clone(),
+            "q_mean_imag": entry.q_mean_complex.imag.to(torch.float32).cpu().clone(),
+            "q_abs_mean": entry.q_abs_mean.to(torch.float32).cpu().clone(),
+        }
+        for (layer, head), entry in sorted(statistics_by_head.items())
+    }
+    sampled = [list(key) for key in sorted(statistics_by_head)]
+    _save_atomic(path, {"metadata": metadata | {"sampled_heads": sampled}, "stats": stats})

@@ -90,9 +90,10 @@ class TriAttention:
 
     def __init__(self, config: TriAttentionConfig, *, live: Architecture | None = None) -> None:
         self.config = config
-        self.statistics = loaded = statistics.load(config.stats_path)
+        payload = statistics.read_payload(config.stats_path)
+        self.statistics = loaded = statistics.parse(payload, str(config.stats_path))
         if config.metadata_expectations:
-            _require(statistics.read_payload(config.stats_path), config.metadata_expectations, loaded.source)
+            _require(payload, config.metadata_expectations, loaded.source)
         if live is not None:
             loaded.check_architecture(live)
             omega, self.attention_scaling, self.style = live.omega, live.attention_scaling, live.rope_style

@@ -31,7 +31,7 @@ _BLOCKS = Path(__file__).parent / "plan_blocks"
 
 
 @pytest.mark.parametrize("block", sorted(path.stem for path in _BLOCKS.glob("*.py")))
-def test_plan_block_runs(block: str) -> None:
+def test_plan_block_runs(block: str, tmp_path: Path) -> None:
     """On a CUDA machine to the letter; elsewhere "cuda" reads "cpu", without the synchronisation and the
     repetitions of 6.1.
     """
@@ -41,21 +41,14 @@ def test_plan_block_runs(block: str) -> None:
         text = text.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", "").replace("range(3)", "range(0)")
         text = re.sub(r"range\(100\)", "range(1)", text)
         environment["TRITON_INTERPRET"] = "1"
-    # Triton reads a kernel's source from its file, so the text cannot be passed with -c
+    program = tmp_path / "block.py"  # a file and not -c, because Triton reads a kernel's source from its file
+    program.write_text(text, "utf-8")
     child = subprocess.run(
-        [sys.executable, "-"] if "triton.jit" not in text else [sys.executable, str(_on_disk(text))],
-        input=text, capture_output=True, text=True, timeout=300, env=environment, cwd=Path(__file__).parents[2],
+        [sys.executable, str(program)],
+        capture_output=True, text=True, timeout=300, env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
     assert re.search("PASSED|ms/call", child.stdout), child.stdout
-
-
-def _on_disk(text: str) -> Path:
-    import tempfile
-
-    path = Path(tempfile.mkdtemp()) / "block.py"
-    path.write_text(text, "utf-8")
-    return path
 
 
 @pytest.mark.parametrize("style", ["half", "interleaved"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class TriAttentionCompressor:
 
     def __init__(self, config: TriAttentionConfig) -> None:
         self.config = config
+        # every head's own scores, in float32: modes and dtype apply to what is selected from them
+        self._per_query_head = replace(config, pruning_mode="per_head", topk_dtype=torch.float32)
         self._layers: dict[int, _LayerState] = {}
         self._loaded: _Loaded | None = None
 
@@ -108,10 +110,9 @@ class TriAttentionCompressor:
         """Selection scores ``[B, H, N]``, or ``[B, 1, N]`` for ``per_layer`` (the maximum over KV heads)."""
         config, loaded = self.config, self._load(keys)
         loaded.check(config, keys, layer_idx)
-        per_query_head = TriAttentionConfig(**{**vars(config), "pruning_mode": "per_head", "topk_dtype": torch.float32})
         scores = compute_scores(
             keys, None, loaded.head_stats[layer_idx], loaded.omega, loaded.offsets, loaded.freq_weight,
-            per_query_head, round_start=t, trig_cache=loaded.trig_cache,
+            self._per_query_head, round_start=t, trig_cache=loaded.trig_cache,
         )  # fmt: skip
         if not scores.isfinite().all():
             raise TriAttentionError(
