@@ -1,26 +1,27 @@
-"""Phase 3: does the scoring kernel compile for this device, load and launch (plan 3.1)."""
+"""Phase 3: does the scoring kernel compile for this device, load and launch (plan 3.1).
+
+On a GPU each variant is also built ahead of time for that GPU, by the code of ``python -m verify compile``.
+"""
 
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from verify import check
-from verify.problems import Shape, make
+from verify import check, resources, skip
+from verify.builds import Build, BuildVerdict, Compilation
+from verify.checks import SKIP_CODES
+from verify.problems import Shape
 from verify.subject import Subject
+from verify.variants import PLAN, SCORING, score
 
-_VARIANTS = {
-    f"{dtype}-{style}-{aggregation}": Shape(
-        n=65, dtype=dtype, style=style, aggregation=aggregation, offsets=(1.0, 2.0, 4.0)
-    )
-    for dtype, style, aggregation in product(
-        ("bfloat16", "float16", "float32"), ("half", "interleaved"), ("mean", "max")
-    )
-}
+if TYPE_CHECKING:
+    from verify.record import Measurement
 
 
 @check(
-    "p3.scoring", gate="hard", cases=_VARIANTS, needs=("p1.identity", "p1.triton",),
-    claim="The scoring kernel compiles and launches for a key dtype, a pair layout and an aggregation.",
+    "p3.scoring", gate="hard", cases=SCORING, needs=("p1.identity", "p1.triton",),
+    claim="The scoring kernel compiles and launches for a key dtype, a pair layout, an aggregation and their corners.",
     reason=(
         "Triton compiles each variant anew for each GPU; one that does not compile is found here and "
         "not in a service."
@@ -28,48 +29,76 @@ _VARIANTS = {
     remedy="Read the compiler's message; python -m verify doctor says whether this triton knows the GPU.",
     timeout_s=180,
 )  # fmt: skip
-def test_kernel_launches(case: Shape, subject: Subject, device: str, seed: int) -> None:
+def test_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
     from verify.launches import counted
 
-    scoring = subject.attribute("vllm.core.kernels.triton_scoring", "triattention_scoring")
+    _all_built(builds)
     with counted() as launched:
-        scores = scoring(**make(case, seed, device).scoring_arguments())
+        scores, shape = score(subject, case, seed, device)
     assert launched, "the call launched no Triton kernel, so something else made these scores"
-    _shape_and_finite(scores, (case.b, case.h * case.g, case.n))
+    _shape_and_finite(scores, shape)
 
 
 @check(
-    "p3.plan", gate="hard", cases="as_written", plan="3.1", needs=("p1.identity", "p1.triton",),
+    "p3.plan", gate="hard", cases=PLAN, plan="3.1", needs=("p1.identity", "p1.triton",),
     claim="The plan's call of the scoring kernel returns finite scores of the right shape.",
     reason="It is the plan's HARD gate 3.1, with its own sizes and its unusual statistics (a below |m|).",
     remedy="See p3.scoring for the variant bfloat16-half-mean.",
     timeout_s=180,
 )  # fmt: skip
-def test_plan_as_written(case: str, subject: Subject, device: str, seed: int) -> None:
+def test_plan_as_written(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
     import torch
 
+    _all_built(builds)
     scoring = subject.attribute("vllm.core.kernels.triton_scoring", "triattention_scoring")
     draw = torch.Generator().manual_seed(seed)
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=draw).to(device)
 
-    batch, heads, seq_len, head_dim = 1, 8, 512, 128
-    freq_count = head_dim // 2
+    freq_count = case.d // 2
     scores = scoring(
-        K_rot=randn(batch, heads, seq_len, head_dim).to(torch.bfloat16),
+        K_rot=randn(case.b, case.h, case.n, case.d).to(torch.bfloat16),
         position_indices=None,
-        q_mean_real=randn(heads, freq_count),
-        q_mean_imag=randn(heads, freq_count),
-        q_abs_mean=randn(heads, freq_count).abs(),
-        freq_scale_sq=torch.ones(heads, freq_count, device=device),
+        q_mean_real=randn(case.h, freq_count),
+        q_mean_imag=randn(case.h, freq_count),
+        q_abs_mean=randn(case.h, freq_count).abs(),
+        freq_scale_sq=torch.ones(case.h, freq_count, device=device),
         omega=randn(freq_count),
-        offsets=torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], device=device),
-        round_start=512,
-        aggregation="mean",
-        rope_style="half",
+        offsets=torch.tensor(case.offsets, device=device),
+        round_start=case.t,
+        aggregation=case.aggregation,
+        rope_style=case.style,
     )
-    _shape_and_finite(scores, (batch, heads, seq_len))
+    _shape_and_finite(scores, (case.b, case.h, case.n))
+
+
+@check(
+    "p3.resources", gate="soft", needs_gpu=True, ahead_of_time=True,
+    cases={"stack": resources.stack, "registers": resources.registers},
+    claim="No kernel needs a stack, and none needs over 10 % more registers than in the last record of the GPU.",
+    reason="What does not fit into registers goes to memory, and a kernel that is bound by memory has none to spare.",
+    remedy=(
+        "python -m verify compile shows every kernel's resources; smaller blocks or more warps need fewer registers. "
+        "A growth that is meant is accepted by publishing the new record."
+    ),
+    tolerance="0 bytes of stack; 1.1 times the registers of the same kernel and variant in the last record.",
+    timeout_s=180,
+)  # fmt: skip
+def test_resources(
+    case: Callable[[Compilation, Compilation | None], list[Measurement]],
+    compilation: Compilation, last_compilation: Compilation | None, measure: Callable[..., None],
+) -> None:  # fmt: skip
+    found = case(compilation, last_compilation)
+    if not found:
+        skip("NO_BASELINE", SKIP_CODES["NO_BASELINE"])
+    for one in found:
+        measure(one.name, one.measured, one.allowed, unit=one.unit, where=one.where)
+
+
+def _all_built(builds: list[Build]) -> None:
+    for build in builds:
+        assert build.verdict is BuildVerdict.OK, f"{build.kernel} built ahead of time: {build.verdict}: {build.message}"
 
 
 def _shape_and_finite(scores, shape: tuple[int, ...]) -> None:

@@ -24,7 +24,8 @@ from triattention.trig import Weights
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@triton.jit
+# N changes at every round, and no access is wider for knowing that it divides by 16: one build serves them all
+@triton.jit(do_not_specialize=["N"])
 def score_kernel(
     k_ptr, w_ptr, w_abs_ptr, out_ptr,  # K, weights [Bw, H*G, A, 2, F], [H*G, F], scores [B, H*G, N]
     stride_kb, stride_kh, stride_kn, stride_kd, stride_wb,
@@ -74,11 +75,26 @@ def score_kernel(
         tl.store(p_out, b_score, mask=m_n)
 
 
-def block_n(frequencies: int, aggregation_width: int) -> int:
-    """Keys per program: the K tile must stay in registers beside the running weights."""
-    if frequencies > 64:
-        return 16
-    return 32 if aggregation_width > 1 or frequencies > 32 else 64
+#: Keys and warps per program, by head dim, bytes per key element and whether the tile is gone over once only (one query
+#: head, and the mean). Each is the block with the fewest instructions per key of those that need at most 96 registers
+#: and no stack on any architecture: 64 values of K per thread, or 32 where fp32 values, or values and norms kept for
+#: another head or offset, take more. ``python -m verify compile`` measures them.
+_BLOCKS = {
+    (64, 2, True): (64, 2), (64, 4, True): (32, 2), (64, 2, False): (64, 4), (64, 4, False): (64, 4),
+    (128, 2, True): (64, 4), (128, 4, True): (32, 4), (128, 2, False): (32, 4), (128, 4, False): (32, 4),
+    (256, 2, True): (64, 8), (256, 4, True): (32, 8), (256, 2, False): (32, 8), (256, 4, False): (16, 8),
+}  # fmt: skip
+
+
+def block(head_dim: int, key_bytes: int, passes: int) -> tuple[int, int]:
+    """``(BLOCK_N, num_warps)`` for keys of ``head_dim`` values of ``key_bytes`` each.
+
+    ``passes`` is how often a key is multiplied: query heads times offsets. A head dim between two rows of the table
+    takes the larger one; above 256 the tile keeps its size.
+    """
+    padded = triton.next_power_of_2(head_dim)
+    keys, warps = _BLOCKS[min(max(padded, 64), 256), key_bytes, passes == 1]
+    return max(1, keys * 256 // max(padded, 256)), warps
 
 
 def score_triton(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tensor:
@@ -98,15 +114,16 @@ def score_triton(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tens
         return out
     table = torch.stack([weights.re, weights.im], dim=-2).to(torch.float32).contiguous()
     norm = weights.norm.to(torch.float32).contiguous()
-    block = block_n(n_freq, width)
-    grid = (triton.cdiv(n_tokens, block), heads, batch)
+    group = n_query_heads // heads
+    keys_per_program, warps = block(2 * n_freq, keys.element_size(), group * width)
+    grid = (triton.cdiv(n_tokens, keys_per_program), heads, batch)
     # Triton launches on the current device, which need not be the one that holds the keys
     with torch.cuda.device(keys.device) if keys.is_cuda else contextlib.nullcontext():
         score_kernel[grid](
             keys, table, norm, out,
             *keys.stride(), table.stride(0) if n_weight_rows > 1 else 0,
-            n_tokens, n_query_heads // heads, width,
-            F=n_freq, BLOCK_F=triton.next_power_of_2(n_freq), BLOCK_N=block,
-            INTERLEAVED=style == "interleaved", MAX=width > 1,
+            n_tokens, group, width,
+            F=n_freq, BLOCK_F=triton.next_power_of_2(n_freq), BLOCK_N=keys_per_program,
+            INTERLEAVED=style == "interleaved", MAX=width > 1, num_warps=warps,
         )  # fmt: skip
     return out

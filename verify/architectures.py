@@ -8,7 +8,7 @@ from typing import Literal
 
 from verify.outcome import ConfigurationError
 
-Family = Literal["Ampere", "Ada Lovelace", "Hopper", "Blackwell"]
+Family = Literal["Ampere", "Ada Lovelace", "Hopper", "Blackwell", "Rubin"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,40 @@ class Minimums:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What one multiprocessor holds at a time (CUDA programming guide, specifications per compute capability)."""
+
+    warps: int
+    blocks: int
+    shared_kib: int
+
+    def occupancy(self, registers: int, warps: int, shared_bytes: int) -> float:
+        """The theoretical occupancy, of 1, of blocks of ``warps`` warps; 0 where not one fits.
+
+        Registers are given out per warp in units of 256 to four partitions of 16,384; shared memory in units of 128
+        bytes, 1 KiB more per block than it asks for.
+        """
+        per_warp = -(-registers * 32 // 256) * 256
+        warps_by_registers = 4 * (16_384 // per_warp)
+        per_block = -(-(shared_bytes + 1024) // 128) * 128
+        resident = min(
+            self.blocks, self.warps // warps, warps_by_registers // warps, self.shared_kib * 1024 // per_block
+        )
+        return resident * warps / self.warps
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
-    """One compute capability: its SM number, the products that have it and what it needs."""
+    """One compute capability: its SM number, the products that have it, what it needs and what it holds.
+
+    ``toolchain_gap`` says why no toolchain that the suite knows can build for it.
+    """
 
     sm: int
     family: Family
     products: tuple[str, ...]
     minimums: Minimums = Minimums()
+    limits: Limits | None = None
     note: str = ""
     toolchain_gap: str = ""
 
@@ -42,6 +69,10 @@ class Architecture:
     def capability(self) -> str:
         """The compute capability in CUDA's notation: ``12.0`` for SM 120."""
         return f"{self.sm // 10}.{self.sm % 10}"
+
+    def occupancy(self, registers: int, warps: int, shared_bytes: int) -> float | None:
+        """``Limits.occupancy``, None where the limits are not known."""
+        return self.limits.occupancy(registers, warps, shared_bytes) if self.limits else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +88,16 @@ Target = Architecture | Emulated
 #: What the suite needs on any GPU: the plan's table of minimum versions.
 SUITE_MINIMUMS = Minimums(cuda="12.8", torch="2.6", triton="3.2", flash_attn="2.7", vllm="0.19")
 
+_A100, _GA10X, _ADA, _ORIN = Limits(64, 32, 164), Limits(48, 16, 100), Limits(48, 24, 100), Limits(48, 16, 164)
+_HOPPER, _THOR, _RTX_50 = Limits(64, 32, 228), Limits(48, 24, 228), Limits(48, 24, 100)
+
 _BLACKWELL_RTX = Minimums(cuda="12.8", driver="570", torch="2.6", triton="3.2", flash_attn="2.7", vllm="0.19")
 
 #: Every architecture the suite covers, ascending. A gap in the numbers is a number NVIDIA never gave out.
 ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture(80, "Ampere", ("A100", "A30"), Minimums(cuda="11.0")),
-    Architecture(86, "Ampere", ("GeForce RTX 30 series", "RTX A6000", "A10", "A40"), Minimums(cuda="11.1")),
-    Architecture(87, "Ampere", ("Jetson Orin",), Minimums(cuda="11.4"), note="unified memory"),
+    Architecture(80, "Ampere", ("A100", "A30"), Minimums(cuda="11.0"), _A100),
+    Architecture(86, "Ampere", ("GeForce RTX 30 series", "RTX A6000", "A10", "A40"), Minimums(cuda="11.1"), _GA10X),
+    Architecture(87, "Ampere", ("Jetson Orin",), Minimums(cuda="11.4"), _ORIN, note="unified memory"),
     Architecture(
         88,
         "Ampere",
@@ -72,23 +106,26 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         note="no product is known to have it",
         toolchain_gap="known to ptxas 13 only; Triton's LLVM cannot build it",
     ),
-    Architecture(89, "Ada Lovelace", ("GeForce RTX 40 series", "L4", "L40", "L40S"), Minimums(cuda="11.8")),
-    Architecture(90, "Hopper", ("H100", "H200", "GH200"), Minimums(cuda="11.8")),
-    Architecture(100, "Blackwell", ("B200", "GB200"), Minimums(cuda="12.8", driver="570")),
-    Architecture(103, "Blackwell", ("B300", "GB300"), Minimums(cuda="12.9")),
+    Architecture(89, "Ada Lovelace", ("GeForce RTX 40 series", "L4", "L40", "L40S"), Minimums(cuda="11.8"), _ADA),
+    Architecture(90, "Hopper", ("H100", "H200", "GH200"), Minimums(cuda="11.8"), _HOPPER),
+    Architecture(100, "Blackwell", ("B200", "GB200"), Minimums(cuda="12.8", driver="570"), _HOPPER),
+    Architecture(103, "Blackwell", ("B300", "GB300"), Minimums(cuda="12.9"), _HOPPER),
+    Architecture(107, "Rubin", (), Minimums(triton="3.9"), note="no product is known to this suite"),
     Architecture(
         110,
         "Blackwell",
         ("Jetson Thor",),
         Minimums(cuda="13.0", driver="580", triton="3.7.1"),
+        _THOR,
         note="called sm101 before CUDA 13; unified memory",
     ),
-    Architecture(120, "Blackwell", ("GeForce RTX 50 series", "RTX PRO 6000 Blackwell"), _BLACKWELL_RTX),
+    Architecture(120, "Blackwell", ("GeForce RTX 50 series", "RTX PRO 6000 Blackwell"), _BLACKWELL_RTX, _RTX_50),
     Architecture(
         121,
         "Blackwell",
         ("GB10 (DGX Spark)",),
         _BLACKWELL_RTX,
+        _RTX_50,
         note="unified memory; ptxas knows it from CUDA 12.9 on",
     ),
 )
@@ -130,3 +167,23 @@ def parse_target(text: str) -> Target:
             )
     known = ", ".join(target.target for target in known_targets())
     raise ConfigurationError(f"{text!r} is no GPU architecture that this suite covers; known are {known}")
+
+
+def parse_targets(text: str) -> tuple[Architecture, ...]:
+    """The GPUs that ``all``, ``120,121``, ``sm120`` or ``80-121`` names, ascending and without repeats.
+
+    A range names the architectures that there are between its ends. Raises ConfigurationError for a name that
+    ``parse_target`` refuses, ``emulated``, and a range that runs backwards.
+    """
+    if text.strip().lower() == "all":
+        return ARCHITECTURES
+    chosen: set[int] = set()
+    for part in text.split(","):
+        ends = [parse_target(end) for end in part.split("-", 1)]
+        if EMULATED in ends:
+            raise ConfigurationError("emulated is no GPU, and nothing is built for it; name GPUs such as sm120 or all")
+        first, last = ends[0].sm, ends[-1].sm
+        if first > last:
+            raise ConfigurationError(f"the range {part.strip()!r} runs backwards; write {last}-{first}")
+        chosen.update(architecture.sm for architecture in ARCHITECTURES if first <= architecture.sm <= last)
+    return tuple(architecture for architecture in ARCHITECTURES if architecture.sm in chosen)

@@ -43,6 +43,7 @@ def load(folders: Sequence[Path] = ()) -> Archive:
 def _default(reports: Path) -> Iterator[Path]:
     yield from sorted((reports / "evidence").rglob("*.json"))
     yield from sorted((reports / "runs").glob(f"*/{RECORD}"))
+    yield from sorted((reports / "runs").glob("*/sm*.json"))
 
 
 def _given(folders: Iterable[Path]) -> Iterator[Path]:

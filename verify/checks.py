@@ -24,6 +24,7 @@ SKIP_CODES = MappingProxyType(
         "VRAM": "the GPU has less memory than the check needs",
         "OFFLINE": "the check needs a download and the run is offline",
         "NOT_LINUX": "the check applies to Linux only",
+        "NO_BASELINE": "there is no earlier record to compare with",
         "NOT_IMPLEMENTED": "the suite does not implement this soft check yet; it counts as absent",
     }
 )
@@ -54,7 +55,8 @@ class CheckSpec:
     what to do if it fails, ``tolerance`` which bound applies and where it comes from, ``plan`` the item of the
     verification plan (``"3.2"``) it answers. ``needs`` names checks (full ids, or families) whose HARD failure
     makes this one BLOCKED. ``needs_gpu`` checks are SKIP(NO_GPU) on the CPU target and are not on its must-pass
-    list.
+    list. A result of an ``ahead_of_time`` check is compiled evidence, and that is all it takes: it is about kernels
+    that need not run.
 
     Raises ValueError naming the family when a field breaks these rules.
     """
@@ -69,6 +71,7 @@ class CheckSpec:
     tolerance: str | None = None
     needs: tuple[str, ...] = ()
     needs_gpu: bool = False
+    ahead_of_time: bool = False
     sm_min: int = 80
     sm_max: int = 121
     timeout_s: float = 120.0

@@ -14,6 +14,8 @@ from verify.request import DEFAULT_SEED, RunRequest, parse_expect, parse_phases
 
 EXIT_CONFIGURATION = 3
 
+EXIT_INTERRUPTED = 2
+
 _FORMATS = ("terminal", "markdown", "json")
 
 #: What a run is started with and keeps, by the option that chooses it.
@@ -28,12 +30,14 @@ examples:
   python -m verify run --phases 1-4 --expect sm120
   python -m verify run --phase 4 -m hard
   python -m verify run --resume RUN              go on with an interrupted run
+  python -m verify compile                       build every kernel for every GPU; none is needed
+  python -m verify compile --sm 120,121 --full
   python -m verify report                        one line for every GPU
   python -m verify report --gpu sm120 --format markdown
   python -m verify doctor --expect sm90          is this machine ready, and is it the right one
   python -m verify explain p4.triton_oracle
 
-exit codes: 0 fine; 1 a HARD check failed; 2 interrupted, can be resumed; 3 configuration or usage;
+exit codes: 0 fine; 1 a HARD check failed; 2 interrupted, can be gone on with; 3 configuration or usage;
   4 a SOFT check failed under --strict-soft; 5 a report was made, but some records were unreadable
 """
 
@@ -42,6 +46,24 @@ examples:
   python -m verify run --phases 1,3-5
   python -m verify run --subject ../another-checkout --device cpu
   python -m verify run -m 'hard and not slow' --out results
+"""
+
+
+_COMPILE_TEXT = """\
+Builds each kernel that the subject launches for each architecture, with the Triton that is installed and no GPU.
+What is built counts as compiled evidence: the kernel builds for that GPU, which has yet to run it. A build that hangs
+or ends its process costs its own place only, and what was built is kept, by source and toolchain, for the next time.
+"""
+
+_COMPILE_EXAMPLES = """\
+examples:
+  python -m verify compile                       the default variants for every GPU from sm80 to sm121
+  python -m verify compile --sm sm120            one GPU, every kernel with what it takes
+  python -m verify compile --sm 80-90 --json
+  python -m verify compile --subject ../another-checkout --kernels their_kernel
+
+exit codes: 0 everything was built, or is a gap of the toolchain; 1 a kernel was not built; 2 interrupted, and what was
+  built is kept; 3 configuration or usage, or the toolchain can build for none of the GPUs
 """
 
 
@@ -63,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     _add_run(verbs)
+    _add_compile(verbs)
     report = _add(verbs, "report", "the gate matrix of a GPU from the records, or one line for every GPU")
     report.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
     _add_format(report)
@@ -142,6 +165,36 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
     run.add_argument("--strict-soft", action="store_true", help="exit 4 when a SOFT check fails")
 
 
+def _add_compile(verbs: argparse._SubParsersAction) -> None:
+    verb = _add(verbs, "compile", "build every kernel for every GPU ahead of time; no GPU is needed")
+    verb.description, verb.epilog = _COMPILE_TEXT, _COMPILE_EXAMPLES
+    verb.formatter_class = argparse.RawDescriptionHelpFormatter
+    verb.add_argument("--sm", metavar="GPUS", default="all", help="all (default), 80-121, 120,121, sm120 or 12.0")
+    verb.add_argument("--kernels", metavar="NAMES", help="only these kernels, by name, such as score_kernel")
+    verb.add_argument("--full", action="store_true", help="every combination, instead of the chosen variants")
+    verb.add_argument("--subject", metavar="S", default="bundled", help="bundled (default), or a checkout")
+    verb.add_argument("--jobs", type=int, metavar="N", help="builds at a time (default: one per processor)")
+    verb.add_argument("--timeout", type=float, metavar="S", help="seconds that one build may take (default: 60)")
+    verb.add_argument("--fresh", action="store_true", help="build anew what earlier calls have built")
+    verb.add_argument("--json", action="store_true", help="what was built, as JSON")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
+
+
+def _compile(chosen: argparse.Namespace) -> int:
+    from verify import ahead
+
+    try:
+        return ahead.compile_verb(
+            chosen.sm, kernels=chosen.kernels, full=chosen.full, subject=chosen.subject, jobs=chosen.jobs,
+            limit_s=chosen.timeout, fresh=chosen.fresh, as_json=chosen.json, out=chosen.out,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(
+            "verify: interrupted, and nothing was recorded; what was built is kept for the next time", file=sys.stderr
+        )
+        return EXIT_INTERRUPTED
+
+
 def _run(chosen: argparse.Namespace) -> int:
     request = request_of(chosen)
     from verify import runner
@@ -173,4 +226,4 @@ def _explain(chosen: argparse.Namespace) -> int:
     return pages.explain(chosen.id, chosen.records)
 
 
-_VERBS = {"run": _run, "report": _report, "doctor": _doctor, "gates": _gates, "explain": _explain}
+_VERBS = {"run": _run, "compile": _compile, "report": _report, "doctor": _doctor, "gates": _gates, "explain": _explain}

@@ -9,10 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from verify.architectures import Architecture
+from verify.builds import Compilation
 from verify.checks import PHASES
-from verify.matrix import Row, bound, count, headroom, rows
+from verify.matrix import Row, bound, built, compiled_words, count, headroom, rows
 from verify.record import Measurement, Record
-from verify.verdict import Assessment, Cell, describe_subject, fill_command, missing_by_phase, stale_because
+from verify.verdict import Assessment, Cell, describe_subject, fill_command, missing_by_phase
 
 
 def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -31,6 +32,8 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
     if assessment.used:
         header = ["run", "time", "GPU", "driver", "torch", "triton", "subject", "counts"]
         parts.append(markdown_table(header, _run_lines(assessment)))
+    if assessment.compilation:
+        parts.append(f"Compiled ahead of time: {_one_line(compiled_words(assessment.compilation))}.\n")
     header = ["phase", "plan", "check", "gate", "verdict", "evidence", "measured / allowed", "headroom"]
     body = [
         [
@@ -46,7 +49,7 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
         for row in rows(assessment.cells)
     ]
     parts.append(markdown_table(header, body))
-    failed = [cell for cell in assessment.cells if cell.failed]
+    failed = [cell for cell in assessment.cells if cell.failed or cell.not_compiled]
     if failed:
         told = (f"* **{cell.check.id}** {_one_line(cell.result.message)} (`{cell.result.repeat}`)\n" for cell in failed)
         parts.append("## Failures\n\n" + "".join(told))
@@ -68,11 +71,12 @@ def summary_markdown(assessments: Sequence[Assessment], unreadable: Sequence[str
             ", ".join(assessment.target.products) if isinstance(assessment.target, Architecture) else "",
             assessment.verdict,
             f"{sum(cell.passed for cell in assessment.must_pass)}/{len(assessment.must_pass)}",
+            built(assessment.compilation),
             assessment.used[0].time_utc if assessment.used else "-",
         ]
         for assessment in assessments
     ]
-    table = markdown_table(["target", "products", "verdict", "must-pass", "newest record"], body)
+    table = markdown_table(["target", "products", "verdict", "must-pass", "compiled", "newest record"], body)
     return table + "".join(f"\n* unreadable record {_one_line(sentence)}" for sentence in unreadable)
 
 
@@ -81,7 +85,8 @@ def report_json(assessment: Assessment, unreadable: Sequence[str]) -> str:
     whole = _summary(assessment) | {
         "subject": assessment.subject.model_dump() if assessment.subject else None,
         "runs": [_run(record) for record in assessment.used],
-        "stale": [_run(record) | {"because": stale_because(record, assessment.used[0])} for record in assessment.stale],
+        "stale": [_run(record) | {"because": assessment.why_stale(record)} for record in assessment.stale],
+        "compilation": assessment.compilation.model_dump(mode="json") if assessment.compilation else None,
         "rows": [_row(row) for row in rows(assessment.cells)],
         "missing": [cell.check.id for cells in missing.values() for cell in cells],
         "fill": fill_command(assessment) if missing else None,
@@ -93,6 +98,10 @@ def report_json(assessment: Assessment, unreadable: Sequence[str]) -> str:
 
 def summary_json(assessments: Sequence[Assessment], unreadable: Sequence[str]) -> str:
     return dumps({"targets": [_summary(assessment) for assessment in assessments], "unreadable": list(unreadable)})
+
+
+def compilations_json(compilations: Sequence[Compilation]) -> str:
+    return dumps({"targets": [{"target": f"sm{one.sm}"} | one.model_dump(mode="json") for one in compilations]})
 
 
 FULL: MappingProxyType[str, Callable[[Assessment, Sequence[str]], str]] = MappingProxyType(
@@ -119,6 +128,11 @@ def _summary(assessment: Assessment) -> dict[str, Any]:
             "passed": sum(cell.passed for cell in hard),
             "failed": [cell.check.id for cell in hard if cell.failed],
         },
+        "compiled": {
+            "kernels": built(assessment.compilation),
+            "must_pass": [cell.check.id for cell in hard if cell.compiled],
+            "not_built": [cell.check.id for cell in hard if cell.not_compiled],
+        },
         "newest_record": assessment.used[0].time_utc if assessment.used else None,
     }
 
@@ -129,6 +143,7 @@ def _run(record: Record) -> dict[str, Any]:
         "run_id": record.run_id,
         "time_utc": record.time_utc,
         "state": record.state,
+        "ahead_of_time": record.ahead_of_time,
         "selection": record.selection,
         "model": record.model,
         "seed": record.seed,
@@ -142,7 +157,7 @@ def _run(record: Record) -> dict[str, Any]:
 
 def _run_lines(assessment: Assessment) -> Iterable[list[str]]:
     for record in (*assessment.used, *assessment.stale):
-        run, different = _run(record), stale_because(record, assessment.used[0])
+        run, different = _run(record), assessment.why_stale(record)
         columns = ("run_id", "time_utc", "gpu", "driver", "torch", "triton", "subject")
         yield [*(run[column] or "-" for column in columns), f"no: {different}" if different else "yes"]
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from verify.builds import BuildVerdict, Compilation
 from verify.checks import CheckSpec
 from verify.record import Measurement, Verdict
 from verify.verdict import Cell
@@ -15,8 +16,11 @@ PLAN_TABLE = ("1.3", "1.4", "3.1", "3.2", "4.1", "2.2", "4.2", "5.2", "6.1")
 
 NOT_RUN = "NOT RUN"
 
+#: A check that a GPU has yet to run, of which it is known that its kernels can be built for it.
+COMPILED = "COMPILED"
+
 # the word of a row is the first of these that one of its cells has
-_WORST_FIRST = (
+_WORST_FIRST: tuple[str, ...] = (
     Verdict.CRASH,
     Verdict.TIMEOUT,
     Verdict.ERROR,
@@ -24,8 +28,9 @@ _WORST_FIRST = (
     Verdict.XPASS,
     Verdict.INFRA,
     Verdict.BLOCKED,
-    None,
+    NOT_RUN,
     Verdict.SKIP,
+    COMPILED,
     Verdict.XFAIL,
     Verdict.PASS,
 )
@@ -43,14 +48,14 @@ class Row:
         return self.spec.phase
 
     @property
-    def worst(self) -> Verdict | None:
+    def worst(self) -> str:
         return min((_word(cell) for cell in self.cells), key=_WORST_FIRST.index)
 
     @property
     def verdict(self) -> str:
         """The worst verdict with its code or blocker, and ``2/37`` where only some of the checks have it."""
-        alike = [cell for cell in self.cells if _word(cell) is self.worst]
-        parts = [str(self.worst) if self.worst else NOT_RUN]
+        alike = [cell for cell in self.cells if _word(cell) == self.worst]
+        parts = [str(self.worst)]
         result = alike[0].result
         if result is not None and (result.code or result.by):
             parts.append(result.code or f"by {result.by}")
@@ -113,8 +118,35 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _word(cell: Cell) -> Verdict | None:
-    return cell.result.verdict if cell.result and cell.proves else None
+def built(compilation: Compilation | None) -> str:
+    """How much was built for a target, in a word: ``21/21``, ``gap`` where the toolchain builds nothing, ``-``."""
+    if compilation is None:
+        return "-"
+    if compilation.gap:
+        return "gap"
+    good = sum(build.verdict is BuildVerdict.OK for build in compilation.builds)
+    return f"{good}/{len(compilation.builds) + len(compilation.unlaunched)}"
+
+
+def compiled_words(compilation: Compilation) -> str:
+    """What was built for a target and what it takes, in a sentence."""
+    tools = f"triton {compilation.triton}, ptxas {compilation.ptxas}"
+    if compilation.gap:
+        return f"toolchain gap, {compilation.toolchain} with {tools}: {compilation.gap}"
+    found = [build.resources for build in compilation.builds if build.resources]
+    if not found:
+        return f"{built(compilation)} kernels built with {tools}"
+    registers, stack = [one.registers for one in found], max(one.stack_bytes for one in found)
+    needs = f"{min(registers)} to {max(registers)} registers, {f'{stack} bytes of stack' if stack else 'no stack'}"
+    return f"{built(compilation)} kernels built with {tools}; {needs}"
+
+
+def _word(cell: Cell) -> str:
+    if cell.result is None:
+        return NOT_RUN
+    if cell.proves or cell.not_compiled:
+        return cell.result.verdict
+    return COMPILED if cell.compiled else NOT_RUN
 
 
 def _informs(cell: Cell) -> bool:

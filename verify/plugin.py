@@ -22,6 +22,8 @@ from pathlib import Path
 import pytest
 
 from verify import events
+from verify.architectures import parse_target
+from verify.builds import Build, Compilation
 from verify.checks import PHASES
 from verify.device import Device, derive_seed, prepare, resolve
 from verify.manifest import Manifest, Selected, freeze, survey
@@ -240,6 +242,35 @@ def model_name(pytestconfig: pytest.Config) -> str:
     return pytestconfig.stash[SESSION].model
 
 
+@pytest.fixture(scope="session")
+def compilation(pytestconfig: pytest.Config) -> Compilation | None:
+    """The default kernels, built ahead of time for this run's GPU; None where the run has none."""
+    session = pytestconfig.stash[SESSION]
+    if session.device.name == "cpu":
+        return None
+    from verify.compilation import Order, compile_ahead
+    from verify.variants import DEFAULT
+
+    gpu = parse_target(session.manifest.target)
+    return compile_ahead(Order(session.subject, (gpu,), DEFAULT, jobs=len(os.sched_getaffinity(0))))[0]
+
+
+@pytest.fixture
+def builds(request: pytest.FixtureRequest, compilation: Compilation | None) -> list[Build]:
+    """The builds for this run's GPU that the case, a variant, launches; none on a CPU."""
+    return compilation.of(request.node.callspec.id) if compilation else []
+
+
+@pytest.fixture(scope="session")
+def last_compilation(pytestconfig: pytest.Config) -> Compilation | None:
+    """What the last record of this run's GPU that has builds of the subject built."""
+    from verify.archive import load
+    from verify.resources import last_of
+
+    session = pytestconfig.stash[SESSION]
+    return last_of(load().records, session.manifest.target, session.subject.source)
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A 32-bit seed that depends on the run's seed and the check's id only."""
@@ -259,8 +290,6 @@ def measure(request: pytest.FixtureRequest) -> Measure:
         found = Measurement(name=name, measured=float(measured), allowed=float(allowed), unit=unit, where=where)
         taken.append(found)
         if not found.within:
-            value, bound = (f"{number:.6g}{f' {unit}' if unit else ''}" for number in (found.measured, found.allowed))
-            place = f" at {where}" if where else ""
-            raise AssertionError(f"{name}: measured {value}, allowed {bound}{place}; repeat with: {repeat}")
+            raise AssertionError(f"{found.told}; repeat with: {repeat}")
 
     return measure

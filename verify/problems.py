@@ -32,6 +32,7 @@ class Shape:
     disable_mlr: bool = False
     disable_trig: bool = False
     strides: str = "contiguous"
+    cached: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import os
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from verify.builds import Compilation, Sha256, Strict
 from verify.checks import SKIP_CODES, Gate
 
 SCHEMA_VERSION = 1
@@ -39,18 +40,11 @@ class Verdict(StrEnum):
 #: Verdicts that say that something is wrong, as against SKIP, BLOCKED and XFAIL, which say that nothing was learnt.
 FAILING = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.XPASS, Verdict.INFRA})
 
-#: A digest in the form in which hashlib prints it.
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
 #: What a result proves; the three are never mixed in one cell.
 Evidence = Literal["hardware", "compiled", "emulated"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
-
-
-class Measurement(_Strict):
+class Measurement(Strict):
     """One number that was compared with a bound; ``headroom`` is allowed / measured."""
 
     name: str = Field(min_length=1)
@@ -67,8 +61,14 @@ class Measurement(_Strict):
     def headroom(self) -> float:
         return math.inf if self.measured == 0 else self.allowed / self.measured
 
+    @property
+    def told(self) -> str:
+        """What was measured, what was allowed, and where, as a failure says it."""
+        unit, place = self.unit and f" {self.unit}", self.where and f" at {self.where}"
+        return f"{self.name}: measured {self.measured:.6g}{unit}, allowed {self.allowed:.6g}{unit}{place}"
 
-class CheckResult(_Strict):
+
+class CheckResult(Strict):
     """One check on one target. Raises ValidationError when the verdict and the other fields contradict each other."""
 
     id: str = Field(pattern=r"^p[1-8]\.[a-z0-9_]+\.[A-Za-z0-9_\-]+$")
@@ -80,7 +80,7 @@ class CheckResult(_Strict):
     evidence: Evidence
     seed: int
     duration_s: float = Field(ge=0)
-    measurements: list[Measurement] = []
+    measurements: list[Measurement] = Field(default_factory=list)
     message: str = ""
     repeat: str = Field(min_length=1)
 
@@ -110,7 +110,7 @@ class CheckResult(_Strict):
         return min(self.measurements, key=order, default=None)
 
 
-class Gpu(_Strict):
+class Gpu(Strict):
     name: str = Field(min_length=1)
     uuid_sha256: str = Field(min_length=1)
     sm: int = Field(ge=10, le=999)
@@ -118,7 +118,7 @@ class Gpu(_Strict):
     driver: str = Field(min_length=1)
 
 
-class Environment(_Strict):
+class Environment(Strict):
     """Where a run happened. A package that is not there is the words ``not installed``, never an empty field."""
 
     gpu: Gpu | None
@@ -135,7 +135,7 @@ class Environment(_Strict):
     variables: dict[str, str]
 
 
-class SubjectInfo(_Strict):
+class SubjectInfo(Strict):
     """The implementation under test; ``git_sha`` is ``none`` where the source is not a git checkout.
 
     ``content_sha256`` is the digest of the package's files: what it is, wherever it lay and whatever git knows of it.
@@ -149,11 +149,11 @@ class SubjectInfo(_Strict):
     content_sha256: Sha256
 
 
-class Record(_Strict):
+class Record(Strict):
     """One run on one target (``emulated`` or ``sm<NN>``).
 
-    ``instrument_sha256`` is the digest of the suite's own sources. Raises ValidationError when the parts contradict
-    each other.
+    ``instrument_sha256`` is the digest of the suite's own sources. A record with a ``compilation`` was made without the
+    target's GPU, and has compiled evidence only. Raises ValidationError when the parts contradict each other.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -169,6 +169,12 @@ class Record(_Strict):
     selection: str
     duration_s: float = Field(ge=0)
     results: list[CheckResult]
+    compilation: Compilation | None = None
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether this is about kernels that were built and not run."""
+        return self.compilation is not None
 
     @model_validator(mode="after")
     def _once_and_on_target(self) -> Record:
@@ -182,9 +188,14 @@ class Record(_Strict):
                 raise ValueError(f"{result.id} claims hardware evidence in an emulated run")
             if result.evidence == "hardware" and interpreted:
                 raise ValueError(f"{result.id} claims hardware evidence, but TRITON_INTERPRET emulated the kernels")
-        if self.target != "emulated" and (
-            self.environment.gpu is None or f"sm{self.environment.gpu.sm}" != self.target
-        ):
+        gpu = self.environment.gpu
+        if self.compilation is not None:
+            if f"sm{self.compilation.sm}" != self.target:
+                raise ValueError(f"run {self.run_id} claims {self.target}, but was built for sm{self.compilation.sm}")
+            ran = [result.id for result in self.results if result.evidence != "compiled"]
+            if gpu is not None or ran:
+                raise ValueError(f"run {self.run_id} was built ahead of time, but {ran[0] if ran else gpu.name} ran")
+        elif self.target != "emulated" and (gpu is None or f"sm{gpu.sm}" != self.target):
             raise ValueError(f"run {self.run_id} claims {self.target}, but its environment has another GPU or none")
         return self
 

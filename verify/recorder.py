@@ -211,7 +211,7 @@ class Recorder:
             verdict=ending.verdict,
             code=ending.code,
             by=ending.by,
-            evidence=self.manifest.evidence,
+            evidence="compiled" if spec.ahead_of_time else self.manifest.evidence,
             seed=derive_seed(self.manifest.seed, check_id),
             duration_s=duration_s,
             measurements=measurements,

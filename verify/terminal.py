@@ -11,7 +11,7 @@ from rich.text import Text
 
 from verify.architectures import Architecture, Target
 from verify.checks import PHASES, SKIP_CODES
-from verify.matrix import NOT_RUN, Row, bound, by_phase, count, headroom, rows
+from verify.matrix import COMPILED, NOT_RUN, Row, bound, built, by_phase, compiled_words, count, headroom, rows
 from verify.record import FAILING
 from verify.verdict import (
     Assessment,
@@ -20,7 +20,6 @@ from verify.verdict import (
     describe_subject,
     fill_command,
     missing_by_phase,
-    stale_because,
 )
 
 #: From these widths on a row has room for padding, and for its claim.
@@ -58,6 +57,9 @@ def print_report(assessment: Assessment, console: Console) -> None:
     if assessment.used:
         console.print()
         console.print(_runs(assessment))
+    if assessment.compilation:
+        console.print()
+        console.print(Text(f"Compiled ahead of time: {compiled_words(assessment.compilation)}."))
     _print_cells(assessment.cells, console)
     _print_unknown(assessment, console)
     _print_missing(assessment, console)
@@ -77,6 +79,7 @@ def print_summary(assessments: Sequence[Assessment], console: Console) -> None:
         ("target", {"no_wrap": True}),
         ("verdict", {"no_wrap": True}),
         ("must-pass", {"justify": "right", "no_wrap": True}),
+        ("compiled", {"justify": "right", "no_wrap": True}),
         ("newest record", {"no_wrap": True}),
         ("products", {}),
     ):
@@ -87,6 +90,7 @@ def print_summary(assessments: Sequence[Assessment], console: Console) -> None:
             assessment.target.target,
             Text(assessment.verdict, style=_VERDICT_STYLE.get(assessment.verdict, "bold red")),
             f"{passed}/{len(assessment.must_pass)}",
+            built(assessment.compilation),
             assessment.used[0].time_utc[:10] if assessment.used else "-",
             _products(assessment.target),
         )
@@ -100,6 +104,8 @@ def verdict_text(word: str) -> Text:
     kind = word.split()[0]
     if kind == "PASS":
         return Text(word, style="green")
+    if kind == COMPILED:
+        return Text(word, style="cyan")
     if kind in FAILING:
         return Text(word, style="bold red")
     return Text(word, style="yellow" if word.startswith((NOT_RUN, "BLOCKED")) else "dim")
@@ -138,8 +144,9 @@ def _runs(assessment: Assessment) -> Table:
         where = f"{environment.gpu.name}, driver {environment.gpu.driver}" if environment.gpu else environment.os
         subject = describe_subject(record.subject)
         facts = f"{where}; torch {environment.torch}, triton {environment.triton}; {subject}; {record.state}"
-        different = stale_because(record, assessment.used[0])
-        kind = Text("stale", style="yellow") if different else Text("run", style="dim")
+        different = assessment.why_stale(record)
+        word = "compiled" if record.ahead_of_time else "run"
+        kind = Text("stale", style="yellow") if different else Text(word, style="dim")
         table.add_row(kind, Text(f"{record.run_id}: {facts}{f'; {different}' if different else ''}"))
     if len(records) > _RUNS:
         table.add_row("", f"and {count(len(records) - _RUNS, 'more record')}; --format json has them all")
@@ -152,7 +159,7 @@ def _print_cells(cells: Sequence[Cell], console: Console) -> None:
     console.print()
     console.print(_matrix(rows(cells), console.width))
     console.print()
-    failed = [cell for cell in cells if cell.failed]
+    failed = [cell for cell in cells if cell.failed or cell.not_compiled]
     for cell in failed[:_TOLD]:
         style = "bold red" if cell.must_pass else "bold yellow"
         told = Text.assemble((f"{cell.result.verdict} ", style), (cell.check.id, "bold"), f"  {cell.result.message}")
@@ -209,6 +216,8 @@ def _print_missing(assessment: Assessment, console: Console) -> None:
         return
     places = ", ".join(f"{len(cells)} in phase {phase} {PHASES[phase]}" for phase, cells in missing.items())
     total = count(sum(map(len, missing.values())), "must-pass check")
-    console.print(Text(f"Missing: {total} ({places})."))
+    compiled = sum(cell.compiled for cells in missing.values() for cell in cells)
+    ahead = f"; {compiled} of them compiled ahead of time" if compiled else ""
+    console.print(Text(f"Missing: {total} ({places}){ahead}."))
     where = "on a machine with this GPU" if isinstance(assessment.target, Architecture) else "on any machine"
     console.print(Text.assemble(f"What would fill it, {where}: ", (fill_command(assessment), "bold")), soft_wrap=True)

@@ -9,6 +9,7 @@ from enum import StrEnum
 from itertools import compress
 
 from verify.architectures import EMULATED, Target
+from verify.builds import Compilation
 from verify.checks import Check, Gate
 from verify.record import FAILING, CheckResult, Evidence, Record, SubjectInfo, Verdict
 
@@ -33,7 +34,9 @@ _EMULATED_WORDS = {
 }
 
 #: What a cell of a matrix may show, best proof first. A GPU's cell never shows an emulated result.
-_SHOWN: dict[bool, tuple[Evidence, ...]] = {True: ("emulated",), False: ("hardware", "compiled")}
+_EMULATED_ONLY: tuple[Evidence, ...] = ("emulated",)
+_ON_A_GPU: tuple[Evidence, ...] = ("hardware", "compiled")
+_AHEAD_OF_TIME: tuple[Evidence, ...] = ("compiled",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,16 @@ class Cell:
     @property
     def failed(self) -> bool:
         return self.proves and self.result is not None and self.result.verdict in FAILING
+
+    @property
+    def compiled(self) -> bool:
+        """Built for the target, which has yet to run it."""
+        return not self.proves and self.result is not None and self.result.verdict is Verdict.PASS
+
+    @property
+    def not_compiled(self) -> bool:
+        """Tried ahead of time, and not built: no verdict about the target, and no good sign either."""
+        return not self.proves and self.result is not None and self.result.verdict in FAILING
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +93,15 @@ class Assessment:
     def subject(self) -> SubjectInfo | None:
         return self.used[0].subject if self.used else None
 
+    @property
+    def compilation(self) -> Compilation | None:
+        """What was built for the target the last time that anything was."""
+        return next((record.compilation for record in self.used if record.compilation), None)
+
+    def why_stale(self, record: Record) -> str | None:
+        """``stale_because`` against what the assessment rests on."""
+        return _why_stale(record, self.used)
+
 
 def must_pass(checks: Iterable[Check], target: Target) -> list[Check]:
     """The checks that ``target`` must pass: every HARD one whose range includes it."""
@@ -97,17 +119,30 @@ def subject_key(subject: SubjectInfo) -> tuple[str, str, str]:
 
 
 def stale_because(record: Record, newest: Record) -> str | None:
-    """What ``record`` has otherwise than the ``newest`` one, as ``another torch``; None where both can be merged."""
+    """What ``record`` has otherwise than the ``newest`` one, as ``another torch``; None where both can be merged.
+
+    A run and a compilation ahead of time need not be of one machine, only of one subject and one suite.
+    """
     ours, theirs = record.environment, newest.environment
     pairs = {
         "subject": (subject_key(record.subject), subject_key(newest.subject)),
         "version of this suite": (record.instrument_sha256, newest.instrument_sha256),
-        "torch": (ours.torch, theirs.torch),
-        "triton": (ours.triton, theirs.triton),
-        "driver": (ours.gpu and ours.gpu.driver, theirs.gpu and theirs.gpu.driver),
-        "GPU": (ours.gpu and ours.gpu.uuid_sha256, theirs.gpu and theirs.gpu.uuid_sha256),
     }
+    if record.ahead_of_time == newest.ahead_of_time:
+        pairs["triton"] = (ours.triton, theirs.triton)
+    if not record.ahead_of_time and not newest.ahead_of_time:
+        pairs |= {
+            "torch": (ours.torch, theirs.torch),
+            "driver": (ours.gpu and ours.gpu.driver, theirs.gpu and theirs.gpu.driver),
+            "GPU": (ours.gpu and ours.gpu.uuid_sha256, theirs.gpu and theirs.gpu.uuid_sha256),
+        }
     return next((f"another {name}" for name, (one, other) in pairs.items() if one != other), None)
+
+
+def _why_stale(record: Record, newer: Sequence[Record]) -> str | None:
+    """``stale_because`` against the first of ``newer``, and the first of them that is of the record's own kind."""
+    same_kind = next((one for one in newer if one.ahead_of_time == record.ahead_of_time), record)
+    return next((why for one in (*newer[:1], same_kind) if (why := stale_because(record, one))), None)
 
 
 def describe_subject(subject: SubjectInfo) -> str:
@@ -121,11 +156,12 @@ def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -
     """The verdict of ``target`` from those of ``records`` that are about it and comparable with its newest record.
 
     Per id the newest result counts, a failure as much as a pass; a must-pass check of phase 6 counts with the embedded
-    model only. Records of another subject, instrument, software or card are listed as stale. A result whose gate is not
-    the catalogue's is of a check that this suite does not have.
+    model only. Records of another subject, instrument, software or card are listed as stale; a compilation ahead of
+    time makes no run stale but by its subject or its instrument. A result whose gate is not the catalogue's is of a
+    check that this suite does not have.
     """
     own = newest_first(record for record in records if record.target == target.target)
-    same = [stale_because(record, own[0]) is None for record in own]
+    same = [_why_stale(record, own) is None for record in own]
     used, stale = list(compress(own, same)), [record for record, kept in zip(own, same, strict=True) if not kept]
     wanted = {check.id for check in must_pass(checks, target)}
     gates = {check.id: check.spec.gate for check in checks}
@@ -160,7 +196,7 @@ def _newest_results(
 def _cell(
     check: Check, target: Target, found: dict[tuple[str, Evidence], tuple[CheckResult, str]], wanted: bool
 ) -> Cell:
-    shown = _SHOWN[target is EMULATED]
+    shown = _AHEAD_OF_TIME if check.spec.ahead_of_time else _EMULATED_ONLY if target is EMULATED else _ON_A_GPU
     for evidence in shown:
         if (check.id, evidence) in found:
             result, run_id = found[check.id, evidence]
@@ -188,6 +224,14 @@ def _sentence(target: Target, verdict: TargetVerdict, cells: Sequence[Cell], use
         return f"There is no record of {who}, so none of its {len(hard)} must-pass checks is verified."
     failed = [cell.check.id for cell in hard if cell.failed]
     passed = sum(cell.passed for cell in hard)
+    ahead = "".join(
+        f", {number} of them {words}"
+        for number, words in (
+            (sum(cell.compiled for cell in hard), "compiled ahead of time"),
+            (sum(cell.not_compiled for cell in hard), "NOT compiled when that was tried"),
+        )
+        if number
+    )
     where = f"{_where(target, used)} for {describe_subject(used[0].subject)}"
     end = "; this verifies no GPU." if emulated else "."
     if verdict in (TargetVerdict.VERIFIED, TargetVerdict.EMULATED_PASS):
@@ -195,17 +239,18 @@ def _sentence(target: Target, verdict: TargetVerdict, cells: Sequence[Cell], use
     if failed:
         ended = "could not be judged" if verdict is TargetVerdict.INFRA else "failed"
         start = f"{len(failed)} of {len(hard)} must-pass checks {ended} {where}, the first of them {failed[0]}"
-        return f"{start}; {passed} passed, {len(hard) - passed - len(failed)} without a result that counts{end}"
+        return f"{start}; {passed} passed, {len(hard) - passed - len(failed)} without a result that counts{ahead}{end}"
     return (
         f"{passed} of {len(hard)} must-pass checks passed {where} and none failed, "
-        f"but {len(hard) - passed} without a result that counts leave {target.target} open{end}"
+        f"but {len(hard) - passed} without a result that counts{ahead and ahead + ','} leave {target.target} open{end}"
     )
 
 
 def _where(target: Target, used: Sequence[Record]) -> str:
     if target is EMULATED:
         return "under Triton's interpreter and CPU torch"
-    return "on " + " and ".join(dict.fromkeys(record.environment.gpu.name for record in used if record.environment.gpu))
+    cards = dict.fromkeys(record.environment.gpu.name for record in used if record.environment.gpu)
+    return f"on {' and '.join(cards)}" if cards else f"without any {target.target} GPU"
 
 
 def _soft(cells: Sequence[Cell]) -> str:

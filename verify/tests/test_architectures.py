@@ -23,7 +23,7 @@ def test_emulated_is_a_target_but_no_gpu() -> None:
 
 
 def test_architectures_are_ascending_and_none_is_invented() -> None:
-    assert [a.sm for a in ARCHITECTURES] == [80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]
+    assert [a.sm for a in ARCHITECTURES] == [80, 86, 87, 88, 89, 90, 100, 103, 107, 110, 120, 121]
     assert [a.sm for a in ARCHITECTURES if a.toolchain_gap] == [88]
 
 

@@ -56,7 +56,8 @@ class Tree:
 
     def records(self) -> list[Record]:
         """The records of all runs, oldest first."""
-        return [read_record(path) for path in sorted(self.root.glob("reports/runs/*/record.json"))]
+        paths = self.root.glob("reports/runs/*/record.json")
+        return [read_record(path) for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
 
     def results(self) -> dict[str, CheckResult]:
         """The results of the newest run, by id."""

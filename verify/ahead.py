@@ -1,0 +1,257 @@
+"""``python -m verify compile``: a verdict about cards that are not here, as far as a compiler can give one."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from verify.architectures import parse_targets
+from verify.archive import load
+from verify.builds import BuildVerdict, Compilation
+from verify.checks import SKIP_CODES, Check, catalogue
+from verify.compilation import LIMIT_S, Order, Progress, compile_ahead, failed, prepare
+from verify.compiler import Answer
+from verify.environment import capture
+from verify.instrument import instrument_sha256
+from verify.manifest import new_run_id, utc_now
+from verify.outcome import ConfigurationError
+from verify.record import CheckResult, Record, Verdict, write_record
+from verify.request import DEFAULT_SEED, default_out, repository_root
+from verify.resources import last_of
+from verify.subject import Subject, find_subject
+from verify.variants import DEFAULT, FULL
+
+EXIT_OK, EXIT_FAILED, EXIT_NOTHING = 0, 1, 3
+
+#: What a build that is not OK makes of the check that launches it. A toolchain that is too old says nothing about it.
+_VERDICTS = {
+    BuildVerdict.OK: Verdict.PASS,
+    BuildVerdict.COMPILE_ERROR: Verdict.FAIL,
+    BuildVerdict.CRASH: Verdict.CRASH,
+    BuildVerdict.TIMEOUT: Verdict.TIMEOUT,
+}
+
+
+def compile_verb(
+    sm: str,
+    *,
+    kernels: str | None = None,
+    full: bool = False,
+    subject: str = "bundled",
+    jobs: int | None = None,
+    limit_s: float | None = None,
+    fresh: bool = False,
+    as_json: bool = False,
+    out: Path | None = None,
+) -> int:
+    """Build, write a record for each GPU, print the table, and return the exit code of ``python -m verify compile``.
+
+    0 everything that the toolchain can build was built (soft failures are warnings), 1 a kernel was not built, 3 the
+    toolchain can build for none of the GPUs. Raises ConfigurationError when the request cannot be carried out or the
+    records cannot be written.
+    """
+    root, out = repository_root(), (out or default_out()).resolve()
+    order = _order(sm, kernels, full, subject, jobs, limit_s, fresh, root)
+    if out.exists() and not out.is_dir():
+        raise ConfigurationError(f"--out {out} is not a directory; name a directory for the records")
+    prepare()
+    with _interruptible():
+        compilations = _with_progress(order)
+        records = _records(order, compilations, _words(order, sm, full), root)
+    folder = _write(records, out)
+    if as_json:
+        from verify.exports import compilations_json
+
+        print(compilations_json(compilations), end="")
+    else:
+        from verify.tables import print_compilations
+
+        print_compilations(compilations, records, os.path.relpath(folder))
+    if all(one.gap for one in compilations):
+        sys.stdout.flush()
+        print("verify: the toolchain can build for none of these GPUs, so nothing is known about them", file=sys.stderr)
+        return EXIT_NOTHING
+    return EXIT_FAILED if failed(compilations) else EXIT_OK
+
+
+def _order(
+    sm: str,
+    kernels: str | None,
+    full: bool,
+    subject: str,
+    jobs: int | None,
+    limit_s: float | None,
+    fresh: bool,
+    root: Path,
+) -> Order:
+    architectures = parse_targets(sm)
+    names = tuple(name.strip() for name in kernels.split(",")) if kernels is not None else ()
+    if kernels is not None and not all(names):
+        raise ConfigurationError(f"--kernels {kernels!r} has an empty name; give names such as score_kernel")
+    if jobs is not None and jobs < 1:
+        raise ConfigurationError(f"--jobs {jobs} builds nothing; give 1 or more")
+    if limit_s is not None and not 0 < limit_s <= 3600:
+        raise ConfigurationError(f"--timeout {limit_s:g} is out of range; give up to 3600 seconds")
+    return Order(
+        subject=find_subject(subject, root),
+        architectures=architectures,
+        variants=FULL if full else DEFAULT,
+        kernels=names,
+        jobs=jobs or len(os.sched_getaffinity(0)),
+        limit_s=limit_s or LIMIT_S,
+        fresh=fresh,
+    )
+
+
+def _words(order: Order, sm: str, full: bool) -> str:
+    """The request as it would be typed, without where anything lies."""
+    words = ["compile", "--sm", sm]
+    words += ["--kernels", ",".join(order.kernels)] if order.kernels else []
+    return shlex.join([*words, *(["--full"] if full else [])])
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the builds as Ctrl-C does: with no process left behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _with_progress(order: Order) -> list[Compilation]:
+    """Compile, with a bar on a terminal, and elsewhere a line before and after; both on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        "{task.description}",
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[last]}"),
+    )
+    begun, made = time.monotonic(), 0
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("building", total=None, last="asking the subject what it launches")
+
+        def planned(number: int) -> None:
+            bar.update(task, total=(bar.tasks[task].total or 0) + number, last="starting")
+
+        def ended(what: str, answer: Answer) -> None:
+            nonlocal made
+            made += 1
+            bar.update(task, advance=1, last=what)
+            if answer.verdict in (BuildVerdict.CRASH, BuildVerdict.TIMEOUT):
+                console.print(f"  {answer.verdict} {what}: {answer.message}", markup=False, soft_wrap=True)
+
+        compilations = compile_ahead(order, Progress(planned, ended))
+    kept = "" if made else "; everything was built before"
+    console.print(f"{made} builds in {time.monotonic() - begun:.1f} s{kept}", markup=False)
+    return compilations
+
+
+def _records(order: Order, compilations: Sequence[Compilation], words: str, root: Path) -> list[Record]:
+    """A record for each GPU, with the results of the checks that a build can answer."""
+    info, environment = order.subject.info(), capture("cpu")
+    environment = environment.model_copy(update={"ptxas": environment.ptxas})
+    checks = [check for check in catalogue() if check.phase == 3]
+    archive, digest, now = load().records, instrument_sha256(root), utc_now()
+    return [
+        Record(
+            run_id=new_run_id(f"sm{one.sm}-compiled"),
+            time_utc=now,
+            state="complete",
+            target=f"sm{one.sm}",
+            subject=info,
+            instrument_sha256=digest,
+            environment=environment,
+            model="none",
+            seed=DEFAULT_SEED,
+            selection=words,
+            duration_s=sum(build.duration_s for build in one.builds),
+            results=[] if one.gap else _results(order, one, checks, last_of(archive, f"sm{one.sm}", info.source)),
+            compilation=one,
+        )
+        for one in compilations
+    ]
+
+
+def _results(order: Order, now: Compilation, checks: Iterable[Check], last: Compilation | None) -> list[CheckResult]:
+    """The phase 3 checks whose case is a variant that was built, and those that compare what was built."""
+    results = []
+    for check in checks:
+        if check.spec.ahead_of_time:
+            if not order.kernels and now.builds:
+                results.append(_compared(order.subject, check, now, last))
+        elif (found := _launched(order.subject, check, now, order.kernels)) is not None:
+            results.append(found)
+    return results
+
+
+def _launched(subject: Subject, check: Check, now: Compilation, only: Sequence[str]) -> CheckResult | None:
+    """The result of a check that launches a variant; None where not all of its kernels were to be built."""
+    if problem := now.unlaunched.get(check.case):
+        return _result(subject, check, now, Verdict.FAIL, message=problem)
+    builds = now.of(check.case)
+    if not builds or only or any(build.verdict is BuildVerdict.TOOLCHAIN_TOO_OLD for build in builds):
+        return None
+    worst = next((build for build in builds if build.verdict is not BuildVerdict.OK), builds[0])
+    message = f"{worst.kernel} on sm{now.sm}: {worst.message}" if worst.message else ""
+    duration_s = sum(build.duration_s for build in builds)
+    return _result(subject, check, now, _VERDICTS[worst.verdict], message=message, duration_s=duration_s)
+
+
+def _compared(subject: Subject, check: Check, now: Compilation, last: Compilation | None) -> CheckResult:
+    found = check.spec.cases[check.case](now, last)
+    if not found:
+        return _result(subject, check, now, Verdict.SKIP, code="NO_BASELINE", message=SKIP_CODES["NO_BASELINE"])
+    outside = [one for one in found if not one.within]
+    verdict, message = (Verdict.FAIL, outside[0].told) if outside else (Verdict.PASS, "")
+    return _result(subject, check, now, verdict, measurements=found, message=message)
+
+
+def _result(subject: Subject, check: Check, now: Compilation, verdict: Verdict, **fields: object) -> CheckResult:
+    where = "" if subject.name == "bundled" else f" --subject {shlex.quote(os.path.relpath(subject.root))}"
+    return CheckResult(
+        id=check.id,
+        gate=check.spec.gate,
+        plan=check.spec.plan,
+        verdict=verdict,
+        evidence="compiled",
+        seed=DEFAULT_SEED,
+        repeat=f"python -m verify compile --sm {now.sm}{where} --fresh",
+        **({"duration_s": 0.0} | fields),
+    )
+
+
+def _write(records: Sequence[Record], out: Path) -> Path:
+    """One directory with a record for each GPU. Raises ConfigurationError, and leaves nothing, when that cannot be."""
+    folder = out / new_run_id("compiled")
+    try:
+        for record in records:
+            write_record(record, folder / f"{record.target}.json")
+    except OSError as error:
+        for file in folder.glob("*"):
+            file.unlink(missing_ok=True)
+        if folder.is_dir():
+            folder.rmdir()
+        raise ConfigurationError(
+            f"the records cannot be written to {folder} ({error.strerror}); what was built is kept, so make room or "
+            "choose another --out and call again"
+        ) from error
+    return folder

@@ -1,0 +1,321 @@
+"""Building a subject's kernels ahead of time, for architectures that need not be here.
+
+``capture`` asks the subject what it launches, ``compiler`` builds it, each in processes of their own; this module asks
+them, keeps what they answer by source and toolchain, and puts the answers together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from verify.architectures import Architecture
+from verify.builds import Build, BuildVerdict, Compilation, Strict
+from verify.capture import Captured
+from verify.compiler import Answer, Job
+from verify.environment import NOT_INSTALLED, ptxas_versions, variables, version_of
+from verify.instrument import digest_of
+from verify.launches import Launch, Tensor
+from verify.outcome import ConfigurationError
+from verify.problems import Shape
+from verify.record import write_atomic
+from verify.subject import Subject
+from verify.variants import widened
+from verify.workers import Pool, Worker, WorkerDied, WorkerHung
+
+#: How long one build may take, unless the user says otherwise; the slowest known takes two seconds.
+LIMIT_S = 60.0
+
+_CAPTURE_LIMIT_S = 300
+_SOURCES_LIMIT_S = 120.0
+
+#: What decides how a launch is captured, built and read: a change of it makes everything that was kept old.
+_OWN = ("capture", "launches", "compiler", "sass", "variants", "problems", "builds", "architectures", "probe_kernels")
+
+_USEFUL = re.compile(r"error|fatal|assert|abort", re.IGNORECASE)
+
+#: The suite's own kernel: a toolchain that cannot build it for an architecture can build nothing for it.
+_CONTROL = Launch(
+    module="verify.probe_kernels",
+    kernel="add_kernel",
+    arguments={name: Tensor(element="fp32", aligned=True) for name in ("x_ptr", "y_ptr", "out_ptr")} | {"n": 128},
+    grid=(1,),
+    options={},
+)
+
+
+class Kept(Strict):
+    """What a subject launches by variant, and the digest of the source of each kernel, by module and name."""
+
+    captured: dict[str, Captured]
+    sources: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be built: the variants by name, for which architectures, and how.
+
+    ``kernels`` are the names of the only kernels to build, all where it is empty; ``jobs`` builds run at a time, each
+    for ``limit_s`` at most; ``fresh`` takes nothing from earlier builds.
+    """
+
+    subject: Subject
+    architectures: tuple[Architecture, ...]
+    variants: Mapping[str, Shape]
+    kernels: tuple[str, ...] = ()
+    jobs: int = 1
+    limit_s: float = LIMIT_S
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Who is told what happens: how many builds there are to make, then each one that ended."""
+
+    planned: Callable[[int], None] = lambda count: None
+    ended: Callable[[str, Answer], None] = lambda what, answer: None
+
+
+def prepare() -> None:
+    """Set what decides how kernels are built, in this process and its children.
+
+    Raises ConfigurationError when a variable would have every architecture built as another one.
+    """
+    if target := os.environ.get("TRITON_OVERRIDE_ARCH"):
+        raise ConfigurationError(
+            f"TRITON_OVERRIDE_ARCH={target} would have every architecture built as that one; unset it"
+        )
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def compile_ahead(order: Order, progress: Progress = Progress()) -> list[Compilation]:
+    """Build what is ordered, one Compilation per architecture, in their order.
+
+    A build that fails, dies or does not end costs its own place and no other. Raises ConfigurationError when the
+    subject cannot be asked, has no kernel of a name in ``kernels``, or Triton is not installed.
+    """
+    if version_of("triton") == NOT_INSTALLED:
+        raise ConfigurationError("nothing can be built: triton is not installed; run `make setup`")
+    try:
+        with Pool("verify.compiler", _environment(order.subject), order.jobs) as pool:
+            return _Compiling(order, progress, pool).run()
+    except OSError as error:
+        raise ConfigurationError(
+            f"nothing can be built: {error}; free some space, or point TMPDIR elsewhere"
+        ) from error
+
+
+class _Compiling:
+    """One order being carried out."""
+
+    def __init__(self, order: Order, progress: Progress, pool: Pool) -> None:
+        self._order, self._progress, self._pool = order, progress, pool
+        self._toolchain = {
+            "triton": version_of("triton"),
+            "ptxas": ptxas_versions(),
+            "variables": {name: value for name, value in variables().items() if name.startswith("TRITON_")},
+            "own": digest_of([Path(__file__).with_name(f"{name}.py") for name in _OWN], Path(__file__).parent),
+        }
+
+    def run(self) -> list[Compilation]:
+        kept = self._kept()
+        launches, unlaunched = self._chosen(kept)
+        controls = {
+            (sm, 0): Job(launch=_CONTROL, keys=128, sm=sm, limit_s=self._order.limit_s)
+            for sm in (architecture.sm for architecture in self._order.architectures)
+        }
+        control = self._built(controls, kept.sources)
+        known = [sm for sm, _ in controls if not _is_gap(control[sm, 0])]
+        jobs = {
+            (sm, place): Job(launch=launch, keys=keys, sm=sm, limit_s=self._order.limit_s)
+            for sm in known
+            for place, (launch, keys, _) in enumerate(launches)
+        }
+        answers = self._built(jobs, kept.sources)
+        return [
+            Compilation(
+                sm=sm,
+                triton=self._toolchain["triton"],
+                ptxas=control[sm, 0].ptxas or "unknown",
+                toolchain=BuildVerdict.OK if sm in known else control[sm, 0].verdict,
+                gap="" if sm in known else control[sm, 0].message,
+                builds=[
+                    _build(launch, names, answers[sm, place]) for place, (launch, _, names) in enumerate(launches)
+                ] if sm in known else [],
+                unlaunched=unlaunched,
+            )
+            for sm, _ in controls
+        ]  # fmt: skip
+
+    def _chosen(self, kept: Kept) -> tuple[list[tuple[Launch, int, list[str]]], dict[str, str]]:
+        """The different launches, each with the keys it scores and its variants; and the variants that have none."""
+        names = {launch.kernel for captured in kept.captured.values() for launch in captured.launches}
+        if unknown := [name for name in self._order.kernels if name not in names]:
+            known = ", ".join(sorted(names)) or "none at all"
+            raise ConfigurationError(f"the subject launches no kernel {unknown[0]!r}; it launches {known}")
+        chosen: dict[tuple[str, int], tuple[Launch, int, list[str]]] = {}
+        for name, shape in self._order.variants.items():
+            wide = widened(shape)
+            keys = wide.b * wide.h * wide.n
+            for launch in kept.captured[name].launches:
+                if not self._order.kernels or launch.kernel in self._order.kernels:
+                    entry = chosen.setdefault((launch.model_dump_json(), keys), (launch, keys, []))
+                    if name not in entry[2]:
+                        entry[2].append(name)
+        problems = {name: captured.problem for name, captured in kept.captured.items() if captured.problem}
+        return list(chosen.values()), problems
+
+    def _kept(self) -> Kept:
+        """What the subject launches, asked for where its content or the question is new."""
+        subject = self._order.subject
+        names = {name: asdict(shape) for name, shape in self._order.variants.items()}
+        place = self._place("captured", subject.content_sha256(), names)
+        if (kept := self._read(place, Kept)) is not None:
+            return kept
+        captured = _ask(subject, names)
+        launches = [_CONTROL, *(launch for one in captured.values() for launch in one.launches)]
+        kernels = {f"{launch.module}.{launch.kernel}": launch for launch in launches}
+        question = {"sources": [launch.model_dump() for launch in kernels.values()]}
+        try:
+            answer = next(self._pool.each(lambda worker, job: worker.ask(job, _SOURCES_LIMIT_S), [question]))
+        except (WorkerDied, WorkerHung) as error:
+            said = _last(error.said) if isinstance(error, WorkerDied) else str(error)
+            raise ConfigurationError(
+                f"the kernels of subject {subject.name!r} cannot be imported where they are to be compiled ({said}); "
+                "define them at the top of their module"
+            ) from error
+        kept = Kept(captured=captured, sources=dict(zip(kernels, answer["sources"], strict=True)))
+        self._write(place, kept)
+        return kept
+
+    def _built(self, jobs: Mapping[tuple[int, int], Job], sources: Mapping[str, str]) -> dict[tuple[int, int], Answer]:
+        """The answers to ``jobs``, out of what is kept where that is the same kernel and toolchain."""
+        places = {
+            key: self._place("built", sources[f"{job.launch.module}.{job.launch.kernel}"], job.model_dump())
+            for key, job in jobs.items()
+        }
+        answers = {key: found for key, place in places.items() if (found := self._read(place, Answer)) is not None}
+        missing = [key for key in jobs if key not in answers]
+        self._progress.planned(len(missing))
+        for key, answer in self._pool.each(lambda worker, key: (key, _answer(worker, jobs[key])), missing):
+            answers[key] = answer
+            if answer.lasting:
+                self._write(places[key], answer)
+            self._progress.ended(f"sm{key[0]} {jobs[key].launch.kernel}", answer)
+        return answers
+
+    def _place(self, kind: str, *parts: Any) -> Path:
+        # the time that a build may take is not part of what is built
+        identity = json.dumps([parts, self._toolchain], sort_keys=True, default=str)
+        identity = re.sub(r'"limit_s": [\d.]+', "", identity)
+        return cache_folder() / kind / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+
+    def _read(self, place: Path, kind: type[Any]) -> Any | None:
+        """What is kept at ``place``; None where nothing is, or nothing that can be read."""
+        if self._order.fresh:
+            return None
+        try:
+            return kind.model_validate_json(place.read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def _write(self, place: Path, value: Strict) -> None:
+        # what cannot be kept is built again the next time
+        with suppress(OSError):
+            write_atomic(place, value.model_dump_json() + "\n")
+
+
+def cache_folder() -> Path:
+    """Where builds are kept, below ``TRIATTENTION_CACHE`` or the user's cache."""
+    root = os.environ.get("TRIATTENTION_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "triattention") / "compile"
+
+
+def _environment(subject: Subject, **own: str) -> dict[str, str]:
+    """The environment of a child that imports the subject, and this package wherever it is."""
+    inherited = subject.environment()
+    inherited.pop("TRITON_INTERPRET", None)
+    path = os.pathsep.join([inherited["PYTHONPATH"], str(Path(__file__).resolve().parents[1])])
+    return {**inherited, "PYTHONPATH": path, **own}
+
+
+def _ask(subject: Subject, names: Mapping[str, Mapping[str, Any]]) -> dict[str, Captured]:
+    question = {"name": subject.name, "root": str(subject.root), "source": subject.source, "variants": names}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "verify.capture"], input=json.dumps(question),
+            env=_environment(subject, TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=_CAPTURE_LIMIT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise ConfigurationError(
+            f"subject {subject.name!r} cannot be asked what it launches: no answer within {_CAPTURE_LIMIT_S} s; "
+            "try `python -m verify run --phase 3`"
+        ) from error
+    if child.returncode or not child.stdout.strip():
+        raise ConfigurationError(
+            f"subject {subject.name!r} cannot be asked what it launches ({_last(child.stderr)}); "
+            "try `python -m verify run --phase 3`"
+        )
+    answer = json.loads(child.stdout.splitlines()[-1])
+    if "refused" in answer:
+        raise ConfigurationError(answer["refused"])
+    return {name: Captured.model_validate(one) for name, one in answer["captured"].items()}
+
+
+def _answer(worker: Worker, job: Job) -> Answer:
+    """What a worker makes of a job, whatever becomes of the worker."""
+    try:
+        return Answer.model_validate(worker.ask(job.model_dump(mode="json"), job.limit_s))
+    except WorkerHung as error:
+        return Answer(verdict=BuildVerdict.TIMEOUT, message=str(error), lasting=False, duration_s=job.limit_s)
+    except WorkerDied as error:
+        said = _last(error.said)
+        message = f"the compiler's process {error.how}" + (f": {said}" if said else " and said nothing")
+        return Answer(verdict=BuildVerdict.CRASH, message=message, lasting=not error.killed)
+    except OSError as error:
+        return Answer(verdict=BuildVerdict.CRASH, message=f"{type(error).__name__}: {error}", lasting=False)
+
+
+def _last(text: str) -> str:
+    """The last line of ``text`` that complains, else its last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    complaints = [line for line in lines if _USEFUL.search(line)]
+    return (complaints or lines or [""])[-1]
+
+
+def _is_gap(control: Answer) -> bool:
+    """Whether the toolchain cannot build for the architecture; a control that was killed or hung does not tell."""
+    return control.verdict is not BuildVerdict.OK and control.lasting
+
+
+def _build(launch: Launch, variants: Sequence[str], answer: Answer) -> Build:
+    return Build(
+        kernel=launch.kernel,
+        variants=list(variants),
+        verdict=answer.verdict,
+        message=answer.message,
+        duration_s=answer.duration_s,
+        ptx_sha256=answer.ptx_sha256,
+        cubin_sha256=answer.cubin_sha256,
+        resources=answer.resources,
+    )
+
+
+def failed(compilations: Iterable[Compilation]) -> bool:
+    """Whether a kernel that the toolchain could build was not built, or a variant launches none."""
+    wrong = (BuildVerdict.COMPILE_ERROR, BuildVerdict.CRASH, BuildVerdict.TIMEOUT)
+    return any(
+        (one.unlaunched and not one.gap) or any(build.verdict in wrong for build in one.builds) for one in compilations
+    )

@@ -1,0 +1,251 @@
+"""The process that builds kernels: ``python -m verify.compiler FD`` takes jobs on stdin and answers on descriptor FD.
+
+It stands apart because LLVM ends the whole process on what it cannot build, and a build may never end. One JSON line
+per job: a ``Job`` is answered with an ``Answer``, and a list of launches under ``sources`` with the digest of each
+kernel's source, which covers everything that the kernel calls. Standard output is not for answers: Triton prints on it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from verify.architectures import find
+from verify.builds import BuildVerdict, Code, Resources, Strict
+from verify.launches import Launch, Tensor
+from verify.sass import Program, Undetermined
+
+_TOOL_LIMIT_S = 60
+
+#: What ptxas says of an architecture, or of a PTX version, that it is too old for.
+_TOO_OLD = re.compile(r"is not defined for option 'gpu-name'|requires PTX ISA|Unsupported \.version")
+_USEFUL = re.compile(r"fatal|error", re.IGNORECASE)
+#: What the disassembler says of an architecture that it does not know; registers and stack it has printed by then.
+_NOT_DECODED = "Cannot decode architecture"
+
+#: The names of files that a message would otherwise make different at every build.
+_TEMPORARY = re.compile(r"\S*/tmp\w+\.ptx\b")
+
+
+class Job(Strict):
+    """One launch to build for one architecture; it scores ``keys`` keys, and has ``limit_s`` for it."""
+
+    launch: Launch
+    keys: int
+    sm: int
+    limit_s: float
+
+
+class Answer(Strict):
+    """What became of a job. ``lasting`` is whether another try of the same job would end the same way."""
+
+    verdict: BuildVerdict
+    message: str = ""
+    lasting: bool = True
+    duration_s: float = 0.0
+    ptxas: str = ""
+    ptx_sha256: str | None = None
+    cubin_sha256: str | None = None
+    resources: Resources | None = None
+
+
+def function_of(launch: Launch) -> Any:
+    """The JIT function that a launch is of, out of whatever tunes it."""
+    found: Any = importlib.import_module(launch.module)
+    for name in launch.kernel.split("."):
+        found = getattr(found, name)
+    while not hasattr(found, "cache_key"):
+        found = found.fn
+    return found
+
+
+def specialised(
+    launch: Launch, parameters: list[Any]
+) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """Signature, constants and attributes of ``triton.compile`` for what a launch passes, as the JIT would choose them.
+
+    A number that is 1 becomes a constant, and a number or an address that divides by 16 is marked so, unless the kernel
+    asks for neither.
+    """
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(parameters):
+        value = launch.arguments[parameter.name]
+        kind = "constexpr" if parameter.is_constexpr else parameter.annotation_type or _type_of(value)
+        if kind != "constexpr" and type(value) is int and value == 1 and not parameter.do_not_specialize:
+            kind = "constexpr"
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(place,)] = value
+            continue
+        divides = value.aligned if isinstance(value, Tensor) else type(value) is int and value % 16 == 0
+        if divides and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"*{value.element}"
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64"
+    return "fp32" if isinstance(value, float) else "constexpr"
+
+
+def build(job: Job, scratch: Path) -> Answer:
+    """Build a job and read the cubin; files are made under ``scratch`` only."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    begun = time.perf_counter()
+    function = function_of(job.launch)
+    signature, constants, attributes = specialised(job.launch, function.params)
+    source = ASTSource(function, signature, constants, attributes)
+    try:
+        built = triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=dict(job.launch.options))
+        text = _disassembled(built.asm["cubin"], scratch)
+    except (OSError, MemoryError, subprocess.SubprocessError) as error:
+        return Answer(verdict=BuildVerdict.CRASH, message=f"{type(error).__name__}: {error}", lasting=False)
+    except Exception as error:  # whatever the compiler raises is what it has to say about this kernel
+        return _refused(error, scratch)
+    resources = _resources(job, built, Program.parse(text), _scalars(job.launch, signature))
+    return Answer(
+        verdict=BuildVerdict.OK,
+        duration_s=time.perf_counter() - begun,
+        ptx_sha256=hashlib.sha256(built.asm["ptx"].encode()).hexdigest(),
+        cubin_sha256=hashlib.sha256(built.asm["cubin"]).hexdigest(),
+        resources=resources,
+    )
+
+
+def _refused(error: Exception, scratch: Path) -> Answer:
+    """The answer for an exception of the compiler's; a full disk looks to ptxas like a kernel that it cannot build."""
+    try:
+        with tempfile.TemporaryFile(dir=scratch) as probe:
+            probe.write(bytes(1 << 20))
+    except OSError as full:
+        return Answer(verdict=BuildVerdict.CRASH, message=f"{type(full).__name__}: {full}", lasting=False)
+    text = str(error)
+    verdict = BuildVerdict.TOOLCHAIN_TOO_OLD if _TOO_OLD.search(text) else BuildVerdict.COMPILE_ERROR
+    return Answer(verdict=verdict, message=_told(error))
+
+
+def _told(error: Exception) -> str:
+    """The first useful line: what the assembler complains of, or what the language says and where."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if (node := getattr(error, "node", None)) is not None:
+        # the language shows the source, and says at the end what it does not like about it
+        line = f" (line {node.lineno} of the kernel)" if hasattr(node, "lineno") else ""
+        return f"{type(error).__name__}: {lines[-1]}{line}"
+    useful = [line for line in lines[1:] if _USEFUL.search(line)] or lines
+    return _TEMPORARY.sub("<ptx>", useful[0])
+
+
+def _disassembled(cubin: bytes, scratch: Path) -> str:
+    from triton import knobs
+
+    file = scratch / "kernel.cubin"
+    file.write_bytes(cubin)
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_LIMIT_S)
+    if done.returncode and _NOT_DECODED not in done.stderr:
+        raise OSError(f"cuobjdump ended with exit code {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _scalars(launch: Launch, signature: dict[str, str]) -> list[int | None]:
+    """The values of the arguments that are passed, in order; None for what is no integer."""
+    passed = (launch.arguments[name] for name, kind in signature.items() if kind != "constexpr")
+    return [int(value) if isinstance(value, int) else None for value in passed]
+
+
+def parameters(ptx: str) -> tuple[list[tuple[int, int]], int]:
+    """Offset and size in bytes of each parameter of the kernel in ``ptx``, and the size of all of them."""
+    head = ptx[ptx.index(".entry") :]
+    places, end = [], 0
+    for bits in re.findall(r"\.param \.[a-z](\d+)", head[: head.index("{")]):
+        size = int(bits) // 8
+        start = -(-end // size) * size
+        places.append((start, size))
+        end = start + size
+    return places, end
+
+
+def _resources(job: Job, built: Any, program: Program, scalars: list[int | None]) -> Resources:
+    warps, shared = built.metadata.num_warps, built.metadata.shared
+    return Resources(
+        registers=program.registers,
+        stack_bytes=program.stack_bytes,
+        shared_bytes=shared,
+        warps=warps,
+        occupancy=find(job.sm).occupancy(program.registers, warps, shared),
+        code=_code(job, built, program, scalars) if program.instructions else None,
+    )
+
+
+def _code(job: Job, built: Any, program: Program, scalars: list[int | None]) -> Code:
+    places, total = parameters(built.asm["ptx"])
+    base = program.constant_bytes - total  # the parameters end the constant bank
+    constants = {
+        base + start + 4 * part: (value >> 32 * part) & 0xFFFFFFFF
+        for (start, size), value in zip(places, scalars, strict=False)
+        if value is not None
+        for part in range(size // 4)
+    }
+    per_key, uncounted = None, ""
+    try:
+        per_key = program.executed(constants) * built.metadata.num_warps * job.launch.programs / job.keys
+    except Undetermined as error:
+        uncounted = str(error)
+    return Code(
+        instructions=len(program.instructions),
+        spill_store_bytes=program.local_bytes("STL"),
+        spill_load_bytes=program.local_bytes("LDL"),
+        loads=program.loads_by_width,
+        special_functions=program.count("MUFU"),
+        warp_instructions_per_key=per_key,
+        uncounted=uncounted,
+    )
+
+
+def main() -> int:
+    """Answer jobs until stdin ends. The first line says that everything is imported."""
+    from triton.backends.nvidia.compiler import get_ptxas  # what takes time is done before a job's time runs
+
+    scratch = Path(tempfile.gettempdir())
+    # out of memory, this process is the one to lose and not its parent
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    with os.fdopen(int(sys.argv[1]), "w") as answers:
+        print(json.dumps({"ready": True}), file=answers, flush=True)
+        for line in sys.stdin:
+            job = json.loads(line)
+            if "sources" in job:
+                launches = [Launch.model_validate(launch) for launch in job["sources"]]
+                answer: dict[str, Any] = {"sources": [function_of(launch).cache_key for launch in launches]}
+            else:
+                asked = Job.model_validate(job)
+                # a build that never ends outlives a parent that was killed, unless something here ends it
+                faulthandler.dump_traceback_later(2 * asked.limit_s + 60, exit=True)
+                built = build(asked, scratch)
+                answer = built.model_copy(update={"ptxas": get_ptxas(asked.sm).version}).model_dump(mode="json")
+                faulthandler.cancel_dump_traceback_later()
+                shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
+            print(json.dumps(answer), file=answers, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

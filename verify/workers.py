@@ -1,0 +1,171 @@
+"""Processes that answer JSON lines, bounded in time, and replaced when they die: nothing they do can end the parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: Importing torch from a cold disk takes most of a minute on small machines.
+_START_LIMIT_S = 180.0
+
+#: Of what a dead process wrote, the end.
+_TAIL_BYTES = 8_000
+
+
+class WorkerDied(Exception):
+    """The process ended without an answer; ``returncode`` is as subprocess gives it, ``said`` the end of its stderr."""
+
+    def __init__(self, returncode: int, said: str) -> None:
+        super().__init__(returncode, said)
+        self.returncode, self.said = returncode, said
+
+    @property
+    def killed(self) -> bool:
+        """Whether somebody else ended it: the user, or the machine when memory ran out."""
+        return self.returncode in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+
+    @property
+    def how(self) -> str:
+        if self.returncode < 0:
+            return f"died of signal {-self.returncode} ({signal.strsignal(-self.returncode)})"
+        return f"ended with exit code {self.returncode}"
+
+
+class WorkerHung(Exception):
+    """The process gave no answer in time and was killed."""
+
+
+class Worker:
+    """One process running ``python -m MODULE FD``, started when it is first asked, in a session of its own.
+
+    ``scratch`` is where it may write; what it leaves there is not removed.
+    """
+
+    def __init__(self, module: str, environment: Mapping[str, str], scratch: Path) -> None:
+        self._module, self._scratch = module, scratch
+        self._environment = {**environment, "TMPDIR": str(scratch), "TRITON_CACHE_DIR": str(scratch / "triton")}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers = -1
+        self._read = b""
+        self._mark = 0
+
+    def ask(self, question: Any, limit_s: float) -> Any:
+        """The answer to one question. Raises WorkerDied or WorkerHung; then the next question gets a new process."""
+        try:
+            if self._process is None:
+                self._start()
+                self._line(_START_LIMIT_S)
+            self._mark = self._stderr.seek(0, os.SEEK_END)
+            with suppress(BrokenPipeError):  # it is dead, and the read below says of what
+                self._process.stdin.write(json.dumps(question).encode() + b"\n")
+                self._process.stdin.flush()
+            return json.loads(self._line(limit_s))
+        except BaseException:
+            self.close()
+            raise
+
+    def kill(self) -> None:
+        """End the process with everything that it started; whoever waits for its answer is told."""
+        if process := self._process:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """``kill``, and give back what the process held; for the thread that asks."""
+        self.kill()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.wait()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        os.close(self._answers)
+        self._read = b""
+
+    def _start(self) -> None:
+        self._answers, theirs = os.pipe()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", self._module, str(theirs)],
+            env=self._environment, pass_fds=(theirs,), start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._stderr,
+        )  # fmt: skip
+        os.close(theirs)
+
+    def _line(self, limit_s: float) -> bytes:
+        until = time.monotonic() + limit_s
+        while b"\n" not in self._read:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._answers], [], [], left)[0]:
+                raise WorkerHung(f"no answer within {limit_s:g} s")
+            part = os.read(self._answers, 1 << 16)
+            if not part:
+                raise self._death()
+            self._read += part
+        line, _, self._read = self._read.partition(b"\n")
+        return line
+
+    def _death(self) -> WorkerDied:
+        # the descriptor closes a moment before the process can be reaped
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        self._stderr.seek(max(self._mark, self._stderr.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        code = self._process.returncode
+        return WorkerDied(-signal.SIGKILL if code is None else code, self._stderr.read().decode(errors="replace"))
+
+
+class Pool:
+    """``size`` workers, a thread for each; a context, at whose end no process and no file of theirs is left."""
+
+    def __init__(self, module: str, environment: Mapping[str, str], size: int) -> None:
+        self._module, self._environment = module, environment
+        self._executor = ThreadPoolExecutor(size)
+        self._own = threading.local()
+        self._lock = threading.Lock()
+        self._workers: list[Worker] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="verify-", ignore_cleanup_errors=True)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown()
+        for worker in self._workers:
+            worker.close()
+        self._folder.cleanup()
+
+    def each(self, act: Callable[[Worker, T], R], jobs: Iterable[T]) -> Iterator[R]:
+        """What ``act`` returns for each job, as they end; ``size`` at a time. An exception ends them all."""
+        futures = [self._executor.submit(lambda job: act(self._worker(), job), job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            while not all(future.cancel() or future.done() for future in futures):
+                for worker in self._workers:
+                    worker.kill()
+                time.sleep(0.05)
+
+    def _worker(self) -> Worker:
+        if not hasattr(self._own, "worker"):
+            with self._lock:
+                scratch = Path(self._folder.name) / str(len(self._workers))
+                scratch.mkdir()
+                self._own.worker = Worker(self._module, self._environment, scratch)
+                self._workers.append(self._own.worker)
+        return self._own.worker
