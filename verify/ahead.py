@@ -21,7 +21,7 @@ from verify.environment import capture
 from verify.instrument import instrument_sha256
 from verify.manifest import new_run_id, utc_now
 from verify.outcome import ConfigurationError
-from verify.record import CheckResult, Record, Verdict, write_record
+from verify.record import CheckResult, Record, SubjectInfo, Verdict, write_record
 from verify.request import DEFAULT_SEED, default_out, repository_root
 from verify.resources import last_of
 from verify.subject import Subject, find_subject
@@ -61,9 +61,10 @@ def compile_verb(
     if out.exists() and not out.is_dir():
         raise ConfigurationError(f"--out {out} is not a directory; name a directory for the records")
     prepare()
+    info = order.subject.info()
     with _interruptible():
         compilations = _with_progress(order)
-        records = _records(order, compilations, _words(order, sm, full), root)
+        records = _records(order, info, compilations, _words(order, sm, full), root)
     folder = _write(records, out)
     if as_json:
         from verify.exports import compilations_json
@@ -123,7 +124,9 @@ def _interruptible() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # nohup asks for a process that outlives its terminal
+    wanted = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in wanted}
     try:
         yield
     finally:
@@ -165,10 +168,11 @@ def _with_progress(order: Order) -> list[Compilation]:
     return compilations
 
 
-def _records(order: Order, compilations: Sequence[Compilation], words: str, root: Path) -> list[Record]:
+def _records(
+    order: Order, info: SubjectInfo, compilations: Sequence[Compilation], words: str, root: Path
+) -> list[Record]:
     """A record for each GPU, with the results of the checks that a build can answer."""
-    info, environment = order.subject.info(), capture("cpu")
-    environment = environment.model_copy(update={"ptxas": environment.ptxas})
+    environment = capture("cpu")
     checks = [check for check in catalogue() if check.phase == 3]
     archive, digest, now = load().records, instrument_sha256(root), utc_now()
     return [

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from verify import events
 from verify.device import derive_seed
+from verify.environment import localise
 from verify.manifest import Manifest, Selected
 from verify.progress import PhaseProgress
 from verify.record import CheckResult, Verdict
-from verify.recorder import localise, repeat_command
+from verify.recorder import repeat_command
 
 #: On top of a check's own limit, at which pytest-timeout stops it unless it is in native code that never returns.
 GRACE_S = 15.0

@@ -24,12 +24,13 @@ from verify.architectures import Architecture
 from verify.builds import Build, BuildVerdict, Compilation, Strict
 from verify.capture import Captured
 from verify.compiler import Answer, Job
-from verify.environment import NOT_INSTALLED, ptxas_versions, variables, version_of
+from verify.environment import NOT_INSTALLED, localise, ptxas_versions, variables, version_of
 from verify.instrument import digest_of
 from verify.launches import Launch, Tensor
 from verify.outcome import ConfigurationError
 from verify.problems import Shape
 from verify.record import write_atomic
+from verify.request import repository_root
 from verify.subject import Subject
 from verify.variants import widened
 from verify.workers import Pool, Worker, WorkerDied, WorkerHung
@@ -41,7 +42,18 @@ _CAPTURE_LIMIT_S = 300
 _SOURCES_LIMIT_S = 120.0
 
 #: What decides how a launch is captured, built and read: a change of it makes everything that was kept old.
-_OWN = ("capture", "launches", "compiler", "sass", "variants", "problems", "builds", "architectures", "probe_kernels")
+_OWN = (
+    "capture",
+    "launches",
+    "compiler",
+    "sass",
+    "variants",
+    "problems",
+    "builds",
+    "architectures",
+    "probe_kernels",
+    "subject",
+)
 
 _USEFUL = re.compile(r"error|fatal|assert|abort", re.IGNORECASE)
 
@@ -56,10 +68,13 @@ _CONTROL = Launch(
 
 
 class Kept(Strict):
-    """What a subject launches by variant, and the digest of the source of each kernel, by module and name."""
+    """What a subject launches by variant, and the digest of the source of each kernel, by module and name.
+
+    A kernel without a digest is built anew each time.
+    """
 
     captured: dict[str, Captured]
-    sources: dict[str, str]
+    sources: dict[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +165,9 @@ class _Compiling:
                 triton=self._toolchain["triton"],
                 ptxas=control[sm, 0].ptxas or "unknown",
                 toolchain=BuildVerdict.OK if sm in known else control[sm, 0].verdict,
-                gap="" if sm in known else control[sm, 0].message,
+                gap="" if sm in known else self._without_places(control[sm, 0].message),
                 builds=[
-                    _build(launch, names, answers[sm, place]) for place, (launch, _, names) in enumerate(launches)
+                    self._build(launch, names, answers[sm, place]) for place, (launch, _, names) in enumerate(launches)
                 ] if sm in known else [],
                 unlaunched=unlaunched,
             )
@@ -174,7 +189,9 @@ class _Compiling:
                     entry = chosen.setdefault((launch.model_dump_json(), keys), (launch, keys, []))
                     if name not in entry[2]:
                         entry[2].append(name)
-        problems = {name: captured.problem for name, captured in kept.captured.items() if captured.problem}
+        problems = {
+            name: self._without_places(captured.problem) for name, captured in kept.captured.items() if captured.problem
+        }
         return list(chosen.values()), problems
 
     def _kept(self) -> Kept:
@@ -200,21 +217,32 @@ class _Compiling:
         self._write(place, kept)
         return kept
 
-    def _built(self, jobs: Mapping[tuple[int, int], Job], sources: Mapping[str, str]) -> dict[tuple[int, int], Answer]:
+    def _built(
+        self, jobs: Mapping[tuple[int, int], Job], sources: Mapping[str, str | None]
+    ) -> dict[tuple[int, int], Answer]:
         """The answers to ``jobs``, out of what is kept where that is the same kernel and toolchain."""
         places = {
-            key: self._place("built", sources[f"{job.launch.module}.{job.launch.kernel}"], job.model_dump())
+            key: self._place("built", source, job.model_dump())
             for key, job in jobs.items()
+            if (source := sources[f"{job.launch.module}.{job.launch.kernel}"]) is not None
         }
         answers = {key: found for key, place in places.items() if (found := self._read(place, Answer)) is not None}
         missing = [key for key in jobs if key not in answers]
         self._progress.planned(len(missing))
         for key, answer in self._pool.each(lambda worker, key: (key, _answer(worker, jobs[key])), missing):
             answers[key] = answer
-            if answer.lasting:
+            if answer.lasting and key in places:
                 self._write(places[key], answer)
             self._progress.ended(f"sm{key[0]} {jobs[key].launch.kernel}", answer)
         return answers
+
+    def _build(self, launch: Launch, variants: Sequence[str], answer: Answer) -> Build:
+        known = answer.model_dump(exclude={"lasting", "ptxas", "message"})
+        message = self._without_places(answer.message)
+        return Build(kernel=launch.kernel, variants=list(variants), message=message, **known)
+
+    def _without_places(self, message: str) -> str:
+        return localise(message, repository_root(), {self._order.subject.root: "<subject>"})
 
     def _place(self, kind: str, *parts: Any) -> Path:
         # the time that a build may take is not part of what is built
@@ -298,19 +326,6 @@ def _last(text: str) -> str:
 def _is_gap(control: Answer) -> bool:
     """Whether the toolchain cannot build for the architecture; a control that was killed or hung does not tell."""
     return control.verdict is not BuildVerdict.OK and control.lasting
-
-
-def _build(launch: Launch, variants: Sequence[str], answer: Answer) -> Build:
-    return Build(
-        kernel=launch.kernel,
-        variants=list(variants),
-        verdict=answer.verdict,
-        message=answer.message,
-        duration_s=answer.duration_s,
-        ptx_sha256=answer.ptx_sha256,
-        cubin_sha256=answer.cubin_sha256,
-        resources=answer.resources,
-    )
 
 
 def failed(compilations: Iterable[Compilation]) -> bool:

@@ -2,7 +2,8 @@
 
 It stands apart because LLVM ends the whole process on what it cannot build, and a build may never end. One JSON line
 per job: a ``Job`` is answered with an ``Answer``, and a list of launches under ``sources`` with the digest of each
-kernel's source, which covers everything that the kernel calls. Standard output is not for answers: Triton prints on it.
+kernel's source, which covers everything that the kernel calls, or null where there is none to be had. Standard output
+is not for answers: Triton prints on it.
 """
 
 from __future__ import annotations
@@ -70,6 +71,14 @@ def function_of(launch: Launch) -> Any:
     return found
 
 
+def source_digest(launch: Launch) -> str | None:
+    """The digest of a kernel's source with all that it calls; None where Triton cannot make one of it."""
+    try:
+        return function_of(launch).cache_key
+    except Exception:  # whatever is wrong with the kernel, its build will say
+        return None
+
+
 def specialised(
     launch: Launch, parameters: list[Any]
 ) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
@@ -111,10 +120,10 @@ def build(job: Job, scratch: Path) -> Answer:
     from triton.compiler import ASTSource
 
     begun = time.perf_counter()
-    function = function_of(job.launch)
-    signature, constants, attributes = specialised(job.launch, function.params)
-    source = ASTSource(function, signature, constants, attributes)
     try:
+        function = function_of(job.launch)
+        signature, constants, attributes = specialised(job.launch, function.params)
+        source = ASTSource(function, signature, constants, attributes)
         built = triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=dict(job.launch.options))
         text = _disassembled(built.asm["cubin"], scratch)
     except (OSError, MemoryError, subprocess.SubprocessError) as error:
@@ -234,7 +243,7 @@ def main() -> int:
             job = json.loads(line)
             if "sources" in job:
                 launches = [Launch.model_validate(launch) for launch in job["sources"]]
-                answer: dict[str, Any] = {"sources": [function_of(launch).cache_key for launch in launches]}
+                answer: dict[str, Any] = {"sources": [source_digest(launch) for launch in launches]}
             else:
                 asked = Job.model_validate(job)
                 # a build that never ends outlives a parent that was killed, unless something here ends it

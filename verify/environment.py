@@ -11,7 +11,11 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from verify import nvml
@@ -21,6 +25,10 @@ from verify.record import Environment
 NOT_INSTALLED = "not installed"
 
 _TOOL_LIMIT_S = 20
+_MESSAGE_LIMIT = 2000
+
+_NONE: Mapping[Path, str] = MappingProxyType({})
+
 _PREFIXES = ("TRITON_", "CUDA_", "CUBLAS_", "TORCH", "PYTORCH_")
 _NAMES = ("NVIDIA_TF32_OVERRIDE",)
 #: The fused multiply-add default is about to change in triton, so a record says which one it had even if nobody set it.
@@ -112,6 +120,26 @@ def variables() -> dict[str, str]:
     names = {name for name in os.environ if name.startswith(_PREFIXES) or name in _NAMES} | set(_ALWAYS)
     kept = sorted(name for name in names if not _PRIVATE.search(name))
     return {name: _harmless(os.environ.get(name, "unset")) for name in kept}
+
+
+def localise(text: str, root: Path, own: Mapping[Path, str] = _NONE) -> str:
+    """``text`` without the machine in it: no colours, no host name, its directories as short names.
+
+    ``own`` has the short names of the run's own directories. At most 2,000 characters.
+    """
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    places = {**own, root: ".", Path(sys.prefix): "<venv>", Path(sys.base_prefix): "<python>"}
+    places |= {Path(tempfile.gettempdir()): "<tmp>", Path.home(): "~"}
+    for place in sorted(places, key=lambda path: len(str(path)), reverse=True):
+        if len(place.parts) > 1:
+            # not inside a relative path, which a repeat command may hold
+            text = re.sub(rf"(?<![\w.]){re.escape(str(place))}(?=/|\b)", places[place], text)
+    text = text.replace("./phases/", "phases/").strip()
+    node = platform.node()
+    host = node.partition(".")[0]
+    if host not in ("", "localhost"):
+        text = re.sub(rf"(?<![\w-])({re.escape(node)}|{re.escape(host)})(?![\w-])", "<host>", text)
+    return text if len(text) <= _MESSAGE_LIMIT else f"{text[: _MESSAGE_LIMIT - 4]} ..."
 
 
 def _harmless(value: str) -> str:

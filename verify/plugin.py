@@ -26,10 +26,11 @@ from verify.architectures import parse_target
 from verify.builds import Build, Compilation
 from verify.checks import PHASES
 from verify.device import Device, derive_seed, prepare, resolve
+from verify.environment import localise
 from verify.manifest import Manifest, Selected, freeze, survey
 from verify.outcome import ConfigurationError
 from verify.record import Measurement, Record
-from verify.recorder import MEASUREMENTS, Recorder, id_of, in_phases, localise, repeat_command, spec_of
+from verify.recorder import MEASUREMENTS, Recorder, id_of, in_phases, repeat_command, spec_of
 from verify.request import DEFAULT_SEED, parse_expect, parse_phases
 from verify.subject import PACKAGE, Subject, find_subject
 

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
 import shlex
-import sys
-import tempfile
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import walk_tb
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 
 import pytest
 
 from verify import events
 from verify.checks import SKIP_CODES, CheckSpec
 from verify.device import derive_seed
+from verify.environment import localise
 from verify.manifest import Manifest
 from verify.outcome import InfraError, skip
 from verify.record import FAILING, CheckResult, Measurement, Verdict
 from verify.subject import SubjectLacks
-
-_MESSAGE_LIMIT = 2000
-
-_NONE: Mapping[Path, str] = MappingProxyType({})
 
 #: Where the measurements of a check collect between the ``measure`` fixture and its result.
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
@@ -60,26 +53,6 @@ def repeat_command(node: str, manifest: Manifest, root: Path) -> str:
 
 def _relative(name: str, root: Path) -> str:
     return os.path.relpath(name, root) if Path(name).is_dir() else name
-
-
-def localise(text: str, root: Path, own: Mapping[Path, str] = _NONE) -> str:
-    """``text`` without the machine in it: no colours, no host name, its directories as short names.
-
-    ``own`` has the short names of the run's own directories. At most 2,000 characters.
-    """
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    places = {**own, root: ".", Path(sys.prefix): "<venv>", Path(sys.base_prefix): "<python>"}
-    places |= {Path(tempfile.gettempdir()): "<tmp>", Path.home(): "~"}
-    for place in sorted(places, key=lambda path: len(str(path)), reverse=True):
-        if len(place.parts) > 1:
-            # not inside a relative path, which a repeat command may hold
-            text = re.sub(rf"(?<![\w.]){re.escape(str(place))}(?=/|\b)", places[place], text)
-    text = text.replace("./phases/", "phases/").strip()
-    node = platform.node()
-    host = node.partition(".")[0]
-    if host not in ("", "localhost"):
-        text = re.sub(rf"(?<![\w-])({re.escape(node)}|{re.escape(host)})(?![\w-])", "<host>", text)
-    return text if len(text) <= _MESSAGE_LIMIT else f"{text[: _MESSAGE_LIMIT - 4]} ..."
 
 
 @dataclass(frozen=True, slots=True)

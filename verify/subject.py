@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,6 +44,23 @@ class SubjectLacks(AssertionError):
     """The subject does not have a name that the check needs: a FAIL of that check, in one sentence."""
 
 
+class _OnlyItsOwn(MetaPathFinder):
+    """Finds the package's modules where the package lies, and keeps every other finder from answering for them.
+
+    An editable installation of this project may have one that would lend its modules to a subject that lacks them.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] != PACKAGE:
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+        return spec
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """One implementation: ``root`` is the directory that holds its package, ``source`` how a record names it."""
@@ -54,6 +74,8 @@ class Subject:
 
         Raises ConfigurationError when the package does not import, or comes from somewhere else.
         """
+        if not any(isinstance(finder, _OnlyItsOwn) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _OnlyItsOwn())
         if str(self.root) in sys.path:
             sys.path.remove(str(self.root))
         sys.path.insert(0, str(self.root))

@@ -137,14 +137,15 @@ def _print_problems(compilations: Sequence[Compilation], records: Sequence[Recor
         told.append(
             Text("A gap is the toolchain's: it builds nothing for that GPU, so nothing is known of the subject.")
         )
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for one in compilations:
+        for build in one.builds:
+            if build.verdict is not BuildVerdict.OK:
+                facts = (build.verdict, build.kernel, _named(build, several=False), build.message)
+                alike.setdefault(facts, []).append(f"sm{one.sm}")
     wrong = [
-        Text.assemble(
-            (f"{build.verdict} ", "bold red"),
-            f"{build.kernel} on sm{one.sm}, {_named(build, several=False)}: {build.message}",
-        )
-        for one in compilations
-        for build in one.builds
-        if build.verdict is not BuildVerdict.OK
+        Text.assemble((f"{verdict} ", "bold red"), f"{kernel} on {', '.join(gpus)}, {variant}: {message}")
+        for (verdict, kernel, variant, message), gpus in alike.items()
     ]
     # what the subject does not launch, it launches for no GPU
     unlaunched = {name: problem for one in compilations if not one.gap for name, problem in one.unlaunched.items()}
@@ -157,7 +158,7 @@ def _print_problems(compilations: Sequence[Compilation], records: Sequence[Recor
         for result in record.results
         if result.gate == "soft" and result.verdict in FAILING
     ]
-    for lines, noun in ((told, "gap"), (wrong, "build that failed"), (soft, "soft failure")):
+    for lines, noun in ((told, "more gap"), (wrong, "more failure"), (soft, "more soft failure")):
         for line in lines[:_TOLD]:
             console.print(line)
         if len(lines) > _TOLD:

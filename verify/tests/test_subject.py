@@ -104,6 +104,20 @@ def test_what_is_absent_is_named(bundled: Subject) -> None:
         bundled.attribute("", "at_all")
 
 
+def test_what_another_subject_lacks_is_not_lent_by_the_bundled_one(checkout: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from verify.subject import find_subject;"
+        "subject = find_subject(sys.argv[1], Path()); subject.activate(); subject.module('vllm.core.scoring')"
+    )
+    subject = find_subject(str(checkout), REPOSITORY)
+    for command in (["-c", program, str(checkout)], ["-c", "import triattention.vllm"], ["-m", "triattention"]):
+        child = subprocess.run(
+            [subject.command()[0], *command], env=subject.environment(), capture_output=True, text=True
+        )
+        assert child.returncode == 1, command
+        assert "No module named" in child.stderr
+
+
 def test_a_child_started_elsewhere_imports_the_subject(checkout: Path) -> None:
     subject = find_subject(str(checkout), REPOSITORY)
     (checkout / "triattention" / "__main__.py").write_text(
