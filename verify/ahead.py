@@ -64,7 +64,8 @@ def compile_verb(
     info = order.subject.info()
     with _interruptible():
         compilations = _with_progress(order)
-        records = _records(order, info, compilations, _words(order, sm, full), root)
+        earlier = [*load().records, *(load([out]).records if out.is_dir() else ())]
+        records = _records(order, info, compilations, _words(order, sm, full), earlier, root)
     folder = _write(records, out)
     if as_json:
         from verify.exports import compilations_json
@@ -169,12 +170,17 @@ def _with_progress(order: Order) -> list[Compilation]:
 
 
 def _records(
-    order: Order, info: SubjectInfo, compilations: Sequence[Compilation], words: str, root: Path
+    order: Order,
+    info: SubjectInfo,
+    compilations: Sequence[Compilation],
+    words: str,
+    earlier: Sequence[Record],
+    root: Path,
 ) -> list[Record]:
     """A record for each GPU, with the results of the checks that a build can answer."""
     environment = capture("cpu")
     checks = [check for check in catalogue() if check.phase == 3]
-    archive, digest, now = load().records, instrument_sha256(root), utc_now()
+    digest, now = instrument_sha256(root), utc_now()
     return [
         Record(
             run_id=new_run_id(f"sm{one.sm}-compiled"),
@@ -188,7 +194,7 @@ def _records(
             seed=DEFAULT_SEED,
             selection=words,
             duration_s=sum(build.duration_s for build in one.builds),
-            results=[] if one.gap else _results(order, one, checks, last_of(archive, f"sm{one.sm}", info.source)),
+            results=[] if one.gap else _results(order, one, checks, last_of(earlier, f"sm{one.sm}", info.source)),
             compilation=one,
         )
         for one in compilations
@@ -230,7 +236,11 @@ def _compared(subject: Subject, check: Check, now: Compilation, last: Compilatio
 
 
 def _result(subject: Subject, check: Check, now: Compilation, verdict: Verdict, **fields: object) -> CheckResult:
-    where = "" if subject.name == "bundled" else f" --subject {shlex.quote(os.path.relpath(subject.root))}"
+    where = (
+        ""
+        if subject.name == "bundled"
+        else f" --subject {shlex.quote(os.path.relpath(subject.root, repository_root()))}"
+    )
     return CheckResult(
         id=check.id,
         gate=check.spec.gate,

@@ -115,8 +115,13 @@ def _numbers(build: Build) -> dict[str, str]:
 
 
 def _named(build: Build, *, several: bool) -> str:
-    more = f" +{len(build.variants) - 1}" if len(build.variants) > 1 else ""
-    return f"{build.kernel}: {build.variants[0]}{more}" if several else f"{build.variants[0]}{more}"
+    variants = _counted(build.variants)
+    return f"{build.kernel}: {variants}" if several else variants
+
+
+def _counted(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are: ``bfloat16-half-mean +3``."""
+    return names[0] + (f" +{len(names) - 1}" if len(names) > 1 else "")
 
 
 def _range(values: Sequence[float], unit: str = "") -> str:
@@ -148,9 +153,13 @@ def _print_problems(compilations: Sequence[Compilation], records: Sequence[Recor
         for (verdict, kernel, variant, message), gpus in alike.items()
     ]
     # what the subject does not launch, it launches for no GPU
-    unlaunched = {name: problem for one in compilations if not one.gap for name, problem in one.unlaunched.items()}
+    problems: dict[str, dict[str, None]] = {}
+    for one in compilations:
+        for name, problem in one.unlaunched.items() if not one.gap else ():
+            problems.setdefault(problem, {})[name] = None
     wrong += [
-        Text.assemble(("NOT LAUNCHED ", "bold red"), f"{name}: {problem}") for name, problem in unlaunched.items()
+        Text.assemble(("NOT LAUNCHED ", "bold red"), f"{_counted(list(names))}: {problem}")
+        for problem, names in problems.items()
     ]
     soft = [
         Text.assemble((f"{result.verdict} ", "bold yellow"), (result.id, "bold"), f"  {result.message}")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from verify.builds import Compilation
 from verify.checks import Check, CheckSpec
 from verify.record import CheckResult, Environment, Gpu, Measurement, Record, SubjectInfo, write_record
 
@@ -97,7 +98,7 @@ def measured(value: float, allowed: float, name: str = "error") -> list[Measurem
 
 def record(target: str, results: Iterable[CheckResult], *, day: int = 1, **fields: object) -> Record:
     """A record of ``target`` made on ``day`` of a month."""
-    sm = None if target == "emulated" else int(target.removeprefix("sm"))
+    sm = None if target == "emulated" or "compilation" in fields else int(target.removeprefix("sm"))
     gpu = Gpu(name=f"Sample GPU {sm}", uuid_sha256="0" * 64, sm=sm, memory_gib=16, driver="580.1") if sm else None
     environment = Environment(
         gpu=gpu,
@@ -126,6 +127,17 @@ def record(target: str, results: Iterable[CheckResult], *, day: int = 1, **field
         results=list(results),
         **(defaults | fields),
     )
+
+
+def compiled(target: str, results: Iterable[CheckResult] = (), *, gap: str = "", **fields: object) -> Record:
+    """A record of kernels built for ``target`` ahead of time."""
+    used = {"registers": 48, "stack_bytes": 0, "shared_bytes": 128, "warps": 4, "occupancy": 0.5, "code": None}
+    build = {"kernel": "k", "variants": ["v"], "verdict": "OK", "duration_s": 0.5, "resources": used}
+    build |= {"ptx_sha256": "0" * 64, "cubin_sha256": "0" * 64}
+    toolchain = "TOOLCHAIN_TOO_OLD" if gap else "OK"
+    one = {"sm": int(target.removeprefix("sm")), "triton": "3.7.1", "ptxas": "13.1", "toolchain": toolchain, "gap": gap}
+    found = Compilation.model_validate(one | {"builds": [] if gap else [build]})
+    return record(target, results, **({"compilation": found, "run_id": f"run-{target}-compiled"} | fields))
 
 
 def passing(evidence: str = "hardware") -> list[CheckResult]:

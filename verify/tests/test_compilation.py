@@ -1,0 +1,257 @@
+"""Builds ahead of time: each in its own place, whatever becomes of the others, and kept by source and toolchain."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from verify import resources
+from verify.architectures import find
+from verify.builds import Build, BuildVerdict, Compilation
+from verify.compilation import Order, Progress, cache_folder, compile_ahead, failed
+from verify.outcome import ConfigurationError
+from verify.tests.kernels import GOOD, TEMPERS, order, write_subject
+from verify.tests.tree import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def built(what: Order) -> tuple[list[Compilation], int]:
+    """The compilations, and how many builds were made for them."""
+    made: list[str] = []
+    return compile_ahead(what, Progress(ended=lambda name, answer: made.append(name))), len(made)
+
+
+def verdicts(compilation: Compilation) -> dict[str, str]:
+    return {build.kernel: build.verdict.value for build in compilation.builds}
+
+
+def workers(own: Path) -> list[Path]:
+    """The compiler processes of this test that live, whoever is their parent by now."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            ours = str(own).encode() in (process / "environ").read_bytes()
+            if ours and b"verify.compiler" in (process / "cmdline").read_bytes():
+                found.append(process)
+    return found
+
+
+def test_a_build_that_dies_or_never_ends_costs_its_own_place_only(tmp_path: Path) -> None:
+    subject = write_subject(tmp_path / "theirs", TEMPERS)
+    found = compile_ahead(order(subject, "90,120", limit_s=5.0))
+    assert [verdicts(one) for one in found] == 2 * [
+        {
+            "good": "OK",
+            "mistyped": "COMPILE_ERROR",
+            "refused_by_ptxas": "COMPILE_ERROR",
+            "aborts_in_llvm": "CRASH",
+            "dies_silently": "CRASH",
+            "is_killed": "CRASH",
+            "never_ends": "TIMEOUT",
+        }
+    ]
+    said = {build.kernel: build.message for build in found[0].builds}
+    assert re.search(r"256 and 512.*\(line 2 of the kernel\)", said["mistyped"])
+    assert re.search(r"error\s*: ", said["refused_by_ptxas"])
+    assert "couldn't allocate output register" in said["aborts_in_llvm"]
+    assert said["dies_silently"] == "the compiler's process ended with exit code 1 and said nothing"
+    assert "died of signal 9" in said["is_killed"]
+    assert said["never_ends"] == "no answer within 5 s"
+    assert str(tmp_path) not in " ".join(said.values())
+    assert failed(found)
+    assert workers(tmp_path) == []
+
+
+def test_what_a_cubin_takes_is_read(tmp_path: Path) -> None:
+    ((one,), _) = built(order(write_subject(tmp_path / "theirs"), "120"))
+    (build,) = one.builds
+    assert (build.kernel, build.variants, build.verdict) == ("good", ["small"], BuildVerdict.OK)
+    used, code = build.resources, build.resources.code
+    assert 8 <= used.registers <= 32
+    assert (used.stack_bytes, used.warps, code.spill_store_bytes + code.spill_load_bytes) == (0, 4, 0)
+    assert used.occupancy == find(120).occupancy(used.registers, 4, used.shared_bytes)
+    # 2 heads of 4096 keys are 32 programs of 256 keys
+    executed = code.warp_instructions_per_key * 256 / 4
+    assert executed == int(executed) <= code.instructions
+    assert sum(code.loads.values()) == 1
+
+
+def test_a_gap_of_the_toolchain_is_no_failure_of_the_subject(tmp_path: Path) -> None:
+    gap, good = compile_ahead(order(write_subject(tmp_path / "theirs"), "88,89"))
+    assert gap.toolchain in (BuildVerdict.TOOLCHAIN_TOO_OLD, BuildVerdict.CRASH)
+    assert (gap.builds, bool(gap.gap)) == ([], True)
+    assert (good.toolchain, good.gap, verdicts(good)) == (BuildVerdict.OK, "", {"good": "OK"})
+    assert not failed([gap, good])
+
+
+def test_builds_are_kept_by_source_and_toolchain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = GOOD.replace("good[grid]", "other[grid](x, o, n, B=256)\n    good[grid]") + (
+        "\n@triton.jit\ndef other(x, o, n, B: tl.constexpr):\n    tl.store(o + tl.arange(0, B), 1.0)\n"
+    )
+    subject = write_subject(tmp_path / "theirs", two)
+    first, made = built(order(subject))
+    assert made == 3  # the control kernel among them
+    assert built(order(subject)) == (first, 0)
+    # another kernel's source, or a comment, is not this kernel's
+    write_subject(tmp_path / "theirs", "# new\n" + two.replace("B), 1.0)", "B), 2.0)"))
+    assert built(order(subject))[1] == 1
+    # longer patience builds nothing else, another number of warps does
+    assert built(order(subject, limit_s=21.0))[1] == 0
+    fewer_warps = two.replace("good[grid](x, o, n, B=256)", "good[grid](x, o, n, B=256, num_warps=2)")
+    write_subject(tmp_path / "theirs", fewer_warps)
+    assert built(order(subject))[1] == 1
+    assert built(order(subject, fresh=True))[1] == 3
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    assert built(order(subject))[1] == 3
+
+
+def test_what_is_kept_and_damaged_is_built_again(tmp_path: Path) -> None:
+    subject = write_subject(tmp_path / "theirs")
+    first, _ = built(order(subject))
+    for file in cache_folder().rglob("*.json"):
+        file.write_text(file.read_text()[:-20])
+    again, made = built(order(subject))
+    assert made == 2
+    assert verdicts(again[0]) == verdicts(first[0])
+
+
+def test_a_failure_of_the_machine_is_not_kept(tmp_path: Path) -> None:
+    body = TEMPERS[: TEMPERS.index("def launch")] + GOOD.replace("good[grid]", "is_killed[grid]")
+    subject = write_subject(tmp_path / "theirs", body)
+    assert [built(order(subject))[1] for _ in range(2)] == [2, 1]
+
+
+def test_a_launch_with_something_that_has_no_type_is_named(tmp_path: Path) -> None:
+    subject = write_subject(tmp_path / "theirs", GOOD.replace("(x, o, n, B", "(x, object(), n, B"))
+    with pytest.raises(ConfigurationError, match=r"kernel good is launched with o=<object .*has no Triton type"):
+        compile_ahead(order(subject))
+
+
+def test_a_kernel_that_is_tuned_is_built_in_each_configuration(tmp_path: Path) -> None:
+    tuned = """
+@triton.autotune([triton.Config({"B": 64}, num_warps=2), triton.Config({"B": 128}, num_warps=8)], key=["n"])
+@triton.heuristics({"EVEN": lambda arguments: arguments["n"] % 2 == 0})
+@triton.jit
+def tuned(x, o, n, B: tl.constexpr, EVEN: tl.constexpr):
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    tl.store(o + i, tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), mask=i < n)
+
+def launch(x, o, n, grid):
+    tuned[lambda meta: (triton.cdiv(n, meta["B"]),)](x, o, n)
+"""
+    ((one,), _) = built(order(write_subject(tmp_path / "theirs", tuned)))
+    assert [(build.kernel, build.verdict.value, build.resources.warps) for build in one.builds] == [
+        ("tuned", "OK", 2),
+        ("tuned", "OK", 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("def launch(x, o, n, grid): pass", "the subject's call launched no Triton kernel"),
+        ("def launch(x, o, n, grid): raise RuntimeError('not this one')", "raised RuntimeError: not this one"),
+    ],
+)
+def test_a_variant_that_launches_nothing_fails_with_the_reason(tmp_path: Path, body: str, problem: str) -> None:
+    (one,) = compile_ahead(order(write_subject(tmp_path / "theirs", body)))
+    assert problem in one.unlaunched["small"]
+    assert failed([one])
+
+
+def test_only_the_kernels_that_are_named_are_built(tmp_path: Path) -> None:
+    subject = write_subject(tmp_path / "theirs", TEMPERS)
+    (one,) = compile_ahead(order(subject, kernels=("good",)))
+    assert verdicts(one) == {"good": "OK"}
+    with pytest.raises(ConfigurationError, match=r"launches no kernel 'nope'; it launches .*good"):
+        compile_ahead(order(subject, kernels=("nope",)))
+
+
+def test_a_full_disk_is_a_crash_and_no_fault_of_the_kernel(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a disk: it reaches Triton, ptxas and cuobjdump as a full one does."""
+    program = """
+import resource, sys, tempfile, json
+from pathlib import Path
+from verify.compilation import _CONTROL
+from verify.compiler import Job, build
+from triton import knobs
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+print(build(Job(launch=_CONTROL, keys=128, sm=90, limit_s=60), Path(tempfile.gettempdir())).model_dump_json())
+"""
+    for allowed, verdict in ((100, "CRASH"), (2000, "CRASH"), (1 << 22, "OK")):
+        own = {"TRITON_INTERPRET": "0", "TMPDIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / str(allowed))}
+        child = subprocess.run(
+            [sys.executable, "-c", program, str(allowed)],
+            capture_output=True, text=True, timeout=120, env={**os.environ, **own},
+        )  # fmt: skip
+        assert child.returncode == 0, child.stderr[-1000:]
+        assert f'"verdict":"{verdict}"' in child.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_compilation_leaves_no_process_and_no_record(tmp_path: Path, number: signal.Signals) -> None:
+    write_subject(tmp_path / "theirs", TEMPERS)
+    command = ["compile", "--sm", "90", "--subject", str(tmp_path / "theirs"), "--out", str(tmp_path / "out")]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "verify", *command], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not workers(tmp_path) and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(1)
+    child.send_signal(number)
+    assert child.wait(30) == 2
+    assert "nothing was recorded" in child.stderr.read()
+    assert workers(tmp_path) == []
+    assert not (tmp_path / "out").exists()
+
+
+def compilation(registers: int, stack: int = 0, triton: str = "3.7.1") -> Compilation:
+    used = {
+        "registers": registers,
+        "stack_bytes": stack,
+        "shared_bytes": 0,
+        "warps": 4,
+        "occupancy": None,
+        "code": None,
+    }
+    build = {"kernel": "k", "variants": ["v"], "verdict": "OK", "duration_s": 1.0, "resources": used}
+    build |= {"ptx_sha256": "0" * 64, "cubin_sha256": "0" * 64}
+    return Compilation(sm=120, triton=triton, ptxas="13.1", builds=[Build.model_validate(build)])
+
+
+@pytest.mark.parametrize(("registers", "within"), [(100, True), (110, True), (111, False), (60, True)])
+def test_registers_may_grow_by_a_tenth(registers: int, within: bool) -> None:
+    (found,) = resources.registers(compilation(registers, triton="3.9.0"), compilation(100))
+    assert found.within is within
+    assert found.where == (f"k on sm120, v: {registers}, 100 in the last record (triton 3.9.0, then 3.7.1)")
+
+
+def test_any_stack_is_a_failure_that_names_kernel_and_sm() -> None:
+    (found,) = resources.stack(compilation(100, stack=8), None)
+    assert not found.within
+    assert found.told == "stack: measured 8 bytes, allowed 0 bytes at k on sm120, v"
+
+
+def test_without_an_earlier_record_nothing_is_compared() -> None:
+    assert resources.registers(compilation(100), None) == []
+    other = replace_kernel(compilation(100))
+    assert resources.registers(compilation(100), other) == []
+
+
+def replace_kernel(one: Compilation) -> Compilation:
+    return one.model_copy(update={"builds": [build.model_copy(update={"kernel": "other"}) for build in one.builds]})
