@@ -275,6 +275,8 @@ def _environment(subject: Subject, **own: str) -> dict[str, str]:
     """The environment of a child that imports the subject, and this package wherever it is."""
     inherited = subject.environment()
     inherited.pop("TRITON_INTERPRET", None)
+    # where the source lies is not part of what is built, and would be in its digest
+    inherited["TRITON_DISABLE_LINE_INFO"] = "1"
     path = os.pathsep.join([inherited["PYTHONPATH"], str(Path(__file__).resolve().parents[1])])
     return {**inherited, "PYTHONPATH": path, **own}
 
@@ -311,7 +313,7 @@ def _answer(worker: Worker, job: Job) -> Answer:
     except WorkerDied as error:
         said = _last(error.said)
         message = f"the compiler's process {error.how}" + (f": {said}" if said else " and said nothing")
-        return Answer(verdict=BuildVerdict.CRASH, message=message, lasting=not error.killed)
+        return Answer(verdict=BuildVerdict.CRASH, message=message, lasting=error.by_itself)
     except OSError as error:
         return Answer(verdict=BuildVerdict.CRASH, message=f"{type(error).__name__}: {error}", lasting=False)
 

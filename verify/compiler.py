@@ -84,15 +84,16 @@ def specialised(
 ) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
     """Signature, constants and attributes of ``triton.compile`` for what a launch passes, as the JIT would choose them.
 
-    A number that is 1 becomes a constant, and a number or an address that divides by 16 is marked so, unless the kernel
-    asks for neither.
+    A number that is 1 becomes a constant, unless the kernel says its type, and a number or an address that divides by
+    16 is marked so; a kernel may ask for neither.
     """
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(parameters):
         value = launch.arguments[parameter.name]
-        kind = "constexpr" if parameter.is_constexpr else parameter.annotation_type or _type_of(value)
-        if kind != "constexpr" and type(value) is int and value == 1 and not parameter.do_not_specialize:
-            kind = "constexpr"
+        kind = "constexpr" if parameter.is_constexpr else parameter.annotation_type
+        if not kind:
+            one = type(value) is int and value == 1 and not parameter.do_not_specialize
+            kind = "constexpr" if one else _type_of(value, parameter.is_const)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(place,)] = value
@@ -103,9 +104,9 @@ def specialised(
     return signature, constants, attributes
 
 
-def _type_of(value: Any) -> str:
+def _type_of(value: Any, is_const: bool) -> str:
     if isinstance(value, Tensor):
-        return f"*{value.element}"
+        return f"*{'k' if is_const else ''}{value.element}"
     if isinstance(value, bool):
         return "u1"
     if isinstance(value, int):

@@ -126,6 +126,8 @@ class Program:
 
     def _target(self, instruction: Instruction, thread: _Thread, taken: bool | None) -> int | None:
         """Where a branch goes; None where it is not taken."""
+        if ".DIV" in instruction.opcode:
+            return None  # for a warp whose threads have parted; the one that is followed has not
         *conditions, target = instruction.operands
         # BRA.U UP0, 0x80: the condition may be an operand
         for condition in filter(_PREDICATE.fullmatch, conditions):
@@ -142,7 +144,7 @@ class Program:
         return Undetermined(f"{instruction.opcode} at {instruction.address:#x} depends on a value that is not known")
 
 
-_JUMPS = ("BRA", "BRX", "JMP", "JMX", "CALL", "RET", "BREAK")
+_JUMPS = ("BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU", "CALL", "RET", "BREAK")
 
 
 def _operands(text: str) -> list[str]:
@@ -217,7 +219,8 @@ class _Thread:
         for target, answer in zip_longest(targets, answers[: len(targets)]):
             self._predicates[target] = answer
         if place:
-            self._set(place, words or [None] * _words_written(instruction))
+            unknown = [None] * _words_written(instruction)
+            self._set(place, words + unknown[len(words) :] if words else unknown)
 
     def _set(self, place: str, words: list[int | None]) -> None:
         found = _REGISTER.fullmatch(place)
@@ -269,6 +272,8 @@ def _special(thread: _Thread, instruction: Instruction, operands: list[str]) -> 
 
 
 def _move(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
+    if instruction.width_bits < 32:  # a part of a word
+        return _UNKNOWN
     return [thread.word(operands[0], part) for part in range(max(1, instruction.width_bits // 32))], ()
 
 

@@ -28,16 +28,25 @@ _TAIL_BYTES = 8_000
 
 
 class WorkerDied(Exception):
-    """The process ended without an answer; ``returncode`` is as subprocess gives it, ``said`` the end of its stderr."""
+    """The process ended without an answer.
 
-    def __init__(self, returncode: int, said: str) -> None:
+    ``returncode`` is as subprocess gives it, ``said`` the end of its stderr; ``started`` whether it had got as far as
+    to look at the question.
+    """
+
+    def __init__(self, returncode: int, said: str, *, started: bool) -> None:
         super().__init__(returncode, said)
-        self.returncode, self.said = returncode, said
+        self.returncode, self.said, self.started = returncode, said, started
 
     @property
-    def killed(self) -> bool:
-        """Whether somebody else ended it: the user, or the machine when memory ran out."""
-        return self.returncode in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+    def by_itself(self) -> bool:
+        """Whether the question ended it, and not the user, or the machine when memory ran out."""
+        return self.started and self.returncode not in (
+            -signal.SIGKILL,
+            -signal.SIGTERM,
+            -signal.SIGINT,
+            -signal.SIGHUP,
+        )
 
     @property
     def how(self) -> str:
@@ -63,6 +72,7 @@ class Worker:
         self._answers = -1
         self._read = b""
         self._mark = 0
+        self._started = False
 
     def ask(self, question: Any, limit_s: float) -> Any:
         """The answer to one question. Raises WorkerDied or WorkerHung; then the next question gets a new process."""
@@ -70,6 +80,7 @@ class Worker:
             if self._process is None:
                 self._start()
                 self._line(_START_LIMIT_S)
+                self._started = True
             self._mark = self._stderr.seek(0, os.SEEK_END)
             with suppress(BrokenPipeError):  # it is dead, and the read below says of what
                 self._process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -98,6 +109,7 @@ class Worker:
         self._read = b""
 
     def _start(self) -> None:
+        self._started = False
         self._answers, theirs = os.pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         self._process = subprocess.Popen(
@@ -126,7 +138,8 @@ class Worker:
             self._process.wait(5)
         self._stderr.seek(max(self._mark, self._stderr.seek(0, os.SEEK_END) - _TAIL_BYTES))
         code = self._process.returncode
-        return WorkerDied(-signal.SIGKILL if code is None else code, self._stderr.read().decode(errors="replace"))
+        said = self._stderr.read().decode(errors="replace")
+        return WorkerDied(-signal.SIGKILL if code is None else code, said, started=self._started)
 
 
 class Pool:

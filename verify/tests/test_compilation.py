@@ -180,6 +180,40 @@ def test_only_the_kernels_that_are_named_are_built(tmp_path: Path) -> None:
         compile_ahead(order(subject, kernels=("nope",)))
 
 
+def test_a_launch_is_specialised_as_the_jit_does_it(tmp_path: Path) -> None:
+    """Against the binder of the pinned Triton itself, in a process where kernels are not interpreted."""
+    program = """
+import torch, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from verify.compiler import specialised
+from verify.launches import _described
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["M"])
+def kernel(a, b, c, one, sixteen, odd, big, N, M, flag, real, nothing, typed: tl.int64, K: tl.constexpr):
+    pass
+
+memory = torch.empty(64, dtype=torch.bfloat16)
+arguments = (memory, memory[1:], torch.empty(4, dtype=torch.int32), 1, 48, 7, 1 << 40, 16, 16, True, 0.5, None, 3)
+backend = make_backend(GPUTarget("cuda", 90, 32))
+bound, found, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*arguments, K=16)
+options, signature, constants, attributes = kernel._pack_args(backend, {}, bound, found, options)
+launch = _described(kernel.fn, kernel.arg_names, arguments, {"K": 16, "num_warps": 2}, (1,))
+mine = specialised(launch, kernel.params)
+assert mine[0] == signature, (mine[0], signature)
+assert mine[1] == constants, (mine[1], constants)
+assert mine[2] == {place: value for place, value in attributes.items() if value}, (mine[2], attributes)
+assert launch.options == {"num_warps": 2}
+"""
+    file = tmp_path / "program.py"  # Triton reads the source of a kernel from its file
+    file.write_text(program)
+    own = {"TRITON_INTERPRET": "0", "PYTHONPATH": str(REPOSITORY)}
+    child = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env={**os.environ, **own})
+    assert child.returncode == 0, child.stderr[-2000:]
+
+
 def test_a_full_disk_is_a_crash_and_no_fault_of_the_kernel(tmp_path: Path) -> None:
     """A limit on the size of files stands in for a disk: it reaches Triton, ptxas and cuobjdump as a full one does."""
     program = """
