@@ -47,6 +47,7 @@ _OWN = (
     "launches",
     "compiler",
     "sass",
+    "warp",
     "variants",
     "problems",
     "builds",

@@ -25,7 +25,8 @@ from typing import Any
 from verify.architectures import find
 from verify.builds import BuildVerdict, Code, Resources, Strict
 from verify.launches import Launch, Tensor
-from verify.sass import Program, Undetermined
+from verify.sass import Program
+from verify.warp import Undetermined, executed
 
 _TOOL_LIMIT_S = 60
 
@@ -126,12 +127,12 @@ def build(job: Job, scratch: Path) -> Answer:
         signature, constants, attributes = specialised(job.launch, function.params)
         source = ASTSource(function, signature, constants, attributes)
         built = triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=dict(job.launch.options))
-        text = _disassembled(built.asm["cubin"], scratch)
+        program = _disassembled(built.asm["cubin"], built.metadata.name, scratch)
     except (OSError, MemoryError, subprocess.SubprocessError) as error:
         return Answer(verdict=BuildVerdict.CRASH, message=f"{type(error).__name__}: {error}", lasting=False)
     except Exception as error:  # whatever the compiler raises is what it has to say about this kernel
         return _refused(error, scratch)
-    resources = _resources(job, built, Program.parse(text), _scalars(job.launch, signature))
+    resources = _resources(job, built, program, _scalars(job.launch, signature))
     return Answer(
         verdict=BuildVerdict.OK,
         duration_s=time.perf_counter() - begun,
@@ -164,7 +165,8 @@ def _told(error: Exception) -> str:
     return _TEMPORARY.sub("<ptx>", useful[0])
 
 
-def _disassembled(cubin: bytes, scratch: Path) -> str:
+def _disassembled(cubin: bytes, kernel: str, scratch: Path) -> Program:
+    """The machine code of ``kernel``. Raises OSError where the tool does not print it."""
     from triton import knobs
 
     file = scratch / "kernel.cubin"
@@ -173,7 +175,10 @@ def _disassembled(cubin: bytes, scratch: Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_LIMIT_S)
     if done.returncode and _NOT_DECODED not in done.stderr:
         raise OSError(f"cuobjdump ended with exit code {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
+    try:
+        return Program.parse(done.stdout, kernel)
+    except ValueError as error:
+        raise OSError(str(error)) from error
 
 
 def _scalars(launch: Launch, signature: dict[str, str]) -> list[int | None]:
@@ -217,7 +222,7 @@ def _code(job: Job, built: Any, program: Program, scalars: list[int | None]) -> 
     }
     per_key, uncounted = None, ""
     try:
-        per_key = program.executed(constants) * built.metadata.num_warps * job.launch.programs / job.keys
+        per_key = executed(program, constants) * built.metadata.num_warps * job.launch.programs / job.keys
     except Undetermined as error:
         uncounted = str(error)
     return Code(

@@ -1,38 +1,14 @@
-"""What a cubin's machine code says: how much of what it has, and how many instructions one warp executes.
-
-The code is read as ``cuobjdump -res-usage -sass`` prints it. To count what is executed, the control flow of thread 0
-of program (0, 0, 0) is followed with the launch's own arguments: integers that can be known are computed, everything
-else is unknown. So a loop counts with its trip count, whatever the compilers unrolled, and a branch that depends on
-data ends in ``Undetermined`` instead of in a guess.
-"""
+"""The machine code of a kernel (SASS), as ``cuobjdump -res-usage -sass`` prints a cubin's."""
 
 from __future__ import annotations
 
-import operator
 import re
-import struct
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import product, takewhile, zip_longest
-
-#: Far above any kernel that scores a block of keys; below it the count takes seconds.
-_STEPS = 2_000_000
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-_FUNCTION = re.compile(r"^\s*Function : (\S+)")
-_USAGE = re.compile(r"\bREG:(\d+) STACK:(\d+) .*?CONSTANT\[0\]:(\d+)")
-_REGISTER = re.compile(r"(?P<minus>-?)(?P<not>~?)(?P<file>U?R)(?P<number>\d+|Z)(?P<suffix>(?:\.\w+)*)")
-_PREDICATE = re.compile(r"(?P<not>!?)(?P<name>U?P(?:\d|T))")
-_IMMEDIATE = re.compile(r"(-?)(0x[0-9a-f]+|\d+)")
-_CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")
+_FUNCTION = re.compile(r"^\s*Function : (\S+)\n((?:(?!\s*Function : ).*\n?)*)", re.MULTILINE)
+_USAGE = re.compile(r"\bFunction (\S+):\s+REG:(\d+) STACK:(\d+) .*?CONSTANT\[0\]:(\d+)")
 _WIDTH = re.compile(r"\.(8|16|32|64|128|256)\b|\.[US](8|16)\b")
-
-_WORD = 0xFFFFFFFF
-
-
-class Undetermined(Exception):
-    """The instructions that a warp executes cannot be counted; the message says at which one and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +41,18 @@ class Program:
     instructions: tuple[Instruction, ...]
 
     @classmethod
-    def parse(cls, text: str) -> Program:
-        """Read the output of ``cuobjdump -res-usage -sass`` for a cubin with one kernel. Raises ValueError.
+    def parse(cls, text: str, kernel: str) -> Program:
+        """Read what ``cuobjdump`` prints of a cubin with ``kernel`` in it. Raises ValueError where that is not there.
 
         Without instructions where the tool does not know the architecture.
         """
-        usage = _USAGE.search(text)
+        usage = {found[1]: found for found in _USAGE.finditer(text)}.get(kernel)
         if usage is None:
-            raise ValueError("cuobjdump printed no resource usage")
-        if len(_FUNCTION.findall(text)) > 1 or len(set(re.findall(r"Function : (\S+)", text))) > 1:
-            raise ValueError("the cubin has more than one function")
-        lines = (_LINE.match(line) for line in text.splitlines())
-        found = [
-            Instruction(int(line[1], 16), line[2] or "", line[3], tuple(_operands(line[4]))) for line in lines if line
-        ]
-        return cls(int(usage[1]), int(usage[2]), int(usage[3]), tuple(_without_padding(found)))
+            raise ValueError(f"cuobjdump printed no resource usage of {kernel}")
+        code = dict(_FUNCTION.findall(text)).get(kernel, "")
+        lines = [line for line in map(_LINE.match, code.splitlines()) if line]
+        found = [Instruction(int(line[1], 16), line[2] or "", line[3], tuple(_operands(line[4]))) for line in lines]
+        return cls(int(usage[2]), int(usage[3]), int(usage[4]), tuple(_without_padding(found)))
 
     def count(self, *opcodes: str) -> int:
         return sum(instruction.base in opcodes for instruction in self.instructions)
@@ -93,58 +66,6 @@ class Program:
     def local_bytes(self, opcode: str) -> int:
         """Bytes per thread that the local loads (LDL) or stores (STL) in the code move: the spills."""
         return sum(i.width_bits // 8 for i in self.instructions if i.base == opcode)
-
-    @cached_property
-    def _at(self) -> dict[int, int]:
-        return {instruction.address: index for index, instruction in enumerate(self.instructions)}
-
-    def executed(self, constants: Mapping[int, int]) -> int:
-        """How many instructions a warp executes, predicated-off ones included.
-
-        ``constants`` has the known 32-bit words of constant bank 0 by their byte offset. Raises Undetermined.
-        """
-        thread, index, steps = _Thread(constants), 0, 0
-        while True:
-            if index >= len(self.instructions):
-                raise Undetermined("the code runs past its end")
-            if steps == _STEPS:
-                raise Undetermined(f"no end within {_STEPS} instructions")
-            steps += 1
-            instruction = self.instructions[index]
-            taken = thread.predicate(instruction.guard) if instruction.guard else True
-            index += 1
-            if instruction.base in _JUMPS:
-                target = self._target(instruction, thread, taken)
-                index = index if target is None else self._at[target]
-            elif instruction.base == "EXIT":
-                if taken is None:
-                    raise self._unknown(instruction)
-                if taken:
-                    return steps
-            else:
-                thread.execute(instruction, taken)
-
-    def _target(self, instruction: Instruction, thread: _Thread, taken: bool | None) -> int | None:
-        """Where a branch goes; None where it is not taken."""
-        if ".DIV" in instruction.opcode:
-            return None  # for a warp whose threads have parted; the one that is followed has not
-        *conditions, target = instruction.operands
-        # BRA.U UP0, 0x80: the condition may be an operand
-        for condition in filter(_PREDICATE.fullmatch, conditions):
-            taken = _combined(("AND",), taken, thread.predicate(condition))
-        if taken is None:
-            raise self._unknown(instruction)
-        if not taken:
-            return None
-        if instruction.base != "BRA" or not _IMMEDIATE.fullmatch(target) or int(target, 16) not in self._at:
-            raise Undetermined(f"{instruction.opcode} at {instruction.address:#x} goes to a place that is computed")
-        return int(target, 16)
-
-    def _unknown(self, instruction: Instruction) -> Undetermined:
-        return Undetermined(f"{instruction.opcode} at {instruction.address:#x} depends on a value that is not known")
-
-
-_JUMPS = ("BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU", "CALL", "RET", "BREAK")
 
 
 def _operands(text: str) -> list[str]:
@@ -162,258 +83,3 @@ def _without_padding(found: list[Instruction]) -> list[Instruction]:
     if last and last.base == "BRA" and last.operands[-1:] == (f"{last.address:#x}",):
         end -= 1
     return found[:end]
-
-
-class _Thread:
-    """Registers and predicates of one thread; what is not known is None."""
-
-    def __init__(self, constants: Mapping[int, int]) -> None:
-        self._constants = constants
-        # code for Jetson Orin begins with a test of UR2, which the hardware sets; 0 goes the longer way
-        self._words: dict[str, int | None] = {"UR2": 0}
-        self._predicates: dict[str, bool | None] = {}
-
-    def predicate(self, text: str) -> bool | None:
-        found = _PREDICATE.fullmatch(text)
-        if found is None:
-            return None
-        value = True if found["name"].endswith("T") else self._predicates.get(found["name"])
-        return value if value is None or not found["not"] else not value
-
-    def word(self, text: str, part: int = 0) -> int | None:
-        """The 32-bit word that an operand names, or the word ``part`` words after it."""
-        if found := _IMMEDIATE.fullmatch(text):
-            value = int(found[2], 0) * (-1 if found[1] else 1)
-            return (value >> 32 * part) & _WORD
-        if found := _CONSTANT.fullmatch(text):
-            return self._constants.get(int(found[1], 16) + 4 * part)
-        found = _REGISTER.fullmatch(text)
-        if found is None or found["suffix"].replace(".reuse", "") not in ("", ".64"):
-            return None
-        value = 0 if found["number"] == "Z" else self._words.get(f"{found['file']}{int(found['number']) + part}")
-        if value is None or (found["minus"] and part):
-            return None
-        value = ~value if found["not"] else value
-        return (-value if found["minus"] else value) & _WORD
-
-    def double(self, text: str) -> int | None:
-        low, high = self.word(text), self.word(text, 1)
-        return None if low is None or high is None else low | high << 32
-
-    def execute(self, instruction: Instruction, taken: bool | None) -> None:
-        """Write what the instruction writes: its value where that is known, else that it is not."""
-        if taken is False:
-            return
-        operands = list(instruction.operands)
-        targets = _leading_predicates(operands)
-        place = None
-        if instruction.base not in _PREDICATES_ONLY and operands and _REGISTER.fullmatch(operands[0]):
-            place = operands.pop(0)
-        if instruction.base in _CARRYING:
-            targets += _leading_predicates(operands)
-        words, answers = None, ()
-        if taken and (meaning := _MEANINGS.get(instruction.base)):
-            words, answers = meaning(self, instruction, operands)
-        if "PR" in instruction.operands[:1]:
-            self._predicates.clear()
-        for target, answer in zip_longest(targets, answers[: len(targets)]):
-            self._predicates[target] = answer
-        if place:
-            unknown = [None] * _words_written(instruction)
-            self._set(place, words + unknown[len(words) :] if words else unknown)
-
-    def _set(self, place: str, words: list[int | None]) -> None:
-        found = _REGISTER.fullmatch(place)
-        if found["number"] != "Z":
-            for part, value in enumerate(words):
-                self._words[f"{found['file']}{int(found['number']) + part}"] = value
-
-
-def _leading_predicates(operands: list[str]) -> list[str]:
-    """Take the predicates off the front of ``operands``: the ones that an instruction writes, two at most."""
-    found = list(takewhile(_PREDICATE.fullmatch, operands[:2]))
-    del operands[: len(found)]
-    return found
-
-
-def _words_written(instruction: Instruction) -> int:
-    """How many registers an instruction of unknown meaning may write; rather one too many than one too few."""
-    if "MMA" in instruction.base or instruction.base.startswith(("LDSM", "LDTM", "LDT")):
-        return 8
-    wide = ".WIDE" in instruction.opcode or instruction.base in ("CS2R", "DADD", "DMUL", "DFMA", "F2F", "I2F", "F2I")
-    return max(2 if wide else 1, instruction.width_bits // 32)
-
-
-def _signed(value: int, bits: int = 32) -> int:
-    return value - (1 << bits) if value >> (bits - 1) else value
-
-
-def _split(value: int) -> list[int | None]:
-    return [value & _WORD, (value >> 32) & _WORD]
-
-
-def _read_operands(operands: list[str]) -> tuple[list[str], list[str]]:
-    """The registers and numbers, then the predicates among the operands that are read."""
-    predicates = [operand for operand in operands if _PREDICATE.fullmatch(operand)]
-    return [operand for operand in operands if operand not in predicates], predicates
-
-
-#: The words and the predicates that an instruction writes; no words where they are not known.
-Outcome = tuple["list[int | None] | None", "Sequence[bool | None]"]
-Meaning = Callable[["_Thread", Instruction, list[str]], Outcome]
-
-_UNKNOWN: Outcome = (None, ())
-
-
-def _special(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    known = operands[0].startswith(("SR_TID", "SR_CTAID", "SR_LANEID", "SRZ"))
-    wide = instruction.base == "CS2R" and ".32" not in instruction.opcode
-    return ([0] * (2 if wide else 1), ()) if known else _UNKNOWN
-
-
-def _move(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    if instruction.width_bits < 32:  # a part of a word
-        return _UNKNOWN
-    return [thread.word(operands[0], part) for part in range(max(1, instruction.width_bits // 32))], ()
-
-
-def _halves(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    """A product with RZ plus two half-precision numbers: how a constant gets into a register by another pipe."""
-    if len(operands) != 4 or not any(re.fullmatch(r"-?RZ", operand) for operand in operands[:2]):
-        return _UNKNOWN
-    try:
-        high, low = (struct.unpack("<H", struct.pack("<e", float(text)))[0] for text in operands[2:])
-    except (ValueError, OverflowError):
-        return _UNKNOWN
-    return [high << 16 | low], ()
-
-
-def _add(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    terms, carries = _read_operands(operands)
-    bits = 64 if ".64" in instruction.opcode else 32
-    values = [thread.double(x) if bits == 64 else thread.word(x) for x in terms]
-    values += [thread.predicate(x) for x in carries]
-    # a negated register would carry as its complement plus one, and beside a carry it is the complement alone
-    negated = any(_REGISTER.fullmatch(x) and x.startswith("-") for x in terms)
-    if None in values or (negated and ".X" in instruction.opcode):
-        return _UNKNOWN
-    total = sum(values)
-    carry = None if negated else total >> bits > 0
-    return (_split(total) if bits == 64 else [total & _WORD]), (carry,)
-
-
-def _multiply_add(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    terms, _ = _read_operands(operands)
-    wide, high = ".WIDE" in instruction.opcode, ".HI" in instruction.opcode
-    a, b = thread.word(terms[0]), thread.word(terms[1])
-    c = thread.double(terms[2]) if wide or high else thread.word(terms[2])
-    if 0 in (a, b):  # a product with RZ is a move
-        a = b = 0
-    if None in (a, b, c) or ".X" in instruction.opcode:
-        return _UNKNOWN
-    if (wide or high) and ".U32" not in instruction.opcode:
-        a, b = _signed(a), _signed(b)
-    words = _split(a * b + c)
-    return (words[1:] if high else words if wide else words[:1]), ()
-
-
-def _shift(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    """A funnel shift, where one word is enough to know the result."""
-    low, by, high = (thread.word(operand) for operand in operands[:3])
-    if by is None:
-        return _UNKNOWN
-    if ".L" in instruction.opcode and ".HI" not in instruction.opcode and low is not None:
-        return [(low << min(by, 32)) & _WORD], ()
-    if ".R" in instruction.opcode and ".HI" in instruction.opcode and high is not None and low == 0:
-        return [((_signed(high) if ".S32" in instruction.opcode else high) >> min(by, 31)) & _WORD], ()
-    return _UNKNOWN
-
-
-def _logic(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    """Three words through a truth table; an unknown bit that the table does not look at does not matter."""
-    terms, _ = _read_operands(operands)
-    values, table = [thread.word(term) for term in terms[:3]], thread.word(terms[3])
-    result = 0
-    for bit in range(32):
-        answer = _looked_up(table, [None if value is None else bool(value >> bit & 1) for value in values])
-        if answer is None:
-            return _UNKNOWN
-        result |= answer << bit
-    return [result], (result != 0,)
-
-
-def _predicate_logic(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    values = [thread.predicate(operand) for operand in operands[:3]]
-    return None, [_looked_up(thread.word(table), values) for table in operands[3:5]]
-
-
-def _looked_up(table: int | None, values: Sequence[bool | None]) -> bool | None:
-    """The bit of a truth table at three values; None where the unknown ones among them decide."""
-    if table is None:
-        return None
-    choices = product(*((False, True) if value is None else (value,) for value in values))
-    answers = {bool(table >> (a << 2 | b << 1 | c) & 1) for a, b, c in choices}
-    return answers.pop() if len(answers) == 1 else None
-
-
-def _select(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    chosen = thread.predicate(operands[2])
-    return ([thread.word(operands[0 if chosen else 1])], ()) if chosen is not None else _UNKNOWN
-
-
-def _extend(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    value, bits = thread.word(operands[0]), thread.word(operands[1])
-    if value is None or not bits:
-        return _UNKNOWN
-    value &= (1 << bits) - 1
-    return [(value if ".U32" in instruction.opcode else _signed(value, bits)) & _WORD], ()
-
-
-_COMPARISONS: Mapping[str, Callable[[int, int], bool]] = {
-    "LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne,
-}  # fmt: skip
-
-
-def _compare(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    parts = instruction.opcode.split(".")
-    bits = 64 if {"S64", "U64"} & set(parts) else 32
-    values = [thread.double(x) if bits == 64 else thread.word(x) for x in operands[:2]]
-    others = [thread.predicate(x) for x in operands[2:]]
-    if None in values or parts[1] not in _COMPARISONS:
-        return _UNKNOWN
-    if "EX" in parts and values[0] == values[1]:  # the high words are equal: the comparison of the low ones decides
-        outcome = others[1]
-    else:
-        signed = not {"U32", "U64"} & set(parts)
-        outcome = _COMPARISONS[parts[1]](*(_signed(value, bits) if signed else value for value in values))
-    opposite = None if outcome is None else not outcome
-    return None, (_combined(parts, outcome, others[0]), _combined(parts, opposite, others[0]))
-
-
-def _combined(parts: Sequence[str], one: bool | None, other: bool | None) -> bool | None:
-    if "AND" in parts:
-        return False if False in (one, other) else None if None in (one, other) else True
-    if "OR" in parts:
-        return True if True in (one, other) else None if None in (one, other) else False
-    return None
-
-
-#: Instructions that name the predicates that they write behind the register.
-_CARRYING = ("IADD3", "UIADD3", "LEA", "ULEA", "IMAD", "UIMAD")
-
-#: Instructions whose first register is read.
-_PREDICATES_ONLY = ("ISETP", "UISETP", "FSETP", "DSETP", "HSETP2", "PLOP3", "UPLOP3")
-
-_MEANINGS: Mapping[str, Meaning] = {
-    **dict.fromkeys(("S2R", "S2UR", "CS2R"), _special),
-    **dict.fromkeys(("MOV", "UMOV", "R2UR", "LDC", "LDCU", "ULDC"), _move),
-    "HFMA2": _halves,
-    **dict.fromkeys(("IADD3", "UIADD3", "IADD", "UIADD", "VIADD"), _add),
-    **dict.fromkeys(("IMAD", "UIMAD"), _multiply_add),
-    **dict.fromkeys(("SHF", "USHF"), _shift),
-    **dict.fromkeys(("LOP3", "ULOP3"), _logic),
-    **dict.fromkeys(("PLOP3", "UPLOP3"), _predicate_logic),
-    **dict.fromkeys(("SEL", "USEL"), _select),
-    **dict.fromkeys(("SGXT", "USGXT"), _extend),
-    **dict.fromkeys(("ISETP", "UISETP"), _compare),
-}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from verify.sass import Program, Undetermined
+from verify.sass import Program
+from verify.warp import Undetermined, executed
 
 _USAGE = " Function k:\n  REG:40 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:600 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
 
 
 def program(*lines: str) -> Program:
     code = [f"        /*{16 * place:04x}*/  {line} ;   /* 0x0000000000007918 */" for place, line in enumerate(lines)]
-    return Program.parse(_USAGE + "\t\tFunction : k\n" + "\n".join(code))
+    return Program.parse(_USAGE + "\t\tFunction : k\n" + "\n".join(code), "k")
 
 
 def test_what_the_code_has_is_counted_without_its_padding() -> None:
@@ -22,7 +23,7 @@ def test_what_the_code_has_is_counted_without_its_padding() -> None:
     assert (found.registers, found.stack_bytes, len(found.instructions)) == (40, 0, 6)
     assert found.loads_by_width == {"128": 1, "16": 1}
     assert (found.local_bytes("STL"), found.local_bytes("LDL"), found.count("MUFU")) == (8, 4, 1)
-    assert found.executed({}) == 6
+    assert executed(found, {}) == 6
 
 
 @pytest.mark.parametrize(
@@ -46,10 +47,10 @@ def test_what_the_code_has_is_counted_without_its_padding() -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("trips", [1, 3, 17])
 def test_a_loop_counts_with_its_trip_count(loop: tuple[str, ...], trips: int) -> None:
-    executed = program(*loop).executed({0x240: trips})
+    steps = executed(program(*loop), {0x240: trips})
     last = 0 if loop[8] == "@P1 EXIT" else 1
     # five instructions before the loop and five in it; counting down, the last trip ends one short of them
-    assert executed == 5 + 5 * trips - (1 - last) + last
+    assert steps == 5 + 5 * trips - (1 - last) + last
 
 
 def test_a_constant_made_by_another_pipe_and_a_masked_exit_are_known() -> None:
@@ -58,7 +59,7 @@ def test_a_constant_made_by_another_pipe_and_a_masked_exit_are_known() -> None:
         "IADD3 R5, PT, PT, R5, -0x1, RZ", "ISETP.NE.AND P1, PT, R5, RZ, PT", "@P1 BRA 0x30",
         "PLOP3.LUT P2, PT, PT, PT, P0, 0x80, 0x8", "@P2 EXIT", "EXIT",
     )  # fmt: skip
-    assert found.executed({}) == 3 + 3 * 3 + 3
+    assert executed(found, {}) == 3 + 3 * 3 + 3
 
 
 @pytest.mark.parametrize(
@@ -73,20 +74,32 @@ def test_a_constant_made_by_another_pipe_and_a_masked_exit_are_known() -> None:
 )
 def test_what_cannot_be_known_is_said_and_not_guessed(lines: tuple[str, ...], reason: str) -> None:
     with pytest.raises(Undetermined, match=reason):
-        program(*lines).executed({0x240: 3})
+        executed(program(*lines), {0x240: 3})
 
 
 def test_a_loaded_value_replaces_what_was_known_of_every_word_it_fills() -> None:
     lines = ("MOV R6, 0x1", "LDG.E.128 R4, desc[UR4][R2.64]", "ISETP.NE.AND P0, PT, R6, RZ, PT", "@P0 EXIT", "EXIT")
     with pytest.raises(Undetermined, match="EXIT at 0x30"):
-        program(*lines).executed({})
+        executed(program(*lines), {})
 
 
 def test_scheduling_notes_of_older_disassemblers_are_no_operands() -> None:
     text = "        /*0000*/  BRA.U UP0, 0x40                            &req={1} ?trans6;  /* 0x0 */\n"
-    assert Program.parse(_USAGE + text).instructions[0].operands == ("UP0", "0x40")
+    assert Program.parse(_USAGE + "\t\tFunction : k\n" + text, "k").instructions[0].operands == ("UP0", "0x40")
 
 
 def test_an_architecture_that_the_disassembler_does_not_know_has_registers_and_no_code() -> None:
-    found = Program.parse(_USAGE + "\n\tcode for sm_107a\n")
+    found = Program.parse(_USAGE + "\n\tcode for sm_107a\n", "k")
     assert (found.registers, found.instructions) == (40, ())
+
+
+def test_another_function_of_the_cubin_is_not_the_kernels() -> None:
+    other = _USAGE.replace("k:", "helper:").replace("40", "99")
+    code = "        /*0000*/  {} ;\n        /*0010*/  EXIT ;\n"
+    sections = f"\t\tFunction : helper\n{code.format('NOP')}\t\tFunction : k\n{code.format('CALL.REL.NOINC 0x80')}"
+    found = Program.parse(other + _USAGE + sections, "k")
+    assert (found.registers, [one.base for one in found.instructions]) == (40, ["CALL", "EXIT"])
+    with pytest.raises(Undetermined, match="CALL"):
+        executed(found, {})
+    with pytest.raises(ValueError, match="no resource usage of absent"):
+        Program.parse(other, "absent")
