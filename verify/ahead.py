@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from verify.architectures import parse_targets
-from verify.archive import load
 from verify.builds import BuildVerdict, Compilation
 from verify.checks import SKIP_CODES, Check, catalogue
 from verify.compilation import LIMIT_S, Order, Progress, compile_ahead, failed, prepare
@@ -64,8 +63,7 @@ def compile_verb(
     info = order.subject.info()
     with _interruptible():
         compilations = _with_progress(order)
-        earlier = [*load().records, *(load([out]).records if out.is_dir() else ())]
-        records = _records(order, info, compilations, _words(order, sm, full), earlier, root)
+        records = records_of(order, info, compilations, _words(order, sm, full), out, root)
     folder = _write(records, out)
     if as_json:
         from verify.exports import compilations_json
@@ -169,15 +167,18 @@ def _with_progress(order: Order) -> list[Compilation]:
     return compilations
 
 
-def _records(
+def records_of(
     order: Order,
     info: SubjectInfo,
     compilations: Sequence[Compilation],
     words: str,
-    earlier: Sequence[Record],
+    out: Path | None,
     root: Path,
 ) -> list[Record]:
-    """A record for each GPU, with the results of the checks that a build can answer."""
+    """A record for each GPU, with the results of the checks that a build can answer.
+
+    ``words`` is the request as it would be typed; ``out`` a folder with earlier records beside the usual ones.
+    """
     environment = capture("cpu")
     checks = [check for check in catalogue() if check.phase == 3]
     digest, now = instrument_sha256(root), utc_now()
@@ -194,11 +195,15 @@ def _records(
             seed=DEFAULT_SEED,
             selection=words,
             duration_s=sum(build.duration_s for build in one.builds),
-            results=[] if one.gap else _results(order, one, checks, last_of(earlier, f"sm{one.sm}", info.source)),
+            results=[] if one.gap else _results(order, one, checks, _last(one, info, out)),
             compilation=one,
         )
         for one in compilations
     ]
+
+
+def _last(now: Compilation, info: SubjectInfo, out: Path | None) -> Compilation | None:
+    return last_of(f"sm{now.sm}", info.source, info.content_sha256, out, toolchain=now.triton)
 
 
 def _results(order: Order, now: Compilation, checks: Iterable[Check], last: Compilation | None) -> list[CheckResult]:

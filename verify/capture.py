@@ -7,20 +7,31 @@ sizes and its number of warps, and not what a table of this suite's says of them
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 
-from verify.builds import Strict
 from verify.device import derive_seed
-from verify.launches import Launch, UnknownArgument, recorded
+from verify.launches import Exchanged, Launch, UnknownArgument, recorded
 from verify.problems import Shape
 from verify.request import DEFAULT_SEED
 from verify.subject import Subject, SubjectLacks
 from verify.variants import score, widened
 
+#: Before the answer on stdout, where a subject may print too.
+ANSWER = "captured launches: "
 
-class Captured(Strict):
+
+def file_digest(file: Path) -> str | None:
+    """The sha256 of a file's content; None where it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+class Captured(Exchanged):
     """What one variant launches, or the sentence that says why it launches nothing."""
 
     launches: tuple[Launch, ...] = ()
@@ -46,7 +57,7 @@ def capture(subject: Subject, name: str, shape: Shape) -> Captured:
 def main() -> int:
     """Answer the question on stdin, ``{"root": ..., "variants": {name: shape}}``, on stdout.
 
-    The answer is the last line: ``{"captured": {name: ...}}``, or ``{"refused": sentence}``.
+    The answer is a line: ``{"captured": {name: ...}, "files": {file: sha256}}``, or ``{"refused": sentence}``.
     """
     question = json.load(sys.stdin)
     subject = Subject(name=question["name"], root=Path(question["root"]), source=question["source"])
@@ -57,10 +68,19 @@ def main() -> int:
     try:
         captured = {name: capture(subject, name, shape).model_dump() for name, shape in shapes.items()}
     except UnknownArgument as error:
-        print(json.dumps({"refused": str(error)}))
+        answer: dict[str, object] = {"refused": str(error)}
     else:
-        print(json.dumps({"captured": captured}))
+        answer = {"captured": captured, "files": _imported()}
+    print(f"\n{ANSWER}{json.dumps(answer)}")
     return 0
+
+
+def _imported() -> dict[str, str]:
+    """The digests of the files of all imported modules but those of the interpreter and its packages."""
+    installed = [Path(place).resolve() for place in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
+    files = {Path(file).resolve() for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))}
+    own = [file for file in files if not any(file.is_relative_to(place) for place in installed)]
+    return {str(file): digest for file in sorted(own) if (digest := file_digest(file)) is not None}
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from pydantic import ValidationError
 
 from verify.architectures import Architecture
 from verify.builds import Build, BuildVerdict, Compilation, Strict
-from verify.capture import Captured
+from verify.capture import ANSWER, Captured, file_digest
 from verify.compiler import Answer, Job
 from verify.environment import NOT_INSTALLED, localise, ptxas_versions, variables, version_of
 from verify.instrument import digest_of
-from verify.launches import Launch, Tensor
+from verify.launches import Exchanged, Launch, Tensor
 from verify.outcome import ConfigurationError
 from verify.problems import Shape
 from verify.record import write_atomic
@@ -68,14 +68,20 @@ _CONTROL = Launch(
 )
 
 
-class Kept(Strict):
+class Kept(Exchanged):
     """What a subject launches by variant, and the digest of the source of each kernel, by module and name.
 
-    A kernel without a digest is built anew each time.
+    A kernel without a digest is built anew each time. ``files`` are the digests of what was imported to know all this.
     """
 
     captured: dict[str, Captured]
     sources: dict[str, str | None]
+    files: dict[str, str]
+
+    @property
+    def current(self) -> bool:
+        """Whether no file has changed since."""
+        return all(file_digest(Path(name)) == digest for name, digest in self.files.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +147,7 @@ class _Compiling:
         self._toolchain = {
             "triton": version_of("triton"),
             "ptxas": ptxas_versions(),
-            "variables": {name: value for name, value in variables().items() if name.startswith("TRITON_")},
+            "variables": {name: os.environ.get(name) for name in variables() if not name.startswith("CUDA_")},
             "own": digest_of([Path(__file__).with_name(f"{name}.py") for name in _OWN], Path(__file__).parent),
         }
 
@@ -200,9 +206,9 @@ class _Compiling:
         subject = self._order.subject
         names = {name: asdict(shape) for name, shape in self._order.variants.items()}
         place = self._place("captured", subject.content_sha256(), names)
-        if (kept := self._read(place, Kept)) is not None:
+        if (kept := self._read(place, Kept)) is not None and kept.current:
             return kept
-        captured = _ask(subject, names)
+        captured, files = _ask(subject, names)
         launches = [_CONTROL, *(launch for one in captured.values() for launch in one.launches)]
         kernels = {f"{launch.module}.{launch.kernel}": launch for launch in launches}
         question = {"sources": [launch.model_dump() for launch in kernels.values()]}
@@ -214,8 +220,10 @@ class _Compiling:
                 f"the kernels of subject {subject.name!r} cannot be imported where they are to be compiled ({said}); "
                 "define them at the top of their module"
             ) from error
-        kept = Kept(captured=captured, sources=dict(zip(kernels, answer["sources"], strict=True)))
-        self._write(place, kept)
+        kept = Kept(captured=captured, sources=dict(zip(kernels, answer["sources"], strict=True)), files=files)
+        # a subject that could not launch something may have been short of memory
+        if not any(one.problem for one in captured.values()):
+            self._write(place, kept)
         return kept
 
     def _built(
@@ -282,7 +290,8 @@ def _environment(subject: Subject, **own: str) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": path, **own}
 
 
-def _ask(subject: Subject, names: Mapping[str, Mapping[str, Any]]) -> dict[str, Captured]:
+def _ask(subject: Subject, names: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Captured], dict[str, str]]:
+    """What the subject launches by variant, and the digests of the files that were imported to find out."""
     question = {"name": subject.name, "root": str(subject.root), "source": subject.source, "variants": names}
     try:
         child = subprocess.run(
@@ -294,15 +303,17 @@ def _ask(subject: Subject, names: Mapping[str, Mapping[str, Any]]) -> dict[str, 
             f"subject {subject.name!r} cannot be asked what it launches: no answer within {_CAPTURE_LIMIT_S} s; "
             "try `python -m verify run --phase 3`"
         ) from error
-    if child.returncode or not child.stdout.strip():
+    # a subject may print, even when its interpreter ends
+    answers = [line for line in child.stdout.splitlines() if line.startswith(ANSWER)]
+    if child.returncode or not answers:
         raise ConfigurationError(
             f"subject {subject.name!r} cannot be asked what it launches ({_last(child.stderr)}); "
             "try `python -m verify run --phase 3`"
         )
-    answer = json.loads(child.stdout.splitlines()[-1])
+    answer = json.loads(answers[-1].removeprefix(ANSWER))
     if "refused" in answer:
         raise ConfigurationError(answer["refused"])
-    return {name: Captured.model_validate(one) for name, one in answer["captured"].items()}
+    return {name: Captured.model_validate(one) for name, one in answer["captured"].items()}, answer["files"]
 
 
 def _answer(worker: Worker, job: Job) -> Answer:

@@ -8,13 +8,14 @@ is not for answers: Triton prints on it.
 
 from __future__ import annotations
 
-import faulthandler
+import ctypes
 import hashlib
 import importlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,11 +25,13 @@ from typing import Any
 
 from verify.architectures import find
 from verify.builds import BuildVerdict, Code, Resources, Strict
-from verify.launches import Launch, Tensor
+from verify.launches import Exchanged, Launch, Tensor
 from verify.sass import Program
 from verify.warp import Undetermined, executed
 
 _TOOL_LIMIT_S = 60
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 #: What ptxas says of an architecture, or of a PTX version, that it is too old for.
 _TOO_OLD = re.compile(r"is not defined for option 'gpu-name'|requires PTX ISA|Unsupported \.version")
@@ -40,7 +43,7 @@ _NOT_DECODED = "Cannot decode architecture"
 _TEMPORARY = re.compile(r"\S*/tmp\w+\.ptx\b")
 
 
-class Job(Strict):
+class Job(Exchanged):
     """One launch to build for one architecture; it scores ``keys`` keys, and has ``limit_s`` for it."""
 
     launch: Launch
@@ -241,8 +244,9 @@ def main() -> int:
     from triton.backends.nvidia.compiler import get_ptxas  # what takes time is done before a job's time runs
 
     scratch = Path(tempfile.gettempdir())
-    # out of memory, this process is the one to lose and not its parent
+    # out of memory, this process is the one to lose and not its parent, without which there is nobody to answer
     Path("/proc/self/oom_score_adj").write_text("1000")
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with os.fdopen(int(sys.argv[1]), "w") as answers:
         print(json.dumps({"ready": True}), file=answers, flush=True)
         for line in sys.stdin:
@@ -252,11 +256,8 @@ def main() -> int:
                 answer: dict[str, Any] = {"sources": [source_digest(launch) for launch in launches]}
             else:
                 asked = Job.model_validate(job)
-                # a build that never ends outlives a parent that was killed, unless something here ends it
-                faulthandler.dump_traceback_later(2 * asked.limit_s + 60, exit=True)
                 built = build(asked, scratch)
                 answer = built.model_copy(update={"ptxas": get_ptxas(asked.sm).version}).model_dump(mode="json")
-                faulthandler.cancel_dump_traceback_later()
                 shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
             print(json.dumps(answer), file=answers, flush=True)
     return 0

@@ -11,6 +11,8 @@ from math import prod
 from typing import Any
 from unittest import mock
 
+from pydantic import ConfigDict
+
 from verify.builds import Strict
 
 #: The Triton type of what a pointer points at, by the name of the tensor's dtype.
@@ -25,14 +27,20 @@ class UnknownArgument(ValueError):
     """A kernel is launched with something that has no Triton type here; the message names it."""
 
 
-class Tensor(Strict):
+class Exchanged(Strict):
+    """What processes tell one another: an infinite argument comes back as the number that it was."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+
+class Tensor(Exchanged):
     """A pointer argument: the Triton type that it points at, and whether its address divides by 16."""
 
     element: str
     aligned: bool
 
 
-class Launch(Strict):
+class Launch(Exchanged):
     """One launch as a subject asks for it, before anything is compiled.
 
     ``arguments`` are in the order of the kernel's own signature, constants among them; ``options`` are num_warps,

@@ -245,31 +245,49 @@ def model_name(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def compilation(pytestconfig: pytest.Config) -> Compilation | None:
-    """The default kernels, built ahead of time for this run's GPU; None where the run has none."""
+    """The default kernels, built ahead of time for this run's GPU; None where the run has none.
+
+    What they take is kept in a record beside the run's own.
+    """
     session = pytestconfig.stash[SESSION]
     if session.device.name == "cpu":
         return None
+    from verify.ahead import records_of
     from verify.compilation import Order, compile_ahead
+    from verify.record import write_record
     from verify.variants import DEFAULT
 
-    gpu = parse_target(session.manifest.target)
-    return compile_ahead(Order(session.subject, (gpu,), DEFAULT, jobs=len(os.sched_getaffinity(0))))[0]
+    manifest = session.manifest
+    order = Order(session.subject, (parse_target(manifest.target),), DEFAULT, jobs=len(os.sched_getaffinity(0)))
+    found = compile_ahead(order)
+    (kept,) = records_of(order, manifest.subject_info, found, manifest.selection, None, session.root)
+    write_record(kept, session.run_dir / f"{manifest.target}.json")
+    return found[0]
 
 
 @pytest.fixture
-def builds(request: pytest.FixtureRequest, compilation: Compilation | None) -> list[Build]:
-    """The builds for this run's GPU that the case, a variant, launches; none on a CPU."""
+def builds(request: pytest.FixtureRequest) -> list[Build]:
+    """The builds for this run's GPU that the case, a variant, launches; none on a CPU, or where none could be tried."""
+    try:
+        compilation = request.getfixturevalue("compilation")
+    except ConfigurationError:  # p3.resources tells it; a kernel that cannot be built ahead of time may yet run
+        return []
     return compilation.of(request.node.callspec.id) if compilation else []
 
 
 @pytest.fixture(scope="session")
 def last_compilation(pytestconfig: pytest.Config) -> Compilation | None:
     """What the last record of this run's GPU that has builds of the subject built."""
-    from verify.archive import load
     from verify.resources import last_of
 
     session = pytestconfig.stash[SESSION]
-    return last_of(load().records, session.manifest.target, session.subject.source)
+    manifest = session.manifest
+    return last_of(
+        manifest.target,
+        session.subject.source,
+        manifest.subject_info.content_sha256,
+        toolchain=manifest.environment.triton,
+    )
 
 
 @pytest.fixture

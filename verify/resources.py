@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
+from verify.archive import load
 from verify.builds import Build, Compilation, Resources
 from verify.record import Measurement, Record
+from verify.request import repository_root
 from verify.verdict import newest_first
 
 #: How many times the registers of the last record a build may need.
@@ -36,13 +39,27 @@ def registers(now: Compilation, last: Compilation | None) -> list[Measurement]:
     ]
 
 
-def last_of(records: Iterable[Record], target: str, source: str) -> Compilation | None:
-    """What the newest record of ``target`` that has builds of the same subject built; None where there is none.
+def last_of(
+    target: str, source: str, content_sha256: str, out: Path | None = None, *, toolchain: str
+) -> Compilation | None:
+    """What the last record of ``target`` with builds of this subject built; None where there is none.
 
-    ``source`` is the subject as a record names it: another implementation's registers are no measure.
+    A published record is the last one until another is published, so that a growth does not vanish by being measured
+    twice. Without any, it is the newest local one, below ``out`` too, of another content than ``content_sha256`` or
+    another triton than ``toolchain``: of the same ones it would be this very build. ``source`` is the subject as a
+    record names it, because another implementation's registers are no measure.
     """
-    mine = (record for record in records if record.target == target and record.subject.source == source)
-    return next((one.compilation for one in newest_first(mine) if one.compilation and one.compilation.builds), None)
+    evidence = repository_root() / "reports" / "evidence"
+
+    def newest(records: Iterable[Record]) -> Compilation | None:
+        mine = (one for one in records if one.target == target and one.subject.source == source and one.results)
+        return next((one.compilation for one in newest_first(mine) if one.compilation and one.compilation.builds), None)
+
+    published = load([evidence]).records if evidence.is_dir() else ()
+    local = [*load().records, *(load([out]).records if out is not None and out.is_dir() else ())]
+    this = (content_sha256, toolchain)
+    others = (one for one in local if (one.subject.content_sha256, one.environment.triton) != this)
+    return newest(published) or newest(others)
 
 
 def _built(compilation: Compilation) -> list[tuple[Build, Resources]]:

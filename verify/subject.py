@@ -144,7 +144,8 @@ class Subject:
         if child.returncode:
             problem = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
             raise self._not_importable(problem)
-        found = json.loads(child.stdout.splitlines()[-1])
+        # a subject may print, even when its interpreter ends
+        found = json.loads(next(line for line in child.stdout.splitlines() if line.startswith('{"where"')))
         self._must_be_here(found["where"])
         sha = self._git("rev-parse", "HEAD")
         return SubjectInfo(

@@ -1,7 +1,8 @@
 """The variants of the scoring kernel: the inputs for which a subject may build another kernel, and the call that does.
 
-A variant is a ``Shape``. The same ones are built ahead of time for every GPU, and launched where a GPU or the
-interpreter runs phase 3, so that both speak about the same kernels.
+A variant is a ``Shape``. The same ones are built ahead of time for every GPU, over 4,096 tokens, and launched where a
+GPU or the interpreter runs phase 3, over 65. A subject that builds another kernel for another number of tokens so has
+each built as it meets it.
 """
 
 from __future__ import annotations

@@ -140,8 +140,9 @@ def stale_because(record: Record, newest: Record) -> str | None:
 
 
 def _why_stale(record: Record, newer: Sequence[Record]) -> str | None:
-    """``stale_because`` against the first of ``newer``, and the first of them that is of the record's own kind."""
-    same_kind = next((one for one in newer if one.ahead_of_time == record.ahead_of_time), record)
+    """``stale_because`` against the newest, and against the newest of the record's own kind that goes with that."""
+    fitting = (one for one in newer if stale_because(one, newer[0]) is None)
+    same_kind = next((one for one in fitting if one.ahead_of_time == record.ahead_of_time), record)
     return next((why for one in (*newer[:1], same_kind) if (why := stale_because(record, one))), None)
 
 

@@ -59,7 +59,10 @@ def executed(program: Program, constants: Mapping[int, int]) -> int:
             if taken:
                 return steps
         else:
-            thread.execute(instruction, taken)
+            try:
+                thread.execute(instruction, taken)
+            except (LookupError, ValueError) as error:
+                raise Undetermined(f"{instruction.opcode} at {instruction.address:#x} is not as expected") from error
 
 
 def _target(instruction: Instruction, thread: _Thread, taken: bool | None) -> int | None:
@@ -131,15 +134,23 @@ class _Thread:
         if instruction.base in _CARRYING:
             targets += _leading_predicates(operands)
         words, answers = None, ()
-        if taken and (meaning := _MEANINGS.get(instruction.base)):
+        meaning = _MEANINGS.get(instruction.base) if taken else None
+        if meaning is not None:
             words, answers = meaning(self, instruction, operands)
-        if "PR" in instruction.operands[:1]:
+        if place and words is None:
+            # what is not understood may write whatever stands at its front
+            targets += _leading_predicates(operands)
+        if {"PR", "UPR"} & {*instruction.operands}:
             self._predicates.clear()
+        if "GMMA" in instruction.base or instruction.base.startswith("LDT"):
+            self._words.clear()  # a tile
         for target, answer in zip_longest(targets, answers[: len(targets)]):
             self._predicates[target] = answer
         if place:
             unknown = [None] * _words_written(instruction)
             self._set(place, words + unknown[len(words) :] if words else unknown)
+            if instruction.base.startswith("LD") and operands and _REGISTER.fullmatch(operands[0]):
+                self._set(operands[0], unknown)  # the widest loads fill two runs of registers
 
     def _set(self, place: str, words: list[int | None]) -> None:
         found = _REGISTER.fullmatch(place)
@@ -244,13 +255,13 @@ def _shift(thread: _Thread, instruction: Instruction, operands: list[str]) -> Ou
     if ".L" in instruction.opcode and ".HI" not in instruction.opcode and low is not None:
         return [(low << min(by, 32)) & _WORD], ()
     if ".R" in instruction.opcode and ".HI" in instruction.opcode and high is not None and low == 0:
-        return [((_signed(high) if ".S32" in instruction.opcode else high) >> min(by, 31)) & _WORD], ()
+        return [((_signed(high) if ".S32" in instruction.opcode else high) >> min(by, 32)) & _WORD], ()
     return _UNKNOWN
 
 
 def _logic(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
     """Three words through a truth table; an unknown bit that the table does not look at does not matter."""
-    terms, _ = _read_operands(operands)
+    terms, predicates = _read_operands(operands)
     values, table = [thread.word(term) for term in terms[:3]], thread.word(terms[3])
     result = 0
     for bit in range(32):
@@ -258,7 +269,8 @@ def _logic(thread: _Thread, instruction: Instruction, operands: list[str]) -> Ou
         if answer is None:
             return _UNKNOWN
         result |= answer << bit
-    return [result], (result != 0,)
+    # a predicate that is read takes part in the one that is written
+    return [result], (result != 0 if not set(predicates) - {"PT", "!PT", "UPT", "!UPT"} else None,)
 
 
 def _predicate_logic(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:

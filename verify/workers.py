@@ -169,7 +169,9 @@ class Pool:
             for future in as_completed(futures):
                 yield future.result()
         finally:
-            while not all(future.cancel() or future.done() for future in futures):
+            for future in futures:
+                future.cancel()
+            while not all(future.done() for future in futures):
                 for worker in self._workers:
                     worker.kill()
                 time.sleep(0.05)

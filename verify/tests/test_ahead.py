@@ -8,14 +8,17 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
 from phases import p3_compile
+from verify import plugin
 from verify.architectures import ARCHITECTURES, find, parse_targets
 from verify.builds import Build, BuildVerdict
 from verify.compilation import Order, compile_ahead, prepare
+from verify.device import Device
 from verify.outcome import ConfigurationError
 from verify.record import Record, read_record
 from verify.subject import find_subject
@@ -84,11 +87,14 @@ def test_records_and_reports_of_what_was_built(tmp_path: Path) -> None:
     lines = verify("report", "--records", str(out)).stdout.splitlines()
     assert any(line.startswith("sm88") and "gap" in line for line in lines)
 
-    # the second record is compared with the first
-    verify("compile", "--sm", "120", "--subject", str(tmp_path / "theirs"), "--out", str(out))
-    (newest,) = [folder for folder in out.iterdir() if not (folder / "sm88.json").exists()]
-    (compared,) = [one for one in read_record(newest / "sm120.json").results if one.id == "p3.resources.registers"]
-    assert (compared.verdict, {one.measured for one in compared.measurements}) == ("PASS", {1.0})
+    # another content is compared with the last record of this one, however often; the same one would be itself
+    write_subject(tmp_path / "theirs", f"# new\n{GOOD}")
+    for _ in range(2):
+        before = set(out.iterdir())
+        verify("compile", "--sm", "120", "--subject", str(tmp_path / "theirs"), "--out", str(out))
+        (newest,) = set(out.iterdir()) - before
+        (compared,) = [one for one in read_record(newest / "sm120.json").results if one.id == "p3.resources.registers"]
+        assert (compared.verdict, {one.measured for one in compared.measurements}) == ("PASS", {1.0})
 
 
 def test_a_kernel_that_does_not_build_is_exit_1_and_told(tmp_path: Path) -> None:
@@ -167,6 +173,15 @@ def test_a_compilation_makes_no_run_stale_and_no_run_makes_it_stale() -> None:
     assert assess(find(120), [later, built], checks()).used == (later, built)
 
 
+def test_a_run_of_another_subject_in_between_hides_no_run() -> None:
+    ran, built = record("sm120", passing(), day=1), compiled("sm120", day=3)
+    other = record("sm120", passing(), day=2)
+    other = other.model_copy(update={"subject": other.subject.model_copy(update={"content_sha256": "1" * 64})})
+    found = assess(find(120), [ran, other, built], checks())
+    assert (found.verdict, found.used, found.stale) == (TargetVerdict.VERIFIED, (built, ran), (other,))
+    assert found.why_stale(other) == "another subject"
+
+
 def test_a_compilation_of_another_subject_or_triton_is_not_mixed() -> None:
     old, new = compiled("sm120", day=1), compiled("sm120", day=2, run_id="new")
     triton = new.environment.model_copy(update={"triton": "3.9.0"})
@@ -200,9 +215,23 @@ def test_a_record_of_builds_contradicts_nothing(change: dict, problem: str) -> N
 
 
 def test_on_a_gpu_a_build_that_failed_fails_its_check() -> None:
-    build = Build(kernel="k", variants=["v"], verdict=BuildVerdict.CRASH, message="LLVM ERROR", duration_s=0)
-    with pytest.raises(AssertionError, match="k built ahead of time: CRASH: LLVM ERROR"):
+    build = Build(kernel="k", variants=["v"], verdict=BuildVerdict.COMPILE_ERROR, message="no such op", duration_s=0)
+    with pytest.raises(AssertionError, match="k built ahead of time: COMPILE_ERROR: no such op"):
         p3_compile._all_built([build])
+    p3_compile._all_built([build.model_copy(update={"verdict": BuildVerdict.TIMEOUT})])
+
+
+def test_on_a_gpu_the_builds_are_kept_beside_the_run(tmp_path: Path) -> None:
+    subject = write_subject(tmp_path / "theirs")
+    manifest = SimpleNamespace(target="sm90", subject_info=subject.info(), selection="pytest -m hard")
+    session = SimpleNamespace(
+        device=Device("cuda"), subject=subject, manifest=manifest, run_dir=tmp_path / "run", root=REPOSITORY
+    )
+    fixture = plugin.compilation._get_wrapped_function()
+    found = fixture(SimpleNamespace(stash={plugin.SESSION: session}))
+    assert [build.verdict for build in found.of("as_written")] == [BuildVerdict.OK]
+    kept = read_record(tmp_path / "run" / "sm90.json")
+    assert (kept.target, kept.compilation, kept.environment.gpu) == ("sm90", found, None)
 
 
 def test_on_a_gpu_resources_are_measured_or_skipped() -> None:

@@ -118,6 +118,57 @@ def test_builds_are_kept_by_source_and_toolchain(tmp_path: Path, monkeypatch: py
     assert built(order(subject))[1] == 3
 
 
+def test_a_change_outside_the_package_is_seen(tmp_path: Path) -> None:
+    body = """
+import sys
+sys.path.append("PLACE")
+import helpers
+
+@triton.jit
+def outer(x, o, n, B: tl.constexpr):
+    tl.store(o + tl.arange(0, B), helpers.value())
+
+def launch(x, o, n, grid):
+    outer[grid](x, o, n, B=256)
+""".replace("PLACE", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    helper = "import triton\n\n@triton.jit\ndef value():\n    return {}\n"
+    digests = []
+    for number in ("1.0", "2.0"):
+        (tmp_path / "elsewhere" / "helpers.py").write_text(helper.format(number))
+        ((one,), _) = built(order(write_subject(tmp_path / "theirs", body)))
+        digests.append(one.builds[0].cubin_sha256)
+    assert digests[0] != digests[1]
+
+
+def test_an_infinite_argument_is_the_same_when_kept(tmp_path: Path) -> None:
+    body = GOOD.replace("good[grid](x, o, n, B=256)", "low[grid](o, float('-inf'), B=256)") + (
+        "\n@triton.jit\ndef low(o, least, B: tl.constexpr):\n    tl.store(o + tl.arange(0, B), least)\n"
+    )
+    subject = write_subject(tmp_path / "theirs", body)
+    first, _ = built(order(subject))
+    assert verdicts(first[0]) == {"low": "OK"}
+    # the launch is kept and its build is not
+    for file in (cache_folder() / "built").iterdir():
+        file.unlink()
+    assert verdicts(built(order(subject))[0][0]) == {"low": "OK"}
+
+
+@pytest.mark.parametrize("variable", ["DISABLE_PTXAS_OPT", "PTXAS_OPTIONS"])
+def test_what_changes_the_code_is_part_of_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    subject = write_subject(tmp_path / "theirs")
+    built(order(subject))
+    monkeypatch.setenv(variable, "1" if variable.startswith("DISABLE") else "--opt-level=1")
+    assert built(order(subject))[1] == 2
+
+
+def test_a_subject_may_print_when_it_ends(tmp_path: Path) -> None:
+    subject = write_subject(tmp_path / "theirs", f"import atexit\natexit.register(print, 'bye')\n{GOOD}")
+    assert verdicts(built(order(subject))[0][0]) == {"good": "OK"}
+
+
 def test_what_is_kept_and_damaged_is_built_again(tmp_path: Path) -> None:
     subject = write_subject(tmp_path / "theirs")
     first, _ = built(order(subject))

@@ -77,6 +77,23 @@ def test_what_cannot_be_known_is_said_and_not_guessed(lines: tuple[str, ...], re
         executed(program(*lines), {0x240: 3})
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "LDG.E.ENL2.256 R8, R4, desc[UR4][R2.64]",
+        "HGMMA.64x64x16.F32 R24, gdesc[UR4], R24",
+        "VOTE.ANY R2, P0, P1",
+        "LOP3.LUT P0, R9, R6, 0x0, RZ, 0xc0, P2",
+        "R2P PR, R3, 0x7f",
+        "SEL R6, R2",
+    ],
+)
+def test_what_is_not_understood_leaves_nothing_known_that_it_may_have_written(line: str) -> None:
+    lines = ("MOV R6, 0x1", "ISETP.NE.AND P0, PT, R6, R6, PT", line, "ISETP.NE.AND P1, PT, R6, 0x1, PT", "@P0 EXIT")
+    with pytest.raises(Undetermined):
+        executed(program(*lines, "@P1 EXIT", "EXIT"), {})
+
+
 def test_a_loaded_value_replaces_what_was_known_of_every_word_it_fills() -> None:
     lines = ("MOV R6, 0x1", "LDG.E.128 R4, desc[UR4][R2.64]", "ISETP.NE.AND P0, PT, R6, RZ, PT", "@P0 EXIT", "EXIT")
     with pytest.raises(Undetermined, match="EXIT at 0x30"):
