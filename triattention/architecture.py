@@ -11,11 +11,14 @@ import torch
 
 from triattention.errors import TriAttentionError
 
-#: Model types whose attention is q_proj (-> q_norm) -> RoPE -> cache, with their pair layout.
-STYLE_OF_TYPE = {"llama": "half", "qwen2": "half", "qwen3": "half"}
+#: Model types whose attention is projection (-> q_norm) -> RoPE -> cache, with their pair layout.
+STYLE_OF_TYPE = {
+    "llama": "half", "qwen2": "half", "qwen3": "half", "phi3": "half", "glm": "interleaved", "glm4": "interleaved",
+}  # fmt: skip
 
-#: RoPE kinds whose omega never changes with the length of the sequence.
+#: RoPE kinds whose omega never changes with the length of the sequence, and those where it does at some length.
 STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+GROWING_ROPE_TYPES = ("dynamic", "longrope")
 
 #: Configuration entries that decide what a model's queries are; token ids, dropout and the like do not.
 _SHAPING = (
@@ -26,7 +29,11 @@ _SHAPING = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape and rotary parameters of a model; ``omega`` is float32 ``[F]`` as its rotary module holds it."""
+    """Shape and rotary parameters of a model; ``omega`` is float32 ``[F]`` as its rotary module holds it.
+
+    ``rotary_dim`` of the ``head_dim`` dims are rotated, the first ones. ``max_positions`` is the longest sequence for
+    which omega stays what it is, None where that is any.
+    """
 
     model_id: str
     fingerprint: str
@@ -38,6 +45,7 @@ class Architecture:
     rope_style: str
     attention_scaling: float
     omega: torch.Tensor
+    max_positions: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,6 +67,7 @@ class Architecture:
             "rotary_dim",
             "rope_style",
             "attention_scaling",
+            "max_positions",
         ):
             mine, its = getattr(self, name), getattr(live, name)
             if mine != its:
@@ -100,22 +109,8 @@ def describe(model: Any) -> Architecture:
         raise TriAttentionError(
             f"model type {config.model_type!r} is not supported; supported: {', '.join(sorted(STYLE_OF_TYPE))}"
         )
-    sliding = [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"]
-    if sliding:
-        raise TriAttentionError(
-            f"the model has {sliding[0]} layers, which cannot be compressed; use a full-attention model"
-        )
-    rotary = decoder_of(model).rotary_emb
-    if rotary.rope_type not in STATIC_ROPE_TYPES:
-        raise TriAttentionError(
-            f"RoPE type {rotary.rope_type!r} is not supported; supported: {', '.join(STATIC_ROPE_TYPES)}"
-        )
-    omega = rotary.inv_freq.detach().to("cpu", torch.float32)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if 2 * len(omega) != head_dim:
-        raise TriAttentionError(
-            f"the model rotates {2 * len(omega)} of {head_dim} head dims; partial rotary models are not supported yet"
-        )
+    _refuse_sliding(config)
+    omega, scaling, max_positions = rope_of(decoder_of(model).rotary_emb)
     described = {key: value for key, value in sorted(config.to_dict().items()) if key in _SHAPING}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return Architecture(
@@ -124,9 +119,39 @@ def describe(model: Any) -> Architecture:
         num_layers=config.num_hidden_layers,
         num_query_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         rotary_dim=2 * len(omega),
         rope_style=STYLE_OF_TYPE[config.model_type],
-        attention_scaling=float(rotary.attention_scaling),
+        attention_scaling=scaling,
         omega=omega,
+        max_positions=max_positions,
     )
+
+
+def _refuse_sliding(config: Any) -> None:
+    kinds = getattr(config, "layer_types", None)
+    sliding = [kind for kind in kinds or [] if kind != "full_attention"]
+    window = None if kinds else getattr(config, "sliding_window", None)
+    if sliding or (window is not None and window < config.max_position_embeddings):
+        raise TriAttentionError(
+            f"the model has {sliding[0] if sliding else f'sliding attention (window {window})'} layers, which cannot "
+            "be compressed; use a full-attention model"
+        )
+
+
+def rope_of(rotary: Any) -> tuple[torch.Tensor, float, int | None]:
+    """omega float32 ``[F]``, s and ``max_positions`` of a live rotary module, as it is for short sequences.
+
+    Raises TriAttentionError naming an unknown kind.
+    """
+    kind, omega, limit = rotary.rope_type, rotary.inv_freq, None
+    if kind in GROWING_ROPE_TYPES:
+        # inv_freq is replaced in place by a long sequence; the first one is kept beside it
+        omega = rotary.original_inv_freq
+        parameters = rotary.config.rope_parameters
+        limit = parameters["original_max_position_embeddings"] if kind == "longrope" else rotary.original_max_seq_len
+    elif kind not in STATIC_ROPE_TYPES:
+        raise TriAttentionError(
+            f"RoPE type {kind!r} is not supported; supported: {', '.join(STATIC_ROPE_TYPES + GROWING_ROPE_TYPES)}"
+        )
+    return omega.detach().to("cpu", torch.float32), float(rotary.attention_scaling), limit

@@ -10,7 +10,7 @@ patch of their own; the physical length is ``layer.keys.shape[-2]``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Never
 
 import torch
@@ -68,7 +68,8 @@ class CacheState:
     which is the position of the next one. ``prompt`` int64 ``[B]``: tokens of the prompt. The rest is on the host,
     so that a decode step asks the device nothing: ``longest``, an upper bound of the real tokens in any row;
     ``until_due``, how many more no row can be due before; ``ragged``, whether any held column may be a pad;
-    ``last_step``, columns of the last step of a prefill that may still go on, 0 once it is over.
+    ``last_step``, columns of the last step of a prefill that may still go on, 0 once it is over; ``fed``, columns
+    ever fed. ``recent`` are the queries of the newest columns, oldest first, ``[L, B, q, H*G, D]`` for each step.
     """
 
     valid: torch.Tensor
@@ -78,7 +79,9 @@ class CacheState:
     until_due: int = 0
     ragged: bool = False
     last_step: int | None = None
+    fed: int = 0
     warned: bool = False
+    recent: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> CacheState:
@@ -101,10 +104,22 @@ class CacheState:
             self.last_step = width if width >= (self.last_step or 0) else 0
         else:
             self.last_step = 0
+        self.fed += width
         self.longest += width
         self.until_due -= width
         self.ragged = self.ragged or ragged
         return positions
+
+    def observe(self, step: torch.Tensor, window: int) -> None:
+        """Remember the queries ``[L, B, q, H*G, D]`` of a step, and forget all but those of the newest ``window``."""
+        self.recent.append(step)
+        width = sum(part.shape[2] for part in self.recent)
+        while width - self.recent[0].shape[2] >= window:
+            width -= self.recent.pop(0).shape[2]
+
+    def observed(self, window: int) -> torch.Tensor | None:
+        """Queries of the newest ``window`` columns, or of all there are: ``[L, B, W, H*G, D]``; None without any."""
+        return torch.cat(self.recent, dim=2)[:, :, -window:] if self.recent else None
 
 
 def adopt(cache: Cache, n_layers: int) -> None:

@@ -9,68 +9,69 @@ from typing import Any
 
 import torch
 
-from triattention.architecture import decoder_of, describe
+from triattention.architecture import Architecture, describe
 from triattention.errors import TriAttentionError
+from triattention.queries import queries_read, real_tokens_noted
 from triattention.rope import split_pairs
 from triattention.statistics import Statistics
 
 
 class _Means:
-    """Streaming float64 sums of one layer's queries, kept where the layer is."""
+    """Streaming float64 sums of every layer's queries over real tokens, kept where each layer is."""
 
-    def __init__(self, n_heads: int, head_dim: int, style: str) -> None:
-        self.n_heads, self.head_dim, self.style = n_heads, head_dim, style
-        self.real = self.imag = self.norm = torch.zeros((), dtype=torch.float64)
+    def __init__(self, live: Architecture) -> None:
+        self.live = live
+        self.real_tokens: torch.Tensor | None = None
         self.count = 0
+        self._sums: list[list[torch.Tensor] | None] = [None] * live.num_layers
 
-    def hook(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        """Take q as ``[..., heads * D]`` (q_proj) or ``[..., heads, D]`` (q_norm); each leading element is one
-        token.
-        """
-        q = output.detach().reshape(-1, self.n_heads, self.head_dim).to(torch.float64)
-        real, imag = split_pairs(q, self.style)
-        self.real = self.real.to(q.device) + real.sum(0)
-        self.imag = self.imag.to(q.device) + imag.sum(0)
-        self.norm = self.norm.to(q.device) + torch.hypot(real, imag).sum(0)
-        self.count += q.shape[0]
+    def note(self, real_tokens: torch.Tensor | None) -> None:
+        self.real_tokens = real_tokens
+
+    def add(self, layer: int, q: torch.Tensor) -> None:
+        q = q.flatten(0, 1) if self.real_tokens is None else q[self.real_tokens.to(q.device)]
+        if layer == 0:
+            self.count += q.shape[0]
+        q = q.to(torch.float64)
+        real, imag = split_pairs(q[..., : self.live.rotary_dim], self.live.rope_style)
+        parts = (real, imag, torch.hypot(real, imag), q[..., self.live.rotary_dim :])
+        step = [part.sum(0) for part in parts]
+        total = self._sums[layer]
+        self._sums[layer] = step if total is None else [a + b for a, b in zip(total, step, strict=True)]
+
+    def statistics(self) -> Statistics:
+        live = self.live
+        if self.count == 0:
+            raise TriAttentionError("the calibration loop ran no tokens through the model; give it text")
+        for layer, sums in enumerate(self._sums):
+            if sums is None:
+                raise TriAttentionError(
+                    f"the calibration loop did not run layer {layer} of {live.model_id}; run it all"
+                )
+            if not all(part.isfinite().all() for part in sums):
+                raise TriAttentionError(
+                    f"layer {layer} of {live.model_id} has queries that are NaN or Inf; check its weights, or load it "
+                    "in float32"
+                )
+        means = (
+            torch.stack([sums[part].cpu() for sums in self._sums]).div(self.count).to(torch.float32)
+            for part in range(4)
+        )
+        return Statistics(*means, self.count, live, f"calibration of {live.model_id}")
 
 
 def calibrate(model: Any, forward_loop: Callable[[Any], None]) -> Statistics:
-    """Statistics of ``model`` over whatever ``forward_loop(model)`` runs through it: any number of unpadded batches.
+    """Statistics of ``model`` over whatever ``forward_loop(model)`` runs through it: any number of batches.
 
-    The model is left as it was, also when the loop raises. Raises TriAttentionError for a model that cannot be served
-    or a loop that ran no tokens.
+    Padding that a 2D ``attention_mask`` marks does not count. The model is left as it was, also when the loop raises.
+    Sums are float64, so they neither depend on the batches nor lose a token among millions. Raises TriAttentionError
+    for a model that cannot be served, a loop that ran no tokens, and queries that are NaN or Inf. Source: paper, Q/K
+    centers.
     """
+    if hasattr(model, "triattention"):
+        raise TriAttentionError("the model is patched to compress; call remove_triattention_patch(model) first")
     live = describe(model)
-    means, handles = [], []
-    try:
-        for index, layer in enumerate(decoder_of(model).layers):
-            attention = layer.self_attn
-            source = getattr(attention, "q_norm", None) or getattr(attention, "q_proj", None)
-            if source is None:
-                raise TriAttentionError(
-                    f"layer {index} is a {type(attention).__name__} with neither q_norm nor q_proj; its "
-                    "queries cannot be read"
-                )
-            means.append(_Means(live.num_query_heads, live.head_dim, live.rope_style))
-            handles.append(source.register_forward_hook(means[-1].hook))
-        with torch.inference_mode():
-            forward_loop(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    count = means[0].count
-    if count == 0:
-        raise TriAttentionError("the calibration loop ran no tokens through the model; give it text")
-
-    for index, mean in enumerate(means):
-        if not mean.norm.isfinite().all():
-            raise TriAttentionError(
-                f"layer {index} of {live.model_id} has queries that are NaN or Inf; check its weights, or load it "
-                "in float32"
-            )
-
-    def stack(name: str) -> torch.Tensor:
-        return torch.stack([getattr(mean, name).cpu() for mean in means]).div(count).to(torch.float32)
-
-    return Statistics(stack("real"), stack("imag"), stack("norm"), count, live, f"calibration of {live.model_id}")
+    means = _Means(live)
+    with queries_read(model, live, means.add), real_tokens_noted(model, means.note), torch.inference_mode():
+        forward_loop(model)
+    return means.statistics()

@@ -3,21 +3,94 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from triattention.architecture import Architecture, describe
 from triattention.cache import CacheState, adopt
+from triattention.compression import Compression
 from triattention.errors import TriAttentionError
-
-if TYPE_CHECKING:
-    from triattention.methods.triattention import TriAttention
+from triattention.queries import queries_read
 
 
-def compressing(forward: Callable[..., Any], model: Any, method: TriAttention, n_layers: int) -> Callable[..., Any]:
+def patch(model: Any, make: Callable[[Architecture], Compression]) -> None:
+    """Make ``model`` compress by the method that ``make`` makes for it, until ``unpatch``.
+
+    The method is ``model.triattention``. Raises TriAttentionError for a model that is patched already or that cannot be
+    served.
+    """
+    if hasattr(model, "triattention"):
+        raise TriAttentionError("the model is patched already; call remove_triattention_patch(model) first")
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise TriAttentionError(f"the model is spread over {', '.join(sorted(devices))}; load it on one device")
+    live = describe(model)
+    method = make(live)
+    # another library's hook may have put functions of its own on the instance
+    method.replaced = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
+    model.triattention = method
+    model.forward = _compressing(model.forward, model, method, live)
+    if live.max_positions is not None:
+        model.generate = _limited(model.generate, model, live.max_positions)
+
+
+def unpatch(model: Any) -> None:
+    """Undo ``patch``; a model without it is left as it is."""
+    if not hasattr(model, "triattention"):
+        return
+    before = model.triattention.replaced
+    for name in ("triattention", "forward", "generate"):
+        vars(model).pop(name, None)
+    for name, function in before.items():
+        setattr(model, name, function)
+
+
+def _limited(generate: Callable[..., Any], model: Any, max_positions: int) -> Callable[..., Any]:
+    """``generate`` that refuses at the start what would pass the length where the model's RoPE changes."""
+
+    @wraps(generate)
+    def limited_generate(inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids", kwargs.get("inputs_embeds")) if inputs is None else inputs
+        chosen = kwargs.get("generation_config") or model.generation_config
+        new = kwargs.get("max_new_tokens", chosen.max_new_tokens)
+        prompt = 1 if ids is None else ids.shape[1]
+        # as in generate: without either, replies end after 20 tokens
+        whole = prompt + new if new is not None else kwargs.get("max_length", chosen.max_length or prompt + 20)
+        require_length(whole, max_positions)
+        return generate(inputs, *args, **kwargs)
+
+    return limited_generate
+
+
+def require_length(tokens: int, max_positions: int | None) -> None:
+    """Raise TriAttentionError when a sequence of ``tokens`` passes the length where the model's RoPE changes."""
+    if max_positions is not None and tokens > max_positions:
+        raise TriAttentionError(
+            f"the sequence would have {tokens} tokens and the frequencies of the model's RoPE change after "
+            f"{max_positions}, which a compressed cache cannot follow; ask for fewer tokens"
+        )
+
+
+@contextmanager
+def _observing(model: Any, method: Compression, live: Architecture, state: CacheState) -> Iterator[None]:
+    """Within it, one step's queries of the newest columns are collected and left with ``state``."""
+    if not method.observes:
+        yield
+        return
+    window, step = method.budget.window_size, []
+    with queries_read(model, live, lambda layer, q: step.append(q[:, -window:].clone())):
+        yield
+    state.observe(torch.stack(step), window)
+
+
+def _compressing(
+    forward: Callable[..., Any], model: Any, method: Compression, live: Architecture
+) -> Callable[..., Any]:
     """``forward`` with masks and positions of a compressed cache before the step, and a round after it where one is
     due.
 
@@ -36,16 +109,19 @@ def compressing(forward: Callable[..., Any], model: Any, method: TriAttention, n
             return forward(*args, **kwargs)
         cache = given.get("past_key_values")
         cache = DynamicCache(config=model.config) if cache is None else cache
-        adopt(cache, n_layers)
+        adopt(cache, live.num_layers)
         state = _state_of(cache, inputs)
         if state.valid.shape[1] == 0:
             method.reset()
         new, ragged = _new_columns(given.get("attention_mask"), inputs, cache.get_seq_length())
         positions = state.append(new, ragged)
         _require_positions(given.get("position_ids"), positions, new)
+        if live.max_positions is not None and state.fed > live.max_positions:
+            require_length(int(state.seen.max()), live.max_positions)  # padding may have been fed, so count
         mask = torch.nn.functional.pad(state.valid, (cache.layers[0].evicted, 0)) if state.ragged else None
         given |= {"past_key_values": cache, "attention_mask": mask, "position_ids": positions, "use_cache": True}
-        output = forward(**given)
+        with _observing(model, method, live, state):
+            output = forward(**given)
         if cache.layers[0].keys is not None:  # gradient checkpointing drops the cache
             method.after_step(cache, state)
         return output

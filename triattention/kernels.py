@@ -1,6 +1,7 @@
 """The scoring kernel: reads each key once, whatever the number of offsets (mean) and of query heads per KV head.
 
-S[n] = agg_a (k_re[n] . w_re[a] + k_im[n] . w_im[a]) + |k[n]| . w_abs, with the weights of ``trig.fold``.
+S[n] = agg_a (k_re[n] . w_re[a] + k_im[n] . w_im[a]) + |k[n]| . w_abs [+ k_pass[n] . w_pass], with the weights of
+``trig.fold``; a key is [rotated dims, 2 F | unrotated dims, P], and P is 0 for most models.
 
 K tile [BLOCK_N, F] (re, im)  --- stays in registers --->  for g in G: for a in A: multiply, reduce over F,
 aggregate
@@ -27,13 +28,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # N changes at every round, and no access is wider for knowing that it divides by 16: one build serves them all
 @triton.jit(do_not_specialize=["N"])
 def score_kernel(
-    k_ptr, w_ptr, w_abs_ptr, out_ptr,  # K, weights [Bw, H*G, A, 2, F], [H*G, F], scores [B, H*G, N]
+    # K, weights [Bw, H*G, A, 2, F], [H*G, F] and [H*G, P], scores [B, H*G, N]
+    k_ptr, w_ptr, w_abs_ptr, w_pass_ptr, out_ptr,
     stride_kb, stride_kh, stride_kn, stride_kd, stride_wb,
     N, G, A,
-    F: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+    F: tl.constexpr, BLOCK_F: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     INTERLEAVED: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(BLOCK_F >= F, "one block must hold all frequencies")
+    tl.static_assert(BLOCK_P >= P, "one block must hold all unrotated dims")
     i_n, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_heads = tl.num_programs(1) * G
     # a cache of a long context passes 2^31 elements, so every address is formed in int64
@@ -53,6 +56,11 @@ def score_kernel(
         b_re = tl.load(p_re, mask=m_k, other=0.0).to(tl.float32)
         b_im = tl.load(p_re + tl.cast(stride_kd, tl.int64) * F, mask=m_k, other=0.0).to(tl.float32)
     b_abs = tl.sqrt(b_re * b_re + b_im * b_im)
+    if P > 0:
+        o_p = tl.arange(0, BLOCK_P)
+        m_p = o_p < P
+        p_pass = p_row + (2 * F + o_p)[None, :].to(tl.int64) * stride_kd
+        b_pass = tl.load(p_pass, mask=m_n[:, None] & m_p[None, :], other=0.0).to(tl.float32)
 
     for g in range(G):
         i_q = i_h * G + g
@@ -71,6 +79,9 @@ def score_kernel(
             b_wre = tl.load(p_w, mask=m_f, other=0.0)
             b_wim = tl.load(p_w + F, mask=m_f, other=0.0)
             b_score = tl.sum(b_re * b_wre[None, :] + b_im * b_wim[None, :] + b_norm, axis=1)
+        if P > 0:
+            b_wpass = tl.load(w_pass_ptr + i_q * P + o_p, mask=m_p, other=0.0)
+            b_score += tl.sum(b_pass * b_wpass[None, :], axis=1)
         p_out = out_ptr + (i_b.to(tl.int64) * n_heads + i_q) * N + o_n
         tl.store(p_out, b_score, mask=m_n)
 
@@ -114,16 +125,20 @@ def score_triton(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tens
         return out
     table = torch.stack([weights.re, weights.im], dim=-2).to(torch.float32).contiguous()
     norm = weights.norm.to(torch.float32).contiguous()
+    # without unrotated dims nothing is read there, and any pointer does
+    content = norm if weights.content is None else weights.content.to(torch.float32).contiguous()
+    n_pass = 0 if weights.content is None else content.shape[-1]
     group = n_query_heads // heads
-    keys_per_program, warps = block(2 * n_freq, keys.element_size(), group * width)
+    keys_per_program, warps = block(2 * n_freq + n_pass, keys.element_size(), group * width)
     grid = (triton.cdiv(n_tokens, keys_per_program), heads, batch)
     # Triton launches on the current device, which need not be the one that holds the keys
     with torch.cuda.device(keys.device) if keys.is_cuda else contextlib.nullcontext():
         score_kernel[grid](
-            keys, table, norm, out,
+            keys, table, norm, content, out,
             *keys.stride(), table.stride(0) if n_weight_rows > 1 else 0,
             n_tokens, group, width,
-            F=n_freq, BLOCK_F=triton.next_power_of_2(n_freq), BLOCK_N=keys_per_program,
+            F=n_freq, BLOCK_F=triton.next_power_of_2(n_freq),
+            P=n_pass, BLOCK_P=triton.next_power_of_2(max(n_pass, 1)), BLOCK_N=keys_per_program,
             INTERLEAVED=style == "interleaved", MAX=width > 1, num_warps=warps,
         )  # fmt: skip
     return out

@@ -46,6 +46,20 @@ def rotate_half(x: torch.Tensor, *, style: str = "half") -> torch.Tensor:
     return join_pairs(-imag, real, style)
 
 
+def rotate(x: torch.Tensor, positions: torch.Tensor, omega: torch.Tensor, scaling: float, style: str) -> torch.Tensor:
+    """RoPE: turn pair f of ``x`` ``[..., T, D]`` by position times omega_f and multiply by ``scaling``.
+
+    ``positions`` int ``[..., T]``, broadcast over the leading dims; ``omega`` ``[F]``. The first 2 F dims are rotated
+    and scaled, the rest passes. Phases are formed in float64.
+    """
+    angle = positions[..., None].to(torch.float64) * omega.to(torch.float64)
+    cos, sin = ((scaling * part).to(x.dtype) for part in (angle.cos(), angle.sin()))
+    n_rotated = 2 * omega.numel()
+    real, imag = split_pairs(x[..., :n_rotated], style)
+    turned = join_pairs(real * cos - imag * sin, real * sin + imag * cos, style)
+    return torch.cat([turned, x[..., n_rotated:]], dim=-1)
+
+
 def invert_rope(
     rotated: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float | torch.Tensor, *, style: str = "half"
 ) -> torch.Tensor:

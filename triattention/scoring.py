@@ -11,11 +11,18 @@ from triattention.trig import Weights
 KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def check_inputs(keys: torch.Tensor, statistics: dict[str, torch.Tensor], omega: torch.Tensor, style: str) -> None:
+def check_inputs(
+    keys: torch.Tensor,
+    statistics: dict[str, torch.Tensor],
+    omega: torch.Tensor,
+    style: str,
+    q_pass: torch.Tensor | None = None,
+) -> None:
     """Raise TriAttentionError, naming the argument and its shape, unless the shapes and dtypes fit together.
 
-    ``keys`` ``[B, H, N, D]``; each of ``statistics`` ``[H*G, F]``; ``omega`` ``[F]`` with D = 2 F. Values are not
-    looked at: that would wait for the device. A NaN key gets a NaN score and touches no other.
+    ``keys`` ``[B, H, N, D]``; each of ``statistics`` ``[H*G, F]``; ``omega`` ``[F]``; ``q_pass`` ``[H*G, P]`` with
+    D = 2 F + P, where P is 0 without it. Values are not looked at: that would wait for the device. A NaN key gets a
+    NaN score and touches no other.
     """
     check_style(style)
     if keys.ndim != 4:
@@ -25,12 +32,15 @@ def check_inputs(keys: torch.Tensor, statistics: dict[str, torch.Tensor], omega:
     if keys.dtype not in KEY_DTYPES:
         raise TriAttentionError(f"the keys are {keys.dtype}; use bfloat16, float16 or float32")
     n_freq, (heads, head_dim) = omega.numel(), (keys.shape[1], keys.shape[3])
-    if head_dim != 2 * n_freq:
+    n_pass = 0 if q_pass is None else q_pass.shape[-1]
+    if head_dim != 2 * n_freq + n_pass:
         raise TriAttentionError(
-            f"the keys have head dim {head_dim} and omega {n_freq} frequencies; full rotary needs head "
-            "dim = 2 x frequencies"
+            f"the keys have head dim {head_dim}, omega {n_freq} frequencies and q_pass {n_pass} unrotated dims; "
+            "head dim must be 2 x frequencies + unrotated dims"
         )
     query_heads = next(iter(statistics.values())).shape[0]
+    if q_pass is not None and q_pass.shape[0] != query_heads:
+        raise TriAttentionError(f"q_pass has {q_pass.shape[0]} query heads and the statistics {query_heads}")
     for name, tensor in statistics.items():
         if tensor.shape != (query_heads, n_freq):
             raise TriAttentionError(f"{name} has shape {tuple(tensor.shape)}; expected ({query_heads}, {n_freq})")
@@ -49,11 +59,14 @@ def score_torch(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tenso
     batch, heads, n_tokens, _ = keys.shape
     rows, query_heads, width, n_freq = weights.re.shape
     group = query_heads // heads
-    real, imag = (x.to(torch.float64) for x in split_pairs(keys, style))
+    real, imag = (x.to(torch.float64) for x in split_pairs(keys[..., : 2 * n_freq], style))
     w_re, w_im = (w.reshape(rows, heads, group * width, n_freq).mT for w in (weights.re, weights.im))
     trig = real @ w_re + imag @ w_im  # [B, H, N, G*A]
     trig = trig.view(batch, heads, n_tokens, group, width).amax(-1)
     total = trig + torch.hypot(real, imag) @ weights.norm.reshape(heads, group, n_freq).mT
+    if weights.content is not None:
+        unrotated = keys[..., 2 * n_freq :].to(torch.float64)
+        total = total + unrotated @ weights.content.reshape(heads, group, -1).mT
     return total.mT.reshape(batch, query_heads, n_tokens).to(torch.float32)
 
 

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from triattention.errors import TriAttentionError
+
+#: One keep set per KV head shared by the layers; one for all; one per layer; one per layer and KV head.
+MODES = ("per_head", "union", "per_layer", "per_layer_per_head")
+_ALIASES = {"per_layer_perhead": "per_layer_per_head"}
+
+
+def check_mode(mode: str) -> str:
+    """The mode under its own name. Raises TriAttentionError for an unknown one."""
+    mode = _ALIASES.get(mode, mode)
+    if mode not in MODES:
+        raise TriAttentionError(f"the pruning mode is {mode!r}; use one of {', '.join(MODES)}")
+    return mode
 
 
 def default_window(kv_budget: int) -> int:
@@ -59,6 +73,42 @@ def group_max(scores: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
     """The maximum over the G query heads of each KV head: ``[B, H*G, N]`` to ``[B, H, N]``."""
     batch, query_heads, n_tokens = scores.shape
     return scores.view(batch, n_kv_heads, query_heads // n_kv_heads, n_tokens).amax(2)
+
+
+def group_mean(scores: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
+    """``group_max`` with the mean instead."""
+    batch, query_heads, n_tokens = scores.shape
+    return scores.view(batch, n_kv_heads, query_heads // n_kv_heads, n_tokens).mean(2)
+
+
+def combine(layers: Iterable[torch.Tensor], mode: str) -> torch.Tensor:
+    """Per-layer scores ``[B, H, N]`` to those of the S keep sets of a mode, ``[B, S, N]``.
+
+    per_head: mean over the layers, S = H. union: maximum over everything, S = 1. per_layer: maximum over the heads,
+    S = L. per_layer_per_head: as they are, S = L H, layer by layer.
+    """
+    if mode == "per_layer_per_head":
+        return torch.cat(list(layers), dim=1)
+    if mode == "per_layer":
+        return torch.stack([scores.amax(1) for scores in layers], dim=1)
+    total, count = None, 0
+    for scores in layers:
+        count += 1
+        if mode == "per_head":
+            total = scores if total is None else total + scores
+        else:
+            best = scores.amax(1, keepdim=True)
+            total = best if total is None else torch.maximum(total, best)
+    return total / count if mode == "per_head" else total
+
+
+def layer_indices(indices: torch.Tensor, mode: str, layer: int, n_kv_heads: int) -> torch.Tensor:
+    """The indices ``[B, H, K]`` of one layer among those of a mode's keep sets ``[B, S, K]``."""
+    if mode == "per_layer_per_head":
+        return indices[:, layer * n_kv_heads : (layer + 1) * n_kv_heads]
+    if mode == "per_layer":
+        indices = indices[:, layer : layer + 1]
+    return indices.expand(-1, n_kv_heads, -1)
 
 
 def keep_mask(scores: torch.Tensor, valid: torch.Tensor, protected: torch.Tensor, evict: list[int]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from triattention.architecture import Architecture, describe
+from triattention.architecture import Architecture, describe, rope_of
 from triattention.errors import TriAttentionError
 
 #: What torch.load raises, depending on where a file is cut or changed.
@@ -26,7 +26,7 @@ _UNREADABLE = (
     TypeError,
 )  # fmt: skip
 
-FORMAT, FORMAT_VERSION = "triattention-statistics", 1
+FORMAT, FORMAT_VERSION = "triattention-statistics", 2
 CAPTURE_POINT = "after q_norm, before RoPE"
 _NAMES = ("q_mean_real", "q_mean_imag", "q_abs_mean")
 
@@ -35,7 +35,8 @@ _NAMES = ("q_mean_real", "q_mean_imag", "q_abs_mean")
 class Statistics:
     """m = E[q] and a = E|q| per (layer, query head, frequency), over calibration text.
 
-    ``q_mean_real``, ``q_mean_imag``, ``q_abs_mean``: float32 ``[L, H*G, F]``. ``architecture`` describes the model
+    ``q_mean_real``, ``q_mean_imag``, ``q_abs_mean``: float32 ``[L, H*G, F]``; ``q_pass_mean`` float32 ``[L, H*G, P]``,
+    the means of the P dims that are not rotated (P is 0 for most models). ``architecture`` describes the model
     they were taken from; it is None for a published file, which does not say; ``declared``
     is what little of it such a file's metadata names.
     """
@@ -43,6 +44,7 @@ class Statistics:
     q_mean_real: torch.Tensor
     q_mean_imag: torch.Tensor
     q_abs_mean: torch.Tensor
+    q_pass_mean: torch.Tensor
     token_count: int
     architecture: Architecture | None
     source: str
@@ -58,6 +60,11 @@ class Statistics:
                 )
             if not tensor.isfinite().all():
                 raise TriAttentionError(f"{self.source}: {name} holds NaN or Inf; calibrate again")
+        if self.q_pass_mean.shape[:2] != shape[:2] or not self.q_pass_mean.isfinite().all():
+            raise TriAttentionError(
+                f"{self.source}: q_pass_mean has shape {tuple(self.q_pass_mean.shape)}, or NaN or Inf in it; "
+                "calibrate again"
+            )
         short = (torch.hypot(self.q_mean_real, self.q_mean_imag) - self.q_abs_mean * (1 + 1e-5) > 1e-6).nonzero()
         if len(short):
             layer, head, freq = short[0].tolist()
@@ -76,7 +83,7 @@ class Statistics:
 
     def check_architecture(self, live: Architecture) -> None:
         """``check_model`` for a model that has been described already."""
-        here = tuple(self.q_abs_mean.shape)
+        here = (*self.q_abs_mean.shape, self.q_pass_mean.shape[-1])
         for name, mine in self.declared.items():
             if mine != getattr(live, name):
                 raise TriAttentionError(
@@ -84,10 +91,11 @@ class Statistics:
                     f"{getattr(live, name)!r}; "
                     "calibrate this model"
                 )
-        wanted = (live.num_layers, live.num_query_heads, len(live.omega))
+        wanted = (live.num_layers, live.num_query_heads, len(live.omega), live.head_dim - live.rotary_dim)
         if here != wanted:
             raise TriAttentionError(
-                f"{self.source} holds statistics of (layers, query heads, frequencies) {here} and the model "
+                f"{self.source} holds statistics of (layers, query heads, frequencies, unrotated dims) {here} and the "
+                "model "
                 f"{live.model_id} has {wanted}; calibrate this model"
             )
         if self.architecture is not None:
@@ -104,8 +112,8 @@ class Statistics:
             raise TriAttentionError(f"{self.source} does not carry omega; give model_path as well, or calibrate again")
         from triattention.methods.pruning_utils import build_rotary
 
-        rotary = build_rotary("cpu", model_path, torch.float32)
-        return rotary.inv_freq.float(), float(rotary.attention_scaling), self.declared.get("rope_style", "half")
+        omega, scaling, _ = rope_of(build_rotary("cpu", model_path, torch.float32))
+        return omega, scaling, self.declared.get("rope_style", "half")
 
 
 def save(path: str | os.PathLike[str], statistics: Statistics) -> None:
@@ -125,6 +133,7 @@ def save(path: str | os.PathLike[str], statistics: Statistics) -> None:
             "q_mean_real": statistics.q_mean_real,
             "q_mean_imag": statistics.q_mean_imag,
             "q_abs_mean": statistics.q_abs_mean,
+            "q_pass_mean": statistics.q_pass_mean,
         },
     )
 
@@ -160,7 +169,7 @@ def parse(payload: Mapping[str, Any], source: str) -> Statistics:
                     f"{source} has {name} {payload[name]!r} and this release reads {expected!r}; calibrate again"
                 )
         return Statistics(
-            payload["q_mean_real"], payload["q_mean_imag"], payload["q_abs_mean"],
+            payload["q_mean_real"], payload["q_mean_imag"], payload["q_abs_mean"], payload["q_pass_mean"],
             int(payload["token_count"]), Architecture.from_dict(payload["architecture"]), source,
         )  # fmt: skip
 
@@ -226,7 +235,8 @@ def _from_published(payload: Mapping[str, Any], source: str) -> Statistics:
     stacked = [torch.stack([heads[key][name] for key in every]).view(layers, per_layer, -1) for name in _NAMES]
     metadata = payload["metadata"]
     declared = {name: metadata[name] for name in ("rope_style", "head_dim") if name in metadata}
-    return Statistics(*stacked, int(metadata.get("token_count", 0)), None, source, declared)
+    no_pass = stacked[0].new_zeros(layers, per_layer, 0)
+    return Statistics(*stacked, no_pass, int(metadata.get("token_count", 0)), None, source, declared)
 
 
 def save_published(

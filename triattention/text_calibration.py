@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 MIN_TOKENS = 512
 #: Tokens per forward pass. Queries are taken before RoPE, so the cut costs context and nothing else.
 _CHUNK = 1024
+#: Tokens used of a longer text; the means have long settled by then.
+MAX_LENGTH = 32768
+#: Of runs of this many characters, the least share that is distinct in a text that can be calibrated on. Prose has
+#: nearly 1, code 0.6 and more; one sentence over and over next to nothing.
+_RUN, _MIN_DISTINCT = 32, 0.25
+#: No tokenizer makes tokens much longer than this many characters of text, so more of it is not looked at.
+_CHARACTERS_PER_TOKEN = 8
 
 _log = logging.getLogger(__name__)
 
@@ -45,20 +53,46 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def calibrate_on_text(loaded: LoadedModel, text: str) -> Statistics:
-    """Statistics of an unpatched model over ``text``. Raises TriAttentionError for a text of under 512 tokens."""
-    ids = loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+def calibrate_on_text(
+    loaded: LoadedModel,
+    text: str,
+    *,
+    max_length: int = MAX_LENGTH,
+    progress: Callable[[int, int], None] | None = None,
+) -> Statistics:
+    """Statistics of an unpatched model over the first ``max_length`` tokens of ``text``.
+
+    ``progress(done, total)`` is called after each forward pass, in tokens. Raises TriAttentionError for a text of
+    under 512 tokens, or one that repeats itself.
+    """
+    ids = loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :max_length]
     if ids.shape[1] < MIN_TOKENS:
         raise TriAttentionError(
             f"the calibration text has {ids.shape[1]} tokens; give at least {MIN_TOKENS}, better some thousands"
         )
+    distinct = _distinct_runs(text[: max_length * _CHARACTERS_PER_TOKEN])
+    if distinct < _MIN_DISTINCT:
+        raise TriAttentionError(
+            f"the calibration text repeats itself: {distinct:.1%} of its runs of {_RUN} characters are distinct, and "
+            f"{_MIN_DISTINCT:.0%} is the least that means anything; give coherent text"
+        )
 
     def forward(model: Any) -> None:
+        done = 0
         for chunk in ids.to(model.device).split(_CHUNK, dim=1):
             # one position's logits are the fewest that can be asked for; none are needed
             model(input_ids=chunk, use_cache=False, logits_to_keep=1)
+            done += chunk.shape[1]
+            if progress is not None:
+                progress(done, ids.shape[1])
 
     return calibrate(loaded.model, forward)
+
+
+def _distinct_runs(text: str) -> float:
+    """The share of distinct ones among all runs of 32 characters."""
+    n_runs = max(len(text) - _RUN + 1, 1)
+    return len({text[i : i + _RUN] for i in range(n_runs)}) / n_runs
 
 
 def cached_statistics(loaded: LoadedModel) -> Path:

@@ -42,15 +42,17 @@ def phases(t: int | torch.Tensor, offsets: torch.Tensor, omega: torch.Tensor) ->
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What a key is multiplied with: S = agg_o (k_re . re + k_im . im) + |k| . norm.
+    """What a key is multiplied with: S = agg_o (k_re . re + k_im . im) + |k| . norm [+ k_pass . content].
 
     ``re`` and ``im`` are float64 ``[Bw, H*G, A, F]``, where Bw is 1 or B and A is 1 (mean: folded over the offsets,
-    which is exact because the mean is linear) or O (max); ``norm`` is float64 ``[H*G, F]``.
+    which is exact because the mean is linear) or O (max); ``norm`` is float64 ``[H*G, F]``; ``content`` is float64
+    ``[H*G, P]`` for the P dims of a key that are not rotated, None where all are.
     """
 
     re: torch.Tensor
     im: torch.Tensor
     norm: torch.Tensor
+    content: torch.Tensor | None = None
 
 
 def fold(
@@ -64,12 +66,14 @@ def fold(
     aggregation: str,
     disable_mlr: bool = False,
     disable_trig: bool = False,
+    q_pass: torch.Tensor | None = None,
 ) -> Weights:
     """Fold statistics and phases into the weights of one layer.
 
-    q_* and ``freq_weight`` are ``[H*G, F]``; ``cos`` and ``sin`` ``[O, F]`` or ``[B, O, F]``. ``disable_mlr`` makes
-    the second coefficient a instead of a - |m|; ``disable_trig`` leaves the second term only. No epsilon anywhere:
-    zero statistics give exactly 0. Raises TriAttentionError for an unknown aggregation.
+    q_* and ``freq_weight`` are ``[H*G, F]``; ``cos`` and ``sin`` ``[O, F]`` or ``[B, O, F]``; ``q_pass`` ``[H*G, P]``
+    the means of the unrotated dims, which carry no weight. ``disable_mlr`` makes the second coefficient a instead of
+    a - |m|; ``disable_trig`` leaves the second term only. No epsilon anywhere: zero statistics give exactly 0. Raises
+    TriAttentionError for an unknown aggregation.
     """
     if aggregation not in ("mean", "max"):
         raise TriAttentionError(f"aggregation is {aggregation!r}; use 'mean' or 'max'")
@@ -85,7 +89,8 @@ def fold(
     if disable_trig:
         re, im = torch.zeros_like(re), torch.zeros_like(im)
     norm = w * (a if disable_mlr else a - torch.hypot(m_re, m_im))
-    return Weights(re, im, norm)
+    content = None if q_pass is None or q_pass.shape[-1] == 0 else q_pass.to(torch.float64)
+    return Weights(re, im, norm, torch.zeros_like(content) if content is not None and disable_trig else content)
 
 
 class TrigTableCache:

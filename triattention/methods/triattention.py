@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from triattention import statistics
-from triattention.architecture import Architecture, describe
+from triattention.architecture import Architecture
+from triattention.compression import Budget, Compression, View, require_finite
 from triattention.errors import TriAttentionError
 from triattention.scoring import check_inputs, score
-from triattention.selection import (
-    check_budget,
-    evictable,
-    group_max,
-    keep_indices,
-    keep_mask,
-    protection_exceeds,
-    to_device,
-    z_score,
-)
+from triattention.selection import check_mode, evictable, group_max, group_mean, keep_indices, keep_mask, z_score
 from triattention.trig import fold, geometric_offsets, phases
-
-if TYPE_CHECKING:
-    from triattention.cache import CacheState
 
 __all__ = ["TriAttention", "TriAttentionConfig", "apply_triattention_patch", "remove_triattention_patch"]
 
@@ -36,15 +24,16 @@ __all__ = ["TriAttention", "TriAttentionConfig", "apply_triattention_patch", "re
 class TriAttentionConfig:
     """Options of the Hugging Face path; names, order and defaults as published, ``window_size`` is ours.
 
-    ``budget`` counts cached tokens, beyond the prompt unless ``count_prompt_tokens``. The prompt is protected
-    unless ``allow_prefill_compression``. ``use_slack_trigger`` waits for budget + divide_length tokens; without it
-    a round is due whenever a multiple of ``divide_length`` tokens has been passed since the budget was.
-    ``per_head_pruning`` keeps one set per KV head, else one ``union`` set. ``pruning_seed`` is accepted; ties go to
-    the lowest index, not to noise. ``metadata_expectations`` are entries the statistics file must hold. Raises
-    TriAttentionError (a ValueError) for what cannot be honoured.
+    ``budget``, ``divide_length``, ``window_size`` and the three switches beside them are those of
+    ``compression.Budget``. The keep sets are those of ``pruning_mode`` (``selection.MODES``); without it,
+    ``per_head_pruning`` and ``per_layer_perhead_pruning`` choose as published, else one ``union`` set.
+    ``layer_perhead_aggregation`` joins the query heads of a group, ``max`` or ``mean``, in the mode
+    ``per_layer_per_head``. ``pruning_seed`` is accepted; ties go to the lowest index, not to noise.
+    ``metadata_expectations`` are entries the statistics file must hold. Raises TriAttentionError (a ValueError) for
+    what cannot be honoured.
     """
 
-    stats_path: str | os.PathLike[str]
+    stats_path: str | os.PathLike[str] | None
     model_path: str | os.PathLike[str] | None
     device: torch.device | str
     dtype: torch.dtype
@@ -64,36 +53,59 @@ class TriAttentionConfig:
     disable_mlr: bool = False
     disable_trig: bool = False
     window_size: int = field(default=0, kw_only=True)
+    pruning_mode: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_budget(self.budget, self.divide_length, self.window_size)
-        if self.per_layer_perhead_pruning:
+        self.limits  # noqa: B018 - refuses what cannot work together
+        flagged = [
+            mode for mode, on in (
+                ("per_head", self.per_head_pruning), ("per_layer_per_head", self.per_layer_perhead_pruning)
+            ) if on
+        ]  # fmt: skip
+        if len(flagged) > 1:
+            raise TriAttentionError("per_head_pruning and per_layer_perhead_pruning exclude each other; set one")
+        if self.pruning_mode is None:
+            self.pruning_mode = flagged[0] if flagged else "union"
+        self.pruning_mode = check_mode(self.pruning_mode)
+        if flagged and flagged != [self.pruning_mode]:
             raise TriAttentionError(
-                "per_layer_perhead_pruning is not available yet; use per_head_pruning=True, or neither for union"
+                f"pruning_mode is {self.pruning_mode!r} and the flag of {flagged[0]} is set; leave one out"
             )
-        if self.score_aggregation not in ("mean", "max"):
-            raise TriAttentionError(f"score_aggregation is {self.score_aggregation!r}; use 'mean' or 'max'")
-        if self.layer_perhead_aggregation != "max":
+        for name, known in (("score_aggregation", ("mean", "max")), ("layer_perhead_aggregation", ("max", "mean"))):
+            if getattr(self, name) not in known:
+                raise TriAttentionError(f"{name} is {getattr(self, name)!r}; use 'mean' or 'max'")
+        if self.layer_perhead_aggregation == "mean" and self.pruning_mode != "per_layer_per_head":
             raise TriAttentionError(
-                f"layer_perhead_aggregation is {self.layer_perhead_aggregation!r}; only 'max' is available"
+                f"layer_perhead_aggregation 'mean' is for per_layer_per_head only and the mode is {self.pruning_mode}; "
+                "leave it out"
             )
 
+    @property
+    def limits(self) -> Budget:
+        return Budget(
+            self.budget, self.divide_length, self.window_size, self.count_prompt_tokens,
+            self.allow_prefill_compression, self.use_slack_trigger,
+        )  # fmt: skip
 
-class TriAttention:
-    """Statistics on a device, and the keep sets of a round.
 
-    ``rounds`` and ``peak_length`` (physical tokens of the longest row, after a step and its round) count since
-    ``reset``. RoPE is that of ``live``, the description of a live model; without one it is the statistics file's,
-    or the model's at ``config.model_path``. Raises TriAttentionError when the statistics file is missing, damaged
-    or of another model.
+class TriAttention(Compression):
+    """Scores by trigonometric series from statistics (paper, score of a key), and the keep sets of a round.
+
+    RoPE is that of ``live``, the description of a live model; without one it is the statistics file's, or the model's
+    at ``config.model_path``. ``calibrated`` are statistics in memory, instead of the file. Raises TriAttentionError
+    when the statistics file is missing, damaged or of another model.
     """
 
-    def __init__(self, config: TriAttentionConfig, *, live: Architecture | None = None) -> None:
+    def __init__(
+        self,
+        config: TriAttentionConfig,
+        *,
+        live: Architecture | None = None,
+        calibrated: statistics.Statistics | None = None,
+    ) -> None:
+        super().__init__(config.limits, config.pruning_mode)
         self.config = config
-        payload = statistics.read_payload(config.stats_path)
-        self.statistics = loaded = statistics.parse(payload, str(config.stats_path))
-        if config.metadata_expectations:
-            _require(payload, config.metadata_expectations, loaded.source)
+        self.statistics = loaded = _read(config) if calibrated is None else calibrated
         if live is not None:
             loaded.check_architecture(live)
             omega, self.attention_scaling, self.style = live.omega, live.attention_scaling, live.rope_style
@@ -102,161 +114,78 @@ class TriAttention:
         self.device = torch.device(config.device)
         self.omega = omega.to(self.device)
         self.offsets = geometric_offsets(config.offset_max_length, self.device)
-        self.q_mean_real, self.q_mean_imag, self.q_abs_mean = (
-            x.to(self.device) for x in (loaded.q_mean_real, loaded.q_mean_imag, loaded.q_abs_mean)
+        self.q_mean_real, self.q_mean_imag, self.q_abs_mean, self.q_pass_mean = (
+            x.to(self.device) for x in (loaded.q_mean_real, loaded.q_mean_imag, loaded.q_abs_mean, loaded.q_pass_mean)
         )
+        # a cached key carries one factor of s already, so one more is missing, not two
         self.freq_weight = torch.full_like(self.q_abs_mean[0], self.attention_scaling)
-        self.replaced_forward: Callable[..., Any] | None = None
-        self.reset()
 
     def reset(self) -> None:
-        """Count rounds, peak and evictions from zero, before the next sequence."""
-        self.rounds = 0
-        self.peak_length = 0
+        super().reset()
         self._evicted = 0
 
     reset_compression_state = reset
 
-    def selection_scores(
-        self, keys: Sequence[torch.Tensor], seen: torch.Tensor | int, region: torch.Tensor
-    ) -> torch.Tensor:
-        """Scores that a round keeps the best of: ``[B, H, N]`` (per_head) or ``[B, 1, N]`` (union).
-
-        ``keys`` one ``[B, H, N, D]`` per layer; ``seen`` the position of the next token, one per row; ``region``
-        bool ``[B, N]`` what can be evicted. per_head is the mean over layers of the maximum over each group; union
-        the maximum over everything. One batched call per layer.
-        """
+    def scores(self, view: View) -> Iterator[torch.Tensor]:
+        """Per layer the maximum over each group of query heads, z-scored over the region where asked for."""
         config = self.config
-        if len(keys) != len(self.q_abs_mean):
+        if len(view.keys) != len(self.q_abs_mean):
             raise TriAttentionError(
-                f"the cache has {len(keys)} layers and {self.statistics.source} has {len(self.q_abs_mean)}; "
+                f"the cache has {len(view.keys)} layers and {self.statistics.source} has {len(self.q_abs_mean)}; "
                 "calibrate this model"
             )
-        check_inputs(keys[0], {"q_abs_mean": self.q_abs_mean[0]}, self.omega, self.style)
-        cos, sin = phases(seen, self.offsets, self.omega)
-        total: torch.Tensor | None = None
-        for layer, layer_keys in enumerate(keys):
+        check_inputs(view.keys[0], {"q_abs_mean": self.q_abs_mean[0]}, self.omega, self.style, self.q_pass_mean[0])
+        join = group_mean if config.layer_perhead_aggregation == "mean" else group_max
+        cos, sin = phases(view.seen, self.offsets, self.omega)
+        for layer, keys in enumerate(view.keys):
             weights = fold(
                 self.q_mean_real[layer], self.q_mean_imag[layer], self.q_abs_mean[layer], self.freq_weight, cos, sin,
                 aggregation=config.score_aggregation, disable_mlr=config.disable_mlr, disable_trig=config.disable_trig,
+                q_pass=self.q_pass_mean[layer],
             )  # fmt: skip
-            scores = score(layer_keys, weights, self.style)
+            scores = score(keys, weights, self.style)
             if config.normalize_scores:
-                scores = z_score(scores, region)
-            scores = group_max(scores, layer_keys.shape[1])
-            if not config.per_head_pruning:
-                scores = scores.amax(1, keepdim=True)
-            if total is None:
-                total = scores
-            else:
-                total = total + scores if config.per_head_pruning else torch.maximum(total, scores)
-        return total / len(keys) if config.per_head_pruning else total
+                scores = z_score(scores, view.region)
+            yield join(scores, keys.shape[1])
 
     def compute_keep_indices(
         self, pkv_tuple: Sequence[tuple[torch.Tensor, torch.Tensor]], prefix_length: int = 0
     ) -> torch.Tensor | None:
-        """Indices to keep of one sequence, ascending: ``[H, K]`` (per_head), ``[K]`` (union), or None within the
-        budget.
+        """Indices to keep of one sequence, ascending, or None within the budget.
 
+        ``[H, K]`` (per_head), ``[K]`` (union), ``[L, K]`` (per_layer), ``[L, H, K]`` (per_layer_per_head).
         ``pkv_tuple`` holds (keys, values) ``[1, H, N, D]`` per layer; the first ``prefix_length`` tokens are the
         prompt. The caller applies the indices; positions are counted as if it had, until
         ``reset_compression_state``.
         """
-        keys = [layer[0] for layer in pkv_tuple]
+        keys, values = [layer[0] for layer in pkv_tuple], [layer[1] for layer in pkv_tuple]
         if not keys or keys[0].shape[0] != 1:
             raise TriAttentionError(
                 "compute_keep_indices takes the cache of one sequence; patch the model to compress batches"
             )
         length = keys[0].shape[2]
-        budget, protected_count = self._limits(prefix_length)
-        evict = evictable(length, budget, protected_count)
+        evict = evictable(length, *self.budget.limits(prefix_length))
         if evict == 0:
             return None
         valid = torch.ones(1, length, dtype=torch.bool, device=keys[0].device)
-        protected = self._protected(valid, torch.tensor([prefix_length], device=valid.device))
-        scores = self.selection_scores(keys, length + self._evicted, ~protected)
-        _require_finite(scores.isfinite().all())
+        protected = self.budget.protected(valid, torch.tensor([prefix_length], device=valid.device))
+        scores = self.selection_scores(View(keys, values, length + self._evicted, valid, ~protected))
+        require_finite(scores.isfinite().all())
         self._evicted += evict
         kept = keep_indices(keep_mask(scores, valid, protected, [evict]), length - evict)[0]
-        return kept if self.config.per_head_pruning else kept[0]
-
-    def _limits(self, prompt: int) -> tuple[int, int]:
-        """Budget and number of protected tokens of a row with a prompt of ``prompt`` tokens."""
-        config = self.config
-        budget = config.budget + (0 if config.count_prompt_tokens else prompt)
-        return budget, (0 if config.allow_prefill_compression else prompt) + config.window_size
-
-    def _protected(self, valid: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """Prompt and window among the real tokens: bool ``[B, P]``."""
-        rank = valid.to(torch.int64).cumsum(-1) - 1
-        in_window = rank >= valid.sum(-1, keepdim=True) - self.config.window_size
-        in_prompt = rank < (0 if self.config.allow_prefill_compression else prompt[:, None])
-        return valid & (in_window | in_prompt)
-
-    def after_step(self, cache: Any, state: CacheState) -> None:
-        """Compress the rows of ``cache`` that are due after a forward step, and keep the counters."""
-        if state.until_due <= 0:
-            # the only wait for the device before a round: three small vectors
-            lengths, prompts, seen = torch.stack([state.valid.sum(-1), state.prompt, state.seen]).tolist()
-            limits = [self._limit(state, n, prompt) for n, prompt in zip(lengths, prompts, strict=True)]
-            evict = [
-                n - limit if n > limit and self._until_due(n, limit, s) <= 0 else 0
-                for n, limit, s in zip(lengths, limits, seen, strict=True)
-            ]
-            if any(evict):
-                self._round(cache, state, lengths, evict)
-            kept = [n - gone for n, gone in zip(lengths, evict, strict=True)]
-            state.longest = max(kept)
-            state.until_due = min(
-                self._until_due(n, limit, s, after=True) for n, limit, s in zip(kept, limits, seen, strict=True)
-            )
-        self.peak_length = max(self.peak_length, state.longest)
-
-    def _limit(self, state: CacheState, length: int, prompt: int) -> int:
-        """How many tokens a row holds after a round: its budget, or its protected tokens where those are more."""
-        budget, protected = self._limits(prompt)
-        if min(length, protected) > budget and not state.warned:
-            state.warned = True
-            warnings.warn(protection_exceeds(protected, budget), stacklevel=2)
-        return max(budget, protected)
-
-    def _until_due(self, length: int, limit: int, seen: int, *, after: bool = False) -> int:
-        """Tokens that a row of ``length`` can still take before a round is due; 0 or less: it is due.
-
-        Without the slack trigger a round is due when, since the limit was passed, a multiple of ``divide_length``
-        has been seen; ``after`` a look at the row, that is the next multiple.
-        """
-        interval = self.config.divide_length
-        if self.config.use_slack_trigger:
-            return limit + interval - length
-        first_over = seen - (length - limit) + 1  # tokens seen when the row first exceeded its limit
-        earliest = max(first_over, seen + 1) if after else first_over
-        return -(-earliest // interval) * interval - seen
-
-    def _round(self, cache: Any, state: CacheState, lengths: list[int], evict: list[int]) -> None:
-        keys = [layer.keys for layer in cache.layers]
-        protected = self._protected(state.valid, state.prompt)
-        scores = self.selection_scores(keys, state.seen, state.valid & ~protected)
-        finite = scores.masked_fill(~state.valid[:, None], 0).isfinite().all()
-        mask = keep_mask(scores, state.valid, protected, evict)
-        kept = [n - gone for n, gone in zip(lengths, evict, strict=True)]
-        width = max(kept)
-        indices = keep_indices(mask, width).expand(-1, keys[0].shape[1], -1)
-        for layer in cache.layers:
-            layer.keep(indices)
-        column = torch.arange(width, device=state.valid.device)
-        state.valid = column >= width - to_device(kept, column.device)[:, None]
-        state.ragged = min(kept) < width
-        self.rounds += 1
-        _require_finite(finite)  # waits for the device, so it comes when the whole round is queued
+        if self.mode == "per_layer_per_head":
+            return kept.view(len(keys), -1, kept.shape[-1])
+        return kept[0] if self.mode == "union" else kept
 
 
-def _require_finite(finite: torch.Tensor) -> None:
-    if not finite:
-        raise TriAttentionError(
-            "a score is NaN or Inf, so a cached key is NaN or Inf; load the model with dtype float32 or "
-            "bfloat16 and try again"
-        )
+def _read(config: TriAttentionConfig) -> statistics.Statistics:
+    if config.stats_path is None:
+        raise TriAttentionError("stats_path is not set; give a statistics file, or statistics in memory")
+    payload = statistics.read_payload(config.stats_path)
+    loaded = statistics.parse(payload, str(config.stats_path))
+    if config.metadata_expectations:
+        _require(payload, config.metadata_expectations, loaded.source)
+    return loaded
 
 
 def _require(payload: dict[str, Any], expectations: Mapping[str, Any], source: str) -> None:
@@ -289,6 +218,7 @@ def apply_triattention_patch(
     disable_mlr: bool = False,
     disable_trig: bool = False,
     window_size: int = 0,
+    pruning_mode: str | None = None,
 ) -> None:
     """Make ``model`` compress its cache to ``kv_budget`` tokens per row while it generates (plan 4.1).
 
@@ -299,31 +229,19 @@ def apply_triattention_patch(
     Raises TriAttentionError for options that cannot be honoured, a statistics file of another model, or a model
     that cannot be served.
     """
-    if hasattr(model, "triattention"):
-        raise TriAttentionError("the model is patched already; call remove_triattention_patch(model) first")
     config = TriAttentionConfig(
         stats_path, model_path, model.device, model.dtype, kv_budget, offset_max_length, score_aggregation,
         pruning_seed, metadata_expectations, normalize_scores, count_prompt_tokens, allow_prefill_compression,
         divide_length, use_slack_trigger, per_head_pruning, per_layer_perhead_pruning, layer_perhead_aggregation,
-        disable_mlr, disable_trig, window_size=window_size,
+        disable_mlr, disable_trig, window_size=window_size, pruning_mode=pruning_mode,
     )  # fmt: skip
-    from triattention.forward import compressing  # needs transformers, which scoring alone does not
+    from triattention.forward import patch  # needs transformers, which scoring alone does not
 
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) > 1:
-        raise TriAttentionError(f"the model is spread over {', '.join(sorted(devices))}; load it on one device")
-    live = describe(model)
-    method = TriAttention(config, live=live)
-    # another library's hook may have put a forward of its own on the instance
-    method.replaced_forward = vars(model).get("forward")
-    model.triattention = method
-    model.forward = compressing(model.forward, model, method, live.num_layers)
+    patch(model, lambda live: TriAttention(config, live=live))
 
 
 def remove_triattention_patch(model: Any) -> None:
     """Undo ``apply_triattention_patch``; a model without the patch is left as it is."""
-    if hasattr(model, "triattention"):
-        before = model.triattention.replaced_forward
-        del model.forward, model.triattention
-        if before is not None:
-            model.forward = before
+    from triattention.forward import unpatch
+
+    unpatch(model)

@@ -18,10 +18,20 @@ from triattention.methods.triattention import (
     apply_triattention_patch,
     remove_triattention_patch,
 )
+from triattention.selection import MODES
 from triattention.tests import tiny
 
+_MODELS = [
+    ("llama", "sdpa"),
+    ("qwen2", "eager"),
+    ("qwen3", "sdpa"),
+    ("phi3", "sdpa"),
+    ("glm", "eager"),
+    ("glm_full", "sdpa"),
+]
 
-@pytest.fixture(scope="module", params=[("llama", "sdpa"), ("qwen2", "eager"), ("qwen3", "sdpa")], ids="-".join)
+
+@pytest.fixture(scope="module", params=_MODELS, ids="-".join)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     kind, attention = request.param
     model = tiny.make(kind, attention=attention)
@@ -69,7 +79,9 @@ def test_removing_the_patch_restores_the_model(model: Any, stats: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"per_head_pruning": False}, {"use_slack_trigger": False}], ids=["per_head", "union", "interval"]
+    "options",
+    [{"per_head_pruning": False, "pruning_mode": mode} for mode in MODES] + [{"use_slack_trigger": False}],
+    ids=[*MODES, "interval"],
 )
 def test_padded_rows_equal_their_single_runs(model: Any, stats: Path, options: dict) -> None:
     a, b = tiny.tokens(40), tiny.tokens(25, seed=2)
@@ -175,10 +187,13 @@ def test_a_conversation_goes_on_with_a_compressed_cache(model: Any, stats: Path)
         ({"kv_budget": 0}, "KV budget is 0"),
         ({"window_size": 48}, "window is 48 and the KV budget 48"),
         ({"divide_length": 0}, "divide_length is 0"),
-        ({"per_layer_perhead_pruning": True}, "not available yet"),
+        ({"per_layer_perhead_pruning": True}, "exclude each other"),
+        ({"pruning_mode": "union"}, "pruning_mode is 'union' and the flag of per_head"),
+        ({"pruning_mode": "global"}, "the pruning mode is 'global'; use one of per_head, union"),
+        ({"layer_perhead_aggregation": "mean"}, "'mean' is for per_layer_per_head only"),
         ({"score_aggregation": "median"}, "'median'"),
         ({"stats_path": "nowhere.pt"}, "no statistics file nowhere.pt"),
-        ({"metadata_expectations": {"rope_style": "interleaved"}}, "rope_style = 'half' and 'interleaved'"),
+        ({"metadata_expectations": {"rope_style": "spiral"}}, "rope_style = '(half|interleaved)' and 'spiral'"),
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_touched(
@@ -191,14 +206,18 @@ def test_bad_options_are_refused_before_the_model_is_touched(
 
 def test_nan_keys_end_the_generation_with_one_sentence(model: Any, stats: Path) -> None:
     _patch(model, stats)
-    weight = model.model.layers[1].self_attn.k_proj.weight
-    kept = weight[0, 0].item()
+    attention = model.model.layers[1].self_attn
+    # the last row of a fused projection is one of the values', so take the first of the keys'
+    weight, row = (
+        (attention.qkv_proj.weight, 4 * 16) if hasattr(attention, "qkv_proj") else (attention.k_proj.weight, 0)
+    )
+    kept = weight[row, 0].item()
     try:
-        weight.data[0, 0] = torch.nan
+        weight.data[row, 0] = torch.nan
         with pytest.raises(TriAttentionError, match="NaN or Inf"):
             tiny.generate(model, tiny.tokens(80), new=2)
     finally:
-        weight.data[0, 0] = kept
+        weight.data[row, 0] = kept
 
 
 def test_beam_search_is_refused(model: Any, stats: Path) -> None:
@@ -282,9 +301,7 @@ def test_wrong_position_ids_are_refused(model: Any, stats: Path) -> None:
 
 def test_another_models_statistics_are_refused(stats: Path) -> None:
     deeper = tiny.make(num_hidden_layers=2)
-    with pytest.raises(
-        TriAttentionError, match=r"\(3, 4, 8\) and the model llama has \(2, 4, 8\)|\(3, 4, 8\).*\(2, 4, 8\)"
-    ):
+    with pytest.raises(TriAttentionError, match=r"\(3, 4, [48], [08]\) and the model llama has \(2, 4, 8, 0\)"):
         _patch(deeper, stats)
 
 
@@ -295,14 +312,76 @@ def test_statistics_of_another_rope_base_are_refused(tmp_path: Path) -> None:
         _patch(other, stats)
 
 
-@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_a_rope_that_changes_with_length_is_refused_by_name(rope: str) -> None:
-    parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 2048}
-    if rope == "longrope":
-        parameters |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    model = tiny.make(rope_parameters=parameters)
-    with pytest.raises(TriAttentionError, match=f"RoPE type '{rope}' is not supported"):
+@pytest.fixture(params=["dynamic", "longrope"])
+def growing(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
+    """A model whose omega changes after 128 tokens, and its statistics."""
+    parameters = {"rope_type": request.param, "rope_theta": 1e4, "factor": 2.0}
+    if request.param == "longrope":
+        parameters |= {"short_factor": [1.1] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 128}
+    model = tiny.make(rope_parameters=parameters, max_position_embeddings=256 if request.param == "longrope" else 128)
+    return model, tiny.calibrated(model, tmp_path / "stats.pt")
+
+
+def test_a_rope_that_changes_with_length_is_served_up_to_that_length(growing: tuple[Any, Path]) -> None:
+    model, stats = growing
+    before = model.model.rotary_emb.original_inv_freq.clone()
+    model(tiny.tokens(200))  # leaves the frequencies of a long sequence behind
+    assert not torch.equal(model.model.rotary_emb.inv_freq, before)
+    method = _patch(model, stats)
+    assert torch.equal(method.omega, before)
+    tiny.generate(model, tiny.tokens(40), new=88)
+    assert method.rounds > 2
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
+def test_a_run_past_that_length_is_refused_at_its_start_with_both_lengths(
+    growing: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, stats = growing
+    _patch(model, stats)
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("a step was run"))
+    for asked in ({"max_new_tokens": 89}, {"max_length": 129}):
+        with pytest.raises(TriAttentionError, match=r"would have 129 tokens .* change after 128"):
+            model.generate(tiny.tokens(40), **asked)
+
+
+def test_a_hand_written_loop_is_stopped_at_that_length(growing: tuple[Any, Path]) -> None:
+    model, stats = growing
+    _patch(model, stats)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=tiny.tokens(128), past_key_values=cache)
+    with pytest.raises(TriAttentionError, match="129 tokens"):
+        model(input_ids=tiny.tokens(1), past_key_values=cache)
+
+
+def test_an_unknown_rope_is_refused_by_name() -> None:
+    model = tiny.make()
+    model.model.rotary_emb.rope_type = "spiral"
+    with pytest.raises(TriAttentionError, match="RoPE type 'spiral' is not supported; supported: default, linear"):
         tiny.calibrated(model, Path("never_written.pt"))
+
+
+def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TriAttentionError, match="sliding attention"):
+        tiny.calibrated(tiny.make("phi3", sliding_window=512), tmp_path / "stats.pt")
+    assert tiny.calibrated(tiny.make("phi3", sliding_window=4096), tmp_path / "stats.pt").exists()
+
+
+@pytest.mark.parametrize("rope", ["linear", "yarn", "llama3"])
+@pytest.mark.parametrize("kind", ["llama", "glm"])
+def test_omega_and_scaling_are_the_live_modules(kind: str, rope: str, tmp_path: Path) -> None:
+    parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
+    if rope == "llama3":
+        parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind != "llama":
+        parameters["partial_rotary_factor"] = 0.5
+    model = tiny.make(kind, rope_parameters=parameters)
+    method = _patch(model, tiny.calibrated(model, tmp_path / "stats.pt"))
+    rotary = model.model.rotary_emb
+    assert torch.equal(method.omega, rotary.inv_freq)
+    assert method.attention_scaling == rotary.attention_scaling
+    cos, _ = rotary(torch.zeros(1), torch.tensor([[0]]))
+    assert cos.flatten()[0] == pytest.approx(method.attention_scaling)
 
 
 def test_yarn_carries_its_scaling_into_the_weights(tmp_path: Path) -> None:
@@ -331,6 +410,10 @@ def test_published_statistics_serve_a_live_model(model: Any, stats: Path, tmp_pa
 
     _, by_head = load_head_frequency_stats(stats, "cpu")
     save_head_frequency_stats(tmp_path / "published.pt", list(by_head), by_head, {"head_dim": 16})
+    if model.config.model_type in ("phi3", "glm") and statistics.load(stats).q_pass_mean.shape[-1]:
+        with pytest.raises(TriAttentionError, match=r"\(3, 4, 4, 0\) and the model \w+ has \(3, 4, 4, 8\)"):
+            _patch(model, tmp_path / "published.pt")  # that layout has no place for the unrotated dims
+        return
     ids = tiny.tokens(40)
     with pytest.raises(TriAttentionError, match="does not carry omega"):
         TriAttention(TriAttentionConfig(tmp_path / "published.pt", None, "cpu", torch.float32, 32))

@@ -165,7 +165,7 @@ def test_per_layer_is_the_mean_over_heads_in_topk_dtype() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"K_rot": torch.zeros(1, 2, 4, 6)}, "head dim 6 and omega 8"),
+        ({"K_rot": torch.zeros(1, 2, 4, 6)}, "head dim 6, omega 8 frequencies and q_pass 0"),
         ({"K_rot": torch.zeros(1, 2, 4, 16, dtype=torch.float64)}, "float64"),
         ({"K_rot": torch.zeros(2, 4, 16)}, r"shape \(2, 4, 16\)"),
         ({"q_abs_mean": torch.zeros(2, 7)}, r"q_abs_mean has shape \(2, 7\)"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +22,24 @@ from triattention.methods.pruning_utils import (
 from triattention.tests import tiny
 
 
-def _direct(model: Any, ids: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """m and a of a layer from its hidden states, by the model's own projection and norm, in float64."""
-    caught: list[torch.Tensor] = []
-    attention = model.model.layers[layer].self_attn
-    handle = attention.register_forward_pre_hook(
-        lambda _, args, kwargs: caught.append(kwargs["hidden_states"]), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(ids)
-        q = attention.q_proj(caught[0])[0].view(-1, 4, 16)
-        q = (attention.q_norm(q) if hasattr(attention, "q_norm") else q).double()
-    handle.remove()
-    pairs = torch.complex(q[..., :8], q[..., 8:])
-    return pairs.mean(0), pairs.abs().mean(0)
+def _rotated_queries(model: Any, run: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What the model's own code hands to its rotation, per layer ``[B, heads, T, D]`` of each step, in float64."""
+    module = sys.modules[type(model.model.layers[0].self_attn).__module__]
+    rotate, caught = module.apply_rotary_pos_emb, []
+
+    def noting(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        caught.append(q.double())
+        return rotate(q, k, *args, **kwargs)
+
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(module, "apply_rotary_pos_emb", noting)
+        run(model)
+    layers = model.config.num_hidden_layers
+    return [torch.cat(caught[layer::layers], dim=2) for layer in range(layers)]
 
 
 @pytest.mark.parametrize("kind", sorted(tiny.CONFIGS))
-def test_calibration_agrees_with_a_direct_computation(kind: str) -> None:
+def test_calibration_agrees_with_a_direct_computation(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.make(kind)
     if kind == "qwen3":  # an extreme q_norm: statistics of the projection alone would be far off
         for layer in model.model.layers:
@@ -48,14 +50,35 @@ def test_calibration_agrees_with_a_direct_computation(kind: str) -> None:
         m(ids[:, :70])
         m(ids[:, 70:])
 
-    got = calibrate(model, lambda m: m(ids))
-    m, a = _direct(model, ids, 2)
-    torch.testing.assert_close(
-        torch.complex(got.q_mean_real[2], got.q_mean_imag[2]).to(m.dtype), m, rtol=1e-6, atol=1e-6
-    )
-    torch.testing.assert_close(got.q_abs_mean[2].double(), a, rtol=1e-6, atol=1e-6)
-    assert calibrate(model, two_batches).token_count == got.token_count == 200
+    got = calibrate(model, two_batches)
+    assert got.token_count == 200
+    style, rotary_dim = got.architecture.rope_style, got.architecture.rotary_dim
+    for layer, queries in enumerate(_rotated_queries(model, two_batches, monkeypatch)):
+        rotated = queries[0, ..., :rotary_dim]
+        half = rotary_dim // 2
+        re, im = (
+            (rotated[..., :half], rotated[..., half:]) if style == "half" else (rotated[..., ::2], rotated[..., 1::2])
+        )
+        for name, want in (
+            ("q_mean_real", re.mean(1)),
+            ("q_mean_imag", im.mean(1)),
+            ("q_abs_mean", torch.complex(re, im).abs().mean(1)),
+            ("q_pass_mean", queries[0, ..., rotary_dim:].mean(1)),
+        ):
+            torch.testing.assert_close(getattr(got, name)[layer].double(), want, rtol=1e-6, atol=0)
     assert ((got.concentration() > 0) & (got.concentration() <= 1)).all()
+
+
+def test_padding_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny.make("qwen3"), (tiny.tokens(50), tiny.tokens(30, seed=2))
+    ids = torch.cat([rows[0], torch.nn.functional.pad(rows[1], (20, 0))])
+    together = calibrate(model, lambda m: m(ids, attention_mask=(ids != 0).long()))
+    apart = calibrate(model, lambda m: [m(row) for row in rows])
+    assert together.token_count == apart.token_count == 80
+    for name in ("q_mean_real", "q_mean_imag", "q_abs_mean"):
+        torch.testing.assert_close(getattr(together, name), getattr(apart, name), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TriAttentionError, match="does not tell padding"):
+        calibrate(model, lambda m: m(ids, attention_mask=torch.zeros(2, 1, 50, 50)))
 
 
 def test_calibration_restores_the_model_also_on_error() -> None:
@@ -67,7 +90,7 @@ def test_calibration_restores_the_model_also_on_error() -> None:
 
     with pytest.raises(KeyError):
         calibrate(model, broken)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with pytest.raises(TriAttentionError, match="ran no tokens"):
         calibrate(model, lambda m: None)
 
@@ -122,7 +145,7 @@ def test_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda p: p.update(format_version=9), "format_version 9 and this release reads 1"),
+        (lambda p: p.update(format_version=9), "format_version 9 and this release reads 2"),
         (lambda p: p.update(capture_point="after RoPE"), "capture_point 'after RoPE'"),
         (lambda p: p.update(token_count="many"), "not a statistics file"),
         (lambda p: p["architecture"].update(omega=[1.0]), "not a statistics file"),

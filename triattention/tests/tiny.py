@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GlmConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from triattention import statistics
 from triattention.calibration import calibrate
 
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+#: phi3 rotates half of each head and fuses its projections; glm also pairs neighbouring dims, glm_full does that only.
+CONFIGS = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+    "phi3": (Phi3Config, {"partial_rotary_factor": 0.5, "pad_token_id": 0, "eos_token_id": 2}),
+    "glm": (GlmConfig, {"partial_rotary_factor": 0.5, "pad_token_id": 0, "eos_token_id": 2}),
+    "glm_full": (GlmConfig, {"partial_rotary_factor": 1.0, "pad_token_id": 0, "eos_token_id": 2}),
+}
 
 #: The recommended setting at a size that a short run compresses several times.
 RECOMMENDED = {
@@ -27,7 +35,10 @@ def make(kind: str = "llama", *, attention: str = "sdpa", **config: Any) -> Any:
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "max_position_embeddings": 4096,
     }  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](**{**sizes, "attn_implementation": attention, **config}))
+    configuration, own = CONFIGS[kind]
+    model = AutoModelForCausalLM.from_config(
+        configuration(**{**sizes, "attn_implementation": attention, **own, **config})
+    )
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(4)  # at its initial scale attention is uniform and every keep set gives the same tokens

@@ -168,6 +168,7 @@ class _Loaded:
             layer: {
                 "q_mean_complex": torch.stack([loaded.q_mean_real[layer], loaded.q_mean_imag[layer]], -1).to(device),
                 "q_abs_mean": loaded.q_abs_mean[layer].to(device),
+                "q_pass_mean": loaded.q_pass_mean[layer].to(device),
             }
             for layer in range(loaded.q_abs_mean.shape[0])
         }

@@ -27,7 +27,8 @@ def compute_scores(
     by another.
 
     ``key_states`` ``[B, H, N, D]``; ``head_stats`` has ``q_mean_complex`` ``[H*G, F, 2]`` and ``q_abs_mean``
-    ``[H*G, F]`` (absent: equals |q_mean|). ``round_start=None`` is the maximum of ``cache_positions``, else N - 1.
+    ``[H*G, F]`` (absent: equals |q_mean|), and ``q_pass_mean`` ``[H*G, D - 2 F]`` for a model that does not rotate
+    every dim. ``round_start=None`` is the maximum of ``cache_positions``, else N - 1.
     The dtype is ``config.topk_dtype``. A round beyond ``trig_cache`` forms its phases directly. Raises
     TriAttentionError when shapes, dtypes or devices do not fit.
     """
@@ -112,7 +113,8 @@ def _scores(
     a = torch.hypot(m_re, m_im) if a is None else a
     weight = freq_scale_sq.expand_as(a) if freq_scale_sq.shape == a.shape[-1:] else freq_scale_sq
     named = {"q_mean_complex": m_re, "q_abs_mean": a, "freq_scale_sq": weight}
-    check_inputs(key_states, named, omega, config.rope_style)
+    q_pass = head_stats.get("q_pass_mean")
+    check_inputs(key_states, named, omega, config.rope_style, q_pass)
     t = _round_start(key_states, cache_positions, round_start)
     covered = trig_cache is not None and config.use_trig_cache and t <= trig_cache.max_seq_len
     if trig_cache is not None:
@@ -121,6 +123,7 @@ def _scores(
     weights = fold(
         m_re, m_im, a, weight, cos, sin,
         aggregation=config.score_aggregation, disable_mlr=config.disable_mlr, disable_trig=config.disable_trig,
+        q_pass=q_pass,
     )  # fmt: skip
     scores = score(key_states, weights, config.rope_style, use_triton=use_triton)
     if config.pruning_mode == "per_layer":

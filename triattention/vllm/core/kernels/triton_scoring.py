@@ -31,14 +31,16 @@ def triattention_scoring(
     disable_mlr: bool = False,
     *,
     disable_trig: bool = False,
+    q_pass: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score cached, already rotated keys with the Triton kernel: float32 ``[B, H*G, N]``.
 
     ``K_rot`` ``[B, H, N, D]`` in bf16, fp16 or fp32, any strides; ``q_*`` and ``freq_scale_sq`` (the weight w, used
     as given) ``[H*G, F]``, query head h reading KV head ``h // G``; ``omega`` ``[F]``; ``offsets`` ``[O]``.
     ``position_indices`` is accepted and not needed, the rotation is already in the key. ``trig_values`` = (cos,
-    sin) ``[O, F]`` wins over ``trig_cache``, which serves any integer ``round_start`` it covers. A NaN key gets a
-    NaN score. Source: paper, score of a key; plan 3.1.
+    sin) ``[O, F]`` wins over ``trig_cache``, which serves any integer ``round_start`` it covers. ``q_pass``
+    ``[H*G, P]`` is for models that rotate only 2 F = D - P dims of a head. A NaN key gets a NaN score. Source: paper,
+    score of a key; plan 3.1.
 
     Raises TriAttentionError (a ValueError) when shapes, dtypes, devices or ``round_start`` do not fit.
     """
@@ -48,11 +50,11 @@ def triattention_scoring(
         "q_abs_mean": q_abs_mean,
         "freq_scale_sq": freq_scale_sq,
     }
-    check_inputs(K_rot, named, omega, rope_style)
+    check_inputs(K_rot, named, omega, rope_style, q_pass)
     cos, sin = _trig(check_position(round_start), offsets, omega, trig_cache, trig_values)
     weights = fold(
         q_mean_real, q_mean_imag, q_abs_mean, freq_scale_sq, cos, sin,
-        aggregation=aggregation, disable_mlr=disable_mlr, disable_trig=disable_trig,
+        aggregation=aggregation, disable_mlr=disable_mlr, disable_trig=disable_trig, q_pass=q_pass,
     )  # fmt: skip
     return score_triton(K_rot, weights, rope_style)
 

@@ -1,0 +1,53 @@
+"""Controls: what any method has to beat at the same budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from triattention.architecture import Architecture
+from triattention.compression import Budget, Compression, View
+
+
+class Recent(Compression):
+    """The first ``sinks`` tokens and the newest (attention sinks, arXiv 2309.17453)."""
+
+    def __init__(self, budget: Budget, mode: str, live: Architecture, *, sinks: int = 4) -> None:
+        super().__init__(budget, mode)
+        self.sinks = sinks
+
+    def scores(self, view: View) -> Iterator[torch.Tensor]:
+        rank = view.valid.to(torch.int64).cumsum(-1) - 1
+        scores = torch.where(rank < self.sinks, rank.shape[-1], rank).to(torch.float32)
+        for keys in view.keys:
+            yield scores[:, None].expand(-1, keys.shape[1], -1)
+
+
+class KNorm(Compression):
+    """Keys of small norm (arXiv 2406.11430)."""
+
+    def __init__(self, budget: Budget, mode: str, live: Architecture) -> None:
+        super().__init__(budget, mode)
+
+    def scores(self, view: View) -> Iterator[torch.Tensor]:
+        for keys in view.keys:
+            yield -keys.float().norm(dim=-1)
+
+
+class Random(Compression):
+    """Anything, from ``seed``: a row's choice depends on how many tokens it has seen, and on nothing beside it."""
+
+    def __init__(self, budget: Budget, mode: str, live: Architecture, *, seed: int = 0) -> None:
+        super().__init__(budget, mode)
+        self.seed = seed
+
+    def scores(self, view: View) -> Iterator[torch.Tensor]:
+        _, heads, n_tokens, _ = view.keys[0].shape
+        seen = torch.as_tensor(view.seen).reshape(-1).tolist()
+        rows = []
+        for row, length in enumerate(view.valid.sum(-1).tolist()):
+            generator = torch.Generator().manual_seed(self.seed * 2**32 + seen[row % len(seen)])
+            drawn = torch.rand(len(view.keys), heads, length, generator=generator)
+            rows.append(torch.nn.functional.pad(drawn, (n_tokens - length, 0)))
+        yield from torch.stack(rows, dim=1).to(view.valid.device)
