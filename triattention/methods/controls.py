@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -47,7 +48,9 @@ class Random(Compression):
         seen = torch.as_tensor(view.seen).reshape(-1).tolist()
         rows = []
         for row, length in enumerate(view.valid.sum(-1).tolist()):
-            generator = torch.Generator().manual_seed(self.seed * 2**32 + seen[row % len(seen)])
+            # the generator looks at 32 bits of a seed only, so both numbers are mixed into them
+            mixed = hashlib.sha256(f"{self.seed},{seen[row % len(seen)]}".encode()).digest()[:4]
+            generator = torch.Generator().manual_seed(int.from_bytes(mixed))
             drawn = torch.rand(len(view.keys), heads, length, generator=generator)
             rows.append(torch.nn.functional.pad(drawn, (n_tokens - length, 0)))
         yield from torch.stack(rows, dim=1).to(view.valid.device)
