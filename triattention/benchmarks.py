@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,15 +107,16 @@ def _rows(benchmark: Benchmark, directory: Path, remedy: str) -> list[dict[str, 
             "benchmarks are read with the package datasets, which is not installed; run: pip install datasets"
         ) from None
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
     try:
-        table = datasets.load_dataset(
-            str(directory),
-            benchmark.configuration,
-            split=benchmark.split,
-            cache_dir=str(cache_root() / "prepared-datasets"),
-        )
+        # what the library prepares is not kept: it would be taken again after the files have changed
+        with tempfile.TemporaryDirectory(prefix="triattention-") as scratch:
+            table = datasets.load_dataset(
+                str(directory), benchmark.configuration, split=benchmark.split, cache_dir=scratch, keep_in_memory=True
+            )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join((str(error) or type(error).__name__).split())
+        # what it raises for a broken file says only that there was an error; the cause says which
+        reason = " ".join(str(error.__cause__ or error).split())
         raise TriAttentionError(f"cannot read the dataset in {directory} ({reason.rstrip('.')}); {remedy}") from error
     columns = [benchmark.question, benchmark.answer]
     if missing := [column for column in columns if column not in table.column_names]:

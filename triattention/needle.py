@@ -56,8 +56,8 @@ class Recall(NamedTuple):
     """A needle question for a teacher-forced evaluation.
 
     ``context`` ends before ``answer``, which begins with its space, so that ``context + answer`` is plain text; a model
-    recalls where it predicts the tokens of ``answer`` after those of ``context``. ``depth`` is the place of the needle
-    in the text, from 0 (its first sentence) to 1 (its last).
+    recalls where it predicts the tokens of ``answer`` after those of ``context``. ``depth`` is the part of the text's
+    words that come before the needle, to the nearest end of a sentence: 0 is its start and 1 its end.
     """
 
     context: str
@@ -88,19 +88,19 @@ def needle_recalls(words: int = DEFAULT_WORDS, count: int = 20, seed: int = 0) -
 
 def _needles(words: int, count: int, seed: int) -> list[_Needle]:
     source = random.Random(f"needle {words} {seed}")
-    needles = []
-    for place in range(count):
-        number = str(source.randrange(100_000, 1_000_000))
-        sentences: list[str] = []
-        needle = f"Remember that the secret number is {number}."
-        length = len(needle.split())
-        while length < words:
-            sentences.append(_sentence(source))
-            length += len(sentences[-1].split())
-        depth = place / max(count - 1, 1)
-        sentences.insert(round(depth * len(sentences)), needle)
-        needles.append(_Needle(" ".join(sentences), number, depth))
-    return needles
+    return [_needle(source, words, depth=place / max(count - 1, 1)) for place in range(count)]
+
+
+def _needle(source: random.Random, words: int, depth: float) -> _Needle:
+    number = str(source.randrange(100_000, 1_000_000))
+    needle = f"Remember that the secret number is {number}."
+    sentences: list[str] = []
+    starts = [0]  # of every sentence, and the end of the last, in words
+    while starts[-1] < words - len(needle.split()):
+        sentences.append(_sentence(source))
+        starts.append(starts[-1] + len(sentences[-1].split()))
+    place = min(range(len(starts)), key=lambda index: abs(starts[index] - depth * starts[-1]))
+    return _Needle(" ".join([*sentences[:place], needle, *sentences[place:]]), number, depth)
 
 
 def _sentence(source: random.Random) -> str:
