@@ -124,20 +124,20 @@ def _grade_number(text: str, expected: str) -> Grade:
 
 def _grade_json(text: str, expected: str) -> Grade:
     decoder = json.JSONDecoder()
-    found, place = None, text.find("{")
+    found, place = "", text.find("{")
     while place >= 0:
         try:
-            found, place = decoder.raw_decode(text, place)
+            value, end = decoder.raw_decode(text, place)
+            found = _canonical(value)
         except (ValueError, RecursionError):
-            place += 1  # a brace that opens something else
-        place = text.find("{", place)
-    # as text, because 1, 1.0 and true are equal in Python
-    same = found is not None and _canonical(found) == _canonical(json.loads(expected))
-    return Grade(same, "" if found is None else json.dumps(found, ensure_ascii=False))
+            end = place + 1  # a brace that opens something else, or too much to be an answer
+        place = text.find("{", end)
+    return Grade(found == _canonical(json.loads(expected)), found)
 
 
 def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    """JSON text to compare by: 1, 1.0 and true are equal in Python."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 def _after_thinking(reply: str) -> str:

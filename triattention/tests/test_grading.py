@@ -181,6 +181,7 @@ STATE = '{"current_node": "B", "stack": ["A", "B"], "visited": ["A", "C", "B"]}'
         (f"<think>{STATE}", False),
         ("[1, 2]", False),
         ('{"a":' * 3000, False),
+        ('{"a":' * 3000 + "1" + "}" * 3000, False),
     ],
 )
 def test_a_state_is_the_last_json_object_and_equal_in_every_part(reply: str, correct: bool) -> None:
