@@ -1,6 +1,6 @@
 """Grading: is the final answer of a reply the expected one?
 
-The rules, in order:
+The rules of the grader ``auto``, in order:
 
 1. Reasoning inside ``<think>...</think>`` is dropped; a reply that never leaves it has no answer.
 2. The final answer is what the reply marks as such, the last mark winning: ``\\boxed{...}``, ``#### ...``,
@@ -12,10 +12,20 @@ The rules, in order:
    number up to twelve may also be written as a word.
 5. Words are compared whole and without case, never as substrings. A clause that denies or hedges (``not Paris``,
    ``Paris or Lyon``) does not answer.
+
+The others keep rule 1, and then:
+
+* ``math``: rules 2 to 4 for every answer, LaTeX or not: ``p - q``, ``3, 5, 7``, ``x=5``. An interval may be given as an
+  inequality. An answer that is all ``\\text{...}`` is compared as words, in a box with the whole box.
+* ``number``: the answer is the first number of the reply, or of what is marked in it, compared exactly and whole. Where
+  another number with as many digits follows, there is no answer.
+* ``json``: the answer is the last JSON object in the reply, in a code fence or not. It must equal the expected object:
+  the same keys in any order, and the same values with lists in the same order.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import signal
@@ -28,6 +38,9 @@ from typing import Any
 
 import math_verify
 
+from triattention.errors import TriAttentionError
+from triattention.questions import GRADERS
+
 _MATH_SECONDS = 5
 
 _NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?(\s*/\s*\d+)?\s*%?")
@@ -38,6 +51,11 @@ _MARK = re.compile(r"(?:\banswer\b[^.:=\n]{0,80}?(?:\bis\b(?:\s*:)?|:|=)|####)[\
 _SENTENCE_END = re.compile(r"[.!?](?=[\s\"')*]|$)|\n")
 _CLAUSE_END = re.compile(r"[,;:()]|\bbut\b|\brather\b", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"\b(?:not|never|neither|nor|cannot|or|either)\b|n't\b", re.IGNORECASE)
+#: A whole number that stands alone, with or without thousands separators.
+_WHOLE = re.compile(r"(?<![\w.,-])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?!\w|[.,]\d)")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mbox|mathrm)\{([^{}]*)\}")
+_DELIMITER = re.compile(r"(?<!\\)\$|(?<!\\)\\[(\[]")
+_THIN_SPACE = re.compile(r"(?<=\d)\\[,;:! ](?=\d{3}(?!\d))")
 _WORD = re.compile(r"[^\W_]+")
 _NUMBER_WORDS = (
     "zero",
@@ -64,14 +82,62 @@ class Grade:
     extracted: str
 
 
-def grade(reply: str, expected: str) -> Grade:
-    """Grade one reply by the rules above."""
+def grade(reply: str, expected: str, grader: str = "auto") -> Grade:
+    """Grade one reply by the rules above. Raises TriAttentionError for a grader that is not one of GRADERS."""
     text = _after_thinking(reply).replace("\u2019", "'").strip()
     expected = expected.strip()
+    match grader:
+        case "auto":
+            return _grade_auto(text, expected)
+        case "math":
+            return _grade_math(text, expected)
+        case "number":
+            return _grade_number(text, expected)
+        case "json":
+            return _grade_json(text, expected)
+    raise TriAttentionError(f"the grader {grader!r} is not known; use one of {', '.join(GRADERS)}")
+
+
+def _grade_auto(text: str, expected: str) -> Grade:
     marked = _marked(text)
     if _is_mathematical(expected):
         return _grade_mathematical(text if marked is None else marked, expected)
     return _grade_words(_first_sentence(text) if marked is None else marked, expected)
+
+
+def _grade_math(text: str, expected: str) -> Grade:
+    marked = _marked(text)
+    if words := _TEXT.fullmatch(expected):
+        if "\\boxed{" not in text:
+            return _grade_words(_first_sentence(text) if marked is None else marked, words[1])
+        return Grade(_words(_TEXT.sub(r"\1", marked or "")) == _words(words[1]), marked or "")
+    return _grade_mathematical(text if marked is None else _in_box(marked), expected, _in_box(expected))
+
+
+def _grade_number(text: str, expected: str) -> Grade:
+    marked = _marked(text)
+    numbers = [found[0].replace(",", "") for found in _WHOLE.finditer(text if marked is None else marked)]
+    if not numbers or any(other != numbers[0] and len(other) == len(numbers[0]) for other in numbers):
+        return Grade(False, "")
+    return Grade(numbers[0] == expected, numbers[0])
+
+
+def _grade_json(text: str, expected: str) -> Grade:
+    decoder = json.JSONDecoder()
+    found, place = "", text.find("{")
+    while place >= 0:
+        try:
+            value, end = decoder.raw_decode(text, place)
+            found = _canonical(value)
+        except (ValueError, RecursionError):
+            end = place + 1  # a brace that opens something else, or too much to be an answer
+        place = text.find("{", end)
+    return Grade(found == _canonical(json.loads(expected)), found)
+
+
+def _canonical(value: Any) -> str:
+    """ASCII text to compare by: 1, 1.0 and true are equal in Python, and half a surrogate pair fits in no file."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _after_thinking(reply: str) -> str:
@@ -109,20 +175,27 @@ def _is_mathematical(expected: str) -> bool:
     )
 
 
-def _grade_mathematical(text: str, expected: str) -> Grade:
+def _grade_mathematical(text: str, expected: str, gold: str | None = None) -> Grade:
+    """Compare with ``gold``, which is ``expected`` as LaTeX; without it the strict way of ``auto``."""
     if expected.isdecimal() and int(expected) < len(_NUMBER_WORDS) and not re.search(r"\d", text):
         return _grade_words(_first_sentence(text), _NUMBER_WORDS[int(expected)])
     if _NUMBER.fullmatch(expected):
         text = _SUM.sub("", text)
     with _math_verify() as (parse, verify):
         found = parse(_as_latex(text))
-        correct = bool(found) and verify(parse(_as_latex(expected)), found)
+        known = parse(gold or _as_latex(expected))
+        correct = bool(found) and verify(known, found, allow_set_relation_comp=gold is not None)
     return Grade(correct, str(found[-1]) if found else "")
 
 
 def _as_latex(text: str) -> str:
     """math-verify looks for LaTeX between dollar signs only; the inside of a box has none."""
     return f"${text}$" if "\\" in text and "$" not in text else text
+
+
+def _in_box(text: str) -> str:
+    """``text`` as LaTeX, whether it calls itself so or not, with digits grouped by thin spaces put together."""
+    return text if _DELIMITER.search(text) else f"\\boxed{{{_THIN_SPACE.sub('', text)}}}"
 
 
 def _grade_words(text: str, expected: str) -> Grade:
@@ -155,7 +228,7 @@ def _math_verify() -> Iterator[tuple[Any, Any]]:
     try:
         yield (
             lambda text: math_verify.parse(text, parsing_timeout=limit),
-            lambda gold, found: math_verify.verify(gold, found, timeout_seconds=limit),
+            lambda gold, found, **options: math_verify.verify(gold, found, timeout_seconds=limit, **options),
         )
     finally:
         if outer:

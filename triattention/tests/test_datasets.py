@@ -25,6 +25,18 @@ def test_a_local_file_keeps_order_takes_numbers_and_skips_empty_lines(tmp_path: 
     assert dataset.questions == (Question("a\u2028b", "4"), Question("c", "d"))
 
 
+def test_a_line_may_choose_its_grader(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"question": "a", "answer": "p - q", "grader": "math"}\n{"question": "b", "answer": 7}\n')
+    first, second = load_dataset(str(path)).questions
+    assert (first.grader, second.grader) == ("math", "auto")
+    assert (first.prompt, first.instruction) == ("a", "")
+
+
+def test_a_prompt_is_the_question_and_then_what_is_asked_of_the_reply() -> None:
+    assert Question("How many?", "4", instruction="Use \\boxed{}.").prompt == "How many?\n\nUse \\boxed{}."
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -35,6 +47,13 @@ def test_a_local_file_keeps_order_takes_numbers_and_skips_empty_lines(tmp_path: 
         ('{"question": "a"}', '"answer" is None'),
         ('{"question": "a", "answer": true}', '"answer" is True'),
         ('{"question": "a", "answer": ""}', "\"answer\" is ''"),
+        (
+            '{"question": "a", "answer": "b", "grader": "strict"}',
+            "\"grader\" is 'strict'; it must be one of auto, math",
+        ),
+        ('{"question": "a", "answer": "b", "grader": ["math"]}', "\"grader\" is ['math']"),
+        ('{"question": "a", "answer": "b", "grader": "number"}', 'the grader "number" needs a whole number'),
+        ('{"question": "a", "answer": "[1]", "grader": "json"}', 'the grader "json" needs the text of a JSON object'),
     ],
 )
 def test_a_broken_line_is_named_with_its_number_and_reason(tmp_path: Path, line: str, reason: str) -> None:
@@ -45,8 +64,10 @@ def test_a_broken_line_is_named_with_its_number_and_reason(tmp_path: Path, line:
 
 
 def test_unknown_names_and_unreadable_files_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(TriAttentionError, match="dataset 'aime24' is not known; known: smoke"):
-        load_dataset("aime24")
+    known = "smoke, aime24, aime25, math500, gsm8k, dfs[:STEPS], needle[:WORDS], or the path of a .jsonl file"
+    for name in ("aime", "AIME24", "smoke:3", "", "dfs/12"):
+        with pytest.raises(TriAttentionError, match=re.escape(f"dataset {name!r} is not known; known: {known}")):
+            load_dataset(name)
     with pytest.raises(TriAttentionError, match="No such file"):
         load_dataset(str(tmp_path / "none.jsonl"))
     empty, binary = tmp_path / "empty.jsonl", tmp_path / "binary.jsonl"
