@@ -1,7 +1,8 @@
 """The keep set by the oracle: from float64 scores through the published rules, with how far honest errors can move it.
 
 Independent of any subject, in NumPy. Per query head a z-score over the evictable region (where asked for), per KV head
-the maximum over its group, then over the layers the mean (``per_head``) or over everything the maximum (``union``).
+the maximum over its group, then what the mode says: the mean over the layers (``per_head``), the maximum over
+everything (``union``) or over the heads of each layer (``per_layer``), or nothing (``per_layer_per_head``).
 """
 
 from __future__ import annotations
@@ -40,8 +41,15 @@ class Selection:
         return 2 * self.error
 
 
-def select(cases: Sequence[oracle.Case], evictable: np.ndarray, *, per_head: bool, normalize: bool) -> Selection:
-    """The selection scores of one sequence from one scoring problem per layer (batch of 1)."""
+def select(
+    cases: Sequence[oracle.Case], evictable: np.ndarray, *, mode: str, normalize: bool, group: str = "max"
+) -> Selection:
+    """The selection scores of one sequence from one scoring problem per layer (batch of 1).
+
+    The sets are ``per_head``: one for each KV head; ``union``: one; ``per_layer``: one for each layer;
+    ``per_layer_per_head``: one for each layer and KV head, layer by layer. ``group`` joins the query heads of a KV
+    head.
+    """
     import numpy as np
 
     grouped, errors = [], []
@@ -54,9 +62,29 @@ def select(cases: Sequence[oracle.Case], evictable: np.ndarray, *, per_head: boo
             # a score, the mean and the standard deviation are each off by at most the largest error of the head
             error = error.max(-1, keepdims=True) / std * (2 + np.abs(z))
             scores = z
-        kv_heads = case.k0.shape[1]
-        grouped.append(scores.reshape(kv_heads, -1, scores.shape[-1]).max(1))
+        by_head = scores.reshape(case.k0.shape[1], -1, scores.shape[-1])
+        grouped.append(by_head.mean(1) if group == "mean" else by_head.max(1))
         errors.append(float(error.max()))
-    if per_head:
-        return Selection(np.mean(grouped, axis=0), float(np.mean(errors)))
-    return Selection(np.max(grouped, axis=(0, 1))[None], max(errors))
+    heads = np.stack(grouped)  # [L, H, N]
+    if mode == "per_head":
+        return Selection(heads.mean(0), float(np.mean(errors)))
+    if mode == "union":
+        return Selection(heads.max((0, 1))[None], max(errors))
+    if mode == "per_layer":
+        return Selection(heads.max(1), max(errors))
+    return Selection(heads.reshape(-1, heads.shape[-1]), max(errors))
+
+
+def sets_of(kept: np.ndarray, mode: str) -> np.ndarray:
+    """The sets of a mode, bool ``[S, N]``, of what every layer and KV head holds, bool ``[L, H, N]``.
+
+    Raises AssertionError where heads or layers that share a set hold different tokens.
+    """
+    if mode == "per_layer_per_head":
+        return kept.reshape(-1, kept.shape[-1])
+    shared = {"per_head": kept[:1], "per_layer": kept[:, :1], "union": kept[:1, :1]}[mode]
+    differs = (kept != shared).any(-1).nonzero()
+    assert not len(differs[0]), (
+        f"layer {differs[0][0]}, KV head {differs[1][0]} holds other tokens than those it shares its {mode} set with"
+    )
+    return shared.reshape(-1, kept.shape[-1])

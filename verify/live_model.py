@@ -2,19 +2,57 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from verify import oracle
 from verify.problems import OFFSETS_17
 from verify.subject import Subject
 
+if TYPE_CHECKING:
+    import numpy as np
+
 
 def physical_length(cache: Any) -> int:
     """Tokens that the longest layer of ``cache`` really holds."""
     return max(layer.keys.shape[-2] for layer in cache.layers)
+
+
+def rows_of(original: Any, held: Any) -> Any:
+    """Which of the rows ``[H, N, D]`` each held row ``[H, K, D]`` is, bit for bit: int64 ``[H, K]``.
+
+    Raises AssertionError for a held row that is none of them.
+    """
+    same = (held[:, :, None] == original[:, None]).all(-1)
+    assert same.any(-1).all(), f"{int((~same.any(-1)).sum())} held rows are not rows that were cached, bit for bit"
+    return same.to(int).argmax(-1)
+
+
+def _marks_of(original: Any, held: Any) -> Any:
+    """``rows_of`` as bool ``[H, N]`` on the CPU."""
+    import torch
+
+    rows = rows_of(original, held).cpu()
+    return torch.zeros(original.shape[:2], dtype=torch.bool).scatter_(1, rows, torch.ones_like(rows, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of one sequence: ``seen`` tokens were fed, whose keys are ``[1, H, seen, D]`` for each layer.
+
+    ``before`` and ``kept`` bool ``[L, H, seen]``: the tokens held before and after it.
+    """
+
+    seen: int
+    keys: list[Any]
+    before: np.ndarray
+    kept: np.ndarray
+    cache: Any
 
 
 @dataclass(frozen=True)
@@ -75,30 +113,88 @@ class LiveModel:
                 self.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 yield cache
 
-    def oracle_cases(self, keys: list[Any], t: int, options: dict[str, Any]) -> list[oracle.Case]:
-        """One scoring problem per layer, of rotated ``keys`` ``[1, H, N, D]`` and the statistics file."""
-        import numpy as np
+    @contextmanager
+    def rotations(self) -> Iterator[list[tuple[Any, Any]]]:
+        """Within it, the list grows by (queries before, keys after) each layer's rotation, step by step.
+
+        ``[B, heads, T, D]`` each, as the model's own code has them, so nothing that a subject does is in them.
+        """
+        layers = next(part.layers for part in self.model.modules() if hasattr(part, "layers"))
+        module = sys.modules[type(layers[0].self_attn).__module__]
+        rotate, taken = module.apply_rotary_pos_emb, []
+
+        def noting(q: Any, k: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            rotated = rotate(q, k, *args, **kwargs)
+            taken.append((q.detach(), rotated[1].detach()))
+            return rotated
+
+        module.apply_rotary_pos_emb = noting
+        try:
+            yield taken
+        finally:
+            module.apply_rotary_pos_emb = rotate
+
+    def rounds(self, ids: Any, prompt: int) -> Iterator[Round]:
+        """Feed ``ids`` ``[1, T]`` as ``feed`` does, and tell of each round what was there and what it kept."""
         import torch
 
-        stats = torch.load(self.statistics, weights_only=True)
-        omega = stats["architecture"]["omega"].double().numpy()
-        scaling = stats["architecture"]["attention_scaling"]
-        positions = np.arange(t)
-        real, imag, norm = (stats[name].double().numpy() for name in ("q_mean_real", "q_mean_imag", "q_abs_mean"))
-        return [
-            oracle.Case(
-                k0=oracle.unrotated(layer.double().cpu().numpy(), positions, omega, "half", scaling),
-                positions=positions,
-                m=real[i] + 1j * imag[i],
-                a=norm[i],
-                w=np.full(norm[i].shape, scaling),
-                omega=omega,
-                offsets=np.array(OFFSETS_17),
-                t=t,
-                s=scaling,
-                aggregation=options.get("score_aggregation", "mean"),
-                disable_mlr=options.get("disable_mlr", False),
-                disable_trig=options.get("disable_trig", False),
-            )
-            for i, layer in enumerate(keys)
-        ]
+        keys: list[Any] = []
+        held: Any = None
+        with self.rotations() as taken:
+            for cache in self.feed(ids, prompt):
+                step = [k for _, k in taken]
+                taken.clear()
+                keys = [torch.cat(pair, dim=2) for pair in zip(keys, step, strict=True)] if keys else step
+                heads, seen = keys[0].shape[1], keys[0].shape[2]
+                before = torch.ones(len(keys), heads, seen, dtype=torch.bool)
+                if held is not None:
+                    before[:, :, : held.shape[2]] = held
+                held = before
+                if physical_length(cache) < int(before[0, 0].sum()):
+                    held = torch.stack(
+                        [_marks_of(k[0], layer.keys[0]) for k, layer in zip(keys, cache.layers, strict=True)]
+                    )
+                    yield Round(seen, keys, before.numpy(), held.numpy(), cache)
+
+    @cached_property
+    def _statistics(self) -> dict[str, Any]:
+        import torch
+
+        return torch.load(self.statistics, weights_only=True)
+
+    def oracle_case(
+        self, layer: int, keys: Any, t: int, options: Mapping[str, Any], positions: Any = None, head: int | None = None
+    ) -> oracle.Case:
+        """The scoring problem of one layer: rotated ``keys`` ``[1, H, N, D]`` and the statistics file.
+
+        ``positions`` ``[N]`` are those of the keys, 0 to t - 1 unless given. With ``head``, the keys are those of that
+        KV head alone, and so are the query heads of the problem.
+        """
+        import numpy as np
+
+        here = self._statistics["architecture"]
+        omega, scaling, rotary_dim = here["omega"].double().numpy(), here["attention_scaling"], here["rotary_dim"]
+        group = here["num_query_heads"] // here["num_kv_heads"]
+        rows = slice(None) if head is None else slice(head * group, (head + 1) * group)
+        positions = np.arange(t) if positions is None else np.asarray(positions)
+        real, imag, norm, passed = (
+            self._statistics[name][layer, rows].double().numpy()
+            for name in ("q_mean_real", "q_mean_imag", "q_abs_mean", "q_pass_mean")
+        )
+        whole = keys.double().cpu().numpy()
+        return oracle.Case(
+            k0=oracle.unrotated(whole[..., :rotary_dim], positions, omega, here["rope_style"], scaling),
+            positions=positions,
+            m=real + 1j * imag,
+            a=norm,
+            w=np.full(norm.shape, scaling),
+            omega=omega,
+            offsets=np.array(OFFSETS_17),
+            t=t,
+            s=scaling,
+            aggregation=options.get("score_aggregation", "mean"),
+            disable_mlr=options.get("disable_mlr", False),
+            disable_trig=options.get("disable_trig", False),
+            k_pass=whole[..., rotary_dim:],
+            q_pass=passed,
+        )

@@ -5,11 +5,13 @@ RoPE and the key's position p, and forms
 
 S = agg_o sum_f w |m_f| |k_f| cos((t + o - p) omega_f + arg m_f - arg k0_f) + sum_f w e_f |k_f|,   |k_f| = s |k0_f|
 
-in NumPy float64, where e_f is a - |m| (a under ``disable_mlr``). Source: paper, score of a key.
+in NumPy float64, where e_f is a - |m| (a under ``disable_mlr``). A model that does not rotate every dim adds the
+product of its unrotated dims, q_pass . k_pass. Source: paper, score of a key.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ class Case:
 
     ``k0`` complex ``[B, H, N, F]``: keys before RoPE and scaling; ``positions`` ``[N]``; ``m`` complex, ``a`` and
     ``w`` ``[H*G, F]``; ``omega`` ``[F]``; ``offsets`` ``[O]``; ``t`` the position of the next token; ``s`` the
-    attention scaling.
+    attention scaling; ``k_pass`` ``[B, H, N, P]`` and ``q_pass`` ``[H*G, P]`` the dims that are not rotated, if any.
     """
 
     k0: np.ndarray
@@ -38,6 +40,8 @@ class Case:
     aggregation: str = "mean"
     disable_mlr: bool = False
     disable_trig: bool = False
+    k_pass: np.ndarray | None = None
+    q_pass: np.ndarray | None = None
 
     def shifted(self, by: int) -> Case:
         """The same problem with t and every position moved by ``by``: its scores are the same."""
@@ -81,18 +85,19 @@ def scores(case: Case) -> np.ndarray:
         distance = (case.t + o - case.positions)[:, None] * case.omega
         value = (amplitude * np.cos(distance + constant)).sum(-1)
         best, sum_over_offsets = np.maximum(best, value), sum_over_offsets + value
-    return total + (best if case.aggregation == "max" else sum_over_offsets / len(case.offsets))
+    return total + (best if case.aggregation == "max" else sum_over_offsets / len(case.offsets)) + _content(case)
 
 
 def term_sum(case: Case) -> np.ndarray:
-    """T = sum_f |w| |k_f| (|m_f| + |e_f|), ``[B, H*G, N]``: what rounding errors are relative to, whatever the
-    algebra.
+    """T = sum_f |w| |k_f| (|m_f| + |e_f|) + sum |q_pass k_pass|, ``[B, H*G, N]``: what rounding errors are relative
+    to, whatever the algebra.
     """
     import numpy as np
 
     m_abs = np.abs(case.m)
     extra = np.abs(case.a if case.disable_mlr else case.a - m_abs)
-    return np.einsum("hf,bhnf->bhn", np.abs(case.w) * (m_abs + extra), case.s * np.abs(_per_query_head(case)))
+    rotated = np.einsum("hf,bhnf->bhn", np.abs(case.w) * (m_abs + extra), case.s * np.abs(_per_query_head(case)))
+    return rotated + _content(case, np.abs)
 
 
 def phase_sum(case: Case) -> np.ndarray:
@@ -112,3 +117,13 @@ def _per_query_head(case: Case) -> np.ndarray:
     import numpy as np
 
     return np.repeat(case.k0, case.m.shape[0] // case.k0.shape[1], axis=1)
+
+
+def _content(case: Case, of: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> np.ndarray | float:
+    """sum q_pass k_pass of each score, ``[B, H*G, N]``, of their absolute values where asked for; 0 without any."""
+    import numpy as np
+
+    if case.q_pass is None:
+        return 0.0
+    k_pass = np.repeat(case.k_pass, case.q_pass.shape[0] // case.k_pass.shape[1], axis=1)
+    return np.einsum("hp,bhnp->bhn", of(case.q_pass), of(k_pass))

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ _SINKS = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """Tokens: the budget, how many more make a round due, the newest that are protected, and how many are fed a step."""
+    """Tokens: the budget, how many more make a round due, the newest that are protected, how many are fed a step."""
 
     budget: int = 128
     divide_length: int = 32
@@ -101,7 +101,7 @@ class Margin:
 def _fed(
     live: LiveModel, ids: torch.Tensor, setting: Setting, control: str | None, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Feed ``ids`` ``[1, T]``: of each but the first the log-probability, and whether it was the likeliest; ``[T - 1]``.
+    """Feed ``ids`` ``[1, T]``: each one's log-probability, and whether it was the likeliest; ``[T - 1]``, without the first.
 
     ``control`` None is the model as it is, patched or not; a control evicts from an unpatched one.
     """
@@ -123,8 +123,6 @@ def _fed(
 
 
 def _evict(cache: Any, setting: Setting, control: str, rng: random.Random) -> None:
-    import torch
-
     kept = None
     for layer in cache.layers:
         keys = layer.keys[0].float().cpu()

@@ -31,7 +31,7 @@ def test_the_best_have_no_inversion_and_a_swap_is_far_outside_the_error(
     cases: list[oracle.Case], per_head: bool, normalize: bool
 ) -> None:
     everything = np.ones(N, dtype=bool)
-    selection = select(cases, everything, per_head=per_head, normalize=normalize)
+    selection = select(cases, everything, mode="per_head" if per_head else "union", normalize=normalize)
     assert selection.scores.shape == (2 if per_head else 1, N)
     kept = _best(selection.scores)
     assert selection.inversion(kept, everything) == 0
@@ -47,16 +47,16 @@ def test_per_head_is_the_mean_over_layers_of_the_groups_maximum(cases: list[orac
         scores = oracle.scores(case)[0]
         z = (scores - scores.mean(-1, keepdims=True)) / scores.std(-1, keepdims=True)
         by_hand.append(np.stack([np.maximum(z[0], z[1]), np.maximum(z[2], z[3])]))
-    np.testing.assert_allclose(select(cases, everything, per_head=True, normalize=True).scores, np.mean(by_hand, 0))
-    union = select(cases, everything, per_head=False, normalize=True).scores
+    np.testing.assert_allclose(select(cases, everything, mode="per_head", normalize=True).scores, np.mean(by_hand, 0))
+    union = select(cases, everything, mode="union", normalize=True).scores
     np.testing.assert_allclose(union[0], np.max(by_hand, axis=(0, 1)))
 
 
 def test_protected_tokens_take_no_part(cases: list[oracle.Case]) -> None:
     evictable = np.arange(N) >= 6
     loud = replace(cases[0], k0=np.where((np.arange(N) < 6)[None, None, :, None], 100 * cases[0].k0, cases[0].k0))
-    quiet = select(cases[:1], evictable, per_head=True, normalize=True).scores[:, evictable]
-    np.testing.assert_allclose(select([loud], evictable, per_head=True, normalize=True).scores[:, evictable], quiet)
+    quiet = select(cases[:1], evictable, mode="per_head", normalize=True).scores[:, evictable]
+    np.testing.assert_allclose(select([loud], evictable, mode="per_head", normalize=True).scores[:, evictable], quiet)
 
 
 def test_launches_are_counted() -> None:
