@@ -173,13 +173,16 @@ def test_a_compilation_makes_no_run_stale_and_no_run_makes_it_stale() -> None:
     assert assess(find(120), [later, built], checks()).used == (later, built)
 
 
-def test_a_run_of_another_subject_in_between_hides_no_run() -> None:
-    ran, built = record("sm120", passing(), day=1), compiled("sm120", day=3)
-    other = record("sm120", passing(), day=2)
-    other = other.model_copy(update={"subject": other.subject.model_copy(update={"content_sha256": "1" * 64})})
-    found = assess(find(120), [ran, other, built], checks())
-    assert (found.verdict, found.used, found.stale) == (TargetVerdict.VERIFIED, (built, ran), (other,))
-    assert found.why_stale(other) == "another subject"
+def test_the_newest_run_and_no_compilation_says_which_subject_is_assessed() -> None:
+    ran, built = record("sm120", passing(), day=1), compiled("sm120", day=2)
+    other = built.subject.model_copy(update={"content_sha256": "1" * 64})
+    theirs = compiled("sm120", day=3, run_id="theirs").model_copy(update={"subject": other})
+    found = assess(find(120), [ran, built, theirs], checks())
+    assert (found.verdict, found.used, found.stale) == (TargetVerdict.VERIFIED, (built, ran), (theirs,))
+    assert found.why_stale(theirs) == "another subject"
+    newer = record("sm120", passing()[:1], day=4).model_copy(update={"subject": other})
+    found = assess(find(120), [ran, built, theirs, newer], checks())
+    assert (found.used, found.stale) == ((newer, theirs), (built, ran))
 
 
 def test_a_compilation_of_another_subject_or_triton_is_not_mixed() -> None:
