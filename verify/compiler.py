@@ -225,7 +225,8 @@ def _code(job: Job, built: Any, program: Program, scalars: list[int | None]) -> 
     }
     per_key, uncounted = None, ""
     try:
-        per_key = executed(program, constants) * built.metadata.num_warps * job.launch.programs / job.keys
+        warps = range(built.metadata.num_warps)
+        per_key = sum(executed(program, constants, warp) for warp in warps) * job.launch.programs / job.keys
     except Undetermined as error:
         uncounted = str(error)
     return Code(
