@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from verify import check, resources, skip
-from verify.builds import Build, BuildVerdict, Compilation
+from verify.builds import REFUSED, Build, Compilation
 from verify.checks import SKIP_CODES
 from verify.problems import Shape
 from verify.subject import Subject
@@ -89,6 +89,8 @@ def test_resources(
     case: Callable[[Compilation, Compilation | None], list[Measurement]],
     compilation: Compilation, last_compilation: Compilation | None, measure: Callable[..., None],
 ) -> None:  # fmt: skip
+    told = compilation.gap or next((build.message for build in compilation.builds), "nothing is launched")
+    assert any(build.resources for build in compilation.builds), f"no kernel was built, so none is measured: {told}"
     found = case(compilation, last_compilation)
     if not found:
         skip("NO_BASELINE", SKIP_CODES["NO_BASELINE"])
@@ -97,9 +99,9 @@ def test_resources(
 
 
 def _all_built(builds: list[Build]) -> None:
-    """Fail for a kernel that the compiler refuses; a build that was killed or hung leaves it to the launch."""
+    """Fail for a kernel that is refused; one that hung, was killed or could not be found is left to the launch."""
     for build in builds:
-        refused = build.verdict is BuildVerdict.COMPILE_ERROR
+        refused = build.verdict in REFUSED
         assert not refused, f"{build.kernel} built ahead of time: {build.verdict}: {build.message}"
 
 

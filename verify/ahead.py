@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from verify.architectures import parse_targets
-from verify.builds import BuildVerdict, Compilation
+from verify.builds import WRONG, BuildVerdict, Compilation
 from verify.checks import SKIP_CODES, Check, catalogue
 from verify.compilation import LIMIT_S, Order, Progress, compile_ahead, failed, prepare
 from verify.compiler import Answer
@@ -22,16 +22,17 @@ from verify.manifest import new_run_id, utc_now
 from verify.outcome import ConfigurationError
 from verify.record import CheckResult, Record, SubjectInfo, Verdict, write_record
 from verify.request import DEFAULT_SEED, default_out, repository_root
-from verify.resources import last_of
+from verify.resources import Earlier
 from verify.subject import Subject, find_subject
 from verify.variants import DEFAULT, FULL
 
 EXIT_OK, EXIT_FAILED, EXIT_NOTHING = 0, 1, 3
 
-#: What a build that is not OK makes of the check that launches it. A toolchain that is too old says nothing about it.
+#: What a build makes of the check that launches it; the others say nothing about it.
 _VERDICTS = {
     BuildVerdict.OK: Verdict.PASS,
     BuildVerdict.COMPILE_ERROR: Verdict.FAIL,
+    BuildVerdict.OUT_OF_RESOURCES: Verdict.FAIL,
     BuildVerdict.CRASH: Verdict.CRASH,
     BuildVerdict.TIMEOUT: Verdict.TIMEOUT,
 }
@@ -51,8 +52,8 @@ def compile_verb(
 ) -> int:
     """Build, write a record for each GPU, print the table, and return the exit code of ``python -m verify compile``.
 
-    0 everything that the toolchain can build was built (soft failures are warnings), 1 a kernel was not built, 3 the
-    toolchain can build for none of the GPUs. Raises ConfigurationError when the request cannot be carried out or the
+    0 everything that the toolchain can build was built (soft failures are warnings), 1 a kernel was not built, 3
+    nothing can be built for any of the GPUs. Raises ConfigurationError when the request cannot be carried out or the
     records cannot be written.
     """
     root, out = repository_root(), (out or default_out()).resolve()
@@ -73,11 +74,13 @@ def compile_verb(
         from verify.tables import print_compilations
 
         print_compilations(compilations, records, os.path.relpath(folder))
-    if all(one.gap for one in compilations):
+    if failed(compilations):
+        return EXIT_FAILED
+    if not any(build.verdict is BuildVerdict.OK for one in compilations for build in one.builds):
         sys.stdout.flush()
-        print("verify: the toolchain can build for none of these GPUs, so nothing is known about them", file=sys.stderr)
+        print("verify: nothing can be built for any of these GPUs, so nothing is known about them", file=sys.stderr)
         return EXIT_NOTHING
-    return EXIT_FAILED if failed(compilations) else EXIT_OK
+    return EXIT_OK
 
 
 def _order(
@@ -181,7 +184,7 @@ def records_of(
     """
     environment = capture("cpu")
     checks = [check for check in catalogue() if check.phase == 3]
-    digest, now = instrument_sha256(root), utc_now()
+    digest, now, earlier = instrument_sha256(root), utc_now(), Earlier.load(out)
     return [
         Record(
             run_id=new_run_id(f"sm{one.sm}-compiled"),
@@ -195,15 +198,15 @@ def records_of(
             seed=DEFAULT_SEED,
             selection=words,
             duration_s=sum(build.duration_s for build in one.builds),
-            results=[] if one.gap else _results(order, one, checks, _last(one, info, out)),
+            results=[] if one.gap else _results(order, one, checks, _last(one, info, earlier)),
             compilation=one,
         )
         for one in compilations
     ]
 
 
-def _last(now: Compilation, info: SubjectInfo, out: Path | None) -> Compilation | None:
-    return last_of(f"sm{now.sm}", info.source, info.content_sha256, out, toolchain=now.triton)
+def _last(now: Compilation, info: SubjectInfo, earlier: Earlier) -> Compilation | None:
+    return earlier.last_of(f"sm{now.sm}", info.source, info.content_sha256, toolchain=now.triton)
 
 
 def _results(order: Order, now: Compilation, checks: Iterable[Check], last: Compilation | None) -> list[CheckResult]:
@@ -211,7 +214,7 @@ def _results(order: Order, now: Compilation, checks: Iterable[Check], last: Comp
     results = []
     for check in checks:
         if check.spec.ahead_of_time:
-            if not order.kernels and now.builds:
+            if not order.kernels and any(build.resources for build in now.builds):
                 results.append(_compared(order.subject, check, now, last))
         elif (found := _launched(order.subject, check, now, order.kernels)) is not None:
             results.append(found)
@@ -219,14 +222,17 @@ def _results(order: Order, now: Compilation, checks: Iterable[Check], last: Comp
 
 
 def _launched(subject: Subject, check: Check, now: Compilation, only: Sequence[str]) -> CheckResult | None:
-    """The result of a check that launches a variant; None where not all of its kernels were to be built."""
+    """The result of a check that launches a variant; None where not all of its kernels could or were to be built."""
     if problem := now.unlaunched.get(check.case):
         return _result(subject, check, now, Verdict.FAIL, message=problem)
     builds = now.of(check.case)
-    if not builds or only or any(build.verdict is BuildVerdict.TOOLCHAIN_TOO_OLD for build in builds):
+    if not builds or only:
         return None
-    worst = next((build for build in builds if build.verdict is not BuildVerdict.OK), builds[0])
-    message = f"{worst.kernel} on sm{now.sm}: {worst.message}" if worst.message else ""
+    worst = next((build for build in builds if build.verdict in WRONG), None)
+    if worst is None and any(build.verdict not in _VERDICTS for build in builds):
+        return None
+    worst = worst or builds[0]
+    message = f"{worst.kernel} on sm{now.sm}{worst.configuration}: {worst.message}" if worst.message else ""
     duration_s = sum(build.duration_s for build in builds)
     return _result(subject, check, now, _VERDICTS[worst.verdict], message=message, duration_s=duration_s)
 

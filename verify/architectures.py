@@ -31,6 +31,11 @@ class Limits:
     blocks: int
     shared_kib: int
 
+    @property
+    def shared_bytes_per_block(self) -> int:
+        """What one block may ask for: all but the 1 KiB that every block takes besides."""
+        return self.shared_kib * 1024 - 1024
+
     def occupancy(self, registers: int, warps: int, shared_bytes: int) -> float:
         """The theoretical occupancy, of 1, of blocks of ``warps`` warps; 0 where not one fits.
 

@@ -12,6 +12,9 @@ from verify.request import repository_root
 
 RECORD = "record.json"
 
+#: Beside its own record a run on a GPU keeps what was built for it.
+_BUILT = "sm*.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Archive:
@@ -43,15 +46,16 @@ def load(folders: Sequence[Path] = ()) -> Archive:
 def _default(reports: Path) -> Iterator[Path]:
     yield from sorted((reports / "evidence").rglob("*.json"))
     yield from sorted((reports / "runs").glob(f"*/{RECORD}"))
-    yield from sorted((reports / "runs").glob("*/sm*.json"))
+    yield from sorted((reports / "runs").glob(f"*/{_BUILT}"))
 
 
 def _given(folders: Iterable[Path]) -> Iterator[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise ConfigurationError(f"--records {folder} is not a directory; name one that holds records")
-        # beside its record a run's directory has other JSON files, which are not records
+        # beside its records a run's directory has other JSON files, which are none
         runs = {path.parent for path in folder.rglob(RECORD)}
         for path in sorted(folder.rglob("*.json")):
-            if path.name == RECORD or not runs.intersection(path.parents):
+            built = path.parent in runs and path.match(_BUILT)
+            if path.name == RECORD or built or not runs.intersection(path.parents):
                 yield path

@@ -17,18 +17,33 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
+#: What an option of a launch, or a constant of a kernel, may be.
+Plain = bool | int | float | str | None
+
+
 class BuildVerdict(StrEnum):
     """How one build ended.
 
-    CRASH: the process that built it died, or the machine under it failed. TOOLCHAIN_TOO_OLD: the assembler does not
-    know the architecture, or not what the kernel asks of it, which is no fault of the kernel's.
+    OUT_OF_RESOURCES: it was built, and one program of it asks for more than a multiprocessor has. NOT_FOUND: the kernel
+    cannot be looked up by whoever does not launch it, so that only a launch tells. TOOLCHAIN_TOO_OLD: the assembler
+    does not know the architecture, or not what the kernel asks of it. Neither of these two is a fault of the kernel's.
+    CRASH: the process that built it died, or the machine under it failed.
     """
 
     OK = "OK"
     COMPILE_ERROR = "COMPILE_ERROR"
+    OUT_OF_RESOURCES = "OUT_OF_RESOURCES"
+    NOT_FOUND = "NOT_FOUND"
     TOOLCHAIN_TOO_OLD = "TOOLCHAIN_TOO_OLD"
     CRASH = "CRASH"
     TIMEOUT = "TIMEOUT"
+
+
+#: What says that the kernel, launched so, cannot run on the architecture.
+REFUSED = frozenset({BuildVerdict.COMPILE_ERROR, BuildVerdict.OUT_OF_RESOURCES})
+
+#: What says that something is wrong with the kernel or with the machine that built it.
+WRONG = REFUSED | {BuildVerdict.CRASH, BuildVerdict.TIMEOUT}
 
 
 class Code(Strict):
@@ -66,16 +81,30 @@ class Resources(Strict):
 
 
 class Build(Strict):
-    """One kernel, built for one architecture as one or more variants launch it."""
+    """One kernel, built for one architecture as one or more variants launch it.
+
+    ``options`` are num_warps and the like where the launch gives them, ``constants`` its constexpr arguments.
+    ``alternative`` is whether it is one of several configurations, among which the autotuner does without this one
+    where it does not build.
+    """
 
     kernel: str = Field(min_length=1)
     variants: list[str] = Field(min_length=1)
+    options: dict[str, Plain] = Field(default_factory=dict)
+    constants: dict[str, Plain] = Field(default_factory=dict)
+    alternative: bool = False
     verdict: BuildVerdict
     message: str = ""
     duration_s: float = Field(ge=0)
     ptx_sha256: Sha256 | None = None
     cubin_sha256: Sha256 | None = None
     resources: Resources | None = None
+
+    @property
+    def configuration(self) -> str:
+        """What tells it from its alternatives, in words to put behind its variant; empty where it has none."""
+        settings = {**self.constants, **self.options}
+        return f" ({', '.join(f'{name}={value}' for name, value in settings.items())})" if self.alternative else ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Build:
@@ -112,5 +141,18 @@ class Compilation(Strict):
         return self
 
     def of(self, variant: str) -> list[Build]:
-        """The builds that ``variant`` launches."""
-        return [build for build in self.builds if variant in build.variants]
+        """The builds that ``variant`` needs: those that it launches, but for a configuration that the autotuner does
+        without because another one of its kernel was built.
+        """
+        launched = [build for build in self.builds if variant in build.variants]
+        tuned = {build.kernel for build in launched if build.alternative and build.verdict is BuildVerdict.OK}
+        spare = [build.alternative and build.kernel in tuned for build in launched]
+        return [b for b, spared in zip(launched, spare, strict=True) if b.verdict is BuildVerdict.OK or not spared]
+
+    @property
+    def needed(self) -> list[Build]:
+        """The builds that some variant needs."""
+        wanted = {
+            id(build) for name in {name for one in self.builds for name in one.variants} for build in self.of(name)
+        }
+        return [build for build in self.builds if id(build) in wanted]

@@ -18,6 +18,7 @@ from verify.problems import Shape
 from verify.request import DEFAULT_SEED
 from verify.subject import Subject, SubjectLacks
 from verify.variants import score, widened
+from verify.workers import end_with_parent
 
 #: Before the answer on stdout, where a subject may print too.
 ANSWER = "captured launches: "
@@ -32,9 +33,9 @@ def file_digest(file: Path) -> str | None:
 
 
 class Captured(Exchanged):
-    """What one variant launches, or the sentence that says why it launches nothing."""
+    """What one variant launches, each with its alternatives, or the sentence that says why it launches nothing."""
 
-    launches: tuple[Launch, ...] = ()
+    launches: tuple[tuple[Launch, ...], ...] = ()
     problem: str = ""
 
 
@@ -59,6 +60,7 @@ def main() -> int:
 
     The answer is a line: ``{"captured": {name: ...}, "files": {file: sha256}}``, or ``{"refused": sentence}``.
     """
+    end_with_parent()
     question = json.load(sys.stdin)
     subject = Subject(name=question["name"], root=Path(question["root"]), source=question["source"])
     subject.activate()

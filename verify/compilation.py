@@ -15,13 +15,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from verify.architectures import Architecture
-from verify.builds import Build, BuildVerdict, Compilation, Strict
+from verify.builds import WRONG, Build, BuildVerdict, Compilation, Strict
 from verify.capture import ANSWER, Captured, file_digest
 from verify.compiler import Answer, Job
 from verify.environment import NOT_INSTALLED, localise, ptxas_versions, variables, version_of
@@ -61,6 +62,7 @@ _USEFUL = re.compile(r"error|fatal|assert|abort", re.IGNORECASE)
 #: The suite's own kernel: a toolchain that cannot build it for an architecture can build nothing for it.
 _CONTROL = Launch(
     module="verify.probe_kernels",
+    attribute="add_kernel",
     kernel="add_kernel",
     arguments={name: Tensor(element="fp32", aligned=True) for name in ("x_ptr", "y_ptr", "out_ptr")} | {"n": 128},
     grid=(1,),
@@ -69,7 +71,7 @@ _CONTROL = Launch(
 
 
 class Kept(Exchanged):
-    """What a subject launches by variant, and the digest of the source of each kernel, by module and name.
+    """What a subject launches by variant, and the digest of the source of each kernel, by where it is held.
 
     A kernel without a digest is built anew each time. ``files`` are the digests of what was imported to know all this.
     """
@@ -163,7 +165,7 @@ class _Compiling:
         jobs = {
             (sm, place): Job(launch=launch, keys=keys, sm=sm, limit_s=self._order.limit_s)
             for sm in known
-            for place, (launch, keys, _) in enumerate(launches)
+            for place, (launch, keys, _, _) in enumerate(launches)
         }
         answers = self._built(jobs, kept.sources)
         return [
@@ -174,26 +176,32 @@ class _Compiling:
                 toolchain=BuildVerdict.OK if sm in known else control[sm, 0].verdict,
                 gap="" if sm in known else self._without_places(control[sm, 0].message),
                 builds=[
-                    self._build(launch, names, answers[sm, place]) for place, (launch, _, names) in enumerate(launches)
+                    self._build(launch, names, answers[sm, place], tuned=tuned)
+                    for place, (launch, _, names, tuned) in enumerate(launches)
                 ] if sm in known else [],
                 unlaunched=unlaunched,
             )
             for sm, _ in controls
         ]  # fmt: skip
 
-    def _chosen(self, kept: Kept) -> tuple[list[tuple[Launch, int, list[str]]], dict[str, str]]:
-        """The different launches, each with the keys it scores and its variants; and the variants that have none."""
-        names = {launch.kernel for captured in kept.captured.values() for launch in captured.launches}
+    def _chosen(self, kept: Kept) -> tuple[list[tuple[Launch, int, list[str], bool]], dict[str, str]]:
+        """The different launches, each with the keys it scores, its variants and whether it has alternatives; and the
+        variants that have none.
+        """
+        names = {launch.kernel for captured in kept.captured.values() for launch in chain(*captured.launches)}
         if unknown := [name for name in self._order.kernels if name not in names]:
             known = ", ".join(sorted(names)) or "none at all"
             raise ConfigurationError(f"the subject launches no kernel {unknown[0]!r}; it launches {known}")
-        chosen: dict[tuple[str, int], tuple[Launch, int, list[str]]] = {}
+        chosen: dict[tuple[str, int, bool], tuple[Launch, int, list[str], bool]] = {}
         for name, shape in self._order.variants.items():
             wide = widened(shape)
             keys = wide.b * wide.h * wide.n
-            for launch in kept.captured[name].launches:
-                if not self._order.kernels or launch.kernel in self._order.kernels:
-                    entry = chosen.setdefault((launch.model_dump_json(), keys), (launch, keys, []))
+            for alternatives in kept.captured[name].launches:
+                tuned = len(alternatives) > 1
+                for launch in alternatives:
+                    if self._order.kernels and launch.kernel not in self._order.kernels:
+                        continue
+                    entry = chosen.setdefault((launch.model_dump_json(), keys, tuned), (launch, keys, [], tuned))
                     if name not in entry[2]:
                         entry[2].append(name)
         problems = {
@@ -209,8 +217,8 @@ class _Compiling:
         if (kept := self._read(place, Kept)) is not None and kept.current:
             return kept
         captured, files = _ask(subject, names)
-        launches = [_CONTROL, *(launch for one in captured.values() for launch in one.launches)]
-        kernels = {f"{launch.module}.{launch.kernel}": launch for launch in launches}
+        launches = [_CONTROL, *(launch for one in captured.values() for launch in chain(*one.launches))]
+        kernels = {launch.place: launch for launch in launches}
         question = {"sources": [launch.model_dump() for launch in kernels.values()]}
         try:
             answer = next(self._pool.each(lambda worker, job: worker.ask(job, _SOURCES_LIMIT_S), [question]))
@@ -231,9 +239,10 @@ class _Compiling:
     ) -> dict[tuple[int, int], Answer]:
         """The answers to ``jobs``, out of what is kept where that is the same kernel and toolchain."""
         places = {
-            key: self._place("built", source, job.model_dump())
+            # the time that a build may take is not part of what is built
+            key: self._place("built", source, job.model_dump(exclude={"limit_s"}))
             for key, job in jobs.items()
-            if (source := sources[f"{job.launch.module}.{job.launch.kernel}"]) is not None
+            if (source := sources[job.launch.place]) is not None
         }
         answers = {key: found for key, place in places.items() if (found := self._read(place, Answer)) is not None}
         missing = [key for key in jobs if key not in answers]
@@ -245,18 +254,23 @@ class _Compiling:
             self._progress.ended(f"sm{key[0]} {jobs[key].launch.kernel}", answer)
         return answers
 
-    def _build(self, launch: Launch, variants: Sequence[str], answer: Answer) -> Build:
-        known = answer.model_dump(exclude={"lasting", "ptxas", "message"})
-        message = self._without_places(answer.message)
-        return Build(kernel=launch.kernel, variants=list(variants), message=message, **known)
+    def _build(self, launch: Launch, variants: Sequence[str], answer: Answer, *, tuned: bool) -> Build:
+        known = answer.model_dump(exclude={"lasting", "passed_over", "ptxas", "message"})
+        return Build(
+            kernel=launch.kernel,
+            variants=list(variants),
+            options=launch.options,
+            constants=launch.constants,
+            alternative=tuned and (answer.verdict is BuildVerdict.OK or answer.passed_over),
+            message=self._without_places(answer.message),
+            **known,
+        )
 
     def _without_places(self, message: str) -> str:
         return localise(message, repository_root(), {self._order.subject.root: "<subject>"})
 
     def _place(self, kind: str, *parts: Any) -> Path:
-        # the time that a build may take is not part of what is built
         identity = json.dumps([parts, self._toolchain], sort_keys=True, default=str)
-        identity = re.sub(r'"limit_s": [\d.]+', "", identity)
         return cache_folder() / kind / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
 
     def _read(self, place: Path, kind: type[Any]) -> Any | None:
@@ -284,6 +298,8 @@ def _environment(subject: Subject, **own: str) -> dict[str, str]:
     """The environment of a child that imports the subject, and this package wherever it is."""
     inherited = subject.environment()
     inherited.pop("TRITON_INTERPRET", None)
+    # the assembler's source is read beside the cubin
+    inherited.pop("TRITON_STORE_BINARY_ONLY", None)
     # where the source lies is not part of what is built, and would be in its digest
     inherited["TRITON_DISABLE_LINE_INFO"] = "1"
     path = os.pathsep.join([inherited["PYTHONPATH"], str(Path(__file__).resolve().parents[1])])
@@ -344,7 +360,6 @@ def _is_gap(control: Answer) -> bool:
 
 def failed(compilations: Iterable[Compilation]) -> bool:
     """Whether a kernel that the toolchain could build was not built, or a variant launches none."""
-    wrong = (BuildVerdict.COMPILE_ERROR, BuildVerdict.CRASH, BuildVerdict.TIMEOUT)
     return any(
-        (one.unlaunched and not one.gap) or any(build.verdict in wrong for build in one.builds) for one in compilations
+        (one.unlaunched and not one.gap) or any(build.verdict in WRONG for build in one.needed) for one in compilations
     )

@@ -8,30 +8,32 @@ is not for answers: Triton prints on it.
 
 from __future__ import annotations
 
-import ctypes
+import ast
 import hashlib
 import importlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from verify.architectures import find
 from verify.builds import BuildVerdict, Code, Resources, Strict
-from verify.launches import Exchanged, Launch, Tensor
+from verify.launches import Dtype, Exchanged, Launch, Tensor
 from verify.sass import Program
 from verify.warp import Undetermined, executed
+from verify.workers import end_with_parent
 
 _TOOL_LIMIT_S = 60
 
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+#: What one multiprocessor of a GPU with tensor memory has of it.
+_TENSOR_MEMORY_COLUMNS = 512
 
 #: What ptxas says of an architecture, or of a PTX version, that it is too old for.
 _TOO_OLD = re.compile(r"is not defined for option 'gpu-name'|requires PTX ISA|Unsupported \.version")
@@ -53,11 +55,16 @@ class Job(Exchanged):
 
 
 class Answer(Strict):
-    """What became of a job. ``lasting`` is whether another try of the same job would end the same way."""
+    """What became of a job.
+
+    ``lasting`` is whether another try of the same job would end the same way, ``passed_over`` whether an autotuner
+    would go on to its next configuration.
+    """
 
     verdict: BuildVerdict
     message: str = ""
     lasting: bool = True
+    passed_over: bool = False
     duration_s: float = 0.0
     ptxas: str = ""
     ptx_sha256: str | None = None
@@ -66,21 +73,33 @@ class Answer(Strict):
 
 
 def function_of(launch: Launch) -> Any:
-    """The JIT function that a launch is of, out of whatever tunes it."""
+    """The JIT function that a launch is of, out of whatever tunes it. Raises LookupError, and what an import raises."""
+    if not launch.attribute:
+        raise LookupError(f"no module holds {launch.kernel}; bind it to a name at the top of one")
     found: Any = importlib.import_module(launch.module)
-    for name in launch.kernel.split("."):
-        found = getattr(found, name)
-    while not hasattr(found, "cache_key"):
+    for name in launch.attribute.split("."):
+        found = getattr(found, name, None)
+    while not hasattr(found, "cache_key") and hasattr(found, "fn"):
         found = found.fn
+    if getattr(found, "__qualname__", None) != launch.kernel or not hasattr(found, "cache_key"):
+        raise LookupError(f"{launch.place} is another kernel, or none, where kernels are not interpreted")
     return found
 
 
 def source_digest(launch: Launch) -> str | None:
-    """The digest of a kernel's source with all that it calls; None where Triton cannot make one of it."""
+    """The digest of a kernel's source with all that it calls and reads, and of how it is to be compiled.
+
+    None where Triton cannot make one of it.
+    """
     try:
-        return function_of(launch).cache_key
+        function = function_of(launch)
+        # Triton's own covers neither the arguments of the decorator nor a type that is read from outside the kernel
+        parts: list[Any] = [function.cache_key, function.debug, function.noinline]
+        parts += [(one.do_not_specialize, one.do_not_specialize_on_alignment) for one in function.params]
+        parts += [(name, str(value)) for (name, _), (value, _) in function.used_global_vals.items()]
     except Exception:  # whatever is wrong with the kernel, its build will say
         return None
+    return hashlib.sha256(str(parts).encode()).hexdigest()
 
 
 def specialised(
@@ -91,10 +110,14 @@ def specialised(
     A number that is 1 becomes a constant, unless the kernel says its type, and a number or an address that divides by
     16 is marked so; a kernel may ask for neither.
     """
+    from triton import language
+
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(parameters):
         value = launch.arguments[parameter.name]
+        annotated = "" if parameter.is_constexpr else parameter.annotation_type
         kind = "constexpr" if parameter.is_constexpr else parameter.annotation_type
+        value = language.dtype(value.dtype) if isinstance(value, Dtype) else value
         if not kind:
             one = type(value) is int and value == 1 and not parameter.do_not_specialize
             kind = "constexpr" if one else _type_of(value, parameter.is_const)
@@ -102,6 +125,8 @@ def specialised(
         if kind == "constexpr":
             constants[(place,)] = value
             continue
+        if annotated == "u1" or annotated.startswith(("fp", "bf")):
+            continue  # whatever number is passed, it is not an integer there
         divides = value.aligned if isinstance(value, Tensor) else type(value) is int and value % 16 == 0
         if divides and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
             attributes[(place,)] = [["tt.divisibility", 16]]
@@ -127,10 +152,17 @@ def build(job: Job, scratch: Path) -> Answer:
     begun = time.perf_counter()
     try:
         function = function_of(job.launch)
+    except (OSError, MemoryError) as error:
+        return Answer(verdict=BuildVerdict.CRASH, message=f"{type(error).__name__}: {error}", lasting=False)
+    except Exception as error:  # a look-up that fails, in whatever way, says nothing of the kernel
+        message = f"it cannot be looked up where it is to be compiled ({type(error).__name__}: {error})"
+        return Answer(verdict=BuildVerdict.NOT_FOUND, message=message, lasting=False)
+    try:
         signature, constants, attributes = specialised(job.launch, function.params)
         source = ASTSource(function, signature, constants, attributes)
-        built = triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=dict(job.launch.options))
+        built = triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=_options(job.launch, function))
         program = _disassembled(built.asm["cubin"], built.metadata.name, scratch)
+        _refuse_what_does_not_fit(job.sm, built, program)
     except (OSError, MemoryError, subprocess.SubprocessError) as error:
         return Answer(verdict=BuildVerdict.CRASH, message=f"{type(error).__name__}: {error}", lasting=False)
     except Exception as error:  # whatever the compiler raises is what it has to say about this kernel
@@ -145,6 +177,28 @@ def build(job: Job, scratch: Path) -> Answer:
     )
 
 
+def _options(launch: Launch, function: Any) -> dict[str, Any]:
+    """The options of a launch, with what the kernel and the environment say of debugging, as the JIT adds it."""
+    from triton import knobs
+
+    debug = launch.options.get("debug", function.debug) or knobs.runtime.debug
+    return {**launch.options, "debug": debug, "instrumentation_mode": knobs.compilation.instrumentation_mode}
+
+
+def _refuse_what_does_not_fit(sm: int, built: Any, program: Program) -> None:
+    """Raise OutOfResources where one program asks for more than there is; Triton finds that when it loads a kernel."""
+    from triton.runtime.errors import OutOfResources
+
+    warps, shared = built.metadata.num_warps, built.metadata.shared
+    limits = find(sm).limits
+    if limits is not None and shared > limits.shared_bytes_per_block:
+        raise OutOfResources(shared, limits.shared_bytes_per_block, "shared memory in bytes")
+    if (columns := getattr(built.metadata, "tmem_size", None) or 0) > _TENSOR_MEMORY_COLUMNS:
+        raise OutOfResources(columns, _TENSOR_MEMORY_COLUMNS, "columns of tensor memory")
+    if limits is not None and not limits.occupancy(program.registers, warps, shared):
+        raise OutOfResources(program.registers * warps * 32, 4 * 16_384, "registers")
+
+
 def _refused(error: Exception, scratch: Path) -> Answer:
     """The answer for an exception of the compiler's; a full disk looks to ptxas like a kernel that it cannot build."""
     try:
@@ -152,18 +206,27 @@ def _refused(error: Exception, scratch: Path) -> Answer:
             probe.write(bytes(1 << 20))
     except OSError as full:
         return Answer(verdict=BuildVerdict.CRASH, message=f"{type(full).__name__}: {full}", lasting=False)
-    text = str(error)
-    verdict = BuildVerdict.TOOLCHAIN_TOO_OLD if _TOO_OLD.search(text) else BuildVerdict.COMPILE_ERROR
-    return Answer(verdict=verdict, message=_told(error))
+    from triton.compiler.errors import CompileTimeAssertionFailure
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    verdict = BuildVerdict.TOOLCHAIN_TOO_OLD if _TOO_OLD.search(str(error)) else BuildVerdict.COMPILE_ERROR
+    verdict = BuildVerdict.OUT_OF_RESOURCES if isinstance(error, OutOfResources) else verdict
+    passed_over = isinstance(error, OutOfResources | CompileTimeAssertionFailure | PTXASError)
+    return Answer(verdict=verdict, message=_told(error), passed_over=passed_over)
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """The first useful line: what the assembler complains of, or what the language says and where."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if (node := getattr(error, "node", None)) is not None:
-        # the language shows the source, and says at the end what it does not like about it
-        line = f" (line {node.lineno} of the kernel)" if hasattr(node, "lineno") else ""
-        return f"{type(error).__name__}: {lines[-1]}{line}"
+        said = str(error.error_message or "").strip()
+        if not said and error.__cause__ is not None:
+            return _told(error.__cause__)  # of a function that the kernel calls
+        # the language shows the source, and says at the end what it does not like about it; or an assertion's own words
+        sentence = said.splitlines()[-1] if said else ast.unparse(node) if isinstance(node, ast.AST) else lines[-1]
+        name = re.search(r"def (\w+)", error.src or "")
+        line = f" (line {node.lineno} of {name[1]})" if name and hasattr(node, "lineno") else ""
+        return f"{type(error).__name__}: {sentence}{line}"
     useful = [line for line in lines[1:] if _USEFUL.search(line)] or lines
     return _TEMPORARY.sub("<ptx>", useful[0])
 
@@ -225,7 +288,8 @@ def _code(job: Job, built: Any, program: Program, scalars: list[int | None]) -> 
     }
     per_key, uncounted = None, ""
     try:
-        per_key = executed(program, constants) * built.metadata.num_warps * job.launch.programs / job.keys
+        warps = range(built.metadata.num_warps)
+        per_key = sum(executed(program, constants, warp) for warp in warps) * job.launch.programs / job.keys
     except Undetermined as error:
         uncounted = str(error)
     return Code(
@@ -245,8 +309,9 @@ def main() -> int:
 
     scratch = Path(tempfile.gettempdir())
     # out of memory, this process is the one to lose and not its parent, without which there is nobody to answer
-    Path("/proc/self/oom_score_adj").write_text("1000")
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with suppress(OSError):  # not every container lets a process say so
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    end_with_parent()
     with os.fdopen(int(sys.argv[1]), "w") as answers:
         print(json.dumps({"ready": True}), file=answers, flush=True)
         for line in sys.stdin:

@@ -30,7 +30,16 @@ _MESSAGE_LIMIT = 2000
 _NONE: Mapping[Path, str] = MappingProxyType({})
 
 _PREFIXES = ("TRITON_", "CUDA_", "CUBLAS_", "TORCH", "PYTORCH_")
-_NAMES = ("NVIDIA_TF32_OVERRIDE", "PTXAS_OPTIONS", "DISABLE_PTXAS_OPT", "DISABLE_LLVM_OPT", "LLVM_PASS_PLUGIN_PATH")
+_NAMES = (
+    "NVIDIA_TF32_OVERRIDE",
+    "PTXAS_OPTIONS",
+    "DISABLE_PTXAS_OPT",
+    "DISABLE_LLVM_OPT",
+    "DISABLE_MMA_V3",
+    "DISABLE_MMA_V5",
+    "ALLOW_LHS_TMEM_LAYOUT_CONVERSION",
+    "LLVM_PASS_PLUGIN_PATH",
+)
 #: The fused multiply-add default is about to change in triton, so a record says which one it had even if nobody set it.
 _ALWAYS = ("TRITON_DEFAULT_FP_FUSION",)
 #: What names a machine, a user or a secret under one of the prefixes (TRITON_..._HOST) changes no result.

@@ -124,8 +124,8 @@ def built(compilation: Compilation | None) -> str:
         return "-"
     if compilation.gap:
         return "gap"
-    good = sum(build.verdict is BuildVerdict.OK for build in compilation.builds)
-    return f"{good}/{len(compilation.builds) + len(compilation.unlaunched)}"
+    good = sum(build.verdict is BuildVerdict.OK for build in compilation.needed)
+    return f"{good}/{len(compilation.needed) + len(compilation.unlaunched)}"
 
 
 def compiled_words(compilation: Compilation) -> str:

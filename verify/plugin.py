@@ -55,6 +55,9 @@ class Session:
 
 SESSION = pytest.StashKey[Session]()
 
+#: Within the time of the first check that asks for the builds, even where every one of them hangs: a launch tells too.
+_BUILD_LIMIT_S = 10.0
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("verification", "the checks of phases/")
@@ -258,16 +261,25 @@ def compilation(pytestconfig: pytest.Config) -> Compilation | None:
     from verify.variants import DEFAULT
 
     manifest = session.manifest
-    order = Order(session.subject, (parse_target(manifest.target),), DEFAULT, jobs=len(os.sched_getaffinity(0)))
+    order = Order(
+        session.subject,
+        (parse_target(manifest.target),),
+        DEFAULT,
+        jobs=len(os.sched_getaffinity(0)),
+        limit_s=_BUILD_LIMIT_S,
+    )
     found = compile_ahead(order)
     (kept,) = records_of(order, manifest.subject_info, found, manifest.selection, None, session.root)
-    write_record(kept, session.run_dir / f"{manifest.target}.json")
+    try:
+        write_record(kept, session.run_dir / f"{manifest.target}.json")
+    except OSError as error:
+        raise ConfigurationError(f"what was built cannot be kept beside the run ({error.strerror})") from error
     return found[0]
 
 
 @pytest.fixture
 def builds(request: pytest.FixtureRequest) -> list[Build]:
-    """The builds for this run's GPU that the case, a variant, launches; none on a CPU, or where none could be tried."""
+    """The builds for this run's GPU that the case, a variant, needs; none on a CPU, or where none could be tried."""
     try:
         compilation = request.getfixturevalue("compilation")
     except ConfigurationError:  # p3.resources tells it; a kernel that cannot be built ahead of time may yet run
@@ -278,11 +290,11 @@ def builds(request: pytest.FixtureRequest) -> list[Build]:
 @pytest.fixture(scope="session")
 def last_compilation(pytestconfig: pytest.Config) -> Compilation | None:
     """What the last record of this run's GPU that has builds of the subject built."""
-    from verify.resources import last_of
+    from verify.resources import Earlier
 
     session = pytestconfig.stash[SESSION]
     manifest = session.manifest
-    return last_of(
+    return Earlier.load().last_of(
         manifest.target,
         session.subject.source,
         manifest.subject_info.content_sha256,

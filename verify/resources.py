@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from verify.archive import load
@@ -24,8 +25,18 @@ def stack(now: Compilation, last: Compilation | None) -> list[Measurement]:
 
 
 def registers(now: Compilation, last: Compilation | None) -> list[Measurement]:
-    """The registers of each build over those of the same kernel and variant in ``last``; empty where there is none."""
-    before = {} if last is None else {(one.kernel, name): used for one, used in _built(last) for name in one.variants}
+    """The registers of each build over those of the same one in ``last``; empty where there is none.
+
+    The same one is the only build of its kernel for the variant, whatever its constants; among several, it is the one
+    with the same options and constants.
+    """
+    before = _by_launch(last) if last is not None else {}
+    pairs = [
+        (build, found, earlier)
+        for key, builds in _by_launch(now).items()
+        for build, found in builds
+        if (earlier := _alike(build, builds, before.get(key, [])))
+    ]
     return [
         Measurement(
             name="registers over the last record's",
@@ -34,32 +45,58 @@ def registers(now: Compilation, last: Compilation | None) -> list[Measurement]:
             where=f"{_where(now, build)}: {found.registers}, {earlier.registers} in the last record "
             f"(triton {now.triton}, then {last.triton})",
         )
-        for build, found in _built(now)
-        if (earlier := before.get((build.kernel, build.variants[0])))
+        for build, found, earlier in pairs
     ]
 
 
-def last_of(
-    target: str, source: str, content_sha256: str, out: Path | None = None, *, toolchain: str
-) -> Compilation | None:
-    """What the last record of ``target`` with builds of this subject built; None where there is none.
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The records that builds may be compared with: published ones, and local ones."""
 
-    A published record is the last one until another is published, so that a growth does not vanish by being measured
-    twice. Without any, it is the newest local one, below ``out`` too, of another content than ``content_sha256`` or
-    another triton than ``toolchain``: of the same ones it would be this very build. ``source`` is the subject as a
-    record names it, because another implementation's registers are no measure.
-    """
-    evidence = repository_root() / "reports" / "evidence"
+    published: tuple[Record, ...]
+    local: tuple[Record, ...]
 
-    def newest(records: Iterable[Record]) -> Compilation | None:
-        mine = (one for one in records if one.target == target and one.subject.source == source and one.results)
-        return next((one.compilation for one in newest_first(mine) if one.compilation and one.compilation.builds), None)
+    @classmethod
+    def load(cls, out: Path | None = None) -> Earlier:
+        """Read them, those below ``out`` too."""
+        evidence = repository_root() / "reports" / "evidence"
+        published = load([evidence]).records if evidence.is_dir() else ()
+        return cls(published, (*load().records, *(load([out]).records if out is not None and out.is_dir() else ())))
 
-    published = load([evidence]).records if evidence.is_dir() else ()
-    local = [*load().records, *(load([out]).records if out is not None and out.is_dir() else ())]
-    this = (content_sha256, toolchain)
-    others = (one for one in local if (one.subject.content_sha256, one.environment.triton) != this)
-    return newest(published) or newest(others)
+    def last_of(self, target: str, source: str, content_sha256: str, *, toolchain: str) -> Compilation | None:
+        """What the last record of ``target`` with builds of this subject built; None where there is none.
+
+        A published record is the last one until another is published, so that a growth does not vanish by being
+        measured twice. Without any, it is the newest local one of another content than ``content_sha256`` or another
+        triton than ``toolchain``: of the same ones it would be this very build. ``source`` is the subject as a record
+        names it, because another implementation's registers are no measure.
+        """
+
+        def newest(records: Iterable[Record]) -> Compilation | None:
+            mine = (one for one in records if one.target == target and one.subject.source == source and one.results)
+            built = (one.compilation for one in newest_first(mine) if one.compilation and one.compilation.builds)
+            return next(built, None)
+
+        this = (content_sha256, toolchain)
+        others = (one for one in self.local if (one.subject.content_sha256, one.environment.triton) != this)
+        return newest(self.published) or newest(others)
+
+
+def _by_launch(one: Compilation) -> dict[tuple[str, str], list[tuple[Build, Resources]]]:
+    """The builds by kernel and first variant; several where the variant launches the kernel in several ways."""
+    found: dict[tuple[str, str], list[tuple[Build, Resources]]] = {}
+    for build, used in _built(one):
+        found.setdefault((build.kernel, build.variants[0]), []).append((build, used))
+    return found
+
+
+def _alike(
+    build: Build, beside: Sequence[tuple[Build, Resources]], before: Sequence[tuple[Build, Resources]]
+) -> Resources | None:
+    if len(beside) > 1 or len(before) > 1:
+        same = (build.options, build.constants)
+        before = [(one, used) for one, used in before if (one.options, one.constants) == same]
+    return before[0][1] if len(before) == 1 else None
 
 
 def _built(compilation: Compilation) -> list[tuple[Build, Resources]]:
@@ -67,4 +104,4 @@ def _built(compilation: Compilation) -> list[tuple[Build, Resources]]:
 
 
 def _where(compilation: Compilation, build: Build) -> str:
-    return f"{build.kernel} on sm{compilation.sm}, {build.variants[0]}"
+    return f"{build.kernel} on sm{compilation.sm}, {build.variants[0]}{build.configuration}"

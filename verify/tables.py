@@ -21,7 +21,7 @@ _WIDE = 116
 #: How many problems are told before the rest is only counted.
 _TOLD = 10
 
-_STYLES = {BuildVerdict.OK: "cyan", BuildVerdict.TOOLCHAIN_TOO_OLD: "yellow"}
+_STYLES = {BuildVerdict.NOT_FOUND: "yellow", BuildVerdict.TOOLCHAIN_TOO_OLD: "yellow"}
 
 
 def print_compilations(compilations: Sequence[Compilation], records: Sequence[Record], folder: str) -> None:
@@ -72,6 +72,7 @@ def _kernels(one: Compilation, *, wide: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     several = len({build.kernel for build in one.builds}) > 1
     table.add_column("kernel and variant" if several else "variant", overflow="fold")
+    needed = {id(build) for build in one.needed}
     rows = [(build, _numbers(build)) for build in one.builds]
     columns = list(_COLUMNS if wide else _NARROW)
     for name in columns:
@@ -79,7 +80,8 @@ def _kernels(one: Compilation, *, wide: bool) -> Table:
     for build, numbers in rows:
         name = Text(_named(build, several=several))
         if build.verdict is not BuildVerdict.OK:
-            name.append(f" {build.verdict}", style=_STYLES.get(build.verdict, "bold red"))
+            style = _STYLES.get(build.verdict, "bold red") if id(build) in needed else "yellow"
+            name.append(f" {build.verdict}", style=style)
         table.add_row(name, *(numbers.get(column, "-") for column in columns))
     return table
 
@@ -115,7 +117,7 @@ def _numbers(build: Build) -> dict[str, str]:
 
 
 def _named(build: Build, *, several: bool) -> str:
-    variants = _counted(build.variants)
+    variants = _counted(build.variants) + build.configuration
     return f"{build.kernel}: {variants}" if several else variants
 
 
@@ -132,7 +134,7 @@ def _range(values: Sequence[float], unit: str = "") -> str:
 
 
 def _whole(one: Compilation) -> bool:
-    return not one.unlaunched and all(build.verdict is BuildVerdict.OK for build in one.builds)
+    return not one.unlaunched and all(build.verdict is BuildVerdict.OK for build in one.needed)
 
 
 def _print_problems(compilations: Sequence[Compilation], records: Sequence[Record], console: Console) -> None:
@@ -144,12 +146,14 @@ def _print_problems(compilations: Sequence[Compilation], records: Sequence[Recor
         )
     alike: dict[tuple[str, ...], list[str]] = {}
     for one in compilations:
-        for build in one.builds:
+        for build in one.needed:
             if build.verdict is not BuildVerdict.OK:
                 facts = (build.verdict, build.kernel, _named(build, several=False), build.message)
                 alike.setdefault(facts, []).append(f"sm{one.sm}")
     wrong = [
-        Text.assemble((f"{verdict} ", "bold red"), f"{kernel} on {', '.join(gpus)}, {variant}: {message}")
+        Text.assemble(
+            (f"{verdict} ", _STYLES.get(verdict, "bold red")), f"{kernel} on {', '.join(gpus)}, {variant}: {message}"
+        )
         for (verdict, kernel, variant, message), gpus in alike.items()
     ]
     # what the subject does not launch, it launches for no GPU

@@ -139,11 +139,15 @@ def stale_because(record: Record, newest: Record) -> str | None:
     return next((f"another {name}" for name, (one, other) in pairs.items() if one != other), None)
 
 
-def _why_stale(record: Record, newer: Sequence[Record]) -> str | None:
-    """``stale_because`` against the newest, and against the newest of the record's own kind that goes with that."""
-    fitting = (one for one in newer if stale_because(one, newer[0]) is None)
+def _why_stale(record: Record, records: Sequence[Record]) -> str | None:
+    """``stale_because`` against the newest run, and against the newest of the record's own kind that goes with it.
+
+    Without any run, the newest of ``records`` takes its place; they are newest first.
+    """
+    anchor = next((one for one in records if not one.ahead_of_time), records[0] if records else record)
+    fitting = (one for one in records if stale_because(one, anchor) is None)
     same_kind = next((one for one in fitting if one.ahead_of_time == record.ahead_of_time), record)
-    return next((why for one in (*newer[:1], same_kind) if (why := stale_because(record, one))), None)
+    return next((why for one in (anchor, same_kind) if (why := stale_because(record, one))), None)
 
 
 def describe_subject(subject: SubjectInfo) -> str:
@@ -154,12 +158,12 @@ def describe_subject(subject: SubjectInfo) -> str:
 
 
 def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -> Assessment:
-    """The verdict of ``target`` from those of ``records`` that are about it and comparable with its newest record.
+    """The verdict of ``target`` from those of ``records`` that are about it and comparable with its newest run.
 
     Per id the newest result counts, a failure as much as a pass; a must-pass check of phase 6 counts with the embedded
-    model only. Records of another subject, instrument, software or card are listed as stale; a compilation ahead of
-    time makes no run stale but by its subject or its instrument. A result whose gate is not the catalogue's is of a
-    check that this suite does not have.
+    model only. Records of another subject, instrument, software or card are listed as stale. A compilation ahead of
+    time makes no run stale; where nothing ran, the newest one decides. A result whose gate is not the catalogue's is
+    of a check that this suite does not have.
     """
     own = newest_first(record for record in records if record.target == target.target)
     same = [_why_stale(record, own) is None for record in own]

@@ -1,8 +1,9 @@
 """How many instructions one warp executes.
 
-The control flow of thread 0 of program (0, 0, 0) is followed through the machine code with the launch's own arguments:
-integers that can be known are computed, everything else is unknown. So a loop counts with its trip count, whatever the
-compilers unrolled, and a branch that depends on data ends in ``Undetermined`` instead of in a guess.
+The control flow of one warp of program (0, 0, 0) is followed through the machine code with the launch's own arguments:
+integers that all of its threads share are computed where they can be known, everything else is unknown. So a loop
+counts with its trip count, whatever the compilers unrolled, and a branch that depends on data, or that the threads of
+the warp may take differently, ends in ``Undetermined`` instead of in a guess.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product, takewhile, zip_longest
+from typing import NamedTuple
 
 from verify.sass import Instruction, Program
 
@@ -32,13 +34,13 @@ class Undetermined(Exception):
     """The instructions that a warp executes cannot be counted; the message says at which one and why."""
 
 
-def executed(program: Program, constants: Mapping[int, int]) -> int:
-    """How many instructions a warp of ``program`` executes, predicated-off ones included.
+def executed(program: Program, constants: Mapping[int, int], warp: int = 0) -> int:
+    """How many instructions the warp of that number in a program executes, predicated-off ones included.
 
     ``constants`` has the known 32-bit words of constant bank 0 by their byte offset. Raises Undetermined.
     """
     places = {instruction.address: index for index, instruction in enumerate(program.instructions)}
-    thread, index, steps = _Thread(constants), 0, 0
+    thread, index, steps = _Thread(constants, warp), 0, 0
     while True:
         if index >= len(program.instructions):
             raise Undetermined("the code runs past its end")
@@ -69,6 +71,8 @@ def _target(instruction: Instruction, thread: _Thread, taken: bool | None) -> in
     """Where a branch goes; None where it is not taken."""
     if ".DIV" in instruction.opcode:
         return None  # for a warp whose threads have parted; the one that is followed has not
+    if not instruction.operands:
+        raise Undetermined(f"{instruction.opcode} at {instruction.address:#x} does not say where it goes")
     *conditions, target = instruction.operands
     # BRA.U UP0, 0x80: the condition may be an operand
     for condition in filter(_PREDICATE.fullmatch, conditions):
@@ -86,13 +90,29 @@ def _unknown(instruction: Instruction) -> Undetermined:
     return Undetermined(f"{instruction.opcode} at {instruction.address:#x} depends on a value that is not known")
 
 
-class _Thread:
-    """Registers and predicates of one thread; what is not known is None."""
+class Partly(NamedTuple):
+    """A word of which the bits in ``unknown`` are not known, as the number of a thread in its warp is not."""
 
-    def __init__(self, constants: Mapping[int, int]) -> None:
-        self._constants = constants
+    value: int
+    unknown: int
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The least and the greatest word that it may be, unsigned."""
+        return self.value & ~self.unknown, self.value | self.unknown
+
+
+#: A word as far as it is known.
+Word = int | Partly | None
+
+
+class _Thread:
+    """Registers and predicates that all threads of a warp have alike; what is not known is None."""
+
+    def __init__(self, constants: Mapping[int, int], warp: int) -> None:
+        self._constants, self.warp = constants, warp
         # code for Jetson Orin begins with a test of UR2, which the hardware sets; 0 goes the longer way
-        self._words: dict[str, int | None] = {"UR2": 0}
+        self._words: dict[str, Word] = {"UR2": 0}
         self._predicates: dict[str, bool | None] = {}
 
     def predicate(self, text: str) -> bool | None:
@@ -103,7 +123,21 @@ class _Thread:
         return value if value is None or not found["not"] else not value
 
     def word(self, text: str, part: int = 0) -> int | None:
-        """The 32-bit word that an operand names, or the word ``part`` words after it."""
+        """The 32-bit word that an operand names, or the word ``part`` words after it; None unless it is known."""
+        known = self.partly(text, part)
+        return known if isinstance(known, int) else None
+
+    def bits(self, text: str, words: int = 1) -> Partly:
+        """What is known of one word, or of two in a row."""
+        value = unknown = 0
+        for part in range(words):
+            known = self.partly(text, part)
+            known = Partly(0, _WORD) if known is None else Partly(known, 0) if isinstance(known, int) else known
+            value, unknown = value | known.value << 32 * part, unknown | known.unknown << 32 * part
+        return Partly(value, unknown)
+
+    def partly(self, text: str, part: int = 0) -> Word:
+        """``word``, or what is known of it."""
         if found := _IMMEDIATE.fullmatch(text):
             value = int(found[2], 0) * (-1 if found[1] else 1)
             return (value >> 32 * part) & _WORD
@@ -113,8 +147,10 @@ class _Thread:
         if found is None or found["suffix"].replace(".reuse", "") not in ("", ".64"):
             return None
         value = 0 if found["number"] == "Z" else self._words.get(f"{found['file']}{int(found['number']) + part}")
-        if value is None or (found["minus"] and part):
+        if value is None or (found["minus"] and (part or isinstance(value, Partly))):
             return None
+        if isinstance(value, Partly):
+            return Partly(~value.value & _WORD, value.unknown) if found["not"] else value
         value = ~value if found["not"] else value
         return (-value if found["minus"] else value) & _WORD
 
@@ -152,7 +188,7 @@ class _Thread:
             if instruction.base.startswith("LD") and operands and _REGISTER.fullmatch(operands[0]):
                 self._set(operands[0], unknown)  # the widest loads fill two runs of registers
 
-    def _set(self, place: str, words: list[int | None]) -> None:
+    def _set(self, place: str, words: list[Word]) -> None:
         found = _REGISTER.fullmatch(place)
         if found["number"] != "Z":
             for part, value in enumerate(words):
@@ -170,7 +206,7 @@ def _words_written(instruction: Instruction) -> int:
     """How many registers an instruction of unknown meaning may write; rather one too many than one too few."""
     if "MMA" in instruction.base or instruction.base.startswith(("LDSM", "LDTM", "LDT")):
         return 8
-    wide = ".WIDE" in instruction.opcode or instruction.base in ("CS2R", "DADD", "DMUL", "DFMA", "F2F", "I2F", "F2I")
+    wide = ".WIDE" in instruction.opcode or instruction.base in _PAIRS
     return max(2 if wide else 1, instruction.width_bits // 32)
 
 
@@ -189,14 +225,17 @@ def _read_operands(operands: list[str]) -> tuple[list[str], list[str]]:
 
 
 #: The words and the predicates that an instruction writes; no words where they are not known.
-Outcome = tuple["list[int | None] | None", "Sequence[bool | None]"]
+Outcome = tuple["list[Word] | None", "Sequence[bool | None]"]
 Meaning = Callable[["_Thread", Instruction, list[str]], Outcome]
 
 _UNKNOWN: Outcome = (None, ())
 
 
 def _special(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    known = operands[0].startswith(("SR_TID", "SR_CTAID", "SR_LANEID", "SRZ"))
+    lanes = 31
+    if operands[0] in ("SR_TID.X", "SR_LANEID"):  # Triton's blocks of threads have one dimension
+        return [Partly(32 * thread.warp if operands[0] == "SR_TID.X" else 0, lanes)], ()
+    known = operands[0].startswith(("SR_CTAID", "SR_TID", "SRZ"))
     wide = instruction.base == "CS2R" and ".32" not in instruction.opcode
     return ([0] * (2 if wide else 1), ()) if known else _UNKNOWN
 
@@ -204,7 +243,7 @@ def _special(thread: _Thread, instruction: Instruction, operands: list[str]) -> 
 def _move(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
     if instruction.width_bits < 32:  # a part of a word
         return _UNKNOWN
-    return [thread.word(operands[0], part) for part in range(max(1, instruction.width_bits // 32))], ()
+    return [thread.partly(operands[0], part) for part in range(max(1, instruction.width_bits // 32))], ()
 
 
 def _halves(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
@@ -238,6 +277,8 @@ def _multiply_add(thread: _Thread, instruction: Instruction, operands: list[str]
     a, b = thread.word(terms[0]), thread.word(terms[1])
     c = thread.double(terms[2]) if wide or high else thread.word(terms[2])
     if 0 in (a, b):  # a product with RZ is a move
+        if not (wide or high or ".X" in instruction.opcode):
+            return [thread.partly(terms[2])], ()
         a = b = 0
     if None in (a, b, c) or ".X" in instruction.opcode:
         return _UNKNOWN
@@ -249,28 +290,40 @@ def _multiply_add(thread: _Thread, instruction: Instruction, operands: list[str]
 
 def _shift(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
     """A funnel shift, where one word is enough to know the result."""
-    low, by, high = (thread.word(operand) for operand in operands[:3])
+    low, by, high = thread.partly(operands[0]), thread.word(operands[1]), thread.partly(operands[2])
     if by is None:
         return _UNKNOWN
-    if ".L" in instruction.opcode and ".HI" not in instruction.opcode and low is not None:
-        return [(low << min(by, 32)) & _WORD], ()
-    if ".R" in instruction.opcode and ".HI" in instruction.opcode and high is not None and low == 0:
-        return [((_signed(high) if ".S32" in instruction.opcode else high) >> min(by, 32)) & _WORD], ()
+    parts = instruction.opcode.split(".")
+    # a shift by more than there is shifts everything out, unless it is told to wrap
+    by = by % (64 if {"U64", "S64"} & set(parts) else 32) if "W" in parts else min(by, 32)
+    if "L" in parts and "HI" not in parts and low is not None:
+        return [_each(low, lambda bits: (bits << by) & _WORD)], ()
+    if "R" in parts and "HI" in parts and high is not None and low == 0:
+        return [_each(high, lambda bits: ((_signed(bits) if "S32" in parts else bits) >> by) & _WORD)], ()
     return _UNKNOWN
+
+
+def _each(word: int | Partly, move: Callable[[int], int]) -> Word:
+    """What becomes of a word whose bits are moved, and of the knowledge of them."""
+    return Partly(move(word.value), move(word.unknown)) if isinstance(word, Partly) else move(word)
 
 
 def _logic(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
     """Three words through a truth table; an unknown bit that the table does not look at does not matter."""
     terms, predicates = _read_operands(operands)
-    values, table = [thread.word(term) for term in terms[:3]], thread.word(terms[3])
-    result = 0
+    words, table = [thread.bits(term) for term in terms[:3]], thread.word(terms[3])
+    result = unknown = 0
     for bit in range(32):
-        answer = _looked_up(table, [None if value is None else bool(value >> bit & 1) for value in values])
-        if answer is None:
-            return _UNKNOWN
-        result |= answer << bit
+        read = [None if word.unknown >> bit & 1 else bool(word.value >> bit & 1) for word in words]
+        answer = _looked_up(table, read)
+        unknown |= (answer is None) << bit
+        result |= bool(answer) << bit
+    if unknown == _WORD:
+        return _UNKNOWN
     # a predicate that is read takes part in the one that is written
-    return [result], (result != 0 if not set(predicates) - {"PT", "!PT", "UPT", "!UPT"} else None,)
+    alone = not set(predicates) - {"PT", "!PT", "UPT", "!UPT"}
+    some = (result != 0 if result or not unknown else None) if alone else None
+    return [Partly(result, unknown) if unknown else result], (some,)
 
 
 def _predicate_logic(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
@@ -289,7 +342,7 @@ def _looked_up(table: int | None, values: Sequence[bool | None]) -> bool | None:
 
 def _select(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
     chosen = thread.predicate(operands[2])
-    return ([thread.word(operands[0 if chosen else 1])], ()) if chosen is not None else _UNKNOWN
+    return ([thread.partly(operands[0 if chosen else 1])], ()) if chosen is not None else _UNKNOWN
 
 
 def _extend(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
@@ -308,17 +361,28 @@ _COMPARISONS: Mapping[str, Callable[[int, int], bool]] = {
 def _compare(thread: _Thread, instruction: Instruction, operands: list[str]) -> Outcome:
     parts = instruction.opcode.split(".")
     bits = 64 if {"S64", "U64"} & set(parts) else 32
-    values = [thread.double(x) if bits == 64 else thread.word(x) for x in operands[:2]]
+    one, other = (thread.bits(x, bits // 32) for x in operands[:2])
     others = [thread.predicate(x) for x in operands[2:]]
-    if None in values or parts[1] not in _COMPARISONS:
+    if parts[1] not in _COMPARISONS or ("EX" in parts and one.unknown | other.unknown):
         return _UNKNOWN
-    if "EX" in parts and values[0] == values[1]:  # the high words are equal: the comparison of the low ones decides
+    if "EX" in parts and one == other:  # the high words are equal: the comparison of the low ones decides
         outcome = others[1]
     else:
-        signed = not {"U32", "U64"} & set(parts)
-        outcome = _COMPARISONS[parts[1]](*(_signed(value, bits) if signed else value for value in values))
+        outcome = _compared(parts[1], one, other, 0 if {"U32", "U64"} & set(parts) else bits)
     opposite = None if outcome is None else not outcome
     return None, (_combined(parts, outcome, others[0]), _combined(parts, opposite, others[0]))
+
+
+def _compared(how: str, one: Partly, other: Partly, signed_bits: int) -> bool | None:
+    """A comparison of words that are partly known; None where the rest decides."""
+    unknown = one.unknown | other.unknown
+    if how in ("EQ", "NE") and unknown:
+        return how == "NE" if (one.value ^ other.value) & ~unknown else None
+    if signed_bits and unknown >> (signed_bits - 1):
+        return None
+    ends = product(one.ends, other.ends)
+    answers = {_COMPARISONS[how](*(_signed(end, signed_bits) if signed_bits else end for end in pair)) for pair in ends}
+    return answers.pop() if len(answers) == 1 else None
 
 
 def _combined(parts: Sequence[str], one: bool | None, other: bool | None) -> bool | None:
@@ -331,6 +395,9 @@ def _combined(parts: Sequence[str], one: bool | None, other: bool | None) -> boo
 
 #: Instructions that name the predicates that they write behind the register.
 _CARRYING = ("IADD3", "UIADD3", "LEA", "ULEA", "IMAD", "UIMAD")
+
+#: Instructions of unknown meaning that write two registers, whatever their name says of it.
+_PAIRS = ("CS2R", "DADD", "DMUL", "DFMA", "F2F", "I2F", "F2I", "FADD2", "FMUL2", "FFMA2", "LEPC")
 
 #: Instructions whose first register is read.
 _PREDICATES_ONLY = ("ISETP", "UISETP", "FSETP", "DSETP", "HSETP2", "PLOP3", "UPLOP3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -23,8 +24,15 @@ R = TypeVar("R")
 #: Importing torch from a cold disk takes most of a minute on small machines.
 _START_LIMIT_S = 180.0
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
 #: Of what a dead process wrote, the end.
 _TAIL_BYTES = 8_000
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the one that started it ends, in whatever way."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class WorkerDied(Exception):

@@ -97,6 +97,29 @@ def launch(x, o, n, grid):
         kernel[grid](x, o, n, B=256)
 """
 
+#: Kernels that are to be found by other ways than their own name, and one that is not.
+HELD = """
+def make(scale):
+    @triton.jit
+    def scaled(o, B: tl.constexpr):
+        tl.store(o + tl.arange(0, B), scale)
+    return scaled
+
+
+def plain(o, B: tl.constexpr):
+    tl.store(o + tl.arange(0, B), 3.0)
+
+
+once, twice = make(tl.constexpr(1.0)), make(tl.constexpr(2.0))
+renamed = triton.jit(plain)
+_hidden = [make(tl.constexpr(4.0))]
+
+
+def launch(x, o, n, grid):
+    for kernel in [once, twice, renamed, *_hidden]:
+        kernel[grid](o, B=256)
+"""
+
 GOOD = """
 def launch(x, o, n, grid):
     good[grid](x, o, n, B=256)

@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from phases import p3_compile
-from verify import plugin
+from verify import ahead, archive, plugin, resources
 from verify.architectures import ARCHITECTURES, find, parse_targets
 from verify.builds import Build, BuildVerdict
 from verify.compilation import Order, compile_ahead, prepare
@@ -22,7 +22,7 @@ from verify.device import Device
 from verify.outcome import ConfigurationError
 from verify.record import Record, read_record
 from verify.subject import find_subject
-from verify.tests.kernels import GOOD, TEMPERS, write_subject
+from verify.tests.kernels import GOOD, HELD, TEMPERS, write_subject
 from verify.tests.samples import checks, compiled, measured, passing, record, result
 from verify.tests.tree import REPOSITORY
 from verify.variants import DEFAULT, FULL
@@ -44,6 +44,8 @@ def verify(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(600)
 def test_the_reference_builds_for_every_gpu_that_the_toolchain_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what prepare takes away, the tests of other files still need
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     prepare()
     reference = Order(find_subject("bundled", REPOSITORY), ARCHITECTURES, DEFAULT, jobs=2)
     found = {one.sm: one for one in compile_ahead(reference)}
@@ -106,14 +108,20 @@ def test_a_kernel_that_does_not_build_is_exit_1_and_told(tmp_path: Path) -> None
         verify("report", "--gpu", "sm90", "--records", str(tmp_path / "out"), "--format", "json").stdout
     )
     assert (report["verdict"], len(report["compiled"]["not_built"])) == ("INCOMPLETE", 26)
+    (folder,) = (tmp_path / "out").iterdir()
+    # nothing was built, so there is nothing to compare with anything
+    assert not [one for one in read_record(folder / "sm90.json").results if one.id.startswith("p3.resources")]
     assert "26 of them NOT compiled" in report["sentence"]
     assert {row["family"]: row["verdict"] for row in report["rows"]}["p3.plan"] == "FAIL"
 
 
-def test_where_nothing_can_be_built_nothing_is_known(tmp_path: Path) -> None:
-    write_subject(tmp_path / "theirs")
+@pytest.mark.parametrize(("sm", "body"), [("88", GOOD), ("90", HELD.replace("once, twice, renamed, ", ""))])
+def test_where_nothing_can_be_built_nothing_is_known(tmp_path: Path, sm: str, body: str) -> None:
+    write_subject(tmp_path / "theirs", body)
     options = ["--subject", str(tmp_path / "theirs"), "--out", str(tmp_path / "out")]
-    assert "nothing is known" in verify("compile", "--sm", "88", *options, code=3).stderr
+    assert "nothing is known" in verify("compile", "--sm", sm, *options, code=3).stderr
+    (kept,) = (tmp_path / "out").rglob("*.json")
+    assert read_record(kept).results == []
 
 
 @pytest.mark.parametrize(
@@ -173,13 +181,16 @@ def test_a_compilation_makes_no_run_stale_and_no_run_makes_it_stale() -> None:
     assert assess(find(120), [later, built], checks()).used == (later, built)
 
 
-def test_a_run_of_another_subject_in_between_hides_no_run() -> None:
-    ran, built = record("sm120", passing(), day=1), compiled("sm120", day=3)
-    other = record("sm120", passing(), day=2)
-    other = other.model_copy(update={"subject": other.subject.model_copy(update={"content_sha256": "1" * 64})})
-    found = assess(find(120), [ran, other, built], checks())
-    assert (found.verdict, found.used, found.stale) == (TargetVerdict.VERIFIED, (built, ran), (other,))
-    assert found.why_stale(other) == "another subject"
+def test_the_newest_run_and_no_compilation_says_which_subject_is_assessed() -> None:
+    ran, built = record("sm120", passing(), day=1), compiled("sm120", day=2)
+    other = built.subject.model_copy(update={"content_sha256": "1" * 64})
+    theirs = compiled("sm120", day=3, run_id="theirs").model_copy(update={"subject": other})
+    found = assess(find(120), [ran, built, theirs], checks())
+    assert (found.verdict, found.used, found.stale) == (TargetVerdict.VERIFIED, (built, ran), (theirs,))
+    assert found.why_stale(theirs) == "another subject"
+    newer = record("sm120", passing()[:1], day=4).model_copy(update={"subject": other})
+    found = assess(find(120), [ran, built, theirs, newer], checks())
+    assert (found.used, found.stale) == ((newer, theirs), (built, ran))
 
 
 def test_a_compilation_of_another_subject_or_triton_is_not_mixed() -> None:
@@ -218,7 +229,10 @@ def test_on_a_gpu_a_build_that_failed_fails_its_check() -> None:
     build = Build(kernel="k", variants=["v"], verdict=BuildVerdict.COMPILE_ERROR, message="no such op", duration_s=0)
     with pytest.raises(AssertionError, match="k built ahead of time: COMPILE_ERROR: no such op"):
         p3_compile._all_built([build])
-    p3_compile._all_built([build.model_copy(update={"verdict": BuildVerdict.TIMEOUT})])
+    with pytest.raises(AssertionError, match="OUT_OF_RESOURCES"):
+        p3_compile._all_built([build.model_copy(update={"verdict": BuildVerdict.OUT_OF_RESOURCES})])
+    for verdict in (BuildVerdict.TIMEOUT, BuildVerdict.NOT_FOUND):
+        p3_compile._all_built([build.model_copy(update={"verdict": verdict})])
 
 
 def test_on_a_gpu_the_builds_are_kept_beside_the_run(tmp_path: Path) -> None:
@@ -232,6 +246,25 @@ def test_on_a_gpu_the_builds_are_kept_beside_the_run(tmp_path: Path) -> None:
     assert [build.verdict for build in found.of("as_written")] == [BuildVerdict.OK]
     kept = read_record(tmp_path / "run" / "sm90.json")
     assert (kept.target, kept.compilation, kept.environment.gpu) == ("sm90", found, None)
+    # a full disk leaves the checks to their launches
+    session.run_dir = REPOSITORY / "README.md"
+    request = SimpleNamespace(getfixturevalue=lambda name: fixture(SimpleNamespace(stash={plugin.SESSION: session})))
+    assert plugin.builds._get_wrapped_function()(request) == []
+
+
+def test_on_a_gpu_builds_that_all_hang_end_within_the_time_of_a_check() -> None:
+    limit_s = p3_compile.test_kernel_launches.check_spec.timeout_s
+    assert plugin._BUILD_LIMIT_S * len(DEFAULT) / 2 < limit_s - 30
+
+
+def test_the_earlier_records_are_read_once_for_all_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple] = []
+    monkeypatch.setattr(resources, "load", lambda *folders: read.append(folders) or archive.Archive((), ()))
+    subject = write_subject(tmp_path / "theirs")
+    found = [compiled(f"sm{sm}").compilation for sm in (80, 90, 120)]
+    what = Order(subject, parse_targets("80,90,120"), DEFAULT)
+    assert len(ahead.records_of(what, subject.info(), found, "compile", tmp_path, REPOSITORY)) == 3
+    assert len(read) == 3
 
 
 def test_on_a_gpu_resources_are_measured_or_skipped() -> None:
@@ -242,3 +275,7 @@ def test_on_a_gpu_resources_are_measured_or_skipped() -> None:
     with pytest.raises(pytest.skip.Exception) as skipped:
         p3_compile.test_resources(rule, now, None, lambda *numbers, **words: None)
     assert skipped.value.code == "NO_BASELINE"
+    failed = {"verdict": "COMPILE_ERROR", "message": "no such op", "resources": None}
+    build = now.builds[0].model_copy(update=failed)
+    with pytest.raises(AssertionError, match="no kernel was built, so none is measured: no such op"):
+        p3_compile.test_resources(rule, now.model_copy(update={"builds": [build]}), now, lambda *numbers, **words: None)

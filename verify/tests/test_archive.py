@@ -7,8 +7,8 @@ import pytest
 
 from verify.archive import load
 from verify.outcome import ConfigurationError
-from verify.record import json_schema
-from verify.tests.samples import REPOSITORY, passing, record, write, write_tree
+from verify.record import json_schema, write_record
+from verify.tests.samples import REPOSITORY, compiled, passing, record, write, write_tree
 
 
 @pytest.fixture
@@ -41,8 +41,9 @@ def test_given_folders_replace_the_usual_ones(tree: Path, tmp_path: Path) -> Non
     run = write(record("sm120", passing()), tmp_path / "elsewhere")
     (run.parent / "run.json").write_text("{}")
     write(record("sm80", passing()), tmp_path / "elsewhere", "evidence")
+    write_record(compiled("sm90"), run.parent / "sm90.json")
     archive = load([tmp_path / "elsewhere"])
-    assert sorted(r.target for r in archive.records) == ["sm120", "sm80"]
+    assert sorted(r.target for r in archive.records) == ["sm120", "sm80", "sm90"]
     assert archive.unreadable == ()
 
 

@@ -8,17 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from verify import resources
+from verify import compiler, resources
 from verify.architectures import find
 from verify.builds import Build, BuildVerdict, Compilation
 from verify.compilation import Order, Progress, cache_folder, compile_ahead, failed
 from verify.outcome import ConfigurationError
-from verify.tests.kernels import GOOD, TEMPERS, order, write_subject
+from verify.tests.kernels import GOOD, HELD, TEMPERS, order, write_subject
 from verify.tests.tree import REPOSITORY
 
 
@@ -38,15 +39,22 @@ def verdicts(compilation: Compilation) -> dict[str, str]:
     return {build.kernel: build.verdict.value for build in compilation.builds}
 
 
-def workers(own: Path) -> list[Path]:
-    """The compiler processes of this test that live, whoever is their parent by now."""
+def workers(own: Path, module: bytes = b"verify.compiler") -> list[Path]:
+    """The processes of this test that live and run a module, whoever is their parent by now."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             ours = str(own).encode() in (process / "environ").read_bytes()
-            if ours and b"verify.compiler" in (process / "cmdline").read_bytes():
+            if ours and module in (process / "cmdline").read_bytes():
                 found.append(process)
     return found
+
+
+def until(answer: Callable[[], object], limit_s: float = 60.0) -> bool:
+    end = time.monotonic() + limit_s
+    while not (found := answer()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(found)
 
 
 def test_a_build_that_dies_or_never_ends_costs_its_own_place_only(tmp_path: Path) -> None:
@@ -64,7 +72,7 @@ def test_a_build_that_dies_or_never_ends_costs_its_own_place_only(tmp_path: Path
         }
     ]
     said = {build.kernel: build.message for build in found[0].builds}
-    assert re.search(r"256 and 512.*\(line 2 of the kernel\)", said["mistyped"])
+    assert re.search(r"256 and 512.*\(line 2 of mistyped\)", said["mistyped"])
     assert re.search(r"error\s*: ", said["refused_by_ptxas"])
     assert "couldn't allocate output register" in said["aborts_in_llvm"]
     assert said["dies_silently"] == "the compiler's process ended with exit code 1 and said nothing"
@@ -154,7 +162,7 @@ def test_an_infinite_argument_is_the_same_when_kept(tmp_path: Path) -> None:
     assert verdicts(built(order(subject))[0][0]) == {"low": "OK"}
 
 
-@pytest.mark.parametrize("variable", ["DISABLE_PTXAS_OPT", "PTXAS_OPTIONS"])
+@pytest.mark.parametrize("variable", ["DISABLE_PTXAS_OPT", "PTXAS_OPTIONS", "DISABLE_MMA_V3"])
 def test_what_changes_the_code_is_part_of_what_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
@@ -162,6 +170,150 @@ def test_what_changes_the_code_is_part_of_what_is_kept(
     built(order(subject))
     monkeypatch.setenv(variable, "1" if variable.startswith("DISABLE") else "--opt-level=1")
     assert built(order(subject))[1] == 2
+
+
+def test_a_kernel_is_found_wherever_a_module_holds_it(tmp_path: Path) -> None:
+    one = compile_ahead(order(write_subject(tmp_path / "theirs", HELD)))[0]
+    found = [(build.kernel, build.verdict.value) for build in one.builds]
+    assert found == [*2 * [("make.<locals>.scaled", "OK")], ("plain", "OK"), ("make.<locals>.scaled", "NOT_FOUND")]
+    assert len({build.cubin_sha256 for build in one.builds[:2]}) == 2
+    # only its launch tells of the last one, which is no failure
+    assert "no module holds make.<locals>.scaled" in one.builds[-1].message
+    assert not failed([one])
+
+
+def test_a_type_that_a_kernel_reads_from_outside_is_part_of_what_is_kept(tmp_path: Path) -> None:
+    body = GOOD.replace("good[grid](x, o, n, B=256)", "cast[grid](o, B=256)") + (
+        "\nKIND = tl.float16\n\n@triton.jit\ndef cast(o, B: tl.constexpr):\n"
+        "    tl.store(o + tl.arange(0, B), (tl.arange(0, B) * 1.001).to(KIND).to(tl.float32))\n"
+    )
+    first, _ = built(order(write_subject(tmp_path / "theirs", body)))
+    second, made = built(order(write_subject(tmp_path / "theirs", body.replace("float16", "bfloat16"))))
+    assert made == 1
+    assert first[0].builds[0].cubin_sha256 != second[0].builds[0].cubin_sha256
+
+
+@pytest.mark.parametrize("asked", ["debug=True", "TRITON_DEBUG"])
+def test_a_kernel_is_built_with_the_assertions_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    body = GOOD.replace("good[", "checked[") + (
+        "\n@triton.jit\ndef checked(x, o, n, B: tl.constexpr):\n    i = tl.arange(0, B)\n"
+        "    tl.device_assert(n > 8, 'too few')\n    tl.store(o + i, 1.0)\n"
+    )
+    (without,), _ = built(order(write_subject(tmp_path / "theirs", body)))
+    if asked == "TRITON_DEBUG":
+        monkeypatch.setenv(asked, "1")
+    else:
+        body = body.replace("@triton.jit\n", f"@triton.jit({asked})\n")
+    (with_them,), made = built(order(write_subject(tmp_path / "theirs", body)))
+    assert made >= 1
+    counts = [one.builds[0].resources.code.instructions for one in (without, with_them)]
+    assert counts[0] < counts[1]
+
+
+def test_a_type_as_an_argument_goes_by_its_name(tmp_path: Path) -> None:
+    body = """
+SIZE = tl.constexpr(256)
+
+@triton.jit
+def cast(o, KIND: tl.constexpr, B: tl.constexpr):
+    tl.store(o + tl.arange(0, B), (tl.arange(0, B) * 1.001).to(KIND).to(tl.float32))
+
+def launch(x, o, n, grid):
+    for kind in (tl.float16, tl.bfloat16):
+        cast[grid](o, kind, B=SIZE)
+"""
+    one = compile_ahead(order(write_subject(tmp_path / "theirs", body)))[0]
+    assert [build.constants for build in one.builds] == [{"KIND": name, "B": 256} for name in ("fp16", "bf16")]
+    assert len({build.cubin_sha256 for build in one.builds}) == 2
+
+
+def test_shared_memory_beyond_the_multiprocessor_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    body = """
+@triton.jit
+def staged(x, o, n, B: tl.constexpr):
+    i = tl.arange(0, B)[:, None] * B + tl.arange(0, B)
+    total = tl.zeros((B, B), tl.float32)
+    for k in range(n):
+        total = tl.dot(tl.load(x + k * B + i), tl.load(x + k * B * B + i), total)
+    tl.store(o + i, total)
+
+def launch(x, o, n, grid):
+    staged[grid](x, o, n, B=64, num_stages=8)
+"""
+    large, small = compile_ahead(order(write_subject(tmp_path / "theirs", body), "80,86"))
+    assert (verdicts(large), failed([large])) == ({"staged": "OK"}, False)
+    assert (verdicts(small), failed([small])) == ({"staged": "OUT_OF_RESOURCES"}, True)
+    needed, there_is = map(int, re.findall(r": (\d+)", small.builds[0].message))
+    assert needed == large.builds[0].resources.shared_bytes > there_is == 99 * 1024
+
+
+def test_an_assertion_is_told_in_its_own_words(tmp_path: Path) -> None:
+    body = """
+@triton.jit
+def inner(B: tl.constexpr):
+    tl.static_assert(B < 128, "at most 127 keys")
+
+@triton.jit
+def spoken(o, B: tl.constexpr):
+    inner(B)
+    tl.store(o, 1.0)
+
+@triton.jit
+def silent(o, B: tl.constexpr):
+    tl.static_assert(B < 128)
+    tl.store(o, 1.0)
+
+def launch(x, o, n, grid):
+    for kernel in (spoken, silent):
+        kernel[grid](o, B=256)
+"""
+    one = compile_ahead(order(write_subject(tmp_path / "theirs", body)))[0]
+    assert [build.message for build in one.builds] == [
+        "CompileTimeAssertionFailure: at most 127 keys (line 2 of inner)",
+        "CompileTimeAssertionFailure: tl.static_assert(B < 128) (line 2 of silent)",
+    ]
+
+
+def test_what_triton_is_told_to_store_does_not_make_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_STORE_BINARY_ONLY", "1")
+    ((one,), _) = built(order(write_subject(tmp_path / "theirs")))
+    assert (one.gap, verdicts(one)) == ("", {"good": "OK"})
+
+
+def test_an_argument_may_have_any_name(tmp_path: Path) -> None:
+    body = GOOD.replace("good[grid](x, o, n, B=256)", "named[grid](o, 2)") + (
+        "\n@triton.jit\ndef named(o, limit_s: tl.constexpr):\n    tl.store(o, limit_s)\n"
+    )
+    first, _ = built(order(write_subject(tmp_path / "theirs", body)))
+    second, made = built(order(write_subject(tmp_path / "theirs", body.replace("(o, 2)", "(o, 3)"))))
+    assert made == 1
+    assert first[0].builds[0].cubin_sha256 != second[0].builds[0].cubin_sha256
+
+
+def test_a_capture_that_hangs_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    write_subject(tmp_path / "theirs", "def launch(x, o, n, grid):\n    __import__('time').sleep(600)\n")
+    command = ["compile", "--sm", "90", "--subject", str(tmp_path / "theirs"), "--out", str(tmp_path / "out")]
+    child = subprocess.Popen([sys.executable, "-m", "verify", *command], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    assert until(lambda: workers(tmp_path, b"verify.capture"))
+    time.sleep(3)  # into its imports, at the head of which it asks for it
+    child.kill()
+    child.wait()
+    assert until(lambda: not workers(tmp_path, b"verify.capture"))
+
+
+def test_a_build_needs_no_leave_to_be_the_one_that_runs_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "not here")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(compiler, "end_with_parent", lambda: None)
+    monkeypatch.setattr("sys.stdin", [])
+    reading, writing = os.pipe()
+    monkeypatch.setattr("sys.argv", ["compiler", str(writing)])
+    assert compiler.main() == 0
+    os.close(reading)
 
 
 def test_a_subject_may_print_when_it_ends(tmp_path: Path) -> None:
@@ -208,6 +360,40 @@ def launch(x, o, n, grid):
         ("tuned", "OK", 2),
         ("tuned", "OK", 8),
     ]
+    assert [(build.constants, build.alternative) for build in one.builds] == [
+        ({"B": 64, "EVEN": True}, True),
+        ({"B": 128, "EVEN": True}, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "helper", "verdicts", "needed"),
+    [
+        # what the autotuner passes over
+        ("64, 256", "tl.static_assert(B < 128)", "OK COMPILE_ERROR", "OK"),
+        ("256, 512", "tl.static_assert(B < 128)", "COMPILE_ERROR COMPILE_ERROR", "COMPILE_ERROR COMPILE_ERROR"),
+        # and what it ends at
+        ("64, 100", "tl.arange(0, B)", "OK COMPILE_ERROR", "OK COMPILE_ERROR"),
+    ],
+)
+def test_a_tuned_kernel_needs_one_of_the_configurations_that_are_passed_over(
+    tmp_path: Path, sizes: str, helper: str, verdicts: str, needed: str
+) -> None:
+    tuned = f"""
+@triton.autotune([triton.Config({{"B": size}}) for size in ({sizes})], key=["n"])
+@triton.jit
+def tuned(x, o, n, B: tl.constexpr):
+    {helper}
+    tl.store(o + n, 1.0)
+
+def launch(x, o, n, grid):
+    tuned[lambda meta: (triton.cdiv(n, meta["B"]),)](x, o, n)
+"""
+    ((one,), _) = built(order(write_subject(tmp_path / "theirs", tuned)))
+    assert [build.verdict.value for build in one.builds] == verdicts.split()
+    assert [build.verdict.value for build in one.of("small")] == needed.split()
+    assert [build.verdict.value for build in one.needed] == needed.split()
+    assert failed([one]) is ("ERROR" in needed)
 
 
 @pytest.mark.parametrize(
@@ -243,15 +429,18 @@ from verify.compiler import specialised
 from verify.launches import _described
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["M"])
-def kernel(a, b, c, one, sixteen, odd, big, N, M, flag, real, nothing, typed: tl.int64, K: tl.constexpr):
+def kernel(a, b, c, one, sixteen, odd, big, N, M, flag, real, nothing, mask, typed: tl.int64, half: tl.float16,
+           brain: tl.bfloat16, bit: tl.int1, place: "*fp32", K: tl.constexpr, T: tl.constexpr):
     pass
 
 memory = torch.empty(64, dtype=torch.bfloat16)
-arguments = (memory, memory[1:], torch.empty(4, dtype=torch.int32), 1, 48, 7, 1 << 40, 16, 16, True, 0.5, None, 3)
+arguments = (memory, memory[1:], torch.empty(4, dtype=torch.int32), 1, 48, 7, 1 << 40, 16, 16, True, 0.5, None,
+             torch.empty(4, dtype=torch.bool), 32, 16, 32, 48, torch.empty(4))
 backend = make_backend(GPUTarget("cuda", 90, 32))
-bound, found, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*arguments, K=16)
+binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+bound, found, options = binder(*arguments, K=16, T=tl.float16)
 options, signature, constants, attributes = kernel._pack_args(backend, {}, bound, found, options)
-launch = _described(kernel.fn, kernel.arg_names, arguments, {"K": 16, "num_warps": 2}, (1,))
+launch = _described(kernel.fn, kernel.arg_names, arguments, {"K": 16, "T": tl.float16, "num_warps": 2}, (1,))
 mine = specialised(launch, kernel.params)
 assert mine[0] == signature, (mine[0], signature)
 assert mine[1] == constants, (mine[1], constants)
@@ -294,9 +483,7 @@ def test_an_interrupted_compilation_leaves_no_process_and_no_record(tmp_path: Pa
         [sys.executable, "-m", "verify", *command], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    until = time.monotonic() + 60
-    while not workers(tmp_path) and time.monotonic() < until:
-        time.sleep(0.1)
+    assert until(lambda: workers(tmp_path))
     time.sleep(1)
     child.send_signal(number)
     assert child.wait(30) == 2
@@ -336,6 +523,23 @@ def test_without_an_earlier_record_nothing_is_compared() -> None:
     assert resources.registers(compilation(100), None) == []
     other = replace_kernel(compilation(100))
     assert resources.registers(compilation(100), other) == []
+
+
+def test_configurations_of_one_kernel_are_compared_each_with_itself() -> None:
+    def configured(*registers: int) -> Compilation:
+        builds = [
+            compilation(number).builds[0].model_copy(update={"constants": {"B": 64 << place}})
+            for place, number in enumerate(registers)
+        ]
+        return compilation(1).model_copy(update={"builds": builds})
+
+    found = resources.registers(configured(40, 200), configured(40, 100))
+    assert [one.measured for one in found] == [1.0, 2.0]
+    # one that is new among several is like none before
+    assert len(resources.registers(configured(40, 200, 30), configured(40, 100))) == 2
+    # and one alone is the same launch with whatever constant
+    (alone,) = resources.registers(configured(80), compilation(40))
+    assert alone.measured == 2.0
 
 
 def replace_kernel(one: Compilation) -> Compilation:

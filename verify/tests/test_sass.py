@@ -60,6 +60,18 @@ def test_a_constant_made_by_another_pipe_and_a_masked_exit_are_known() -> None:
         "PLOP3.LUT P2, PT, PT, PT, P0, 0x80, 0x8", "@P2 EXIT", "EXIT",
     )  # fmt: skip
     assert executed(found, {}) == 3 + 3 * 3 + 3
+    # the bits of 0x60 are the number of the warp, the same for all its threads
+    assert executed(found, {}, warp=1) == executed(found, {}) - 1
+
+
+@pytest.mark.parametrize(("warp", "steps"), [(0, 8), (1, 8), (2, 7)])
+def test_a_bound_that_whole_warps_pass_or_miss_is_counted_for_each(warp: int, steps: int) -> None:
+    # as ptxas writes it for sm_120: the number of the key out of the thread's, compared in 64 bits
+    found = program(
+        "UMOV UR14, 0x40", "UMOV UR15, URZ", "S2R R2, SR_TID.X", "LOP3.LUT R62, R2, 0x7f, RZ, 0xc0, !PT",
+        "MOV R63, RZ", "ISETP.LT.S64.AND P0, PT, R62, UR14, PT", "@!P0 EXIT", "EXIT",
+    )  # fmt: skip
+    assert executed(found, {}, warp) == steps
 
 
 @pytest.mark.parametrize(
@@ -68,6 +80,10 @@ def test_a_constant_made_by_another_pipe_and_a_masked_exit_are_known() -> None:
         (("LDG.E R4, desc[UR4][R2.64]", "ISETP.NE.AND P0, PT, R4, RZ, PT", "@P0 BRA 0x0", "EXIT"), "BRA at 0x20"),
         (("LDG.E R4, desc[UR4][R2.64]", "ISETP.NE.AND P0, PT, R4, RZ, PT", "@P0 EXIT", "EXIT"), "EXIT at 0x20"),
         (("BRX R4 -0x10", "EXIT"), "BRX at 0x0 goes to a place that is computed"),
+        (("RET", "EXIT"), "RET at 0x0 does not say where it goes"),
+        # what differs between the threads of a warp
+        (("S2R R4, SR_TID.X", "ISETP.NE.AND P0, PT, R4, RZ, PT", "@P0 BRA 0x30", "EXIT"), "BRA at 0x20"),
+        (("S2R R4, SR_LANEID", "LOP3.LUT P0, RZ, R4, 0x10, RZ, 0xc0, !PT", "@P0 EXIT", "EXIT"), "EXIT at 0x20"),
         (("FADD R1, R1, R1", "BRA 0x0", "EXIT"), "no end within"),
         (("FADD R1, R1, R1",), "runs past its end"),
     ],
@@ -85,6 +101,10 @@ def test_what_cannot_be_known_is_said_and_not_guessed(lines: tuple[str, ...], re
         "VOTE.ANY R2, P0, P1",
         "LOP3.LUT P0, R9, R6, 0x0, RZ, 0xc0, P2",
         "R2P PR, R3, 0x7f",
+        "FFMA2 R5, R2, R3, R4",
+        "FADD2 R5, R2, R3",
+        "FMUL2 R5, R2, R3",
+        "LEPC R5",
         "SEL R6, R2",
     ],
 )
@@ -98,6 +118,12 @@ def test_a_loaded_value_replaces_what_was_known_of_every_word_it_fills() -> None
     lines = ("MOV R6, 0x1", "LDG.E.128 R4, desc[UR4][R2.64]", "ISETP.NE.AND P0, PT, R6, RZ, PT", "@P0 EXIT", "EXIT")
     with pytest.raises(Undetermined, match="EXIT at 0x30"):
         executed(program(*lines), {})
+
+
+@pytest.mark.parametrize(("shift", "left"), [("SHF.L.U32", 0), ("SHF.L.W.U32", 2)])
+def test_a_shift_by_more_than_a_word_wraps_only_where_it_is_told_to(shift: str, left: int) -> None:
+    lines = ("MOV R4, 0x1", f"{shift} R5, R4, 0x21, RZ", f"ISETP.EQ.U32.AND P0, PT, R5, {left:#x}, PT", "@P0 EXIT")
+    assert executed(program(*lines, "EXIT"), {}) == 4
 
 
 def test_scheduling_notes_of_older_disassemblers_are_no_operands() -> None:
