@@ -17,6 +17,14 @@ class Question:
     question: str
     answer: str
 
+    @property
+    def prompt(self) -> str:
+        return self.question
+
+    @property
+    def grader(self) -> str:
+        return "auto"
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
@@ -26,7 +34,7 @@ class Dataset:
     questions: tuple[Question, ...]
 
 
-def load_dataset(name: str) -> Dataset:
+def load_dataset(name: str, seed: int = 0) -> Dataset:
     """The bundled set called ``name``, or the ``.jsonl`` file at that path.
 
     Every line of a file is one object with ``question`` (text) and ``answer`` (text or number); other fields and empty

@@ -64,7 +64,7 @@ class Grade:
     extracted: str
 
 
-def grade(reply: str, expected: str) -> Grade:
+def grade(reply: str, expected: str, grader: str = "auto") -> Grade:
     """Grade one reply by the rules above."""
     text = _after_thinking(reply).replace("\u2019", "'").strip()
     expected = expected.strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,16 +46,22 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def calibrate_on_text(loaded: LoadedModel, text: str) -> Statistics:
+def calibrate_on_text(
+    loaded: LoadedModel, text: str, *, max_length: int = 32768, progress: Callable[[int, int], None] | None = None
+) -> Statistics:
     """Statistics of an unpatched model over ``text``. Raises TriAttentionError for a text of under 512 tokens."""
-    ids = loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    ids = loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :max_length]
     if ids.shape[1] < MIN_TOKENS:
         raise TriAttentionError(
             f"the calibration text has {ids.shape[1]} tokens; give at least {MIN_TOKENS}, better some thousands"
         )
 
     def forward(model: Any) -> None:
+        done = 0
         for chunk in ids.to(model.device).split(_CHUNK, dim=1):
+            done += chunk.shape[1]
+            if progress is not None:
+                progress(done, ids.shape[1])
             # one position's logits are the fewest that can be asked for; none are needed
             model(input_ids=chunk, use_cache=False, logits_to_keep=1)
 
