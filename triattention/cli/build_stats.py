@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from triattention import models
 from triattention.cli.calibrate import calibrate_to_file, require_output
-from triattention.cli.children import Job, gpu_slots, run_jobs, visible_gpus
+from triattention.cli.children import Job, run_jobs, slots_on, visible_gpus
 from triattention.cli.options import (
     DEFAULT_MAX_LENGTH,
     MODEL_HELP,
@@ -106,7 +106,7 @@ def _in_children(calls: list[tuple[Any, ...]], at_once: int) -> None:
         for call in calls
     ]
     gpus = visible_gpus(models.choose_device(calls[0][-1]).type)
-    slots = gpu_slots(gpus, min(at_once, len(jobs)))
+    slots = slots_on(gpus, min(at_once, len(jobs)))
     failures = run_jobs(jobs, slots, note=lambda line: print(line, file=sys.stderr))
     if failures:
         raise TriAttentionError(f"{len(failures)} of {len(jobs)} models were not calibrated: {'; '.join(failures)}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from triattention.cli.intervals import paired_difference
 from triattention.cli.results import Line, read_lines
-from triattention.cli.summary import COLUMNS, settings_of, shares_of, summarise, table
+from triattention.cli.summary import COLUMNS, settings_of, shares_of, shown, summarise, table
 from triattention.errors import TriAttentionError
 
 #: The rows that have a ratio, and the entry of the summary that it is of.
@@ -17,8 +17,6 @@ _RATIOS = {
     "accuracy": "accuracy", "tokens/s": "tokens_per_s", "peak KV tokens": "peak_kv_tokens",
     "peak KV": "peak_kv_bytes", "memory": "peak_memory_bytes",
 }  # fmt: skip
-#: Settings that are results of where and how a run was made, and not shown as differences of the runs.
-_NOT_SHOWN = ("questions",)
 
 
 def add_parser(verbs: Any) -> None:
@@ -86,9 +84,7 @@ def comparison(paths: Sequence[Path], runs: Sequence[Sequence[Line]]) -> list[st
         rows.append([heading, *map(cell, summaries), _ratio(summaries, _RATIOS.get(heading))])
     difference = paired_difference(*([share[question] for question in shared] for share in shares))
     differing = [
-        f"{name} {a.get(name)} / {b.get(name)}"
-        for name in {**a, **b}
-        if a.get(name) != b.get(name) and name not in _NOT_SHOWN
+        f"{name} {shown(a.get(name))} / {shown(b.get(name))}" for name in {**a, **b} if a.get(name) != b.get(name)
     ]
     lines = [f"A: {paths[0]}", f"B: {paths[1]}", table(rows)]
     lines += [f"differing settings (A / B): {', '.join(differing) or 'none'}"]

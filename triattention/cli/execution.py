@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from triattention.cli.children import Job, gpu_slots, run_jobs, visible_gpus
+from triattention.cli.children import Job, run_jobs, slots_on, visible_gpus
 from triattention.cli.plan import Plan, describe
-from triattention.cli.results import Line, Results, write_summary
+from triattention.cli.results import Line, Results, summary_path, write_summary
 from triattention.cli.summary import COLUMNS, settings_of, summarise, summary_line, table
 from triattention.errors import TriAttentionError
 
@@ -70,6 +70,7 @@ def execute(plan: Plan, *, isolate: bool = False) -> dict[str, Any]:
         if done:
             reporter.say(f"note: {len(done)} of {len(plan.batches)} batches are in {path} already")
         if pending:
+            summary_path(path).unlink(missing_ok=True)  # of lines that have been removed since
             try:
                 _answer(plan, pending, results, reporter, isolate)
             except KeyboardInterrupt:
@@ -111,7 +112,7 @@ def _answer(plan: Plan, pending: Sequence[int], results: Results, reporter: _Rep
 def _worker_slots(plan: Plan) -> list[dict[str, str]]:
     """What each worker's environment adds: on GPUs the one GPU that it sees; several may share one."""
     gpus = visible_gpus(plan.settings["device"])
-    return gpu_slots(gpus, plan.args.workers or max(len(gpus), 1))
+    return slots_on(gpus, plan.args.workers or max(len(gpus), 1))
 
 
 class _Reporter:

@@ -19,6 +19,7 @@ from triattention.cli.options import (
     require_at_least_one,
     require_writable,
 )
+from triattention.cli.summary import shown
 from triattention.datasets import Question, load_dataset
 from triattention.errors import TriAttentionError
 
@@ -91,19 +92,15 @@ def describe(plans: Sequence[Plan], done: Sequence[int], workers: int) -> list[s
     first, *others = [plan.settings for plan in plans]
     shared = [key for key in first if all(key in s and s[key] == first[key] for s in others)]
     lines = [f"{'run' if len(plans) == 1 else 'runs'} that would be made; nothing is loaded or written"]
-    lines += [f"  {key:<27}{_shown(first[key])}" for key in shared]
+    lines += [f"  {key:<27}{shown(first[key])}" for key in shared]
     lines += [f"  {'workers':<27}{workers}"]
     for plan, finished in zip(plans, done, strict=True):
-        differing = "".join(f"{key} {_shown(value)}, " for key, value in plan.settings.items() if key not in shared)
+        differing = "".join(f"{key} {shown(value)}, " for key, value in plan.settings.items() if key not in shared)
         lines += [
             f"{plan.name}: {differing}{len(plan.questions)} questions, {len(plan.batches)} batches, "
             f"{finished} done, {plan.path or 'nothing is kept (no --out)'}"
         ]
     return lines
-
-
-def _shown(value: Any) -> str:
-    return "-" if value is None else str(value)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
