@@ -119,7 +119,7 @@ def visible_gpus(device: str) -> list[str]:
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
-    return (named.split(",") if named else [str(n) for n in range(count)])[:count]
+    return ([name.strip() for name in named.split(",")] if named else [str(n) for n in range(count)])[:count]
 
 
 def slots_on(gpus: Sequence[str], count: int) -> list[dict[str, str]]:

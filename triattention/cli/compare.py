@@ -61,8 +61,16 @@ def _whole_lines(path: Path) -> list[Line]:
     lines, torn = read_lines(path)
     if not lines:
         raise TriAttentionError(f"{path} holds no replies; finish the run first")
-    if torn:
-        print(f"note: {path} ends with a torn line, left out; the run is not finished")
+    settings = settings_of(lines)
+    for number, line in enumerate(lines, start=1):
+        other = next((name for name, value in settings.items() if line.get(name) != value), None)
+        if other is not None:
+            raise TriAttentionError(
+                f"{path}, line {number} is of another run than line 1 ({other}); give each run a file of its own"
+            )
+    expected = settings["questions"] * settings["num_samples"]
+    if torn or len(lines) < expected:
+        print(f"note: {path} is not finished: it holds {len(lines)} of {expected} replies")
     return lines
 
 

@@ -60,7 +60,8 @@ def effective_samples(shares: Sequence[float], samples: int) -> float:
     variance = math.fsum((share - mean) ** 2 for share in shares) / n
     if mean in (0.0, 1.0):
         return n
-    return min(n * mean * (1 - mean) / variance, samples) if variance > 0 else samples
+    # rounding must not take it below n
+    return min(max(n * mean * (1 - mean) / variance, n), samples) if variance > 0 else samples
 
 
 def pass_at_1(shares: Sequence[float], samples: int) -> Interval:

@@ -85,11 +85,6 @@ def require_at_least_one(args: argparse.Namespace, *names: str) -> None:
             raise TriAttentionError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
 
 
-def file_label(text: str) -> str:
-    """``text`` with what is awkward in a file name replaced by dashes."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
-
-
 def quiet_transformers() -> None:
     """No progress bars and no advice from transformers: the verbs print their own lines."""
     from transformers.utils import logging

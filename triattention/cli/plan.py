@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from triattention.cli import compression
 from triattention.cli.options import (
     DEFAULT_TEMPERATURE,
     DEFAULT_TOP_P,
-    file_label,
     require_at_least_one,
     require_writable,
 )
@@ -76,7 +77,7 @@ class Plan:
         """The JSON lines file, or None where nothing is kept."""
         return None if self.args.out is None else Path(self.args.out).expanduser() / f"{self.name}.jsonl"
 
-    @property
+    @cached_property
     def batches(self) -> list[list[Unit]]:
         units = [Unit(index, n) for index in range(len(self.questions)) for n in range(self.args.num_samples)]
         size = self.args.batch_size
@@ -107,7 +108,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     require_at_least_one(args, "max_questions", "max_new_tokens", "batch_size", "num_samples", "workers")
     if not 0 <= args.seed < 2**32:
         raise TriAttentionError(f"--seed is {args.seed}; give a number from 0 to {2**32 - 1}")
-    if args.run_tag is not None and (not args.run_tag or args.run_tag != file_label(args.run_tag)):
+    if args.run_tag is not None and not re.fullmatch(r"[\w.-]+", args.run_tag):
         raise TriAttentionError(f"--run-tag is {args.run_tag!r}; give letters, digits, dots, dashes and underscores")
 
 

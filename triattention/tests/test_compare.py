@@ -20,8 +20,8 @@ def write_run(path: Path, correct: list[list[int]], **fields: Any) -> Path:
             line = dict.fromkeys(MEASURED, 0) | {
                 "question": f"question {index}", "index": index, "sample": sample, "batch": index,
                 "correct": bool(right), "new_tokens": 100, "batch_seconds": 2.0, "peak_kv_tokens": 1000,
-                "peak_kv_bytes": 2**20, "peak_memory_bytes": 2**30, "dataset": "aime24", "method": "full", "budget": None,
-                "questions": len(correct),
+                "peak_kv_bytes": 2**20, "peak_memory_bytes": 2**30, "dataset": "aime24", "method": "full",
+                "budget": None, "questions": len(correct), "num_samples": len(samples),
             }  # fmt: skip
             lines.append(line | fields)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -85,6 +85,23 @@ def test_what_is_no_run_is_refused(
     (tmp_path / "empty.jsonl").write_text("")
     assert main(["compare", str(pair[0]), name.format(tmp=tmp_path)]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_finished_is_said_to_be_so(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = pair[0].read_text()
+    pair[0].write_text("".join(whole.splitlines(keepends=True)[:3]) + whole[:40])
+    assert main(["compare", *map(str, pair)]) == 0
+    assert f"note: {pair[0]} is not finished: it holds 3 of 5 replies" in capsys.readouterr().out
+
+
+def test_lines_of_two_runs_in_one_file_are_refused(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "both.jsonl").write_text(pair[0].read_text() + pair[1].read_text())
+    assert main(["compare", str(pair[0]), str(tmp_path / "both.jsonl")]) == 1
+    assert "both.jsonl, line 6 is of another run than line 1 (method)" in capsys.readouterr().err
 
 
 def test_runs_without_a_common_question_are_refused(
