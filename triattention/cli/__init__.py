@@ -1,7 +1,7 @@
-"""The command line: ``run-one``, ``build-stats``, ``download-models``.
+"""The command line, one file per verb: ``run-one`` and its repetitions, ``compare``, and what they need.
 
-Exit codes: 0 done, 1 an error that the message says how to mend, 2 usage, 130 interrupted. One file per verb; torch and
-transformers are imported by the verb that runs, so that ``--help`` is quick.
+Exit codes: 0 done, 1 an error that the message says how to mend, 2 usage, 130 interrupted. torch and transformers are
+imported by the verb that runs, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -11,28 +11,37 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from triattention import __version__
-from triattention.cli import build_stats, download_models, run_one
+from triattention.cli import (
+    build_stats,
+    calibrate,
+    compare,
+    download_models,
+    extra_config,
+    run_default,
+    run_one,
+    run_sweep,
+)
 from triattention.errors import TriAttentionError
 
-_VERBS = (run_one, build_stats, download_models)
+_VERBS = (run_one, run_default, run_sweep, compare, build_stats, calibrate, download_models)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; argparse itself exits with 2 on a usage error."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.verb is None:
-        parser.print_help()
-        return 0
+    return guarded(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def guarded(call: Callable[[], None]) -> int:
+    """The exit code of ``call``: what a user can cause is one sentence on stderr, and warnings are notes there."""
     _log_to_stderr()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            args.run(args)
+            call()
             sys.stdout.flush()
     except TriAttentionError as error:
         print(f"triattention: {error}", file=sys.stderr)
@@ -54,7 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _run(argv: list[str]) -> None:
+    parser, verbs = _parsers()
+    if argv and argv[0] in verbs:
+        argv = [argv[0], *extra_config.expand(argv[1:], verbs[argv[0]])]
+    args = parser.parse_args(argv)
+    if args.verb is None:
+        parser.print_help()
+    else:
+        args.run(args)
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole parser, and that of each verb."""
     parser = argparse.ArgumentParser(
         prog="python -m triattention",
         description="Answer questions with a compressed KV cache, and prepare what that needs.",
@@ -64,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     for verb in _VERBS:
         verb.add_parser(verbs)
-    return parser
+    return parser, verbs.choices
 
 
 def _log_to_stderr() -> None:

@@ -1,13 +1,22 @@
-"""``build-stats``: calibrate a model on text and write the statistics file."""
+"""``build-stats``: calibrate models on text and write a statistics file for each."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triattention import models
-from triattention.cli.options import add_model_options, quiet_transformers, require_writable
+from triattention.cli.calibrate import calibrate_to_file, require_output
+from triattention.cli.children import Job, run_jobs, slots_on, visible_gpus
+from triattention.cli.options import (
+    DEFAULT_MAX_LENGTH,
+    MODEL_HELP,
+    add_placement_options,
+    quiet_transformers,
+    require_at_least_one,
+)
 from triattention.errors import TriAttentionError
 
 if TYPE_CHECKING:
@@ -19,54 +28,107 @@ _RANGES = 5
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "build-stats",
-        help="calibrate a model on text and write its statistics",
-        description="Run text through a model, average its queries, write the statistics and print their concentration "
-        "|E q| / E|q| by layer (1: all queries alike; 0: no centre, and nothing for TriAttention to use).",
+        help="calibrate models on text and write their statistics",
+        description="Run text through each model, average its queries, write the statistics and print their "
+        "concentration |E q| / E|q| by layer (1: all queries alike; 0: no centre, nothing for TriAttention to use). "
+        "Without --output and --output-dir they are the statistics that run-one makes by itself, in the cache, and the "
+        "path is printed last.",
     )
-    add_model_options(parser)
-    parser.add_argument("--input", metavar="TEXT", help="UTF-8 text to calibrate on (default: the bundled text)")
     parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="statistics file to write, replaced if it exists (default: the one that run-one uses, in the cache)",
+        "--model", action="append", required=True, metavar="M", help=f"{MODEL_HELP}; may be given several times"
+    )
+    add_placement_options(parser)
+    parser.add_argument("--input", metavar="TEXT", help="UTF-8 text to calibrate on (default: the bundled text)")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--output", metavar="FILE", help="statistics file of one model, replaced if it exists")
+    target.add_argument("--output-dir", metavar="DIR", help="directory for one file per model, MODEL.pt")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help=f"tokens of the text that are used (default: {DEFAULT_MAX_LENGTH})",
+    )
+    parser.add_argument(
+        "--job-parallel", type=int, metavar="N", help="models calibrated at once, one per GPU in turn (default: 1)"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.output is None:
+    require_at_least_one(args, "max_length", "job_parallel")
+    outputs = _outputs(args)
+    if not outputs:
         _show_cached(args)
         return
-    output = Path(args.output).expanduser()
-    if output.is_dir():
-        raise TriAttentionError(f"--output {output} is a directory; give the name of the file to write")
-    require_writable(output.absolute().parent, "--output directory")
-    from triattention import statistics
-    from triattention.text_calibration import bundled_text, calibrate_on_text, read_text
+    for output in outputs.values():
+        require_output(output)
+    length = args.max_length or DEFAULT_MAX_LENGTH
+    calls = [(model, args.input, str(output), length, args.dtype, args.device) for model, output in outputs.items()]
+    if len(calls) == 1:
+        calibrate_to_file(*calls[0][:2], *outputs.values(), *calls[0][3:])
+    else:
+        _in_children(calls, args.job_parallel or 1)
+    for output in outputs.values():
+        _show(output, args.input)
 
-    quiet_transformers()
-    text = bundled_text() if args.input is None else read_text(Path(args.input).expanduser())
-    source = models.find_source(args.model)
-    loaded = models.load(source, dtype=args.dtype, device=args.device)
-    result = calibrate_on_text(loaded, text)
-    try:
-        statistics.save(output, result)
-    except OSError as error:
-        raise TriAttentionError(f"cannot write {output}: {error.strerror}; give another --output") from error
-    print(f"wrote {output}: {result.token_count} tokens of {args.input or 'the bundled text'}")
+
+def _outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The file to write for each model; none where the statistics stay in the cache."""
+    if args.output is not None:
+        if len(args.model) > 1:
+            raise TriAttentionError(
+                f"--output {args.output} is one file for {len(args.model)} models; use --output-dir"
+            )
+        return {args.model[0]: Path(args.output).expanduser()}
+    if args.output_dir is None:
+        for option, value in (
+            ("input", args.input),
+            ("max-length", args.max_length),
+            ("job-parallel", args.job_parallel),
+        ):
+            if value is not None:
+                raise TriAttentionError(
+                    f"--{option} {value} needs --output or --output-dir: statistics in the cache are of the bundled "
+                    "text, made one model after the other"
+                )
+        return {}
+    directory = Path(args.output_dir).expanduser()
+    outputs = {model: directory / f"{models.find_source(model).label}.pt" for model in args.model}
+    if len(set(outputs.values())) < len(outputs):
+        raise TriAttentionError(f"two of the models would be written to the same file in {directory}; do one at a time")
+    return outputs
+
+
+def _in_children(calls: list[tuple[Any, ...]], at_once: int) -> None:
+    names = ("model", "text_file", "output", "max_length", "dtype", "device")
+    jobs = [
+        Job(call[0], "triattention.cli.calibrate:calibrate_in_child", dict(zip(names, call, strict=True)))
+        for call in calls
+    ]
+    gpus = visible_gpus(models.choose_device(calls[0][-1]).type)
+    slots = slots_on(gpus, min(at_once, len(jobs)))
+    failures = run_jobs(jobs, slots, note=lambda line: print(line, file=sys.stderr))
+    if failures:
+        raise TriAttentionError(f"{len(failures)} of {len(jobs)} models were not calibrated: {'; '.join(failures)}")
+
+
+def _show(path: Path, text_file: str | None) -> None:
+    from triattention import statistics
+
+    result = statistics.load(path)
+    print(f"wrote {path}: {result.token_count} tokens of {text_file or 'the bundled text'}")
     print(*concentration_lines(result), sep="\n")
 
 
 def _show_cached(args: argparse.Namespace) -> None:
     """Print the statistics that ``run-one`` uses, made now if there are none yet, and last where they are."""
-    if args.input is not None:
-        raise TriAttentionError(f"--input {args.input} needs --output: statistics in the cache are of the bundled text")
     from triattention import statistics
     from triattention.text_calibration import cached_statistics
 
     quiet_transformers()
-    path = cached_statistics(models.load(models.find_source(args.model), dtype=args.dtype, device=args.device))
-    print(*concentration_lines(statistics.load(path)), path, sep="\n")
+    for source in [models.find_source(model) for model in args.model]:
+        path = cached_statistics(models.load(source, dtype=args.dtype, device=args.device))
+        print(*concentration_lines(statistics.load(path)), path, sep="\n")
 
 
 def concentration_lines(result: Statistics) -> list[str]:

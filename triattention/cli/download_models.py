@@ -1,4 +1,4 @@
-"""``download-models``: put a model where ``run-one`` finds it, and print the directory."""
+"""``download-models``: put models where ``run-one`` finds them, and print their directories."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from triattention.cli.options import quiet_transformers
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "download-models",
-        help="convert the embedded model, or fetch a hub model, and print its directory",
-        description="Convert the embedded model once, or fetch a hub model into the hub's cache; print the directory.",
+        help="convert the embedded model, or fetch hub models, and print their directories",
+        description="Convert the embedded model once, or fetch hub models into the hub's cache; print each directory.",
     )
-    parser.add_argument("--model", default=models.EMBEDDED, metavar="M", help="'embedded' (default) or a hub name")
+    parser.add_argument(
+        "--model", action="append", metavar="M", help="'embedded' (default) or a hub name; may be given several times"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     quiet_transformers()
-    print(models.fetch(models.find_source(args.model)))
+    for source in [models.find_source(name) for name in args.model or [models.EMBEDDED]]:
+        print(models.fetch(source), flush=True)

@@ -6,21 +6,83 @@ import argparse
 import os
 from pathlib import Path
 
+from triattention import models
+from triattention.cli import extra_config
 from triattention.errors import TriAttentionError
-from triattention.models import DEVICES, DTYPES
+
+DEFAULT_TEMPERATURE = 0.6
+DEFAULT_TOP_P = 0.95
+DEFAULT_MAX_LENGTH = 32768
+
+MODEL_HELP = "'embedded' (SmolLM2-135M-Instruct), a model directory, or a hub name"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="M", help=MODEL_HELP)
+    add_placement_options(parser)
+
+
+def add_placement_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model",
-        required=True,
-        metavar="M",
-        help="'embedded' (SmolLM2-135M-Instruct), a model directory, or a hub name",
+        "--dtype", choices=models.DTYPES, default="auto", help="weights and cache (default: the checkpoint's own)"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="weights and cache (default: the checkpoint's own)"
+        "--device", choices=models.DEVICES, default="auto", help="default: the GPU where torch sees one"
     )
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: the GPU where torch sees one")
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, max_new_tokens: int, out: str | None) -> None:
+    """Add what one run and many runs have in common: everything but dataset, method and budget."""
+    parser.add_argument(
+        "--attn-implementation", choices=models.ATTENTION, default="sdpa", help="attention of the model (default: sdpa)"
+    )
+    parser.add_argument("--max-questions", type=int, metavar="K", help="only the first K questions")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"longest reply in tokens (default: {max_new_tokens})",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="replies generated together (default: 1)"
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="replies per question, for pass@1 (default: 1)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"sample (default: greedy, or {DEFAULT_TEMPERATURE} with several samples)",
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help=f"nucleus of sampling (default: {DEFAULT_TOP_P} where it samples)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the seed of every batch derives from it (default: 0)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that share the batches (default: one per GPU; one on a CPU)"
+    )
+    where = "nothing is kept" if out is None else out
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default=out,
+        help=f"directory of the JSON lines and the summary; a run found there goes on (default: {where})",
+    )
+    parser.add_argument("--run-tag", metavar="TAG", help="put at the end of the file names")
+    extra_config.add_option(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be run; load no weights and write nothing"
+    )
+
+
+def require_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raise TriAttentionError for an option that is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise TriAttentionError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
 
 
 def quiet_transformers() -> None:

@@ -1,156 +1,261 @@
-"""Results of ``run-one``: one JSON line per question as it ends, and a summary made from them alone."""
+"""The results file of a run: JSON lines, a whole batch at a time, and what makes a run resumable.
+
+A line is one reply: the fields of ``Result``, then the settings of the run, which every line repeats; so a line can be
+read without the rest, and a run is compared with what it would continue setting by setting. ``<name>.summary.json`` is
+made from the lines alone when every batch is there.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from triattention.cli.options import require_writable
+from filelock import FileLock, Timeout
+
 from triattention.errors import TriAttentionError
 
 if TYPE_CHECKING:
-    from triattention.datasets import Question
-    from triattention.generation import Answer
-    from triattention.grading import Grade
+    from triattention.cli.plan import Plan
+
+_APPEND_LIMIT_S = 60
+
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One line of the results file. ``tokens_per_s`` is new_tokens / seconds; ``budget`` is None for method full."""
+    """One reply, as measured.
+
+    ``index`` is the question's in the dataset, from 0; ``batch`` the batch's in the run, seeded with ``batch_seed``.
+    ``tokens_per_s`` is new_tokens / seconds. The rest is of ``Grade`` and ``generation.Answer``.
+    """
 
     question: str
     expected: str
     answer: str
     extracted: str
     correct: bool
+    index: int
+    sample: int
+    batch: int
+    batch_seed: int
     prompt_tokens: int
     new_tokens: int
+    truncated: bool
     seconds: float
+    batch_seconds: float
     tokens_per_s: float
     peak_kv_tokens: int
+    peak_kv_bytes: int
+    peak_memory_bytes: int
     rounds: int
-    method: str
-    budget: int | None
-    seed: int
-    model: str
-    dataset: str
-    attn: str
-    dtype: str
-    device: str
-
-    @classmethod
-    def of(cls, question: Question, reply: Answer, graded: Grade, described: Mapping[str, Any]) -> Result:
-        return cls(
-            question=question.question,
-            expected=question.answer,
-            answer=reply.text,
-            extracted=graded.extracted,
-            correct=graded.correct,
-            prompt_tokens=reply.prompt_tokens,
-            new_tokens=reply.new_tokens,
-            seconds=reply.seconds,
-            tokens_per_s=reply.tokens_per_s,
-            peak_kv_tokens=reply.peak_kv_tokens,
-            rounds=reply.rounds,
-            **described,
-        )
 
 
-def run_name(method: str, budget: int | None, model: str, dataset: str) -> str:
-    """The stem of a run's files, such as ``triattention-b128-embedded-smoke``."""
-    return "-".join([method, *([] if budget is None else [f"b{budget}"]), model, dataset])
+MEASURED = tuple(field.name for field in fields(Result))
+
+
+def read_lines(path: Path) -> tuple[list[Line], int]:
+    """The whole lines of a results file, and how many bytes of a torn one follow them.
+
+    Raises TriAttentionError for a file that cannot be read, or a whole line that is no result.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TriAttentionError(f"cannot read {path}: {error.strerror}; give a results file of run-one") from error
+    lines = []
+    *whole, torn = data.split(b"\n")
+    for number, line in enumerate(whole, start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise TriAttentionError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
+        absent = [name for name in MEASURED if not isinstance(entry, dict) or name not in entry]
+        if absent:
+            raise TriAttentionError(f"{path}, line {number} has no {absent[0]!r}, so it is no line of run-one")
+        lines.append(entry)
+    return lines, len(torn)
 
 
 class Results:
-    """Results of a run: ``<out>/<name>.jsonl`` and ``<out>/<name>.summary.json``, in memory where ``out`` is None.
+    """The lines of one plan's file at ``path``: those there already, and those that are added."""
 
-    The first line makes the directory and the file, so a run that fails before it leaves nothing. Every line is written
-    whole and flushed; an interrupted run leaves whole lines and no summary.
-    """
+    def __init__(self, plan: Plan, path: Path) -> None:
+        self.path = path
+        self._plan = plan
+        self._size = 0
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=_APPEND_LIMIT_S)
 
-    def __init__(self, out: Path | None, name: str) -> None:
-        self._lines: list[Result] = []
-        self._stream: IO[str] | None = None
-        self._jsonl = None if out is None else out / f"{name}.jsonl"
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Own the file for one run: make its directory, drop what an interruption left half-done, and at the end remove
+        what turned out not to be needed.
 
-    def check(self) -> None:
-        """Raise TriAttentionError for a directory that cannot be written to or holds this run already."""
-        if self._jsonl is None:
-            return
-        require_writable(self._jsonl.parent, "--out")
-        if self._jsonl.exists():
-            raise TriAttentionError(f"{self._jsonl} exists; give another --out, or remove the file")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-    def append(self, result: Result) -> None:
-        self._lines.append(result)
-        if self._jsonl is not None:
+        Raises TriAttentionError where another run has it, or it holds a run with other settings.
+        """
+        self.done()
+        made = []
+        try:
+            with _cannot_write(self.path):
+                made = _make_directories(self.path.parent)
+            owner = FileLock(self.path.with_name(f".{self.path.name}.run.lock"))
             try:
-                if self._stream is None:
-                    self._jsonl.parent.mkdir(parents=True, exist_ok=True)
-                    self._stream = self._jsonl.open("x", encoding="utf-8")
-                self._stream.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
-                self._stream.flush()
-            except OSError as error:
-                raise _cannot_write(self._jsonl, error) from error
-
-    def finish(self, described: Mapping[str, Any]) -> str:
-        """Write the summary and return its line."""
-        summary = summarise(self._lines)
-        if self._jsonl is not None:
-            path = self._jsonl.with_suffix(".summary.json")
+                owner.acquire(timeout=0)
+            except Timeout:
+                raise TriAttentionError(
+                    f"another run is writing {self.path}; wait for it, or give a --run-tag"
+                ) from None
             try:
-                _write_atomic(path, {**described, **summary})
-            except OSError as error:
-                raise _cannot_write(path, error) from error
-        return summary_line(summary)
+                with _cannot_write(self.path):
+                    self._repair()
+                yield
+            finally:
+                for lock in (self._lock, owner):
+                    Path(lock.lock_file).unlink(missing_ok=True)
+                owner.release()
+        finally:
+            for directory in made:
+                with suppress(OSError):  # it holds results
+                    directory.rmdir()
+
+    def done(self, settings: Mapping[str, Any] | None = None) -> set[int]:
+        """The numbers of the finished batches.
+
+        Raises TriAttentionError, naming the first setting or question that differs, for a file of another run.
+        ``settings`` are those of a loaded model, where it is known.
+        """
+        whole, _, _ = self._by_batch(self._plan.settings if settings is None else settings)
+        return set(whole)
+
+    def _by_batch(self, settings: Mapping[str, Any]) -> tuple[dict[int, list[Line]], int, int]:
+        """The lines of the finished batches, how many lines are of others, and the bytes of a torn line."""
+        if not self.path.exists():
+            return {}, 0, 0
+        lines, torn = read_lines(self.path)
+        batches = self._plan.batches
+        found: dict[int, list[Line]] = {}
+        for number, line in enumerate(lines, start=1):
+            self._require_same(line, number, settings)
+            found.setdefault(line["batch"], []).append(line)
+        whole = {}
+        for batch, members in found.items():
+            units = [(line["index"], line["sample"]) for line in members]
+            if len(set(units)) < len(units):
+                raise TriAttentionError(f"{self.path} holds batch {batch} twice; remove the file, or give a --run-tag")
+            if units == [(unit.index, unit.sample) for unit in batches[batch]]:
+                whole[batch] = members
+        return whole, len(lines) - sum(map(len, whole.values())), torn
+
+    def _require_same(self, line: Line, number: int, settings: Mapping[str, Any]) -> None:
+        way_out = "give another --out or --run-tag, or remove the file"
+        for name, value in settings.items():
+            if line.get(name) != value:
+                raise TriAttentionError(
+                    f"{self.path} holds a run with {name} = {line.get(name)} and this one has {value}; {way_out}"
+                )
+        if line["index"] >= len(self._plan.questions) or line["batch"] >= len(self._plan.batches):
+            raise TriAttentionError(f"{self.path}, line {number} is of no batch of this run; {way_out}")
+        question = self._plan.questions[line["index"]]
+        if (line["question"], line["expected"]) != (question.question, question.answer):
+            raise TriAttentionError(
+                f"{self.path}, line {number} answers {line['question'][:60]!r}, and question {line['index'] + 1} of "
+                f"{self._plan.settings['dataset']} is {question.question[:60]!r}; {way_out}"
+            )
+
+    def _repair(self) -> None:
+        """Drop a torn line and unfinished batches, with a note; they are done again."""
+        whole, unfinished, torn = self._by_batch(self._plan.settings)
+        if unfinished or torn:
+            dropped = [f"{unfinished} lines of unfinished batches"] * bool(unfinished) + ["a torn line"] * bool(torn)
+            print(f"note: {self.path} ended with {' and '.join(dropped)}, dropped and done again")
+            self._rewrite(whole)
+        self._size = self.path.stat().st_size if self.path.exists() else 0
+
+    def append(self, lines: Sequence[Line]) -> None:
+        """Add the lines of one batch: all of them in one write that reaches the disk, or none."""
+        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        with _cannot_write(self.path), self._lock:
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                before = os.fstat(handle).st_size
+                try:
+                    written = os.write(handle, data)
+                    if written < len(data):
+                        raise OSError(None, f"{written} of {len(data)} bytes were written")
+                    os.fsync(handle)
+                except OSError:
+                    os.ftruncate(handle, before)
+                    raise
+            finally:
+                os.close(handle)
+
+    def new_lines(self) -> list[Line]:
+        """The whole lines that others have added since the last look."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as stream:
+            stream.seek(self._size)
+            data = stream.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._size += len(whole)
+        return [json.loads(line) for line in whole.split(b"\n")[:-1]]
+
+    def finish(self) -> list[Line]:
+        """The lines of the complete run, in the order of the dataset; the file is put in that order too."""
+        whole, _, _ = self._by_batch(self._plan.settings)
+        absent = len(self._plan.batches) - len(whole)
+        if absent:
+            raise TriAttentionError(f"{absent} of {len(self._plan.batches)} batches are not in {self.path}")
+        if list(whole) != sorted(whole):
+            with _cannot_write(self.path):
+                self._rewrite(whole)
+        return [line for batch in sorted(whole) for line in whole[batch]]
+
+    def _rewrite(self, batches: Mapping[int, Sequence[Line]]) -> None:
+        lines = [line for batch in sorted(batches) for line in batches[batch]]
+        write_atomic(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def summarise(lines: list[Result]) -> dict[str, Any]:
-    """Accuracy, speed over all questions, the highest peak and the sum of the rounds."""
-    correct, tokens, seconds = (sum(getattr(r, name) for r in lines) for name in ("correct", "new_tokens", "seconds"))
-    return {
-        "questions": len(lines),
-        "correct": correct,
-        "accuracy": correct / len(lines),
-        "new_tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_s": tokens / seconds,
-        "peak_kv_tokens": max(r.peak_kv_tokens for r in lines),
-        "rounds": sum(r.rounds for r in lines),
-    }
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``<name>.summary.json`` beside the lines at ``path``."""
+    with _cannot_write(path):
+        write_atomic(summary_path(path), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
-def summary_line(summary: Mapping[str, Any]) -> str:
-    return (
-        f"accuracy {summary['correct']}/{summary['questions']} = {summary['accuracy']:.3f}  "
-        f"tokens/s {summary['tokens_per_s']:.1f}  peak KV {summary['peak_kv_tokens']}  rounds {summary['rounds']}"
-    )
+def summary_path(path: Path) -> Path:
+    return path.with_suffix(".summary.json")
 
 
-def _cannot_write(path: Path | None, error: OSError) -> TriAttentionError:
-    return TriAttentionError(f"cannot write {path}: {error.strerror}; make room, or give another --out")
+@contextmanager
+def _cannot_write(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Timeout as error:
+        raise TriAttentionError(f"{path} stayed locked for {_APPEND_LIMIT_S} s; is another run stopped?") from error
+    except OSError as error:
+        raise TriAttentionError(f"cannot write {path}: {error.strerror}; make room, or give another --out") from error
 
 
-def _write_atomic(path: Path, content: Mapping[str, Any]) -> None:
+def _make_directories(directory: Path) -> list[Path]:
+    """Make a directory and its parents; those that were not there, the innermost first."""
+    absent = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    return absent
+
+
+def write_atomic(path: Path, content: str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -1,0 +1,98 @@
+"""``calibrate``: statistics of one model on a text, with the concentration of every layer."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triattention import models
+from triattention.cli.options import (
+    DEFAULT_MAX_LENGTH,
+    add_model_options,
+    quiet_transformers,
+    require_at_least_one,
+    require_writable,
+)
+from triattention.errors import TriAttentionError
+
+if TYPE_CHECKING:
+    from triattention.statistics import Statistics
+
+_log = logging.getLogger(__name__)
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "calibrate",
+        help="statistics of one model on a text, layer by layer",
+        description="Run a text through a model, average its queries, write the statistics and print the concentration "
+        "|E q| / E|q| of every layer (1: all queries alike; 0: no centre, and nothing for TriAttention to use).",
+    )
+    add_model_options(parser)
+    parser.add_argument("--input", required=True, metavar="TEXT", help="UTF-8 text to calibrate on")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="statistics file to write, replaced if it exists"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=DEFAULT_MAX_LENGTH,
+        metavar="N",
+        help=f"tokens of the text that are used (default: {DEFAULT_MAX_LENGTH})",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    require_at_least_one(args, "max_length")
+    output = Path(args.output).expanduser()
+    require_output(output)
+    result = calibrate_to_file(args.model, args.input, output, args.max_length, args.dtype, args.device)
+    print(f"wrote {output}: {result.token_count} tokens of {args.input}")
+    for layer, concentration in enumerate(result.concentration().tolist()):
+        print(f"concentration, layer {layer:2d}: {concentration:.3f}")
+
+
+def require_output(output: Path) -> None:
+    """Raise TriAttentionError unless the file can be written, before a model is loaded for it."""
+    if output.is_dir():
+        raise TriAttentionError(f"--output {output} is a directory; give the name of the file to write")
+    require_writable(output.absolute().parent, "--output directory")
+
+
+def calibrate_to_file(
+    model: str, text_file: str | None, output: Path, max_length: int, dtype: str, device: str
+) -> Statistics:
+    """Calibrate ``model`` on a text file (the bundled text where None) and write its statistics."""
+    from tqdm import tqdm
+
+    from triattention import statistics
+    from triattention.text_calibration import bundled_text, calibrate_on_text, read_text
+
+    quiet_transformers()
+    text = bundled_text() if text_file is None else read_text(Path(text_file).expanduser())
+    loaded = models.load(models.find_source(model), dtype=dtype, device=device)
+    with tqdm(unit="token", desc=model, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = calibrate_on_text(loaded, text, max_length=max_length, progress=progress)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        statistics.save(output, result)
+    except OSError as error:
+        raise TriAttentionError(f"cannot write {output}: {error.strerror}; give another --output") from error
+    return result
+
+
+def calibrate_in_child(
+    model: str, text_file: str | None, output: str, max_length: int, dtype: str, device: str
+) -> None:
+    """``calibrate_to_file`` for a child process, with a line on stderr when it is done."""
+    result = calibrate_to_file(model, text_file, Path(output), max_length, dtype, device)
+    _log.info("wrote %s: %d tokens", output, result.token_count)

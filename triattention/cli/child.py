@@ -1,0 +1,33 @@
+"""A child process of the command line: calls the function that one JSON line on its standard input names.
+
+It ends when that input does, which is when its parent has gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from importlib import import_module
+
+from triattention.cli import guarded
+
+
+def main() -> int:
+    # unbuffered, because a thread that waits inside a buffered reader would keep the interpreter from ending
+    with open(0, "rb", buffering=0, closefd=False) as stdin:
+        call = json.loads(stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    module, _, name = call["function"].partition(":")
+    return guarded(lambda: getattr(import_module(module), name)(**call["arguments"]))
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

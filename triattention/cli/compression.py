@@ -1,0 +1,102 @@
+"""The methods that the command line knows: their options, what is checked before a model is loaded, and the patch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triattention.errors import TriAttentionError
+
+if TYPE_CHECKING:
+    from triattention.models import LoadedModel
+
+#: Every spelling, and the method it means.
+METHODS = {"full": "full", "fullkv": "full", "triattention": "triattention"}
+DEFAULT_BUDGET = 2048
+DEFAULT_DIVIDE_LENGTH = 128
+#: Options that mean something to a compressing method alone.
+_OPTIONS = ("budget", "divide_length", "window_size", "pruning_mode", "allow_prefill_compression", "stats_path")
+
+
+def add_options(parser: argparse.ArgumentParser, *, budget: bool = True) -> None:
+    """Add the options of every compressing method; ``--budget`` only where a verb has one budget."""
+    group = parser.add_argument_group("compression (ignored, with a note, by method full)")
+    if budget:
+        group.add_argument("--budget", type=int, metavar="N", help=f"KV tokens kept (default: {DEFAULT_BUDGET})")
+    group.add_argument(
+        "--divide-length",
+        type=int,
+        metavar="N",
+        help=f"compress when budget + N are reached (default: {DEFAULT_DIVIDE_LENGTH})",
+    )
+    group.add_argument(
+        "--window-size", type=int, metavar="N", help="newest tokens kept (default: min(128, budget // 2))"
+    )
+    group.add_argument(
+        "--pruning-mode", metavar="{per_head,union}", help="one keep set per KV head (default), or one for all heads"
+    )
+    group.add_argument(
+        "--allow-prefill-compression",
+        action=argparse.BooleanOptionalAction,
+        help="let the prompt be evicted too (default: it is kept)",
+    )
+    group.add_argument(
+        "--stats-path", metavar="FILE", help="statistics (default: calibrate once, and keep them in the cache)"
+    )
+
+
+def without_effect(args: argparse.Namespace, method: str) -> list[str]:
+    """The given options that ``method`` does not look at."""
+    unused = _OPTIONS if method == "full" else ()
+    return [f"--{option.replace('_', '-')}" for option in unused if getattr(args, option) is not None]
+
+
+def check(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """The settings of ``method`` with their defaults, as a line of results holds them.
+
+    They are filled in on ``args`` too, which ``patch`` reads. Raises TriAttentionError for what cannot work.
+    """
+    if method == "full":
+        for option in _OPTIONS:
+            setattr(args, option, None)
+        return {"budget": None}
+    from triattention import statistics
+    from triattention.selection import check_budget, default_window
+
+    args.budget = DEFAULT_BUDGET if args.budget is None else args.budget
+    args.divide_length = DEFAULT_DIVIDE_LENGTH if args.divide_length is None else args.divide_length
+    args.pruning_mode = args.pruning_mode or "per_head"
+    if args.pruning_mode in ("per_layer", "per_layer_per_head", "per_layer_perhead"):
+        raise TriAttentionError(f"--pruning-mode {args.pruning_mode} is not available yet; use per_head or union")
+    if args.pruning_mode not in ("per_head", "union"):
+        raise TriAttentionError(f"--pruning-mode {args.pruning_mode} is not known; use per_head or union")
+    args.window_size = default_window(args.budget) if args.window_size is None else args.window_size
+    args.allow_prefill_compression = bool(args.allow_prefill_compression)
+    check_budget(args.budget, args.divide_length, args.window_size)
+    if args.stats_path is not None:
+        statistics.load(Path(args.stats_path).expanduser())
+    return {option: getattr(args, option) for option in _OPTIONS}
+
+
+def patch(loaded: LoadedModel, args: argparse.Namespace, method: str) -> None:
+    """Patch the model with the recommended setting: z-scores, slack trigger, prompt counted; full stays as it is."""
+    if method == "full":
+        return
+    from triattention.methods.triattention import apply_triattention_patch
+    from triattention.text_calibration import cached_statistics
+
+    path = cached_statistics(loaded) if args.stats_path is None else Path(args.stats_path).expanduser()
+    apply_triattention_patch(
+        loaded.model,
+        stats_path=path,
+        model_path=loaded.source.location,
+        kv_budget=args.budget,
+        divide_length=args.divide_length,
+        window_size=args.window_size,
+        per_head_pruning=args.pruning_mode == "per_head",
+        allow_prefill_compression=args.allow_prefill_compression,
+        normalize_scores=True,
+        use_slack_trigger=True,
+        count_prompt_tokens=True,
+    )

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from triattention.cli import main
+from triattention.tests.command_line import run_one
+
+
+@pytest.fixture
+def configured(tiny_model: str, questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What a dry run prints, and the exit code, with YAML texts as extra configurations."""
+
+    def run(*texts: str, more: tuple[str, ...] = ()) -> tuple[int, str]:
+        files = []
+        for number, text in enumerate(texts):
+            (tmp_path / f"{number}.yaml").write_text(text)
+            files += ["--extra-config", str(tmp_path / f"{number}.yaml")]
+        code = run_one(tiny_model, questions, "--dry-run", *files, *more)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+def test_dashes_and_underscores_both_name_options_and_required_ones_may_come_from_the_file(configured) -> None:
+    code, printed = configured(
+        "method: triattention\nbudget: 100\nmax-questions: 1\nallow_prefill_compression: true\nrun-tag: t7\n"
+    )
+    assert code == 0
+    assert "  budget                     100\n" in printed
+    assert "  allow_prefill_compression  True\n" in printed
+    assert "two-t7: 1 questions" in printed
+
+
+def test_the_command_line_wins_over_a_file_and_a_later_file_over_an_earlier_one(configured) -> None:
+    first = "method: triattention\nbudget: 100\nwindow-size: 7\nseed: 1\nallow-prefill-compression: true"
+    second = "budget: 200\nseed: 2"
+    _, printed = configured(first, second, more=("--seed", "3", "--no-allow-prefill-compression"))
+    values = dict(line.split(maxsplit=1) for line in printed.splitlines() if line.startswith("  "))
+    assert values["budget"] == "200"
+    assert values["seed"] == "3"
+    assert values["window_size"] == "7"
+    assert values["allow_prefill_compression"] == "False"
+
+
+def test_a_null_leaves_an_option_at_its_default(configured) -> None:
+    code, printed = configured("method: full\nseed: 5", "seed: null")
+    assert code == 0
+    assert "  seed                       0\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("bugdet: 100", "'bugdet' is not an option of run-one; did you mean 'budget'?"),
+        ("zzz: 100", "'zzz' is not an option of run-one; the options are model, dtype"),
+        ("extra-config: other.yaml", "'extra-config' is not an option of run-one"),
+        ("run-tag: a\nrun_tag: b", "has 'run_tag' twice, with a dash and an underscore"),
+        ("budget: true", "'budget' is True; give one value"),
+        ("dry-run: 3", "'dry-run' is 3; give true or false"),
+        ("budget: {a: 1}", "'budget' is {'a': 1}; give one value"),
+        ("- budget", "holds a list, not a mapping"),
+        ("a: b: c", "is not YAML (mapping values are not allowed here"),
+    ],
+)
+def test_what_is_no_option_is_refused_by_name(configured, text: str, sentence: str) -> None:
+    code, printed = configured(text, more=("--method", "full"))
+    assert code == 1
+    assert sentence in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_value_that_is_refused_on_the_command_line_is_refused_in_a_file(configured) -> None:
+    with pytest.raises(SystemExit) as stop:
+        configured("method: full\nbudget: 1.5")
+    assert stop.value.code == 2
+
+
+def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run-one", "--extra-config", "none.yaml"]) == 1
+    assert "cannot read --extra-config none.yaml: No such file" in capsys.readouterr().err
+
+
+def test_a_sweep_takes_its_lists_from_a_file(
+    tiny_model: str, questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweep.yaml").write_text("budgets: [64, 128]\nmethods: [full, triattention]\ndevice: cpu\n")
+    sweep = ["run-sweep", "--model", tiny_model, "--datasets", questions, "--out", str(tmp_path / "out")]
+    assert main([*sweep, "--extra-config", str(tmp_path / "sweep.yaml"), "--dry-run"]) == 0
+    runs = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "2 batches" in line]
+    name = f"{Path(tiny_model).name}-two"
+    assert runs == [f"full-{name}", f"triattention-b64-{name}", f"triattention-b128-{name}"]
