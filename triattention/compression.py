@@ -98,6 +98,8 @@ class Compression(ABC):
 
     #: Whether ``scores`` needs the queries of the window.
     observes = False
+    #: The longest sequence that the patched model's RoPE allows, None for any.
+    max_positions: int | None = None
 
     def __init__(self, budget: Budget, mode: str) -> None:
         self.budget = budget

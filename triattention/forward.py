@@ -33,6 +33,7 @@ def patch(model: Any, make: Callable[[Architecture], Compression]) -> None:
     method = make(live)
     # another library's hook may have put functions of its own on the instance
     method.replaced = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
+    method.max_positions = live.max_positions
     model.triattention = method
     model.forward = _compressing(model.forward, model, method, live)
     if live.max_positions is not None:

@@ -101,7 +101,7 @@ class Margin:
 def _fed(
     live: LiveModel, ids: torch.Tensor, setting: Setting, control: str | None, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Feed ``ids`` ``[1, T]``: each one's log-probability, and whether it was the likeliest; ``[T - 1]``, without the first.
+    """Feed ``ids`` ``[1, T]``: log-probability of each but the first, and whether it was the likeliest, ``[T - 1]``.
 
     ``control`` None is the model as it is, patched or not; a control evicts from an unpatched one.
     """

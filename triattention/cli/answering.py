@@ -28,6 +28,7 @@ def answer_batches(
     """Load the model, answer the ``batches`` by number, and append each to ``results`` as it ends."""
     from transformers import set_seed
 
+    from triattention.forward import require_length
     from triattention.generation import Sampling, encode
 
     quiet_transformers()
@@ -38,6 +39,8 @@ def answer_batches(
     settings = {**settings, **_known_now(loaded)}
     results.done(settings)
     compression.patch(loaded, args, plan.method)
+    if (method := getattr(loaded.model, "triattention", None)) is not None:
+        require_length(max(prompt.shape[1] for prompt in prompts) + args.max_new_tokens, method.max_positions)
     sampling = Sampling(settings["temperature"], settings["top_p"]) if settings["temperature"] else None
     for batch in batches:
         units = plan.batches[batch]

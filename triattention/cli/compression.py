@@ -6,16 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from triattention.errors import TriAttentionError
-
 if TYPE_CHECKING:
     from triattention.models import LoadedModel
 
-#: Every spelling, and the method it means.
-METHODS = {"full": "full", "fullkv": "full", "triattention": "triattention"}
+#: Every spelling, and the method it means; the others are those of ``methods.baselines``, which would import torch.
+METHODS = {
+    "full": "full", "fullkv": "full", "triattention": "triattention", "snapkv": "snapkv", "rkv": "rkv", "r1kv": "rkv",
+    "recent": "recent", "random": "random", "knorm": "knorm",
+}  # fmt: skip
 DEFAULT_BUDGET = 2048
 DEFAULT_DIVIDE_LENGTH = 128
-#: Options that mean something to a compressing method alone.
+_DEFAULT_MODES = {"triattention": "per_head"}
+#: Options that mean something to a compressing method alone; the last one to triattention alone.
 _OPTIONS = ("budget", "divide_length", "window_size", "pruning_mode", "allow_prefill_compression", "stats_path")
 
 
@@ -31,10 +33,15 @@ def add_options(parser: argparse.ArgumentParser, *, budget: bool = True) -> None
         help=f"compress when budget + N are reached (default: {DEFAULT_DIVIDE_LENGTH})",
     )
     group.add_argument(
-        "--window-size", type=int, metavar="N", help="newest tokens kept (default: min(128, budget // 2))"
+        "--window-size",
+        type=int,
+        metavar="N",
+        help="newest tokens kept (default: min(128, budget // 2); for snapkv 32 and rkv 8, the queries they look at)",
     )
     group.add_argument(
-        "--pruning-mode", metavar="{per_head,union}", help="one keep set per KV head (default), or one for all heads"
+        "--pruning-mode",
+        metavar="MODE",
+        help="a keep set per_head (default of triattention), union, per_layer or per_layer_per_head (of the others)",
     )
     group.add_argument(
         "--allow-prefill-compression",
@@ -48,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser, *, budget: bool = True) -> None
 
 def without_effect(args: argparse.Namespace, method: str) -> list[str]:
     """The given options that ``method`` does not look at."""
-    unused = _OPTIONS if method == "full" else ()
+    unused = {"full": _OPTIONS, "triattention": ()}.get(method, ("stats_path",))
     return [f"--{option.replace('_', '-')}" for option in unused if getattr(args, option) is not None]
 
 
@@ -62,18 +69,18 @@ def check(args: argparse.Namespace, method: str) -> dict[str, Any]:
             setattr(args, option, None)
         return {"budget": None}
     from triattention import statistics
-    from triattention.selection import check_budget, default_window
+    from triattention.methods.baselines import default_window_of
+    from triattention.selection import check_budget, check_mode
 
     args.budget = DEFAULT_BUDGET if args.budget is None else args.budget
     args.divide_length = DEFAULT_DIVIDE_LENGTH if args.divide_length is None else args.divide_length
-    args.pruning_mode = args.pruning_mode or "per_head"
-    if args.pruning_mode in ("per_layer", "per_layer_per_head", "per_layer_perhead"):
-        raise TriAttentionError(f"--pruning-mode {args.pruning_mode} is not available yet; use per_head or union")
-    if args.pruning_mode not in ("per_head", "union"):
-        raise TriAttentionError(f"--pruning-mode {args.pruning_mode} is not known; use per_head or union")
-    args.window_size = default_window(args.budget) if args.window_size is None else args.window_size
+    args.pruning_mode = check_mode(args.pruning_mode or _DEFAULT_MODES.get(method, "per_layer_per_head"))
+    if args.window_size is None:
+        args.window_size = default_window_of(method, args.budget)
     args.allow_prefill_compression = bool(args.allow_prefill_compression)
     check_budget(args.budget, args.divide_length, args.window_size)
+    if method != "triattention":
+        args.stats_path = None
     if args.stats_path is not None:
         statistics.load(Path(args.stats_path).expanduser())
     return {option: getattr(args, option) for option in _OPTIONS}
@@ -83,6 +90,15 @@ def patch(loaded: LoadedModel, args: argparse.Namespace, method: str) -> None:
     """Patch the model with the recommended setting: z-scores, slack trigger, prompt counted; full stays as it is."""
     if method == "full":
         return
+    shared = {
+        "kv_budget": args.budget, "divide_length": args.divide_length, "window_size": args.window_size,
+        "pruning_mode": args.pruning_mode, "allow_prefill_compression": args.allow_prefill_compression,
+    }  # fmt: skip
+    if method != "triattention":
+        from triattention.methods.baselines import apply_baseline_patch
+
+        apply_baseline_patch(loaded.model, method, seed=args.seed, **shared)
+        return
     from triattention.methods.triattention import apply_triattention_patch
     from triattention.text_calibration import cached_statistics
 
@@ -91,11 +107,7 @@ def patch(loaded: LoadedModel, args: argparse.Namespace, method: str) -> None:
         loaded.model,
         stats_path=path,
         model_path=loaded.source.location,
-        kv_budget=args.budget,
-        divide_length=args.divide_length,
-        window_size=args.window_size,
-        per_head_pruning=args.pruning_mode == "per_head",
-        allow_prefill_compression=args.allow_prefill_compression,
+        **shared,
         normalize_scores=True,
         use_slack_trigger=True,
         count_prompt_tokens=True,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 from triattention.cli import main
 
-TEXT = "what is 1 + 2 ? word11 user : 3 4 word12 " * 60
+#: Words that the tiny tokenizer knows, in an order that does not repeat.
+TEXT = " ".join(random.Random(0).choices(["what", "is", "word11", "word12", "user", *"1234+?:"], k=700))
 
 #: A setting small enough that forty new tokens need several rounds.
 SMALL = ("--budget", "16", "--divide-length", "8", "--window-size", "4", "--max-new-tokens", "40")

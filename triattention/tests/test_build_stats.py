@@ -95,6 +95,17 @@ def test_what_cannot_be_calibrated_is_one_sentence(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
 
 
+def test_one_sentence_over_and_over_is_refused(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "repeated").write_text("what is 1 + 2 ? word11 user : 3 4 word12 " * 60)
+    output = tmp_path / "s.pt"
+    command = ["calibrate", "--model", tiny_model, "--input", str(tmp_path / "repeated"), "--output", str(output)]
+    assert main(command) == 1
+    assert "the calibration text repeats itself: 1.7% of its runs of 32 characters" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_models_that_would_share_a_file_are_refused(
     tiny_model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,7 +115,7 @@ def test_a_budget_that_is_never_reached_gives_the_answers_of_full(
     assert full == compressed
 
 
-@pytest.mark.parametrize("method", ["full", "triattention"])
+@pytest.mark.parametrize("method", ["full", "triattention", "snapkv", "r1kv", "recent", "random", "knorm"])
 def test_a_batch_gives_the_tokens_that_single_runs_give(
     method: str, tiny_model: str, tiny_statistics: str, tmp_path: Path
 ) -> None:
@@ -127,6 +127,24 @@ def test_a_batch_gives_the_tokens_that_single_runs_give(
     assert len({line["prompt_tokens"] for line in single}) == 7
     same = ("answer", "new_tokens", "truncated", "prompt_tokens")
     assert [[line[name] for name in same] for line in single] == [[line[name] for name in same] for line in batched]
+
+
+def test_every_method_of_the_package_has_a_name_here() -> None:
+    from triattention.cli.compression import METHODS
+    from triattention.methods.baselines import BASELINES
+
+    assert set(METHODS.values()) == {"full", "triattention", *BASELINES}
+
+
+@pytest.mark.parametrize("mode", ["per_head", "union", "per_layer", "per_layer_per_head", "per_layer_perhead"])
+def test_every_mode_compresses(
+    mode: str, tiny_model: str, questions: str, tiny_statistics: str, tmp_path: Path
+) -> None:
+    compressed = ["--method", "triattention", *SMALL, "--allow-prefill-compression", "--stats-path", tiny_statistics]
+    assert run_one(tiny_model, questions, *compressed, "--pruning-mode", mode, "--out", str(tmp_path)) == 0
+    lines = lines_of(results_in(tmp_path))
+    assert all(line["rounds"] > 0 for line in lines)
+    assert lines[0]["pruning_mode"] == mode.replace("perhead", "per_head")
 
 
 def test_a_reply_is_cut_at_its_own_end_token(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +186,7 @@ def test_statistics_are_calibrated_once_and_again_when_damaged(
     [
         (["--budget", "0"], "the KV budget is 0; it must be at least 1"),
         (["--budget", "64", "--window-size", "64"], "the window is 64 and the KV budget 64"),
-        (["--pruning-mode", "per_layer"], "--pruning-mode per_layer is not available yet; use per_head or union"),
-        (["--pruning-mode", "banana"], "--pruning-mode banana is not known"),
+        (["--pruning-mode", "banana"], "the pruning mode is 'banana'; use one of per_head, union, per_layer"),
         (["--stats-path", "none.pt"], "there is no statistics file none.pt"),
         (["--stats-path", "README"], "the statistics file README .* cannot be read"),
         (["--dataset", "nonsense"], "dataset 'nonsense' is not known"),
@@ -211,7 +228,7 @@ def test_statistics_of_another_model_are_refused_with_both_values(
     other = write_tiny_model(tmp_path / "other", layers=3)
     command = ["--method", "triattention", *SMALL, "--stats-path", tiny_statistics, "--out", str(tmp_path / "out")]
     assert run_one(str(other), questions, *command) == 1
-    assert re.search(r"\(2, 4, 8\).*\(3, 4, 8\)", capsys.readouterr().err)
+    assert re.search(r"\(2, 4, 8, 0\).*\(3, 4, 8, 0\)", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
