@@ -32,6 +32,7 @@ examples:
   python -m verify run --resume RUN              go on with an interrupted run
   python -m verify compile                       build every kernel for every GPU; none is needed
   python -m verify compile --sm 120,121 --full
+  python -m verify quality                       what the embedded model still knows, beside simple controls
   python -m verify report                        one line for every GPU
   python -m verify report --gpu sm120 --format markdown
   python -m verify doctor --expect sm90          is this machine ready, and is it the right one
@@ -86,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     _add_run(verbs)
     _add_compile(verbs)
+    _add_quality(verbs)
     report = _add(verbs, "report", "the gate matrix of a GPU from the records, or one line for every GPU")
     report.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
     _add_format(report)
@@ -195,6 +197,21 @@ def _compile(chosen: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
 
 
+def _add_quality(verbs: argparse._SubParsersAction) -> None:
+    verb = _add(verbs, "quality", "perplexity and needle recall beside controls at the same budget, over five seeds")
+    verb.add_argument("--subject", metavar="S", default="bundled", help="bundled (default), or a checkout")
+    verb.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    verb.add_argument("--out", type=Path, metavar="FILE", help="write every value as JSON")
+
+
+def _quality(chosen: argparse.Namespace) -> int:
+    from verify import quality
+
+    return quality.quality_verb(chosen.subject, chosen.device, chosen.out)
+
+
 def _run(chosen: argparse.Namespace) -> int:
     request = request_of(chosen)
     from verify import runner
@@ -226,4 +243,12 @@ def _explain(chosen: argparse.Namespace) -> int:
     return pages.explain(chosen.id, chosen.records)
 
 
-_VERBS = {"run": _run, "compile": _compile, "report": _report, "doctor": _doctor, "gates": _gates, "explain": _explain}
+_VERBS = {
+    "run": _run,
+    "compile": _compile,
+    "quality": _quality,
+    "report": _report,
+    "doctor": _doctor,
+    "gates": _gates,
+    "explain": _explain,
+}

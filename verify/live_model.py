@@ -41,6 +41,30 @@ def _marks_of(original: Any, held: Any) -> Any:
     return torch.zeros(original.shape[:2], dtype=torch.bool).scatter_(1, rows, torch.ones_like(rows, dtype=torch.bool))
 
 
+def load(location: str, statistics: Path, subject: Subject, device: str, defaults: Mapping[str, Any]) -> LiveModel:
+    """The model in the directory ``location``, in float32 under sdpa, with its tokenizer padding on the left."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, attn_implementation="sdpa")
+    tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LiveModel(model.to(device).eval(), tokenizer, location, statistics, subject, defaults)
+
+
+def locate(bundled: Subject, model: str, device: str) -> tuple[str, Path]:
+    """The directory of ``model``, and its statistics in float32, both by the bundled command line.
+
+    The embedded model is converted, and either is calibrated, once; both are kept in the cache.
+    """
+    location = model
+    if model == "embedded":
+        location = bundled.run("download-models", "--model", "embedded").strip().splitlines()[-1]
+    printed = bundled.run("build-stats", "--model", location, "--dtype", "float32", "--device", device)
+    return location, Path(printed.strip().splitlines()[-1])
+
+
 @dataclass(frozen=True)
 class Round:
     """One round of one sequence: ``seen`` tokens were fed, whose keys are ``[1, H, seen, D]`` for each layer.

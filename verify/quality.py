@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from verify.outcome import ConfigurationError
+from verify.record import write_atomic
+from verify.request import repository_root
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from verify.live_model import LiveModel
 
@@ -79,9 +87,10 @@ _SHARED = ("random", "recent")
 
 @dataclass(frozen=True)
 class Margin:
-    """By how much the subject beats a control, in nats or in recall, one value for each seed; positive is better."""
+    """By how much the subject beats a control, in ``unit``, one value for each seed; positive is better."""
 
     values: tuple[float, ...]
+    unit: str
 
     @property
     def mean(self) -> float:
@@ -94,8 +103,9 @@ class Margin:
         return _T95 * math.sqrt(variance / len(self.values))
 
     @property
-    def low(self) -> float:
-        return self.mean - self.half_width
+    def proven(self) -> bool:
+        """Whether the interval lies above 0; a margin that does not is published and gates nothing."""
+        return self.mean - self.half_width > 0
 
 
 def _fed(
@@ -144,14 +154,14 @@ def perplexity_loss(live: LiveModel, setting: Setting, control: str | None, seed
 
 
 #: Depths of the needle in the haystack of one seed, as a share of it.
-_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+_DEPTHS = (0.2, 0.4, 0.6, 0.8)
 _PLACES = ("harbour", "library", "orchard", "station", "theatre", "museum", "bakery", "school", "garden", "market")
 _PEOPLE = ("The baker", "An old sailor", "The teacher", "A young painter", "The doctor", "My neighbour", "The farmer")
 _ACTS = ("walked along", "looked at", "talked about", "painted", "remembered", "wrote a letter about", "dreamed of")
 _THINGS = ("the quiet river", "a wooden bridge", "the tall trees", "an empty street", "the old clock", "a small boat")
 
 
-def needle(seed: int, depth: float, sentences: int = 60) -> tuple[str, str]:
+def needle(seed: int, depth: float, sentences: int = 40) -> tuple[str, str]:
     """A text of ``sentences`` sentences, one of which tells a code, asked for at its end; and the code."""
     rng = random.Random(f"needle {seed} {depth}")
     place, code = rng.choice(_PLACES), "".join(rng.choices("0123456789", k=5))
@@ -172,3 +182,111 @@ def needle_recall(live: LiveModel, setting: Setting, control: str | None, seed: 
         answer = hits[prompt.shape[1] - 1 :]
         found, total = found + int(answer.sum()), total + len(answer)
     return found / total
+
+
+#: What is measured: how, the sign that makes more of it better, and the unit of a difference.
+MEASURES: dict[str, tuple[Callable[[LiveModel, Setting, str | None, int], float], int, str]] = {
+    "perplexity": (perplexity_loss, -1, "nats"),
+    "needle": (needle_recall, 1, "recall"),
+}
+NAMES = tuple(f"{measure}_{control}" for measure in MEASURES for control in CONTROLS)
+
+
+class Measured:
+    """Values by measure and by who was measured: ``full``, a control or ``subject``; one for each seed."""
+
+    def __init__(self, values: dict[str, dict[str, list[float]]] | None = None) -> None:
+        self.values = {measure: {} for measure in MEASURES} if values is None else values
+
+    def take(self, live: LiveModel, measure: str, who: str) -> None:
+        """Measure now, unless that was done; the model must be patched for ``subject``, and unpatched for others."""
+        if who not in self.values[measure]:
+            control = who if who in CONTROLS else None
+            run = MEASURES[measure][0]
+            self.values[measure][who] = [run(live, Setting(), control, seed) for seed in SEEDS]
+
+    def margin(self, live: LiveModel, name: str) -> Margin:
+        """One of NAMES, measured now where it was not; takes an unpatched model and leaves it patched."""
+        measure, control = name.split("_")
+        self.take(live, measure, control)
+        if "subject" not in self.values[measure]:
+            live.patch(**Setting().patch)
+            self.take(live, measure, "subject")
+        return self.of(name)
+
+    def of(self, name: str) -> Margin:
+        measure, control = name.split("_")
+        _, sign, unit = MEASURES[measure]
+        pairs = zip(self.values[measure]["subject"], self.values[measure][control], strict=True)
+        return Margin(tuple(sign * (subject - other) for subject, other in pairs), unit)
+
+
+def recorded() -> Path:
+    """The file of the values that the gates come from, of the bundled reference on the embedded model."""
+    return repository_root() / "reports" / "quality" / "embedded.json"
+
+
+@cache
+def recorded_margins() -> dict[str, Margin]:
+    """Every margin of NAMES as it was recorded. Raises ConfigurationError where the file is missing."""
+    if not recorded().is_file():
+        raise ConfigurationError(
+            f"{recorded()} is missing, so the gates of p6.quality are unknown; restore it, or measure it anew with "
+            "python -m verify quality --out"
+        )
+    measured = Measured(json.loads(recorded().read_text("utf-8"))["values"])
+    return {name: measured.of(name) for name in NAMES}
+
+
+def gated() -> list[str]:
+    """The margins that gate: those whose interval lies above 0."""
+    return [name for name, margin in recorded_margins().items() if margin.proven]
+
+
+def quality_verb(subject_name: str, device: str, out: Path | None) -> int:
+    """Measure everything on the embedded model, print it, and write it to ``out``; the exit code, 0.
+
+    Raises ConfigurationError when the subject or the device cannot be used.
+    """
+    from rich.console import Console
+
+    from verify.device import prepare, resolve
+    from verify.environment import capture
+    from verify.live_model import load, locate
+    from verify.subject import find_subject
+
+    chosen = resolve(device)
+    prepare(chosen.name, "embedded")
+    root = repository_root()
+    subject = find_subject(subject_name, root)
+    subject.activate()
+    live = load(*locate(find_subject("bundled", root), "embedded", chosen.name), subject, chosen.name, {})
+    measured = Measured()
+    for measure in MEASURES:
+        for who in ("full", *CONTROLS):
+            measured.take(live, measure, who)
+    live.patch(**Setting().patch)
+    for measure in MEASURES:
+        measured.take(live, measure, "subject")
+    _print(measured, Console(highlight=False))
+    if out is not None:
+        content = {
+            "subject": subject.source, "model": "embedded", "device": chosen.name, "dtype": "float32",
+            "setting": asdict(Setting()), "seeds": list(SEEDS),
+            "environment": capture(chosen.name).model_dump(mode="json"), "values": measured.values,
+        }  # fmt: skip
+        write_atomic(out, json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def _print(measured: Measured, console: Console) -> None:
+    for measure, (_, _, unit) in MEASURES.items():
+        for who, values in measured.values[measure].items():
+            by_seed = "  ".join(f"{value:.4f}" for value in values)
+            console.print(f"{measure:<11} {who:<8} mean {sum(values) / len(values):.4f} {unit:<7} by seed {by_seed}")
+    for name in NAMES:
+        margin = measured.of(name)
+        verdict = f"gate at {margin.mean / 2:.4f}" if margin.proven else "no margin"
+        console.print(
+            f"margin over {name:<18} {margin.mean:+.4f} \u00b1 {margin.half_width:.4f} {margin.unit}: {verdict}"
+        )

@@ -33,6 +33,9 @@ EXIT_OK, EXIT_HARD, EXIT_INTERRUPTED, EXIT_CONFIGURATION, EXIT_SOFT = range(5)
 
 _COLLECTION_LIMIT_S = 180
 
+#: What is selected where no marker expression is given: slow checks, soft ones all, take minutes each on a CPU.
+_EVERYTHING = "not slow"
+
 
 def run(request: RunRequest) -> int:
     """Carry out ``request`` and return the exit code of ``python -m verify run``.
@@ -141,7 +144,7 @@ def _select(request: RunRequest, root: Path) -> tuple[Selected, ...]:
         answer = Path(folder) / "selected.json"
         command = [*pytest_command(root), "phases", "--collect-only", "-q", "--device=cpu", f"--select-to={answer}"]
         command += ["--phase", ",".join(map(str, request.phases))]
-        command += ["-m", request.expression] if request.expression else []
+        command += ["-m", request.expression or _EVERYTHING]
         try:
             child = subprocess.run(
                 command, cwd=root, env=pytest_environment(), stdin=subprocess.DEVNULL,

@@ -92,6 +92,12 @@ def _ratio(error: np.ndarray, budget: np.ndarray) -> np.ndarray:
 ATTENTION_LOG_PROB = 1e-3
 
 
+#: Largest error of calibrated means, relative to E|q| of the same frequency. They are float64 sums of the queries that
+#: the model computed, rounded once to float32, which is 2^-24 = 6e-8; the rest is room for a second forward pass that
+#: a GPU may compute with other kernels.
+CALIBRATION = 1e-6
+
+
 def trig_entry_ratio(table: Any, exact: np.ndarray, angle: np.ndarray) -> float:
     """Largest error of table entries (cos or sin values) over what each may be off by; at most 1 is allowed.
 

@@ -141,8 +141,8 @@ def test_every_mode_compresses(
     mode: str, tiny_model: str, questions: str, tiny_statistics: str, tmp_path: Path
 ) -> None:
     compressed = ["--method", "triattention", *SMALL, "--allow-prefill-compression", "--stats-path", tiny_statistics]
-    assert run_one(tiny_model, questions, *compressed, "--pruning-mode", mode, "--out", str(tmp_path)) == 0
-    lines = lines_of(results_in(tmp_path))
+    assert run_one(tiny_model, questions, *compressed, "--pruning-mode", mode, "--out", str(tmp_path / "out")) == 0
+    lines = lines_of(results_in(tmp_path / "out"))
     assert all(line["rounds"] > 0 for line in lines)
     assert lines[0]["pruning_mode"] == mode.replace("perhead", "per_head")
 
