@@ -138,7 +138,7 @@ def _lint(checks: list[pytest.Item]) -> None:
         if gates != [spec.gate]:
             raise pytest.UsageError(f"{item.nodeid} has the gates {' and '.join(gates)}; drop one")
         if spec.gate == "hard" and item.get_closest_marker("slow"):
-            raise pytest.UsageError(f"{item.nodeid} is hard and slow, so a run would leave it out; make it quick, or soft")
+            raise pytest.UsageError(f"{item.nodeid} is hard and slow, which a run leaves out; make it quick, or soft")
         for mark in ("skip", "skipif", "xfail"):
             if item.get_closest_marker(mark):
                 raise pytest.UsageError(f"{item.nodeid} is marked {mark}; use verify.skip with a code")
