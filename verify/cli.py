@@ -156,7 +156,12 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
     run.add_argument(
         "--phases", "--phase", metavar="P", action="append", help="4, 1,3-5 or 1-8 (repeatable; default: all)"
     )
-    run.add_argument("-m", dest="expression", metavar="EXPR", help="a pytest marker expression, such as hard")
+    run.add_argument(
+        "-m",
+        dest="expression",
+        metavar="EXPR",
+        help="a pytest marker expression (default: all; without a GPU: not slow)",
+    )
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: a GPU if there is one")
     run.add_argument("--expect", metavar="GPU", help="refuse to run on any other GPU (sm120, 120 or 12.0)")
     run.add_argument("--model", metavar="M", help="embedded (default), or a directory")

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
@@ -33,8 +34,8 @@ EXIT_OK, EXIT_HARD, EXIT_INTERRUPTED, EXIT_CONFIGURATION, EXIT_SOFT = range(5)
 
 _COLLECTION_LIMIT_S = 180
 
-#: What is selected where no marker expression is given: slow checks, soft ones all, take minutes each on a CPU.
-_EVERYTHING = "not slow"
+#: What is selected on a CPU where no marker expression is given: slow checks, soft ones all, take minutes each there.
+_ON_CPU = "not slow"
 
 
 def run(request: RunRequest) -> int:
@@ -109,6 +110,8 @@ def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
     """Look at everything that could make the run impossible, then make its directory."""
     subject = find_subject(request.subject, root)
     device = resolve(request.device)
+    if device.name == "cpu" and request.expression is None:
+        request = replace(request, expression=_ON_CPU)
     prepare(device.name, request.model)
     surroundings = survey(device.name, subject, root, request.expect)
     manifest = freeze(
@@ -144,7 +147,7 @@ def _select(request: RunRequest, root: Path) -> tuple[Selected, ...]:
         answer = Path(folder) / "selected.json"
         command = [*pytest_command(root), "phases", "--collect-only", "-q", "--device=cpu", f"--select-to={answer}"]
         command += ["--phase", ",".join(map(str, request.phases))]
-        command += ["-m", request.expression or _EVERYTHING]
+        command += ["-m", request.expression] if request.expression else []
         try:
             child = subprocess.run(
                 command, cwd=root, env=pytest_environment(), stdin=subprocess.DEVNULL,

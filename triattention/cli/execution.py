@@ -141,11 +141,13 @@ class _Reporter:
         for line in lines:
             self._count += 1
             verdict = "correct" if line["correct"] else "wrong"
-            reply = textwrap.shorten(line["answer"], _SHOWN_CHARACTERS, placeholder=" ...")
+            question, reply = (
+                textwrap.shorten(line[name], _SHOWN_CHARACTERS, placeholder=" ...") for name in ("question", "answer")
+            )
             sample = f" (sample {line['sample'] + 1} of {line['num_samples']})" if line["num_samples"] > 1 else ""
             truncated = ", truncated" if line["truncated"] else ""
             self.say(
-                f"[{self._count}/{self._total}] {verdict}: {line['question']}{sample}\n"
+                f"[{self._count}/{self._total}] {verdict}: {question}{sample}\n"
                 f"    answer: {reply}\n"
                 f"    expected {line['expected']}, got {line['extracted'] or 'nothing'}; {line['new_tokens']} tokens"
                 f"{truncated}, {line['tokens_per_s']:.1f} tokens/s, peak KV {line['peak_kv_tokens']}, "

@@ -9,7 +9,7 @@ from triattention.cli import compression
 from triattention.cli.execution import dry, execute
 from triattention.cli.options import add_model_options, add_run_options
 from triattention.cli.plan import Plan
-from triattention.datasets import BUNDLED
+from triattention.datasets import KNOWN
 
 
 def add_parser(verbs: Any) -> None:
@@ -26,9 +26,9 @@ def add_parser(verbs: Any) -> None:
         "--dataset",
         required=True,
         metavar="D",
-        help=f"{', '.join(BUNDLED)}, or a .jsonl file with question and answer on each line",
+        help=f"{', '.join(KNOWN)}, or a .jsonl file with question and answer on each line",
     )
-    parser.add_argument("--method", choices=compression.METHODS, required=True, help="full (or fullkv): no compression")
+    parser.add_argument("--method", choices=compression.METHODS, required=True, help="full: no compression")
     add_run_options(parser, max_new_tokens=128, out=None)
     compression.add_options(parser)
     parser.set_defaults(run=run)
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
     plan = Plan.of(args)
     unused = compression.without_effect(args, plan.method)
     if unused:
-        print(f"note: --method {args.method} does not compress, so {', '.join(unused)} has no effect")
+        why = "does not compress" if plan.method == "full" else "needs no statistics"
+        print(f"note: --method {args.method} {why}, so {', '.join(unused)} has no effect")
     if args.dry_run:
         dry([plan])
     else:

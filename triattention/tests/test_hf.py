@@ -60,11 +60,20 @@ def _padded(*rows: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
+def _stepwise_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        return torch.cat(
+            [model(input_ids=part, past_key_values=cache).logits for part in ids.split([25, *[1] * 15], 1)], 1
+        )
+
+
 def test_a_budget_never_reached_changes_nothing(model: Any, stats: Path) -> None:
     ids = tiny.tokens(40)
-    want = tiny.generate(model, ids)
+    want, logits = tiny.generate(model, ids), _stepwise_logits(model, ids)
     _patch(model, stats, kv_budget=1000)
     assert torch.equal(tiny.generate(model, ids), want)
+    assert torch.equal(_stepwise_logits(model, ids), logits)  # to the bit, not only the same tokens
 
 
 def test_removing_the_patch_restores_the_model(model: Any, stats: Path) -> None:

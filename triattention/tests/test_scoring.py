@@ -66,6 +66,40 @@ def test_path_equals_the_definition(aggregation: str, path: str) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize("aggregation", ["mean", "max"])
+@pytest.mark.parametrize("unrotated", [1, 5, 16])
+def test_the_unrotated_dims_add_their_product(style: str, aggregation: str, unrotated: int) -> None:
+    torch.manual_seed(0)
+    whole, stats, omega, offsets = (
+        torch.randn(2, H, N, 2 * F + unrotated),
+        _statistics(),
+        torch.rand(F),
+        geometric_offsets(64),
+    )
+    keys = torch.cat([torch.randn(2, H, N, 3), whole], -1)[..., 3:]  # strided as a slice of something larger
+    q_pass = torch.randn(H * G, unrotated)
+    content = torch.einsum("bhnp,hgp->bhgn", whole[..., 2 * F :].double(), q_pass.view(H, G, -1).double()).flatten(1, 2)
+    rotated = (whole[..., : 2 * F].contiguous(), None, *stats.values(), omega, offsets, T, aggregation)
+    want = triattention_scoring(*rotated, rope_style=style).double() + content
+    got = triattention_scoring(keys, *rotated[1:], rope_style=style, q_pass=q_pass)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=5e-5)
+    m = torch.stack([stats["q_mean_real"], stats["q_mean_imag"]], -1)
+    head_stats = {"q_mean_complex": m, "q_abs_mean": stats["q_abs_mean"], "q_pass_mean": q_pass}
+    config = TriAttentionConfig(kv_budget=64, use_triton_scoring=False, rope_style=style, score_aggregation=aggregation)
+    engine = compute_scores(keys, None, head_stats, omega, offsets, stats["freq_scale_sq"], config, T)
+    torch.testing.assert_close(engine.double(), want, rtol=0, atol=5e-5)
+
+
+def test_without_the_trig_term_there_is_no_content_term_either() -> None:
+    torch.manual_seed(0)
+    keys, stats, omega, offsets = torch.randn(1, H, N, 2 * F + 4), _statistics(), torch.rand(F), geometric_offsets(64)
+    common = {"rope_style": "half", "disable_trig": True}
+    rest = (None, *stats.values(), omega, offsets, T, "mean")
+    got = triattention_scoring(keys, *rest, **common, q_pass=torch.randn(H * G, 4))
+    assert torch.equal(got, triattention_scoring(keys[..., : 2 * F].contiguous(), *rest, **common))
+
+
 def test_zero_statistics_score_exactly_zero() -> None:
     zeros = torch.zeros(H, F)
     weights = fold(zeros, zeros, zeros, zeros + 1, *phases(T, geometric_offsets(64), torch.rand(F)), aggregation="mean")
@@ -165,6 +199,7 @@ def test_per_layer_is_the_mean_over_heads_in_topk_dtype() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"q_pass": torch.zeros(2, 3)}, "head dim 16, omega 8 frequencies and q_pass 3 unrotated dims"),
         ({"K_rot": torch.zeros(1, 2, 4, 6)}, "head dim 6, omega 8 frequencies and q_pass 0"),
         ({"K_rot": torch.zeros(1, 2, 4, 16, dtype=torch.float64)}, "float64"),
         ({"K_rot": torch.zeros(2, 4, 16)}, r"shape \(2, 4, 16\)"),

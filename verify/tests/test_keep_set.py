@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from verify import oracle
-from verify.keep_set import select
+from verify.keep_set import select, sets_of
 from verify.problems import Shape, make
 
 N, KEPT = 24, 16
@@ -50,6 +50,24 @@ def test_per_head_is_the_mean_over_layers_of_the_groups_maximum(cases: list[orac
     np.testing.assert_allclose(select(cases, everything, mode="per_head", normalize=True).scores, np.mean(by_hand, 0))
     union = select(cases, everything, mode="union", normalize=True).scores
     np.testing.assert_allclose(union[0], np.max(by_hand, axis=(0, 1)))
+    per_layer = select(cases, everything, mode="per_layer", normalize=True).scores
+    np.testing.assert_allclose(per_layer, np.max(by_hand, axis=1))
+    every = select(cases, everything, mode="per_layer_per_head", normalize=True).scores
+    np.testing.assert_allclose(every, np.concatenate(by_hand))
+
+
+def test_sets_that_should_be_shared_and_are_not_are_named() -> None:
+    kept = np.zeros((3, 2, 5), dtype=bool)
+    kept[:, 0, :2] = kept[:, 1, 2:4] = True
+    assert sets_of(kept, "per_head").tolist() == kept[0].tolist()
+    assert sets_of(kept, "per_layer_per_head").shape == (6, 5)
+    with pytest.raises(
+        AssertionError, match="layer 0, KV head 1 holds other tokens than those it shares its per_layer"
+    ):
+        sets_of(kept, "per_layer")
+    kept[2, 0, :2] = [True, False]
+    with pytest.raises(AssertionError, match=r"layer 2, KV head 0 .* per_head set"):
+        sets_of(kept, "per_head")
 
 
 def test_protected_tokens_take_no_part(cases: list[oracle.Case]) -> None:

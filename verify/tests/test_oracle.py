@@ -49,6 +49,16 @@ def test_the_options_change_the_second_coefficient_and_drop_the_first_term(case:
     np.testing.assert_allclose(no_mlr, np.einsum("hf,bhnf->bhn", case.w * np.abs(case.m), k_abs))
 
 
+def test_unrotated_dims_add_their_product_without_the_scaling(case: oracle.Case) -> None:
+    rng = np.random.default_rng(0)
+    q_pass, k_pass = rng.normal(size=(4, 6)), rng.normal(size=(case.k0.shape[0], 2, 17, 6))
+    partial = replace(case, s=1.3, q_pass=q_pass, k_pass=k_pass)
+    content = np.stack([k_pass[:, h // 2] @ q_pass[h] for h in range(4)], axis=1)
+    np.testing.assert_allclose(oracle.scores(partial), oracle.scores(replace(case, s=1.3)) + content)
+    size = np.stack([np.abs(k_pass[:, h // 2]) @ np.abs(q_pass[h]) for h in range(4)], axis=1)
+    np.testing.assert_allclose(oracle.term_sum(partial), oracle.term_sum(replace(case, s=1.3)) + size)
+
+
 def test_a_query_head_reads_its_own_kv_head(case: oracle.Case) -> None:
     other = case.k0.copy()
     other[:, 0] *= 2

@@ -1,0 +1,87 @@
+"""Quality: the controls evict what they say, margins are what they say, and what is recorded gates."""
+
+from __future__ import annotations
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from verify import quality
+from verify.quality import CONTROLS, NAMES, SEEDS, Margin, Measured, Setting
+
+_SETTING = Setting(budget=16, divide_length=8, window=4)
+
+
+def _cache(layers: int = 3, tokens: int = 24) -> SimpleNamespace:
+    torch.manual_seed(0)
+    made = [
+        SimpleNamespace(keys=torch.randn(1, 2, tokens, 8), values=torch.randn(1, 2, tokens, 8)) for _ in range(layers)
+    ]
+    return SimpleNamespace(layers=made)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_keeps_the_budget_and_the_window_and_moves_values_with_keys(control: str) -> None:
+    cache, before = _cache(), _cache()
+    quality._evict(cache, _SETTING, control, random.Random(1))
+    kept = []
+    for layer, was in zip(cache.layers, before.layers, strict=True):
+        assert layer.keys.shape == layer.values.shape == (1, 2, 16, 8)
+        for head in range(2):
+            rows = (layer.keys[0, head][:, None] == was.keys[0, head][None]).all(-1).int().argmax(-1)
+            assert torch.equal(layer.values[0, head], was.values[0, head][rows])
+            assert rows.tolist() == sorted(rows.tolist())
+            assert rows[-4:].tolist() == [20, 21, 22, 23]
+            kept.append(rows.tolist())
+    if control == "recent":
+        assert kept == [[*range(4), *range(12, 24)]] * 6
+    elif control == "random":
+        assert kept == [kept[0]] * 6
+        assert kept[0] != [*range(8, 24)]
+    else:
+        norms = before.layers[1].keys[0, 1, :20].norm(dim=-1)
+        assert kept[3][:12] == norms.argsort()[:12].sort().values.tolist()
+
+
+def test_a_margin_is_students() -> None:
+    margin = Margin((1.0, 2.0, 3.0, 4.0, 5.0), "nats")
+    assert margin.mean == 3
+    assert margin.half_width == pytest.approx(2.776 * (2.5 / 5) ** 0.5)  # standard deviation sqrt(2.5), five values
+    assert margin.proven
+    assert not Margin((-1.0, 2.0, 3.0, -2.0, 1.0), "nats").proven
+
+
+def test_less_loss_and_more_recall_are_better() -> None:
+    measured = Measured(
+        {
+            "perplexity": {"subject": [1.0] * 5, "recent": [1.5] * 5},
+            "needle": {"subject": [0.8] * 5, "recent": [0.5] * 5},
+        }
+    )
+    assert measured.of("perplexity_recent").mean == pytest.approx(0.5)
+    assert measured.of("needle_recent").mean == pytest.approx(0.3)
+
+
+def test_what_is_recorded_is_complete_and_gates_what_is_proven() -> None:
+    content = json.loads(quality.recorded().read_text("utf-8"))
+    for values in content["values"].values():
+        assert values.keys() == {"full", "subject", *CONTROLS}
+        assert all(len(by_seed) == len(SEEDS) for by_seed in values.values())
+    assert content["setting"] == vars(Setting())
+    margins = quality.recorded_margins()
+    assert tuple(margins) == NAMES
+    gated = quality.gated()
+    assert gated == [name for name in NAMES if margins[name].mean > margins[name].half_width]
+    assert {"perplexity_random", "needle_recent"} <= set(gated)
+
+
+def test_a_needle_is_told_once_at_its_depth_and_asked_for_at_the_end() -> None:
+    text, code = quality.needle(3, 0.4, sentences=50)
+    assert quality.needle(3, 0.4, sentences=50) == (text, code)
+    assert text.count(code.strip()) == 1
+    assert 0.3 < text.index(code) / len(text) < 0.5
+    assert text.endswith("is")
+    assert not any(character.isdigit() for character in text.replace(code.strip(), ""))
