@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
@@ -224,8 +223,7 @@ def test_keep_set(case: dict[str, Any], model: LiveModel, uncompressed: Any, mea
     cases={"per_layer": {**_EVICT_PROMPT, **_UNION, "pruning_mode": "per_layer"}}, **_KEEP_SET,
 )  # fmt: skip
 def test_keep_set_of_an_unpublished_mode(case: dict[str, Any], model: LiveModel, uncompressed: Any, measure) -> None:
-    patch = model.subject.attribute("methods.triattention", "apply_triattention_patch")
-    if "pruning_mode" not in inspect.signature(patch).parameters:
+    if "pruning_mode" not in model.patch_options():
         skip("NOT_IMPLEMENTED", "the subject's patch has no pruning_mode")
     _check_keep_set(case, model, uncompressed, measure)
 
@@ -558,6 +556,8 @@ class _TextError(Exception):
 def test_quality(case: str, model: LiveModel, model_name: str, measured_quality: quality.Measured, measure) -> None:
     if model_name != "embedded":
         skip("NOT_IMPLEMENTED", f"margins are recorded for the embedded model, not for {model_name}")
+    if "window_size" not in model.patch_options():
+        skip("NOT_IMPLEMENTED", "the subject's patch has no window_size, and the controls protect a window")
     recorded = quality.recorded_margins()[case]
     now = measured_quality.margin(model, case)
     measure(
@@ -574,25 +574,30 @@ def measured_quality() -> quality.Measured:
 
 @pytest.mark.slow
 @check(
-    "p6.throughput", gate="soft", needs=("p1.identity",), cases={"prompt_2k": (2048, 2048), "generated_4k": (64, 4096)},
-    claim="Generation with a compressed cache is at least 1.2 times as fast as with the full one, prefill included.",
+    "p6.throughput", gate="soft", needs=("p1.identity",),
+    # beside a prompt, tokens to generate and the least speed-up
+    cases={"prompt_2k": (2048, 2048, 1.2), "generated_4k": (64, 4096, 1.0)},
+    claim="Generation with a compressed cache is faster than with the full one, prefill included, by 1.2 times after a "
+    "prompt of 2,048 tokens.",
     reason="A compressed cache that is no faster has only its memory to offer.",
-    tolerance="1.2 times the tokens per second; rounds at most 5 % of the time (a step with one, less its neighbours).",
+    tolerance="1.2 times the tokens per second after a long prompt, 1 after a short one, where a small model reads mostly "
+    "weights; rounds at most 5 % of the time (a step with one, less its neighbours).",
     remedy="Profile one round, then one step: neither may wait for the device or loop over heads.",
     timeout_s=3600,
 )  # fmt: skip
-def test_throughput(case: tuple[int, int], model: LiveModel, measure) -> None:
-    prompt, new = case
+def test_throughput(case: tuple[int, int, float], model: LiveModel, measure) -> None:
+    prompt, new, speed_up = case
     ids = model.tokens(" ".join(_PROMPTS * 40))["input_ids"][:, :prompt]
     full = _timed_steps(model, ids, new)
-    model.patch(kv_budget=512, divide_length=128, window_size=32, allow_prefill_compression=True)
+    window = {"window_size": 32} if "window_size" in model.patch_options() else {}
+    model.patch(kv_budget=512, divide_length=128, allow_prefill_compression=True, **window)
     compressed = _timed_steps(model, ids, new)
     total = sum(seconds for seconds, _ in compressed)
     where = f"{prompt} prompt tokens, {new} generated"
     for name, steps in (("full", full), ("compressed", compressed)):
         seconds = sum(step for step, _ in steps)
         measure(f"seconds, {name}", seconds, math.inf, unit="s", where=f"{where}: {new / seconds:.2f} tokens/s")
-    measure("time of compressed over full", total / sum(seconds for seconds, _ in full), 1 / 1.2, where=where)
+    measure("time of compressed over full", total / sum(seconds for seconds, _ in full), 1 / speed_up, where=where)
     rounds = [n for n in range(1, new) if compressed[n][1] <= compressed[n - 1][1]]
     spent = max(compressed[0][0] - full[0][0], 0.0)  # the prompt is longer than the budget: its step has a round
     for n in rounds:
@@ -605,7 +610,6 @@ def _timed_steps(model: LiveModel, ids: Any, steps: int) -> list[tuple[float, in
     """Seconds of each greedy step, the prefill first, and the physical length after it."""
     found, started = [], time.perf_counter()
     for _, cache in model.decode({"input_ids": ids}, steps):
-        int(cache.layers[-1].keys.shape[2])
         if ids.is_cuda:
             import torch
 

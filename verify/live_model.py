@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,6 +99,10 @@ class LiveModel:
         self.subject.attribute("methods.triattention", "apply_triattention_patch")(
             self.model, stats_path=str(self.statistics), model_path=self.location, **{**self.defaults, **options}
         )
+
+    def patch_options(self) -> Collection[str]:
+        """The names of the options that the subject's patch takes; those beyond the published ones are its own."""
+        return inspect.signature(self.subject.attribute("methods.triattention", "apply_triattention_patch")).parameters
 
     def tokens(self, *prompts: str) -> dict[str, Any]:
         """Token ids and mask of ``prompts`` on the model's device, left-padded."""

@@ -37,6 +37,10 @@ def tree(tmp_path: Path) -> Tree:
             "phases/p1_tiny.py::test_passes[one] is marked skipif; use verify.skip with a code",
         ),
         (
+            "@pytest.mark.slow" + _PASSES.format(phase=1, gate="hard"),
+            "phases/p1_tiny.py::test_passes[one] is hard and slow, which a run leaves out; make it quick, or soft",
+        ),
+        (
             "@pytest.mark.parametrize('more', [1, 2])"
             + _PASSES.format(phase=1, gate="hard").replace("case)", "case, more)"),
             "test_passes[one-1] is parametrized beside its cases; name every combination in cases",
@@ -49,6 +53,16 @@ def test_a_test_that_is_not_one_gated_check_stops_everything(tree: Tree, body: s
     assert refused.returncode == pytest.ExitCode.USAGE_ERROR
     assert complaint in refused.stderr
     assert not (tree.root / "reports").exists()
+
+
+def test_a_run_without_a_gpu_leaves_slow_checks_to_who_asks_for_them(tree: Tree) -> None:
+    slow = _PASSES.replace("passes", "is_slow").format(phase=1, gate="soft")
+    tree.write_phase(1, _PASSES.format(phase=1, gate="hard") + "\n@pytest.mark.slow" + slow)
+    assert tree.verify("run", "--device", "cpu").returncode == 0
+    assert tree.results().keys() == {"p1.passes.one"}
+    assert tree.records()[-1].selection == "-m 'not slow'"
+    assert tree.verify("run", "--device", "cpu", "-m", "slow").returncode == 0
+    assert tree.results().keys() == {"p1.is_slow.one"}
 
 
 def test_the_runner_refuses_an_ungated_test_too(tree: Tree) -> None:
