@@ -580,8 +580,8 @@ def measured_quality() -> quality.Measured:
     claim="Generation with a compressed cache is faster than with the full one, prefill included, by 1.2 times after a "
     "prompt of 2,048 tokens.",
     reason="A compressed cache that is no faster has only its memory to offer.",
-    tolerance="1.2 times the tokens per second after a long prompt, 1 after a short one, where a small model reads mostly "
-    "weights; rounds at most 5 % of the time (a step with one, less its neighbours).",
+    tolerance="1.2 times the tokens per second after a long prompt, 1 after a short one, where a small model mostly "
+    "reads weights; rounds at most 5 % of the time (a step with one, less its neighbours).",
     remedy="Profile one round, then one step: neither may wait for the device or loop over heads.",
     timeout_s=3600,
 )  # fmt: skip

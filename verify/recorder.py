@@ -103,7 +103,7 @@ def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
     return ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # pytest puts plugins into sets, and an equality of fields has no hash
 class Recorder:
     """The pytest plugin of one run: gates each check before setup, times it, and appends its result.
 

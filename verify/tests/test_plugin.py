@@ -55,6 +55,17 @@ def test_a_test_that_is_not_one_gated_check_stops_everything(tree: Tree, body: s
     assert not (tree.root / "reports").exists()
 
 
+def test_a_conftest_in_a_folder_of_other_tests_does_no_harm(tree: Tree) -> None:
+    tree.write_phase(1, _PASSES.format(phase=1, gate="hard"))
+    others = tree.root / "triattention" / "tests"
+    others.mkdir()
+    (others / "conftest.py").write_text("")
+    (others / "test_other.py").write_text("def test_other(): pass\n")
+    passed = tree.pytest("phases", "triattention/tests")
+    assert passed.returncode == 0, passed.stdout
+    assert "2 passed" in passed.stdout
+
+
 def test_a_run_without_a_gpu_leaves_slow_checks_to_who_asks_for_them(tree: Tree) -> None:
     slow = _PASSES.replace("passes", "is_slow").format(phase=1, gate="soft")
     tree.write_phase(1, _PASSES.format(phase=1, gate="hard") + "\n@pytest.mark.slow" + slow)
