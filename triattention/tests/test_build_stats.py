@@ -10,6 +10,8 @@ from triattention.cli import main
 from triattention.tests.command_line import TEXT
 from triattention.tests.model_directory import write_tiny_model
 
+pytest_plugins = ["triattention.tests.fixtures"]
+
 
 @pytest.fixture
 def text(tmp_path: Path) -> str:

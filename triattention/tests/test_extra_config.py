@@ -7,6 +7,8 @@ import pytest
 from triattention.cli import main
 from triattention.tests.command_line import run_one
 
+pytest_plugins = ["triattention.tests.fixtures"]
+
 
 @pytest.fixture
 def configured(tiny_model: str, questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

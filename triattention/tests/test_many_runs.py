@@ -8,6 +8,8 @@ import pytest
 from triattention.cli import main, run_default
 from triattention.tests.command_line import lines_of, write_questions
 
+pytest_plugins = ["triattention.tests.fixtures"]
+
 
 def test_a_sweep_runs_every_combination_once_and_again_only_what_is_missing(
     tiny_model: str, questions: str, tiny_statistics: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -14,6 +14,8 @@ from filelock import FileLock
 from triattention import generation
 from triattention.tests.command_line import SMALL, lines_of, results_in, run_one, without_times, write_questions
 
+pytest_plugins = ["triattention.tests.fixtures"]
+
 SAMPLED = (
     "--method", "triattention", *SMALL, "--allow-prefill-compression", "--batch-size", "3", "--num-samples", "2",
     "--temperature", "0.8", "--max-new-tokens", "24",

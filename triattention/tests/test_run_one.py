@@ -13,6 +13,8 @@ import pytest
 from triattention.tests.command_line import SMALL, lines_of, results_in, run_one, without_times, write_questions
 from triattention.tests.model_directory import write_tiny_model
 
+pytest_plugins = ["triattention.tests.fixtures"]
+
 
 def recomputed(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The whole summary again, written out from its definitions."""

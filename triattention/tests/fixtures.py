@@ -1,4 +1,7 @@
-"""What the tests of the command line share: a tiny model on disk, its statistics, and two questions."""
+"""What the tests of the command line share: a tiny model on disk, its statistics, and two questions.
+
+A plugin that test modules name, and no conftest: that would import the bundled package whatever the subject is.
+"""
 
 from __future__ import annotations
 
