@@ -125,9 +125,9 @@ def score_triton(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tens
         return out
     table = torch.stack([weights.re, weights.im], dim=-2).to(torch.float32).contiguous()
     norm = weights.norm.to(torch.float32).contiguous()
-    # without unrotated dims nothing is read there, and any pointer does
-    content = norm if weights.content is None else weights.content.to(torch.float32).contiguous()
-    n_pass = 0 if weights.content is None else content.shape[-1]
+    # None, which the kernel is built without, costs no register
+    content = None if weights.content is None else weights.content.to(torch.float32).contiguous()
+    n_pass = 0 if content is None else content.shape[-1]
     group = n_query_heads // heads
     keys_per_program, warps = block(2 * n_freq + n_pass, keys.element_size(), group * width)
     grid = (triton.cdiv(n_tokens, keys_per_program), heads, batch)
