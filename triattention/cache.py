@@ -10,7 +10,7 @@ patch of their own; the physical length is ``layer.keys.shape[-2]``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Never
 
 import torch
@@ -110,6 +110,10 @@ class CacheState:
         self.ragged = self.ragged or ragged
         return positions
 
+    def copy(self) -> CacheState:
+        """The state as it is now; no step changes a tensor in place."""
+        return replace(self, recent=list(self.recent))
+
     def observe(self, step: torch.Tensor, window: int) -> None:
         """Remember the queries ``[L, B, q, H*G, D]`` of a step, and forget all but those of the newest ``window``."""
         self.recent.append(step)
@@ -127,6 +131,10 @@ def adopt(cache: Cache, n_layers: int) -> None:
 
     Raises TriAttentionError for a cache that is static, sliding, quantised or offloaded.
     """
+    if not isinstance(cache, Cache):
+        raise TriAttentionError(
+            f"the cache is a {type(cache).__name__}; leave past_key_values out, or pass a DynamicCache"
+        )
     while len(cache.layers) < n_layers and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.append(DynamicLayer())
     if getattr(cache, "offloading", False):

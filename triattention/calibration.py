@@ -15,6 +15,9 @@ from triattention.queries import queries_read, real_tokens_noted
 from triattention.rope import split_pairs
 from triattention.statistics import Statistics
 
+#: Tokens that are widened to float64 at a time: a batch of long sequences would take gigabytes.
+_WIDENED = 4096
+
 
 class _Means:
     """Streaming float64 sums of every layer's queries over real tokens, kept where each layer is."""
@@ -32,12 +35,12 @@ class _Means:
         q = q.flatten(0, 1) if self.real_tokens is None else q[self.real_tokens.to(q.device)]
         if layer == 0:
             self.count += q.shape[0]
-        q = q.to(torch.float64)
-        real, imag = split_pairs(q[..., : self.live.rotary_dim], self.live.rope_style)
-        parts = (real, imag, torch.hypot(real, imag), q[..., self.live.rotary_dim :])
-        step = [part.sum(0) for part in parts]
-        total = self._sums[layer]
-        self._sums[layer] = step if total is None else [a + b for a, b in zip(total, step, strict=True)]
+        for some in q.split(_WIDENED):
+            real, imag = split_pairs(some[..., : self.live.rotary_dim].to(torch.float64), self.live.rope_style)
+            parts = (real, imag, torch.hypot(real, imag), some[..., self.live.rotary_dim :].to(torch.float64))
+            step = [part.sum(0) for part in parts]
+            total = self._sums[layer]
+            self._sums[layer] = step if total is None else [a + b for a, b in zip(total, step, strict=True)]
 
     def statistics(self) -> Statistics:
         live = self.live

@@ -153,14 +153,16 @@ class Compression(ABC):
         view = View(
             keys, values, state.seen, state.valid, state.valid & ~protected, state.observed(self.budget.window_size)
         )
+        n_kv_heads = keys[0].shape[1]
         scores = self.selection_scores(view)
+        del keys, values, view  # else the whole old cache would live beside the new one
         finite = scores.masked_fill(~state.valid[:, None], 0).isfinite().all()
         mask = keep_mask(scores, state.valid, protected, evict)
         kept = [n - gone for n, gone in zip(lengths, evict, strict=True)]
         width = max(kept)
         indices = keep_indices(mask, width)
         for number, layer in enumerate(cache.layers):
-            layer.keep(layer_indices(indices, self.mode, number, keys[0].shape[1]))
+            layer.keep(layer_indices(indices, self.mode, number, n_kv_heads))
         column = torch.arange(width, device=state.valid.device)
         state.valid = column >= width - to_device(kept, column.device)[:, None]
         state.ragged = min(kept) < width

@@ -53,19 +53,36 @@ def unpatch(model: Any) -> None:
 
 def _limited(generate: Callable[..., Any], model: Any, max_positions: int) -> Callable[..., Any]:
     """``generate`` that refuses at the start what would pass the length where the model's RoPE changes."""
+    signature = inspect.signature(generate)
 
     @wraps(generate)
-    def limited_generate(inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        ids = kwargs.get("input_ids", kwargs.get("inputs_embeds")) if inputs is None else inputs
-        chosen = kwargs.get("generation_config") or model.generation_config
-        new = kwargs.get("max_new_tokens", chosen.max_new_tokens)
-        prompt = 1 if ids is None else ids.shape[1]
-        # as in generate: without either, replies end after 20 tokens
-        whole = prompt + new if new is not None else kwargs.get("max_length", chosen.max_length or prompt + 20)
-        require_length(whole, max_positions)
-        return generate(inputs, *args, **kwargs)
+    def limited_generate(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.pop("kwargs", {})}
+        if given.get("use_cache") is not False:
+            require_length(_longest(given, model.generation_config), max_positions)
+        return generate(*args, **kwargs)
 
     return limited_generate
+
+
+def _longest(given: dict[str, Any], default: Any) -> int:
+    """Tokens that the longest row of a call of ``generate`` may feed; its last new token is never fed."""
+    named = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    ids = next((x for x in named if x is not None), None)
+    mask = given.get("attention_mask")
+    width = 1 if ids is None else ids.shape[1]
+    prompt = width if mask is None or mask.ndim != 2 else int(mask.sum(-1).max())
+
+    def option(name: str) -> int | None:
+        found = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(default, name, None))
+        return next((value for value in found if value is not None), None)
+
+    new = option("max_new_tokens")
+    if new is None:
+        # as in generate: without either, replies end after 20 tokens
+        new = 20 if (whole := option("max_length")) is None else max(whole - width, 1)
+    return prompt + new - 1
 
 
 def require_length(tokens: int, max_positions: int | None) -> None:
@@ -114,15 +131,21 @@ def _compressing(
         state = _state_of(cache, inputs)
         if state.valid.shape[1] == 0:
             method.reset()
-        new, ragged = _new_columns(given.get("attention_mask"), inputs, cache.get_seq_length())
-        positions = state.append(new, ragged)
-        _require_positions(given.get("position_ids"), positions, new)
-        if live.max_positions is not None and state.fed > live.max_positions:
-            require_length(int(state.seen.max()), live.max_positions)  # padding may have been fed, so count
-        mask = torch.nn.functional.pad(state.valid, (cache.layers[0].evicted, 0)) if state.ragged else None
-        given |= {"past_key_values": cache, "attention_mask": mask, "position_ids": positions, "use_cache": True}
-        with _observing(model, method, live, state):
-            output = forward(**given)
+        before = state.copy()
+        try:
+            new, ragged = _new_columns(given.get("attention_mask"), inputs, cache.get_seq_length())
+            positions = state.append(new, ragged)
+            # the first step is looked at whatever its width: a caller that has lost its cache begins anew far from 0
+            _require_positions(given.get("position_ids"), positions, new, always=before.fed == 0)
+            if live.max_positions is not None and state.fed > live.max_positions:
+                require_length(int(state.seen.max()), live.max_positions)  # padding may have been fed, so count
+            mask = torch.nn.functional.pad(state.valid, (cache.layers[0].evicted, 0)) if state.ragged else None
+            given |= {"past_key_values": cache, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+            with _observing(model, method, live, state):
+                output = forward(**given)
+        except BaseException:
+            cache.triattention = before  # what the cache really holds is compared with it at the next step
+            raise
         if cache.layers[0].keys is not None:  # gradient checkpointing drops the cache
             method.after_step(cache, state)
         return output
@@ -145,6 +168,8 @@ def _state_of(cache: Any, inputs: torch.Tensor) -> CacheState:
             f"the cache holds {held} columns and {state.valid.shape[1]} were fed through the patched model; "
             "start with an empty cache"
         )
+    if inputs.shape[1] == 0:
+        raise TriAttentionError("the step has no tokens; feed at least one")
     if inputs.shape[0] != state.valid.shape[0]:
         raise TriAttentionError(
             f"the inputs have {inputs.shape[0]} rows and the cache {state.valid.shape[0]}; feed one row per cached row"
@@ -159,9 +184,11 @@ def _new_columns(attention_mask: torch.Tensor | None, inputs: torch.Tensor, cach
     single decode token is real whatever the mask says.
     """
     batch, q_len = inputs.shape[:2]
-    if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[1] != cached + q_len):
+    if isinstance(attention_mask, dict):
+        raise TriAttentionError("attention_mask is a dict of masks; give one of shape [batch, tokens]")
+    if attention_mask is not None and attention_mask.shape != (batch, cached + q_len):
         raise TriAttentionError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, {cached + q_len}], "
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [{batch}, {cached + q_len}], "
             "one column per "
             "token ever fed (cache.get_seq_length() plus the new ones)"
         )
@@ -172,9 +199,9 @@ def _new_columns(attention_mask: torch.Tensor | None, inputs: torch.Tensor, cach
     return new, q_len == 1 or not bool(new.all())
 
 
-def _require_positions(given: torch.Tensor | None, positions: torch.Tensor, new: torch.Tensor) -> None:
-    """Refuse position ids that disagree with the tokens counted here; looked at in multi-token steps only."""
-    if given is None or positions.shape[1] == 1:
+def _require_positions(given: torch.Tensor | None, positions: torch.Tensor, new: torch.Tensor, *, always: bool) -> None:
+    """Refuse position ids that disagree with the tokens counted here; of one-token steps only where ``always``."""
+    if given is None or (positions.shape[1] == 1 and not always):
         return
     differs = (given.to(positions.device) != positions) & new
     if bool(differs.any()):

@@ -59,12 +59,12 @@ def select(
             inside = scores[:, evictable]
             std = np.maximum(inside.std(-1, keepdims=True), 1e-6)
             z = (scores - inside.mean(-1, keepdims=True)) / std
-            # a score, the mean and the standard deviation are each off by at most the largest error of the head
-            error = error.max(-1, keepdims=True) / std * (2 + np.abs(z))
+            # a score, the mean and the standard deviation are each off by at most the largest error in the region
+            error = error[:, evictable].max(-1, keepdims=True) / std * (2 + np.abs(z))
             scores = z
         by_head = scores.reshape(case.k0.shape[1], -1, scores.shape[-1])
         grouped.append(by_head.mean(1) if group == "mean" else by_head.max(1))
-        errors.append(float(error.max()))
+        errors.append(float(error[:, evictable].max()))
     heads = np.stack(grouped)  # [L, H, N]
     if mode == "per_head":
         return Selection(heads.mean(0), float(np.mean(errors)))

@@ -24,7 +24,7 @@ def physical_length(cache: Any) -> int:
     return max(layer.keys.shape[-2] for layer in cache.layers)
 
 
-def rows_of(original: Any, held: Any) -> Any:
+def _rows_of(original: Any, held: Any) -> Any:
     """Which of the rows ``[H, N, D]`` each held row ``[H, K, D]`` is, bit for bit: int64 ``[H, K]``.
 
     Raises AssertionError for a held row that is none of them.
@@ -34,11 +34,15 @@ def rows_of(original: Any, held: Any) -> Any:
     return same.to(int).argmax(-1)
 
 
-def _marks_of(original: Any, held: Any) -> Any:
-    """``rows_of`` as bool ``[H, N]`` on the CPU."""
+def _held(given: tuple[Any, Any], layer: Any, number: int) -> Any:
+    """Which of the tokens ``given`` to a layer it holds, bool ``[H, N]`` on the CPU; keys and values agree on it."""
     import torch
 
-    rows = rows_of(original, held).cpu()
+    original = given[0][0]
+    rows = _rows_of(original, layer.keys[0])
+    want = given[1].gather(2, rows[None, :, :, None].expand_as(layer.values))
+    assert (want == layer.values).all(), f"layer {number} holds values of other tokens than its keys"
+    rows = rows.cpu()
     return torch.zeros(original.shape[:2], dtype=torch.bool).scatter_(1, rows, torch.ones_like(rows, dtype=torch.bool))
 
 
@@ -77,7 +81,6 @@ class Round:
     keys: list[Any]
     before: np.ndarray
     kept: np.ndarray
-    cache: Any
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ class LiveModel:
         self.subject.attribute("methods.triattention", "apply_triattention_patch")(
             self.model, stats_path=str(self.statistics), model_path=self.location, **{**self.defaults, **options}
         )
+
+    def new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
 
     def patch_options(self) -> Collection[str]:
         """The names of the options that the subject's patch takes; those beyond the published ones are its own."""
@@ -122,24 +130,25 @@ class LiveModel:
     def decode(self, encoded: dict[str, Any], steps: int) -> Iterator[tuple[int, Any]]:
         """Prefill and greedy steps by hand: tokens fed in the step, and the cache after it."""
         import torch
-        from transformers import DynamicCache
 
-        cache, ids = DynamicCache(config=self.model.config), encoded["input_ids"]
+        cache, ids = self.new_cache(), encoded["input_ids"]
         with torch.inference_mode():
             for _ in range(steps):
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
                 yield ids.shape[1], cache
                 ids = out.logits[:, -1:].argmax(-1)
 
-    def feed(self, ids: Any, prompt: int) -> Iterator[Any]:
+    def feed(self, ids: Any, prompt: int, cache: Any = None) -> Iterator[Any]:
         """Feed ``ids`` ``[1, T]``: the first ``prompt`` at once, then one by one; the cache after each step."""
         import torch
-        from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.model.config)
+        cache = self.new_cache() if cache is None else cache
         with torch.inference_mode():
             for step in (ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)):
-                self.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = self.model(
+                    input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
+                ).past_key_values
                 yield cache
 
     @contextmanager
@@ -164,26 +173,37 @@ class LiveModel:
             module.apply_rotary_pos_emb = rotate
 
     def rounds(self, ids: Any, prompt: int) -> Iterator[Round]:
-        """Feed ``ids`` ``[1, T]`` as ``feed`` does, and tell of each round what was there and what it kept."""
+        """Feed ``ids`` ``[1, T]`` as ``feed`` does, and tell of each round what was there and what it kept.
+
+        Keys and values are noted as the model hands them to its cache. Raises AssertionError for a layer that holds a
+        row that was never handed to it, or values of other tokens than its keys.
+        """
         import torch
 
-        keys: list[Any] = []
+        cache, given = self.new_cache(), {}
+        update = cache.update
+
+        def noting(keys: Any, values: Any, layer: int, *args: Any, **kwargs: Any) -> Any:
+            before = given.get(layer)
+            step = (keys.detach(), values.detach())
+            given[layer] = (
+                step if before is None else tuple(torch.cat(x, dim=2) for x in zip(before, step, strict=True))
+            )
+            return update(keys, values, layer, *args, **kwargs)
+
+        cache.update = noting
         held: Any = None
-        with self.rotations() as taken:
-            for cache in self.feed(ids, prompt):
-                step = [k for _, k in taken]
-                taken.clear()
-                keys = [torch.cat(pair, dim=2) for pair in zip(keys, step, strict=True)] if keys else step
-                heads, seen = keys[0].shape[1], keys[0].shape[2]
-                before = torch.ones(len(keys), heads, seen, dtype=torch.bool)
-                if held is not None:
-                    before[:, :, : held.shape[2]] = held
-                held = before
-                if physical_length(cache) < int(before[0, 0].sum()):
-                    held = torch.stack(
-                        [_marks_of(k[0], layer.keys[0]) for k, layer in zip(keys, cache.layers, strict=True)]
-                    )
-                    yield Round(seen, keys, before.numpy(), held.numpy(), cache)
+        for after in self.feed(ids, prompt, cache):
+            layers = [given[number] for number in sorted(given)]
+            assert len(layers) == len(after.layers), f"{len(layers)} of {len(after.layers)} layers used the cache given"
+            heads, seen = layers[0][0].shape[1:3]
+            before = torch.ones(len(layers), heads, seen, dtype=torch.bool)
+            if held is not None:
+                before[:, :, : held.shape[2]] = held
+            held = before
+            if physical_length(after) < int(before[0, 0].sum()):
+                held = torch.stack([_held(*pair, n) for n, pair in enumerate(zip(layers, after.layers, strict=True))])
+                yield Round(seen, [keys for keys, _ in layers], before.numpy(), held.numpy())
 
     @cached_property
     def _statistics(self) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def term_sum(case: Case) -> np.ndarray:
 
     m_abs = np.abs(case.m)
     extra = np.abs(case.a if case.disable_mlr else case.a - m_abs)
+    if case.disable_trig:
+        return np.einsum("hf,bhnf->bhn", np.abs(case.w) * extra, case.s * np.abs(_per_query_head(case)))
     rotated = np.einsum("hf,bhnf->bhn", np.abs(case.w) * (m_abs + extra), case.s * np.abs(_per_query_head(case)))
     return rotated + _content(case, np.abs)
 
@@ -108,6 +110,8 @@ def phase_sum(case: Case) -> np.ndarray:
     """
     import numpy as np
 
+    if case.disable_trig:  # no phase is formed
+        return np.zeros((case.k0.shape[0], case.m.shape[0], case.k0.shape[2]))
     reach = case.t + (case.offsets.max() if case.aggregation == "max" else case.offsets.mean())
     weight = np.abs(case.w) * np.abs(case.m) * np.abs(reach * case.omega)
     return np.einsum("hf,bhnf->bhn", weight, case.s * np.abs(_per_query_head(case)))

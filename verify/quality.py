@@ -116,15 +116,16 @@ def _fed(
     ``control`` None is the model as it is, patched or not; a control evicts from an unpatched one.
     """
     import torch
-    from transformers import DynamicCache
 
-    cache, rng, parts, fed = DynamicCache(config=live.model.config), random.Random(seed), [], 0
+    cache, rng, parts, fed = live.new_cache(), random.Random(seed), [], 0
     with torch.inference_mode():
         for step in ids.split(setting.step, dim=1):
             given = {}
             if control is not None:  # the cache forgets how many tokens it has seen
                 given["position_ids"] = torch.arange(fed, fed + step.shape[1], device=ids.device)[None]
-            parts.append(live.model(input_ids=step, past_key_values=cache, use_cache=True, **given).logits[0])
+            out = live.model(input_ids=step, past_key_values=cache, use_cache=True, **given)
+            cache = out.past_key_values
+            parts.append(out.logits[0])
             fed += step.shape[1]
             if control is not None and cache.layers[0].keys.shape[2] >= setting.budget + setting.divide_length:
                 _evict(cache, setting, control, rng)
@@ -261,6 +262,11 @@ def quality_verb(subject_name: str, device: str, out: Path | None) -> int:
     subject = find_subject(subject_name, root)
     subject.activate()
     live = load(*locate(find_subject("bundled", root), "embedded", chosen.name), subject, chosen.name, {})
+    if absent := sorted(Setting().patch.keys() - set(live.patch_options())):
+        raise ConfigurationError(
+            f"the patch of subject {subject.source!r} has no {absent[0]}, and the controls protect a window; "
+            "give it one to compare them"
+        )
     measured = Measured()
     for measure in MEASURES:
         for who in ("full", *CONTROLS):

@@ -69,7 +69,7 @@ def check(args: argparse.Namespace, method: str) -> dict[str, Any]:
             setattr(args, option, None)
         return {"budget": None}
     from triattention import statistics
-    from triattention.methods.baselines import default_window_of
+    from triattention.methods.baselines import check_window_of, default_window_of
     from triattention.selection import check_budget, check_mode
 
     args.budget = DEFAULT_BUDGET if args.budget is None else args.budget
@@ -79,6 +79,7 @@ def check(args: argparse.Namespace, method: str) -> dict[str, Any]:
         args.window_size = default_window_of(method, args.budget)
     args.allow_prefill_compression = bool(args.allow_prefill_compression)
     check_budget(args.budget, args.divide_length, args.window_size)
+    check_window_of(method, args.window_size)
     if method != "triattention":
         args.stats_path = None
     if args.stats_path is not None:

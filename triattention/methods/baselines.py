@@ -27,6 +27,14 @@ def default_window_of(method: str, kv_budget: int) -> int:
     return min(_OBSERVED[method], kv_budget // 2) if method in _OBSERVED else default_window(kv_budget)
 
 
+def check_window_of(method: str, window_size: int) -> None:
+    """Raise TriAttentionError for a method that ranks by the queries of an empty window."""
+    if method in _OBSERVED and window_size < 1:
+        raise TriAttentionError(
+            f"{method} ranks by the newest queries and the window is {window_size}; give 1 or more, below the budget"
+        )
+
+
 def apply_baseline_patch(
     model: Any,
     method: str,
@@ -49,8 +57,7 @@ def apply_baseline_patch(
     if method not in BASELINES:
         raise TriAttentionError(f"method {method!r} is not known; known: {', '.join(BASELINES)}")
     window = default_window_of(method, kv_budget) if window_size is None else window_size
-    if method in _OBSERVED and window < 1:
-        raise TriAttentionError(f"{method} ranks by the newest queries and the window is {window}; give 1 or more")
+    check_window_of(method, window)
     budget = Budget(kv_budget, divide_length, window, count_prompt_tokens, allow_prefill_compression, use_slack_trigger)
     make = partial(BASELINES[method], budget, pruning_mode, **({"seed": seed} if method == "random" else {}))
     from triattention.forward import patch  # needs transformers

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from triattention import statistics
 from triattention.errors import TriAttentionError
@@ -349,9 +349,71 @@ def test_a_run_past_that_length_is_refused_at_its_start_with_both_lengths(
     model, stats = growing
     _patch(model, stats)
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("a step was run"))
-    for asked in ({"max_new_tokens": 89}, {"max_length": 129}):
+    config = GenerationConfig(max_new_tokens=90)
+    asked = ({"max_new_tokens": 90}, {"max_length": 130}, {"generation_config": config})
+    for options in asked:
         with pytest.raises(TriAttentionError, match=r"would have 129 tokens .* change after 128"):
-            model.generate(tiny.tokens(40), **asked)
+            model.generate(tiny.tokens(40), **options)
+    with pytest.raises(TriAttentionError, match="129 tokens"):
+        model.generate(tiny.tokens(40), config)
+
+
+def test_padding_does_not_count_towards_that_length(growing: tuple[Any, Path]) -> None:
+    model, stats = growing
+    _patch(model, stats)
+    ids = torch.nn.functional.pad(tiny.tokens(10), (60, 0))
+    made = tiny.generate(model, ids, new=100, attention_mask=(ids != 0).long())
+    assert torch.equal(made[:, 60:], tiny.generate(model, tiny.tokens(10), new=100))
+
+
+def test_a_cache_that_was_lost_on_the_way_is_noticed(growing: tuple[Any, Path]) -> None:
+    model, stats = growing
+    _patch(model, stats)
+    with pytest.raises(TriAttentionError, match=r"position_ids\[0, 0\] is 100"):
+        model(input_ids=tiny.tokens(1), position_ids=torch.tensor([[100]]))
+
+
+def test_a_refused_step_leaves_the_cache_as_it_was(model: Any, stats: Path) -> None:
+    _patch(model, stats)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=tiny.tokens(20), past_key_values=cache)
+    with pytest.raises(TriAttentionError, match="leave position_ids out"):
+        model(input_ids=tiny.tokens(3), past_key_values=cache, position_ids=torch.tensor([[0, 1, 2]]))
+    model(input_ids=tiny.tokens(3), past_key_values=cache)
+    assert cache.get_seq_length() == 23
+
+
+def test_a_step_that_failed_after_it_was_cached_is_noticed(
+    model: Any, stats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _patch(model, stats)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=tiny.tokens(20), past_key_values=cache)
+
+    def fail(*args: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.lm_head, "forward", fail)
+        with pytest.raises(MemoryError):
+            model(input_ids=tiny.tokens(3), past_key_values=cache)
+    with pytest.raises(TriAttentionError, match="holds 23 columns and 20 were fed"):
+        model(input_ids=tiny.tokens(1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, "the cache is a tuple; leave past_key_values out"),
+        ({"attention_mask": torch.ones(2, 4)}, r"shape \(2, 4\); expected \[1, 4\]"),
+        ({"attention_mask": {"full_attention": None}}, "attention_mask is a dict of masks"),
+        ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, "the step has no tokens"),
+    ],
+)
+def test_what_cannot_be_fed_is_one_sentence(model: Any, stats: Path, call: dict, words: str) -> None:
+    _patch(model, stats)
+    with pytest.raises(TriAttentionError, match=words):
+        model(**{"input_ids": tiny.tokens(4), "use_cache": True, **call})
 
 
 def test_a_hand_written_loop_is_stopped_at_that_length(growing: tuple[Any, Path]) -> None:
