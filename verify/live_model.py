@@ -152,19 +152,18 @@ class LiveModel:
                 yield cache
 
     @contextmanager
-    def rotations(self) -> Iterator[list[tuple[Any, Any]]]:
-        """Within it, the list grows by (queries before, keys after) each layer's rotation, step by step.
+    def rotated_queries(self) -> Iterator[list[Any]]:
+        """Within it, the list grows by the queries ``[B, H*G, T, D]`` that each layer is about to rotate, step by step.
 
-        ``[B, heads, T, D]`` each, as the model's own code has them, so nothing that a subject does is in them.
+        They are taken where the model's own code rotates them, so nothing that a subject does is in them.
         """
         layers = next(part.layers for part in self.model.modules() if hasattr(part, "layers"))
         module = sys.modules[type(layers[0].self_attn).__module__]
         rotate, taken = module.apply_rotary_pos_emb, []
 
         def noting(q: Any, k: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            rotated = rotate(q, k, *args, **kwargs)
-            taken.append((q.detach(), rotated[1].detach()))
-            return rotated
+            taken.append(q.detach())
+            return rotate(q, k, *args, **kwargs)
 
         module.apply_rotary_pos_emb = noting
         try:

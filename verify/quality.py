@@ -1,6 +1,6 @@
 """What compression costs a model, beside simple controls at the same budget: perplexity and needle recall.
 
-Everything is teacher-forced, so five seeds take a minute on two cores and no sampling noise is in the numbers. The
+Everything is teacher-forced, so five seeds take some minutes on two cores and no sampling noise is in the numbers. The
 controls are the suite's own, so that a subject is not compared with its own idea of them: they evict from the same
 cache, at the same moments, down to the same budget, and protect the same window.
 """
