@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,13 +105,23 @@ def decoder_of(model: Any) -> Any:
 
 def describe(model: Any) -> Architecture:
     """Read a live causal language model. Raises TriAttentionError, naming the kind, for what cannot be served."""
-    config = model.config.get_text_config()
+    return _describe(model.config.get_text_config(), lambda: decoder_of(model).rotary_emb)
+
+
+def describe_config(config: Any) -> Architecture:
+    """The same from a model's configuration alone, for an engine that has a model class of its own."""
+    from triattention.methods.pruning_utils import build_rotary
+
+    return _describe(config.get_text_config(), lambda: build_rotary("cpu", "", torch.float32, config))
+
+
+def _describe(config: Any, rotary: Callable[[], Any]) -> Architecture:
     if config.model_type not in STYLE_OF_TYPE:
         raise TriAttentionError(
             f"model type {config.model_type!r} is not supported; supported: {', '.join(sorted(STYLE_OF_TYPE))}"
         )
     _refuse_sliding(config)
-    omega, scaling, max_positions = rope_of(decoder_of(model).rotary_emb)
+    omega, scaling, max_positions = rope_of(rotary())
     described = {key: value for key, value in sorted(config.to_dict().items()) if key in _SHAPING}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return Architecture(

@@ -120,6 +120,12 @@ class TriAttention(Compression):
         # a cached key carries one factor of s already, so one more is missing, not two
         self.freq_weight = torch.full_like(self.q_abs_mean[0], self.attention_scaling)
 
+    def score_only(self, query_heads: slice) -> None:
+        """Score for these query heads alone, and the KV heads they read, as a tensor-parallel rank has them."""
+        for name in ("q_mean_real", "q_mean_imag", "q_abs_mean", "q_pass_mean"):
+            setattr(self, name, getattr(self, name)[:, query_heads])
+        self.freq_weight = self.freq_weight[query_heads]
+
     def reset(self) -> None:
         super().reset()
         self._evicted = 0

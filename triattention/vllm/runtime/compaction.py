@@ -1,0 +1,198 @@
+"""The worker's half: scores the keys of a request that is due, and gathers those that stay into its blocks.
+
+It runs inside the step, before the forward: on a GPU in stream order, so nothing waits for the device. Positions stay
+logical; what shifts is where a request's tokens lie, hence its sequence length and slots as attention sees them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from triattention.compression import View
+from triattention.methods.triattention import TriAttention
+from triattention.selection import keep_indices, keep_mask, layer_indices
+from triattention.vllm.runtime.eviction import Eviction, Rounds, Rule
+from triattention.vllm.runtime.layout import BlockLayout, learn
+from triattention.vllm.runtime.metrics import Counters
+
+_log = logging.getLogger("vllm.triattention")
+
+
+class _Keys(Sequence[torch.Tensor]):
+    """The rotated keys ``[1, H, N, D]`` of one request, layer by layer, read when asked for: one layer at a time."""
+
+    def __init__(self, caches: Sequence[torch.Tensor], layouts: Sequence[BlockLayout], blocks: torch.Tensor) -> None:
+        self._caches, self._layouts, self._blocks = caches, layouts, blocks
+
+    def __len__(self) -> int:
+        return len(self._caches)
+
+    def __getitem__(self, layer: Any) -> Any:
+        layout = self._layouts[layer]
+        return layout.read(layout.raw(self._caches[layer], self._blocks), layout.keys)[None]
+
+
+class Compactor:
+    """Carries out the rounds of one model runner, and knows how far each of its requests is shifted.
+
+    ``layers`` are the runner's attention layers, first layer first. Raises TriAttentionError for a KV cache that cannot be
+    read (``layout.learn``).
+    """
+
+    def __init__(
+        self, layers: Sequence[Any], num_blocks: int, scorer: TriAttention, rule: Rule, counters: Counters,
+        *, log_decisions: bool = True,
+    ) -> None:  # fmt: skip
+        self.rule, self._scorer, self._counters, self._log_decisions = rule, scorer, counters, log_decisions
+        self._caches = [layer.kv_cache for layer in layers]
+        known: dict[Any, BlockLayout] = {}
+        for layer in layers:
+            key = (layer.kv_cache.shape, layer.kv_cache.stride(), layer.kv_cache.dtype, type(layer.impl))
+            if key not in known:
+                known[key] = learn(layer, num_blocks, rule.block_size, layer.num_kv_heads, layer.head_size)
+        self._layouts = [known[layer.kv_cache.shape, layer.kv_cache.stride(), layer.kv_cache.dtype, type(layer.impl)]
+                         for layer in layers]  # fmt: skip
+        self._offsets: dict[str, int] = {}
+        self._reported: set[str] = set()
+        self._shift = _Shift(self._caches[0].device)
+        self._pending: list[tuple[Any, Any]] = []
+
+    @torch.inference_mode()
+    def before_step(self, runner: Any, output: Any) -> None:
+        """Carry out the rounds that come with a scheduler's output, and forget the requests that are gone."""
+        gone = [*output.finished_req_ids, *(request.req_id for request in output.scheduled_new_reqs)]
+        for name in (*gone, *output.scheduled_cached_reqs.resumed_req_ids):
+            self._offsets.pop(name, None)
+            self._reported.discard(name)
+        rounds: Rounds = getattr(output, "triattention", None) or Rounds()
+        self._put_off = rounds.put_off
+        if rounds.evictions:
+            with self._timed(len(rounds.evictions)):
+                for eviction in rounds.evictions:
+                    self._carry_out(runner, eviction)
+
+    def after_inputs(self, runner: Any, num_scheduled_tokens: np.ndarray) -> None:
+        """Make attention see physical lengths and slots, in the buffers that vLLM has just filled with logical ones."""
+        batch = runner.input_batch
+        names = batch.req_ids[: batch.num_reqs]
+        offsets = np.fromiter((self._offsets.get(name, 0) for name in names), np.int64, len(names))
+        self._report_missed(batch, names, offsets)
+        if not offsets.any():
+            return
+        rows, total = len(names), int(num_scheduled_tokens.sum())
+        by_row, by_token = self._shift.to_device(offsets, np.repeat(offsets, num_scheduled_tokens))
+        runner.seq_lens[:rows] -= by_row.to(runner.seq_lens.dtype)
+        runner.optimistic_seq_lens_cpu[:rows] -= torch.from_numpy(offsets).to(runner.optimistic_seq_lens_cpu.dtype)
+        batch.block_table.compute_slot_mapping(
+            rows, runner.query_start_loc.gpu[: rows + 1], runner.positions[:total] - by_token
+        )
+
+    def _carry_out(self, runner: Any, eviction: Eviction) -> None:
+        state = runner.requests[eviction.request_id]
+        held = state.block_ids[0]
+        if held != [*eviction.sources, eviction.newest]:
+            raise RuntimeError(f"request {eviction.request_id} holds other blocks here than in the scheduler")
+        self._compact(eviction)
+        held[:] = [*eviction.kept, eviction.newest]
+        row = runner.input_batch.req_id_to_index.get(eviction.request_id)
+        if row is not None:
+            runner.input_batch.block_table.add_row((held,), row)
+        evicted = (len(eviction.sources) - len(eviction.kept)) * self.rule.block_size
+        self._offsets[eviction.request_id] = eviction.seen - eviction.length + evicted
+        if self._log_decisions:
+            _log.debug(
+                "[TriAttention] request %s: %d of %d tokens evicted at position %d",
+                eviction.request_id, evicted, eviction.length, eviction.seen,
+            )  # fmt: skip
+
+    def _compact(self, eviction: Eviction) -> None:
+        """Keep the best keys of every head and layer, in order, with their values: bit for bit, and in place."""
+        size, device = self.rule.block_size, self._caches[0].device
+        sources, kept = (torch.tensor(ids, device=device) for ids in (eviction.sources, eviction.kept))
+        n_tokens, n_keep = len(sources) * size, len(kept) * size
+        valid = torch.ones(1, n_tokens, dtype=torch.bool, device=device)
+        protected = torch.zeros_like(valid)
+        protected[:, max(0, eviction.length - self.rule.window) :] = True
+        protected[:, : eviction.prompt if self.rule.protect_prefill else 0] = True
+        keys = _Keys(self._caches, self._layouts, sources)
+        # a NaN score is left alone: it comes from a NaN key, so the request's own logits are NaN already
+        scores = self._scorer.selection_scores(View(keys, keys, eviction.seen, valid, ~protected))
+        indices = keep_indices(keep_mask(scores, valid, protected, [n_tokens - n_keep]), n_keep)
+        for number, (cache, layout) in enumerate(zip(self._caches, self._layouts, strict=True)):
+            raw = layout.raw(cache, sources)
+            heads, _, dim = layout.keys.shape
+            picked = layer_indices(indices, self._scorer.mode, number, heads)[0, :, :, None].expand(-1, -1, dim)
+            layout.write(
+                cache, kept, *(layout.read(raw, places).gather(1, picked) for places in (layout.keys, layout.values))
+            )
+
+    def _report_missed(self, batch: Any, names: Sequence[str], offsets: np.ndarray) -> None:
+        """Say, and count, that a request is due at this step and nobody evicted anything."""
+        rows = len(names)
+        length = batch.num_computed_tokens_cpu[:rows] - offsets
+        for row in np.flatnonzero(self.rule.is_due(length, batch.num_prompt_tokens[:rows])):
+            name = names[row]
+            if name not in self._reported and name not in self._put_off and self.rule.blocks_to_evict(
+                int(length[row]), int(batch.num_prompt_tokens[row])
+            ):  # fmt: skip
+                self._reported.add(name)
+                self._counters.add("rounds_missed")
+                _log.error(
+                    "[TriAttention] request %s has %d tokens in the KV cache, which is over its budget, and no round "
+                    "came for it: the scheduler is not the one that this plugin patched",
+                    name, length[row],
+                )  # fmt: skip
+
+    def _timed(self, rounds: int) -> _Timer:
+        return _Timer(self._counters, rounds, self._caches[0].device, self._pending)
+
+
+class _Timer:
+    """Adds a block's duration to ``round_seconds``; on a GPU from events, read when a later round finds them done."""
+
+    def __init__(self, counters: Counters, rounds: int, device: torch.device, pending: list[tuple[Any, Any]]) -> None:
+        self._counters, self._rounds, self._pending = counters, rounds, pending
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
+
+    def __enter__(self) -> None:
+        if self._events:
+            self._events[0].record()
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: Any) -> None:
+        self._counters.add("compactions", self._rounds)
+        if self._events is None:
+            self._counters.add("round_seconds", time.perf_counter() - self._start)
+            return
+        self._events[1].record()
+        self._pending.append((self._events[0], self._events[1]))
+        while self._pending and self._pending[0][1].query():
+            start, end = self._pending.pop(0)
+            self._counters.add("round_seconds", start.elapsed_time(end) / 1000)
+
+
+class _Shift:
+    """Host integers to the device through pinned memory that is used again, so that no step waits for a copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.int64)] * 2
+
+    def to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """Each int64 array as a tensor on the device; valid until the next call."""
+        if self._device.type == "cpu":
+            return [torch.from_numpy(array) for array in arrays]
+        out = []
+        for number, array in enumerate(arrays):
+            if len(self._buffers[number]) < len(array):
+                self._buffers[number] = torch.empty(2 * len(array), dtype=torch.int64, pin_memory=True)
+            buffer = self._buffers[number][: len(array)]
+            buffer.numpy()[:] = array
+            out.append(buffer.to(self._device, non_blocking=True))
+        return out

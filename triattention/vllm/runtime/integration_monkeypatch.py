@@ -1,0 +1,179 @@
+"""Everything that this plugin changes in vLLM, in one place: five functions are wrapped, none is replaced.
+
+Modules that this process has not imported yet are patched when it does, so the API server imports nothing for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from triattention.errors import TriAttentionError
+from triattention.vllm.runtime import metrics, start
+from triattention.vllm.runtime.settings import PREFIX, SWITCH, RuntimeSettings, read_settings
+
+_log = logging.getLogger("vllm.triattention")
+
+_V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+_MARK = "_triattention"
+
+
+def install_from_environment() -> None:
+    """What the entry point does: install as ``TRIATTN_RUNTIME_PATCH_SCHEDULER`` and ``..._PATCH_WORKER`` say."""
+    settings = read_settings()
+    install_vllm_integration_monkeypatches(
+        patch_scheduler=settings.patch_scheduler, patch_worker=settings.patch_worker
+    )
+
+
+def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patch_worker: bool = True) -> None:
+    """Make the vLLM of this process and its children compress; call it before an ``LLM`` is made. Twice is once.
+
+    Raises TriAttentionError for settings that cannot be honoured and for a vLLM whose hook targets differ.
+    """
+    settings = read_settings()
+    for note in settings.notes():
+        _log.info("[TriAttention] %s", note)
+    if settings.disable_compression or not (patch_scheduler or patch_worker):
+        _log.info("[TriAttention] compression is off (DISABLE_COMPRESSION, or neither half is patched)")
+        return
+    if not (patch_scheduler and patch_worker):
+        raise TriAttentionError(
+            f"patch_scheduler={patch_scheduler} and patch_worker={patch_worker} would evict nothing, or lose tokens; "
+            f"patch both, or set {SWITCH}=0"
+        )
+    _require_hook_targets()
+    _choose_runner()
+    metrics.expose()
+    _when_imported("vllm.engine.arg_utils", functools.partial(_patch_arguments, settings=settings))
+    _when_imported("vllm.config.scheduler", functools.partial(_patch_scheduler, settings=settings))
+    _when_imported("vllm.v1.worker.gpu_model_runner", functools.partial(_patch_runner, settings=settings))
+    _log.info(
+        "[TriAttention] Runtime (V2) plugin activated: patch_scheduler=%s patch_worker=%s", patch_scheduler, patch_worker
+    )
+
+
+def _require_hook_targets() -> None:
+    pass
+
+
+def _choose_runner() -> None:
+    """The V1 model runner, which a CPU has anyway: the rounds of the V2 runner have not run on a GPU yet."""
+    chosen = os.environ.setdefault(_V2_RUNNER, "0")
+    if chosen.strip().lower() not in ("0", "false"):
+        raise TriAttentionError(
+            f"{_V2_RUNNER} is {chosen!r} and TriAttention serves the V1 model runner only; unset it, or set {SWITCH}=0"
+        )
+    _log.info("[TriAttention] the V1 model runner is used (%s=0)", _V2_RUNNER)
+
+
+def _patch_arguments(module: ModuleType, settings: RuntimeSettings) -> None:
+    """Refuse what cannot be served where the command line is read, before any engine process is started."""
+
+    def create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        start.refuse(config, settings)
+        return config
+
+    _wrap(module.EngineArgs, "create_engine_config", create_engine_config)
+
+
+def _patch_scheduler(module: ModuleType, settings: RuntimeSettings) -> None:
+    """Subclass whatever scheduler vLLM chooses, so that the choice between sync and async stays vLLM's."""
+
+    @functools.cache
+    def evicting(base: type) -> type:
+        class TriAttentionScheduler(base):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                self._triattention = start.build_evictor(self, settings)
+
+            def schedule(self, *args: Any, **kwargs: Any) -> Any:
+                rounds = self._triattention.plan(self)
+                output = super().schedule(*args, **kwargs)
+                output.triattention = self._triattention.drop_absent(rounds, self.running)
+                return output
+
+        return TriAttentionScheduler
+
+    def get_scheduler_cls(original: Callable[..., Any], self: Any) -> type:
+        return evicting(original(self))
+
+    _wrap(module.SchedulerConfig, "get_scheduler_cls", get_scheduler_cls)
+
+
+def _patch_runner(module: ModuleType, settings: RuntimeSettings) -> None:
+    """The V1 runner, of GPUs and CPUs: rounds before a step, shifted lengths and slots after its inputs are prepared."""
+
+    def initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if not (kwargs.get("is_profiling") or args[1:2] == (True,)):
+            self.triattention = start.build_compactor(self, settings)
+        return result
+
+    def execute_model(original: Callable[..., Any], self: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        self.triattention.before_step(self, output)
+        return original(self, output, *args, **kwargs)
+
+    def _prepare_inputs(original: Callable[..., Any], self: Any, output: Any, scheduled: Any, *rest: Any) -> Any:
+        result = original(self, output, scheduled, *rest)
+        self.triattention.after_inputs(self, scheduled)
+        return result
+
+    for wrapper in (initialize_kv_cache, execute_model, _prepare_inputs):
+        _wrap(module.GPUModelRunner, wrapper.__name__, wrapper)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace a method by ``wrapper``, which gets the original first; a method that is wrapped already stays."""
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, wrapped)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Patches a module right after it was imported."""
+
+    def __init__(self) -> None:
+        self.patches: dict[str, Callable[[ModuleType], None]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        patch = self.patches.pop(fullname, None)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if patch else None
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_patch(module: ModuleType) -> None:
+                execute(module)
+                patch(module)
+
+            spec.loader.exec_module = execute_and_patch
+        return spec
+
+
+def _when_imported(name: str, patch: Callable[[ModuleType], None]) -> None:
+    if name in sys.modules:
+        patch(sys.modules[name])
+        return
+    finder = next((finder for finder in sys.meta_path if isinstance(finder, _AfterImport)), None)
+    if finder is None:
+        finder = _AfterImport()
+        sys.meta_path.insert(0, finder)
+    finder.patches[name] = patch

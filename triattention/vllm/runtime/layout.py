@@ -1,0 +1,91 @@
+"""Where one block of vLLM's KV cache keeps each element: learned by writing through the layer's own code, not assumed.
+
+The layout is the most volatile thing in vLLM: five shapes between 0.19 and 0.33, and on a CPU keys are transposed. So
+coded keys and values are written into the null block, the block is read back raw, and the permutation is inverted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from triattention.errors import TriAttentionError
+
+#: Codes are written digit by digit in this base, because bfloat16 holds whole numbers up to 256 only.
+_BASE = 128
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Reads and writes whole blocks of KV cache tensors of one shape.
+
+    ``block_dim`` is the dimension of the tensor that counts blocks; ``keys`` and ``values`` int64 ``[H, N, D]`` are the
+    places of the N slots' elements in a raw block, which is the rest of the tensor, flattened.
+    """
+
+    block_dim: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def raw(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """The blocks ``[n]`` of ``cache``, raw: ``[n, elements of a block]``, a copy."""
+        return cache.index_select(self.block_dim, blocks).movedim(self.block_dim, 0).flatten(1)
+
+    def read(self, raw: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Keys or values ``[H, n * N, D]`` of raw blocks, in the order of the blocks; ``places`` says which."""
+        heads, slots, dim = places.shape
+        picked = raw[:, places.flatten()].view(len(raw), heads, slots, dim)
+        return picked.transpose(0, 1).reshape(heads, len(raw) * slots, dim)
+
+    def write(self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill the blocks ``[n]`` of ``cache`` with keys and values ``[H, n * N, D]``, bit for bit."""
+        heads, slots, dim = self.keys.shape
+        raw = keys.new_empty(len(blocks), 2 * heads * slots * dim)
+        for places, tensor in ((self.keys, keys), (self.values, values)):
+            raw[:, places.flatten()] = tensor.view(heads, len(blocks), slots, dim).transpose(0, 1).flatten(1)
+        rest = [size for dim_, size in enumerate(cache.shape) if dim_ != self.block_dim]
+        cache.index_copy_(self.block_dim, blocks, raw.view(len(blocks), *rest).movedim(0, self.block_dim))
+
+
+def learn(layer: Any, num_blocks: int, block_size: int, n_kv_heads: int, head_dim: int) -> BlockLayout:
+    """The layout of an attention layer's cache ``layer.kv_cache``; block 0, which is written meanwhile, is restored.
+
+    Raises TriAttentionError for a cache that is quantised, or is no such permutation.
+    """
+    cache = layer.kv_cache
+    if cache.dtype not in _PLAIN:
+        raise TriAttentionError(f"the KV cache is {cache.dtype}, which cannot be scored; use --kv-cache-dtype auto")
+    for dim in (dim for dim, size in enumerate(cache.shape) if size == num_blocks):
+        block = cache.select(dim, 0)
+        if block.numel() != 2 * n_kv_heads * block_size * head_dim:
+            continue
+        saved = block.clone()
+        try:
+            codes = _coded(layer, block, block_size, n_kv_heads, head_dim)
+        finally:
+            block.copy_(saved)
+        order = codes.argsort()
+        if torch.equal(codes[order], torch.arange(block.numel(), device=codes.device)):
+            keys, values = order.view(2, block_size, n_kv_heads, head_dim).transpose(1, 2)
+            return BlockLayout(dim, keys.contiguous(), values.contiguous())
+    raise TriAttentionError(
+        f"the KV cache of shape {list(cache.shape)} does not hold {num_blocks} blocks of {block_size} slots, "
+        f"{n_kv_heads} heads and {head_dim} dims one by one; choose another --block-size or --attention-backend"
+    )
+
+
+def _coded(layer: Any, block: torch.Tensor, block_size: int, n_kv_heads: int, head_dim: int) -> torch.Tensor:
+    """What a raw block holds, by number, after every element of it was written with its own: int64 ``[elements]``."""
+    cache = layer.kv_cache
+    number = torch.arange(block.numel(), device=cache.device).view(2, block_size, n_kv_heads, head_dim)
+    slots = torch.arange(block_size, device=cache.device)
+    codes, scale = torch.zeros(block.numel(), dtype=torch.int64, device=cache.device), 1
+    while scale < block.numel():
+        keys, values = (number // scale % _BASE).to(cache.dtype)
+        layer.impl.do_kv_cache_update(layer, keys, values, cache, slots)
+        codes += block.flatten().to(torch.int64) * scale
+        scale *= _BASE
+    return codes

@@ -1,0 +1,90 @@
+"""Counters that the engine's processes write and that the server shows in ``/metrics``, beside vLLM's own.
+
+Each process adds to a small mapped file of its own; the server sums them up when it is asked. So the engine never
+waits, and no message of vLLM's has to carry anything.
+"""
+
+from __future__ import annotations
+
+import atexit
+import mmap
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+#: Where the files are: set by the first process of a server, inherited by the others.
+DIRECTORY = "TRIATTENTION_METRICS_DIRECTORY"
+
+NAMES = {
+    "rounds": "Rounds of eviction, each of one request.",
+    "evicted_tokens": "Tokens evicted from the KV cache.",
+    "blocks_freed": "KV cache blocks that a round gave back to the pool.",
+    "rounds_put_off": "Steps at which a request was due and the pool had no private block for its round.",
+    "rounds_missed": "Requests that passed budget + interval without a round, which is an error.",
+    "compactions": "Rounds that a worker carried out.",
+    "round_seconds": "Time that workers spent scoring keys and compacting blocks.",
+}
+_LAYOUT = struct.Struct("d")
+
+
+class Counters:
+    """The counters of this process, which only grow. Without a directory they are kept in this process alone."""
+
+    def __init__(self, directory: str | None = None) -> None:
+        size = _LAYOUT.size * len(NAMES)
+        if directory is None:
+            self._values: Any = bytearray(size)
+            return
+        handle, _ = tempfile.mkstemp(dir=directory, prefix=f"{os.getpid()}.")
+        os.ftruncate(handle, size)
+        self._values = mmap.mmap(handle, size)
+        os.close(handle)
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        """Add ``amount`` to the counter ``name``."""
+        at = _LAYOUT.size * list(NAMES).index(name)
+        _LAYOUT.pack_into(self._values, at, _LAYOUT.unpack_from(self._values, at)[0] + amount)
+
+    def get(self, name: str) -> float:
+        return _LAYOUT.unpack_from(self._values, _LAYOUT.size * list(NAMES).index(name))[0]
+
+
+def counters() -> Counters:
+    """New counters of this process, in the server's directory."""
+    return Counters(os.environ.get(DIRECTORY))
+
+
+def expose() -> None:
+    """In the first process of a server: make the directory, and show what is in it in ``/metrics``."""
+    if DIRECTORY in os.environ:
+        return
+    from prometheus_client import REGISTRY
+
+    directory, owner = tempfile.mkdtemp(prefix="triattention-metrics-"), os.getpid()
+    os.environ[DIRECTORY] = directory
+    atexit.register(lambda: shutil.rmtree(directory, ignore_errors=True) if os.getpid() == owner else None)
+    REGISTRY.register(_Collector(Path(directory)))
+
+
+class _Collector:
+    """Sums up the files of all processes, those that have ended included."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, SummaryMetricFamily
+
+        totals = dict.fromkeys(NAMES, 0.0)
+        for path in self._directory.iterdir():
+            for name, value in zip(NAMES, _LAYOUT.iter_unpack(path.read_bytes()), strict=True):
+                totals[name] += value[0]
+        for name, text in NAMES.items():
+            if name == "round_seconds":
+                yield SummaryMetricFamily(f"triattention:{name}", text, totals["compactions"], totals[name])
+            else:
+                yield CounterMetricFamily(f"triattention:{name}", text, totals[name])

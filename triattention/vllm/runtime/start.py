@@ -1,0 +1,211 @@
+"""What must hold before vLLM serves a request compressed, each refusal in one sentence, and what is built then."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triattention.errors import TriAttentionError
+from triattention.vllm.runtime.eviction import Evictor, Rule
+from triattention.vllm.runtime.metrics import counters
+from triattention.vllm.runtime.settings import PREFIX, SWITCH, RuntimeSettings
+
+if TYPE_CHECKING:
+    from triattention.architecture import Architecture
+    from triattention.statistics import Statistics
+    from triattention.vllm.runtime.compaction import Compactor
+
+_log = logging.getLogger("vllm.triattention")
+
+#: KV cache dtypes that are the model's own arithmetic; anything else is a quantisation.
+_PLAIN_DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
+#: cos of a phase of a few radians is kept to 2^-9 in bfloat16; a wrong omega, pair layout or scale is off by far more.
+_ROTARY_ERROR, _ROTARY_POSITION = 2.0**-7, 5
+
+
+def refuse(config: Any, settings: RuntimeSettings) -> None:
+    """Raise TriAttentionError, naming what and the next step, for a vLLM configuration that cannot be served."""
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    if model.use_mla:
+        _cannot("MLA, whose cache holds no keys that could be scored", "serve another model")
+    if config.speculative_config is not None:
+        _cannot("speculative decoding, which takes back cached tokens", "leave out --speculative-config")
+    transfer = config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector is not None:
+        _cannot(f"the KV connector {transfer.kv_connector}", "leave out --kv-transfer-config and --kv-offloading-size")
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size"):
+        size = getattr(parallel, name, 1)
+        if size > 1:
+            _cannot(f"{name} {size}, which spreads what a round must see", f"use --{name.replace('_', '-')} 1")
+    if cache.cache_dtype not in _PLAIN_DTYPES:
+        _cannot(f"a KV cache quantised to {cache.cache_dtype}, which cannot be scored", "use --kv-cache-dtype auto")
+    check_budget_of_blocks(settings, cache.block_size)
+    live, _ = statistics_of(config, settings)
+    rank_rows(live.num_kv_heads, live.num_query_heads, 0, parallel.tensor_parallel_size)
+    if live.max_positions is not None and model.max_model_len > live.max_positions:
+        raise TriAttentionError(
+            f"the RoPE of {live.model_id} changes its frequencies beyond {live.max_positions} tokens and --max-model-len is "
+            f"{model.max_model_len}; use --max-model-len {live.max_positions}"
+        )
+
+
+def _cannot(what: str, next_step: str) -> None:
+    raise TriAttentionError(f"TriAttention cannot serve {what}; {next_step}, or set {SWITCH}=0")
+
+
+def check_budget_of_blocks(settings: RuntimeSettings, block_size: int | None) -> None:
+    """Raise TriAttentionError for a budget below one block; the size is None where vLLM has not chosen it yet."""
+    if block_size is not None and settings.kv_budget < block_size:
+        raise TriAttentionError(
+            f"{PREFIX}KV_BUDGET is {settings.kv_budget}, less than a block of {block_size} tokens; give a larger budget, or "
+            "a smaller --block-size"
+        )
+
+
+def check_groups(config: Any) -> None:
+    """Raise TriAttentionError unless a KV cache configuration is one group of full attention."""
+    groups = config.kv_cache_groups
+    kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+    if len(groups) != 1:
+        _cannot(f"a model with {len(groups)} KV cache groups ({', '.join(kinds)})", "serve a full-attention model")
+    spec = groups[0].kv_cache_spec
+    window = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
+    if kinds != ["FullAttentionSpec"] or window is not None:
+        _cannot(f"layers of {kinds[0]} with window {window}", "serve a full-attention model")
+
+
+def statistics_of(config: Any, settings: RuntimeSettings) -> tuple[Architecture, Statistics]:
+    """The model that vLLM serves, described, and its statistics. Raises TriAttentionError where there are none."""
+    from triattention import statistics
+    from triattention.architecture import describe_config
+
+    live = describe_config(copy.deepcopy(config.model_config.hf_config))
+    path = _statistics_path(config.model_config, settings)
+    loaded = statistics.load(path)
+    loaded.check_architecture(live)
+    return live, loaded
+
+
+def _statistics_path(model: Any, settings: RuntimeSettings) -> str:
+    if settings.sparse_stats_path != "auto":
+        return settings.sparse_stats_path
+    from triattention import models
+    from triattention.embedded import cache_root
+
+    mark = models.fingerprint(models.find_source(model.model))
+    folder = cache_root() / "statistics"
+    found = sorted(folder.glob(f"*-{mark}-*.pt"))
+    if not found:
+        raise TriAttentionError(
+            f"there are no statistics of {model.model} in {folder}; make them with python -m triattention calibrate "
+            f"--model {model.model}, or name a file in {PREFIX}SPARSE_STATS_PATH"
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    return str(next((path for path in found if f"-{mark}-{dtype}-" in path.name), found[0]))
+
+
+def rule_of(settings: RuntimeSettings, block_size: int) -> Rule:
+    """The rule of rounds for blocks of this size."""
+    check_budget_of_blocks(settings, block_size)
+    return Rule(
+        settings.kv_budget, settings.divide_length, settings.window, block_size, settings.protect_prefill,
+        settings.include_prefill_in_budget,
+    )  # fmt: skip
+
+
+def build_evictor(scheduler: Any, settings: RuntimeSettings) -> Evictor:
+    """The evictor of a scheduler that has just been made. Raises TriAttentionError for one that cannot be served."""
+    check_groups(scheduler.kv_cache_config)
+    rule = rule_of(settings, scheduler.kv_cache_manager.coordinator.single_type_managers[0].block_size)
+    _log.info(
+        "[TriAttention] a request of %d tokens in the KV cache is thinned to %d, in blocks of %d (%s)",
+        rule.kv_budget + rule.divide_length, rule.kv_budget, rule.block_size, settings.pruning_mode,
+    )  # fmt: skip
+    return Evictor(rule, counters())
+
+
+def build_compactor(runner: Any, settings: RuntimeSettings) -> Compactor:
+    """The compactor of a model runner whose KV cache has just been made.
+
+    Raises TriAttentionError for a cache or a model that is not what the statistics and the plugin need.
+    """
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    from triattention.methods.triattention import TriAttention, TriAttentionConfig
+    from triattention.vllm.runtime.compaction import Compactor
+
+    config = runner.kv_cache_config
+    check_groups(config)
+    live, calibrated = statistics_of(runner.vllm_config, settings)
+    check_rotary(runner.model, live)
+    group = config.kv_cache_groups[0]
+    layers = layers_in_order(runner.compilation_config.static_forward_context, group.layer_names)
+    if len(layers) != live.num_layers:
+        raise TriAttentionError(
+            f"this worker has {len(layers)} of the {live.num_layers} layers, and keep sets need them all; "
+            "use --pipeline-parallel-size 1"
+        )
+    cache = layers[0].kv_cache
+    options = TriAttentionConfig(
+        None, None, cache.device, cache.dtype, settings.kv_budget, divide_length=settings.divide_length,
+        score_aggregation=settings.sparse_score_aggregation, normalize_scores=settings.sparse_normalize_scores,
+        pruning_mode=settings.pruning_mode, layer_perhead_aggregation=settings.layer_perhead_aggregation,
+        disable_mlr=settings.disable_mlr, disable_trig=settings.disable_trig, window_size=settings.window,
+    )  # fmt: skip
+    scorer = TriAttention(options, live=live, calibrated=calibrated)
+    ranks = runner.parallel_config.tensor_parallel_size
+    scorer.score_only(rank_rows(live.num_kv_heads, live.num_query_heads, get_tensor_model_parallel_rank(), ranks))
+    rule = rule_of(settings, group.kv_cache_spec.block_size)
+    _log.info("[TriAttention] keys are scored with the statistics %s", calibrated.source)
+    return Compactor(layers, config.num_blocks, scorer, rule, counters(), log_decisions=settings.log_decisions)
+
+
+def rank_rows(n_kv_heads: int, n_query_heads: int, rank: int, n_ranks: int) -> slice:
+    """The query heads that read the KV heads of one tensor-parallel rank.
+
+    With more ranks than KV heads, several ranks hold the same one; each scores it with all of its query heads, so that
+    they agree. Raises TriAttentionError where the KV heads cannot be dealt out, nor repeated.
+    """
+    if n_kv_heads % n_ranks and n_ranks % n_kv_heads:
+        raise TriAttentionError(
+            f"--tensor-parallel-size {n_ranks} cannot share out statistics of {n_kv_heads} KV heads; use a size that "
+            f"divides {n_kv_heads}"
+        )
+    first, count = rank * n_kv_heads // n_ranks, max(1, n_kv_heads // n_ranks)
+    size = n_query_heads // n_kv_heads
+    return slice(first * size, (first + count) * size)
+
+
+def layers_in_order(context: Any, names: Iterable[str]) -> list[Any]:
+    """The attention layers of these names, first layer first. Raises TriAttentionError for two of one number."""
+    numbered: dict[int, Any] = {}
+    for name in names:
+        number = int(re.search(r"\.(\d+)\.", name)[1])
+        if number in numbered:
+            _cannot(f"layer {number} with two KV caches", "serve another model")
+        numbered[number] = context[name]
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def check_rotary(model: Any, live: Architecture) -> None:
+    """Raise TriAttentionError unless the rotary tables that vLLM made are those of the statistics' omega."""
+    import torch
+
+    for name, module in model.named_modules():
+        table = getattr(module, "cos_sin_cache", None)
+        if table is None:
+            continue
+        angle = live.omega.double() * _ROTARY_POSITION
+        expected = torch.cat([angle.cos(), angle.sin()]) * live.attention_scaling
+        found = table[_ROTARY_POSITION].double().cpu()
+        style = "half" if getattr(module, "is_neox_style", True) else "interleaved"
+        off = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
+        if off > _ROTARY_ERROR * max(1.0, live.attention_scaling) or style != live.rope_style:
+            raise TriAttentionError(
+                f"{name} of vLLM rotates otherwise ({style}, off by {off:.3g} at position {_ROTARY_POSITION}) than the "
+                f"statistics say ({live.rope_style}); calibrate this model, or set {SWITCH}=0"
+            )
