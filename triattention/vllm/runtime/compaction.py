@@ -34,8 +34,7 @@ class _Keys(Sequence[torch.Tensor]):
         return len(self._caches)
 
     def __getitem__(self, layer: Any) -> Any:
-        layout = self._layouts[layer]
-        return layout.read(layout.raw(self._caches[layer], self._blocks), layout.keys)[None]
+        return self._layouts[layer].keys(self._caches[layer], self._blocks)[None]
 
 
 class Compactor:
@@ -124,13 +123,12 @@ class Compactor:
         # a NaN score is left alone: it comes from a NaN key, so the request's own logits are NaN already
         scores = self._scorer.selection_scores(View(keys, keys, eviction.seen, valid, ~protected))
         indices = keep_indices(keep_mask(scores, valid, protected, [n_tokens - n_keep]), n_keep)
+        mode, picks, of = self._scorer.mode, None, None
         for number, (cache, layout) in enumerate(zip(self._caches, self._layouts, strict=True)):
-            raw = layout.raw(cache, sources)
-            heads, _, dim = layout.keys.shape
-            picked = layer_indices(indices, self._scorer.mode, number, heads)[0, :, :, None].expand(-1, -1, dim)
-            layout.write(
-                cache, kept, *(layout.read(raw, places).gather(1, picked) for places in (layout.keys, layout.values))
-            )
+            if layout is not of or mode == "per_layer_per_head":  # else every layer keeps the same tokens
+                heads = layout.places.shape[1]
+                picks, of = layout.picks(layer_indices(indices, mode, number, heads)[0]), layout
+            layout.thin(cache, sources, kept, picks)
 
     def _report_missed(self, batch: Any, names: Sequence[str], offsets: np.ndarray) -> None:
         """Say, and count, that a request is due at this step and nobody evicted anything."""

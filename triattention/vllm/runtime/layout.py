@@ -18,36 +18,43 @@ _BASE = 128
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """Reads and writes whole blocks of KV cache tensors of one shape.
+    """Reads and thins whole blocks of KV cache tensors of one shape.
 
-    ``block_dim`` is the dimension of the tensor that counts blocks; ``keys`` and ``values`` int64 ``[H, N, D]`` are the
-    places of the N slots' elements in a raw block, which is the rest of the tensor, flattened.
+    ``block_dim`` is the dimension of the tensor that counts blocks; ``places`` int32 ``[2, H, N, D]`` are the places of the
+    elements of the N slots' keys and values in a raw block, which is the rest of the tensor, flattened.
     """
 
     block_dim: int
-    keys: torch.Tensor
-    values: torch.Tensor
+    places: torch.Tensor
 
-    def raw(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """The blocks ``[n]`` of ``cache``, raw: ``[n, elements of a block]``, a copy."""
+    def _raw(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """A copy of the blocks ``[n]``, raw: ``[n, elements of a block]``."""
         return cache.index_select(self.block_dim, blocks).movedim(self.block_dim, 0).flatten(1)
 
-    def read(self, raw: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Keys or values ``[H, n * N, D]`` of raw blocks, in the order of the blocks; ``places`` says which."""
-        heads, slots, dim = places.shape
-        picked = raw[:, places.flatten()].view(len(raw), heads, slots, dim)
-        return picked.transpose(0, 1).reshape(heads, len(raw) * slots, dim)
+    def keys(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """The keys ``[H, n * N, D]`` in the blocks ``[n]`` of ``cache``, a copy, in the order of the blocks."""
+        _, heads, slots, dim = self.places.shape
+        picked = self._raw(cache, blocks).index_select(1, self.places[0].flatten())
+        return picked.view(-1, heads, slots, dim).transpose(0, 1).reshape(heads, -1, dim)
 
-    def write(self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Fill the blocks ``[n]`` of ``cache`` with keys and values ``[H, n * N, D]``, bit for bit."""
-        heads, slots, dim = self.keys.shape
-        raw = keys.new_empty(len(blocks), 2 * heads * slots * dim)
-        for places, tensor in ((self.keys, keys), (self.values, values)):
-            raw[:, places.flatten()] = tensor.view(heads, len(blocks), slots, dim).transpose(0, 1).flatten(1)
-        rest = [size for dim_, size in enumerate(cache.shape) if dim_ != self.block_dim]
-        cache.index_copy_(self.block_dim, blocks, raw.view(len(blocks), *rest).movedim(0, self.block_dim))
+    def picks(self, indices: torch.Tensor) -> torch.Tensor:
+        """What ``thin`` takes to keep the tokens ``indices`` int64 ``[H, n * N]``, in order: int32, an element each."""
+        _, heads, slots, dim = self.places.shape
+        n_elements = self.places.numel()
+        slot = (indices % slots)[None, :, :, None].expand(2, -1, -1, dim)
+        sources = self.places.gather(2, slot) + (indices // slots * n_elements)[None, :, :, None]
+        sources = sources.to(torch.int32).view(2, heads, -1, slots, dim).movedim(2, 0).flatten(1)
+        picks = torch.empty_like(sources)
+        picks[:, self.places.flatten().long()] = sources
+        return picks
+
+    def thin(self, cache: torch.Tensor, sources: torch.Tensor, kept: torch.Tensor, picks: torch.Tensor) -> None:
+        """Gather tokens of the blocks ``sources`` into the blocks ``kept``, bit for bit; they may overlap."""
+        raw = self._raw(cache, sources).flatten().index_select(0, picks.flatten())
+        rest = [size for dim, size in enumerate(cache.shape) if dim != self.block_dim]
+        cache.index_copy_(self.block_dim, kept, raw.view(len(kept), *rest).movedim(0, self.block_dim))
 
 
 def learn(layer: Any, num_blocks: int, block_size: int, n_kv_heads: int, head_dim: int) -> BlockLayout:
@@ -69,8 +76,8 @@ def learn(layer: Any, num_blocks: int, block_size: int, n_kv_heads: int, head_di
             block.copy_(saved)
         order = codes.argsort()
         if torch.equal(codes[order], torch.arange(block.numel(), device=codes.device)):
-            keys, values = order.view(2, block_size, n_kv_heads, head_dim).transpose(1, 2)
-            return BlockLayout(dim, keys.contiguous(), values.contiguous())
+            places = order.view(2, block_size, n_kv_heads, head_dim).transpose(1, 2)
+            return BlockLayout(dim, places.to(torch.int32).contiguous())
     raise TriAttentionError(
         f"the KV cache of shape {list(cache.shape)} does not hold {num_blocks} blocks of {block_size} slots, "
         f"{n_kv_heads} heads and {head_dim} dims one by one; choose another --block-size or --attention-backend"
