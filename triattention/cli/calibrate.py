@@ -29,17 +29,15 @@ def add_parser(verbs: Any) -> None:
         "calibrate",
         help="statistics of one model on a text, layer by layer",
         description="Run a text through a model, average its queries, write the statistics and print the concentration "
-        "|E q| / E|q| of every layer (1: all queries alike; 0: no centre, and nothing for TriAttention to use).",
+        "|E q| / E|q| of every layer (1: all queries alike; 0: no centre, and nothing for TriAttention to use). "
+        "Without --output the statistics stay in the cache, where run-one and the vLLM plugin find them.",
     )
     add_model_options(parser)
-    parser.add_argument("--input", required=True, metavar="TEXT", help="UTF-8 text to calibrate on")
-    parser.add_argument(
-        "--output", required=True, metavar="FILE", help="statistics file to write, replaced if it exists"
-    )
+    parser.add_argument("--input", metavar="TEXT", help="UTF-8 text to calibrate on (default: the bundled text)")
+    parser.add_argument("--output", metavar="FILE", help="statistics file to write, replaced if it exists")
     parser.add_argument(
         "--max-length",
         type=int,
-        default=DEFAULT_MAX_LENGTH,
         metavar="N",
         help=f"tokens of the text that are used (default: {DEFAULT_MAX_LENGTH})",
     )
@@ -47,13 +45,31 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    require_at_least_one(args, "max_length")
-    output = Path(args.output).expanduser()
-    require_output(output)
-    result = calibrate_to_file(args.model, args.input, output, args.max_length, args.dtype, args.device)
-    print(f"wrote {output}: {result.token_count} tokens of {args.input}")
+    if args.output is None:
+        output, result = _calibrate_to_cache(args)
+    else:
+        length = DEFAULT_MAX_LENGTH if args.max_length is None else args.max_length
+        require_at_least_one(args, "max_length")
+        output = Path(args.output).expanduser()
+        require_output(output)
+        result = calibrate_to_file(args.model, args.input, output, length, args.dtype, args.device)
+    print(f"wrote {output}: {result.token_count} tokens of {args.input or 'the bundled text'}")
     for layer, concentration in enumerate(result.concentration().tolist()):
         print(f"concentration, layer {layer:2d}: {concentration:.3f}")
+
+
+def _calibrate_to_cache(args: argparse.Namespace) -> tuple[Path, Statistics]:
+    from triattention import statistics
+    from triattention.text_calibration import cached_statistics
+
+    for option, value in (("input", args.input), ("max-length", args.max_length)):
+        if value is not None:
+            raise TriAttentionError(
+                f"--{option} {value} needs --output: statistics in the cache are of the bundled text"
+            )
+    quiet_transformers()
+    path = cached_statistics(models.load(models.find_source(args.model), dtype=args.dtype, device=args.device))
+    return path, statistics.load(path)
 
 
 def require_output(output: Path) -> None:

@@ -1,1 +1,1 @@
-"""The vLLM plugin: ``eviction`` decides in the scheduler, ``compaction`` moves keys in the worker, one file hooks them in."""
+"""The vLLM plugin: ``eviction`` decides in the scheduler, ``compaction`` moves keys in the worker."""

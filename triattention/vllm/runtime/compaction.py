@@ -40,8 +40,8 @@ class _Keys(Sequence[torch.Tensor]):
 class Compactor:
     """Carries out the rounds of one model runner, and knows how far each of its requests is shifted.
 
-    ``layers`` are the runner's attention layers, first layer first. Raises TriAttentionError for a KV cache that cannot be
-    read (``layout.learn``).
+    ``layers`` are the runner's attention layers, first layer first. Raises TriAttentionError for a KV cache that
+    cannot be read (``layout.learn``).
     """
 
     def __init__(

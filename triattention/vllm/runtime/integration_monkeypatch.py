@@ -6,9 +6,9 @@ Modules that this process has not imported yet are patched when it does, so the 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.metadata
 import logging
 import os
 import sys
@@ -18,7 +18,7 @@ from typing import Any
 
 from triattention.errors import TriAttentionError
 from triattention.vllm.runtime import metrics, start
-from triattention.vllm.runtime.settings import PREFIX, SWITCH, RuntimeSettings, read_settings
+from triattention.vllm.runtime.settings import SWITCH, RuntimeSettings, read_settings
 
 _log = logging.getLogger("vllm.triattention")
 
@@ -29,9 +29,7 @@ _MARK = "_triattention"
 def install_from_environment() -> None:
     """What the entry point does: install as ``TRIATTN_RUNTIME_PATCH_SCHEDULER`` and ``..._PATCH_WORKER`` say."""
     settings = read_settings()
-    install_vllm_integration_monkeypatches(
-        patch_scheduler=settings.patch_scheduler, patch_worker=settings.patch_worker
-    )
+    install_vllm_integration_monkeypatches(patch_scheduler=settings.patch_scheduler, patch_worker=settings.patch_worker)
 
 
 def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patch_worker: bool = True) -> None:
@@ -40,6 +38,7 @@ def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patc
     Raises TriAttentionError for settings that cannot be honoured and for a vLLM whose hook targets differ.
     """
     settings = read_settings()
+    importlib.import_module("vllm.logger")  # sets up the loggers below vllm: in the API server nothing has until now
     for note in settings.notes():
         _log.info("[TriAttention] %s", note)
     if settings.disable_compression or not (patch_scheduler or patch_worker):
@@ -56,9 +55,8 @@ def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patc
     _when_imported("vllm.engine.arg_utils", functools.partial(_patch_arguments, settings=settings))
     _when_imported("vllm.config.scheduler", functools.partial(_patch_scheduler, settings=settings))
     _when_imported("vllm.v1.worker.gpu_model_runner", functools.partial(_patch_runner, settings=settings))
-    _log.info(
-        "[TriAttention] Runtime (V2) plugin activated: patch_scheduler=%s patch_worker=%s", patch_scheduler, patch_worker
-    )
+    what = f"patch_scheduler={patch_scheduler} patch_worker={patch_worker}"
+    _log.info("[TriAttention] Runtime (V2) plugin activated: %s", what)
 
 
 def _require_hook_targets() -> None:
@@ -111,7 +109,7 @@ def _patch_scheduler(module: ModuleType, settings: RuntimeSettings) -> None:
 
 
 def _patch_runner(module: ModuleType, settings: RuntimeSettings) -> None:
-    """The V1 runner, of GPUs and CPUs: rounds before a step, shifted lengths and slots after its inputs are prepared."""
+    """The V1 runner, of GPUs and CPUs: rounds before a step, then lengths and slots as attention must see them."""
 
     def initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)

@@ -22,8 +22,8 @@ _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 class BlockLayout:
     """Reads and thins whole blocks of KV cache tensors of one shape.
 
-    ``block_dim`` is the dimension of the tensor that counts blocks; ``places`` int32 ``[2, H, N, D]`` are the places of the
-    elements of the N slots' keys and values in a raw block, which is the rest of the tensor, flattened.
+    ``block_dim`` is the dimension of the tensor that counts blocks; ``places`` int32 ``[2, H, N, D]`` are the places
+    of the elements of the N slots' keys and values in a raw block, which is the rest of the tensor, flattened.
     """
 
     block_dim: int

@@ -18,7 +18,7 @@ SWITCH = "ENABLE_TRIATTENTION"
 #: Accepted because existing deployments set them; each with why it changes nothing here.
 _WITHOUT_EFFECT = {
     "require_triton_scoring": "keys are scored by the Triton kernel on a GPU and by PyTorch elsewhere, always",
-    "enable_experimental_kv_compaction": "compaction is how this plugin works; ENABLE_TRIATTENTION=0 turns all of it off",
+    "enable_experimental_kv_compaction": f"compaction is how this plugin works; {SWITCH}=0 turns all of it off",
     "enable_experimental_block_reclaim": "evicted blocks always go back to the pool",
     "model_path": "RoPE is read off the model that vLLM serves",
 }
@@ -32,10 +32,10 @@ def _older(name: str) -> Any:
 class RuntimeSettings(BaseSettings):
     """What the plugin was asked for; counts are tokens, names and defaults as published.
 
-    ``kv_budget`` is beyond the prompt unless ``include_prefill_in_budget``. A round is due ``divide_length`` tokens above
-    it. The newest ``window_size`` tokens are never evicted (unset: 128, or half of a budget below 256), nor is the prompt
-    under ``protect_prefill``. ``sparse_stats_path`` is a file, or ``auto`` (also where unset) for the statistics in the
-    calibration cache.
+    ``kv_budget`` is beyond the prompt unless ``include_prefill_in_budget``. A round is due ``divide_length`` tokens
+    above it. The newest ``window_size`` tokens are never evicted (unset: 128, or half of a budget below 256), nor is
+    the prompt under ``protect_prefill``. ``sparse_stats_path`` is a file, or ``auto`` (also where unset) for the
+    statistics in the calibration cache.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", populate_by_name=True)
@@ -44,9 +44,7 @@ class RuntimeSettings(BaseSettings):
     divide_length: int = Field(128, validation_alias=_older("DIVIDE_LENGTH"))
     window_size: int | None = Field(None, validation_alias=_older("WINDOW_SIZE"))
     protect_prefill: bool = False
-    pruning_mode: Literal["per_head", "per_layer_per_head"] = Field(
-        "per_head", validation_alias=_older("PRUNING_MODE")
-    )
+    pruning_mode: Literal["per_head", "per_layer_per_head"] = Field("per_head", validation_alias=_older("PRUNING_MODE"))
     sparse_stats_path: str = Field(
         "auto", validation_alias=AliasChoices(f"{PREFIX}SPARSE_STATS_PATH", "TRIATTENTION_STATS_PATH")
     )
@@ -84,7 +82,7 @@ class RuntimeSettings(BaseSettings):
 
 
 def enabled() -> bool:
-    """Whether the plugin is wanted: ``ENABLE_TRIATTENTION``, on where unset. Raises TriAttentionError for other words."""
+    """Whether ``ENABLE_TRIATTENTION`` is on, as it is where unset. Raises TriAttentionError for other words."""
     value = os.environ.get(SWITCH, "1").strip().lower()
     if value not in ("0", "1", "true", "false", "yes", "no", "on", "off"):
         raise TriAttentionError(f"{SWITCH} is {value!r}; set it to 1 or 0")

@@ -6,7 +6,6 @@ import copy
 import logging
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triattention.errors import TriAttentionError
@@ -48,8 +47,8 @@ def refuse(config: Any, settings: RuntimeSettings) -> None:
     rank_rows(live.num_kv_heads, live.num_query_heads, 0, parallel.tensor_parallel_size)
     if live.max_positions is not None and model.max_model_len > live.max_positions:
         raise TriAttentionError(
-            f"the RoPE of {live.model_id} changes its frequencies beyond {live.max_positions} tokens and --max-model-len is "
-            f"{model.max_model_len}; use --max-model-len {live.max_positions}"
+            f"the RoPE of {live.model_id} changes its frequencies beyond {live.max_positions} tokens and "
+            f"--max-model-len is {model.max_model_len}; use --max-model-len {live.max_positions}"
         )
 
 
@@ -61,8 +60,8 @@ def check_budget_of_blocks(settings: RuntimeSettings, block_size: int | None) ->
     """Raise TriAttentionError for a budget below one block; the size is None where vLLM has not chosen it yet."""
     if block_size is not None and settings.kv_budget < block_size:
         raise TriAttentionError(
-            f"{PREFIX}KV_BUDGET is {settings.kv_budget}, less than a block of {block_size} tokens; give a larger budget, or "
-            "a smaller --block-size"
+            f"{PREFIX}KV_BUDGET is {settings.kv_budget}, less than a block of {block_size} tokens; give a larger "
+            "budget, or a smaller --block-size"
         )
 
 
