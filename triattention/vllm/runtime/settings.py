@@ -104,6 +104,8 @@ def read_settings() -> RuntimeSettings:
         problem = error.errors()[0]
         name = str(problem["loc"][0]).upper()
         name = name if name.startswith("TRIATT") else f"{PREFIX}{name}"
+        older = name.replace(PREFIX, "TRIATTENTION_")
+        name = older if name not in os.environ and older in os.environ else name
         raise TriAttentionError(f"{name} is {problem['input']!r}: {problem['msg']}; correct or unset it") from error
     check_budget(settings.kv_budget, settings.divide_length, settings.window)
     if settings.layer_perhead_aggregation == "mean" and settings.pruning_mode != "per_layer_per_head":

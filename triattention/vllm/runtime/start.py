@@ -43,13 +43,14 @@ def refuse(config: Any, settings: RuntimeSettings) -> None:
     if cache.cache_dtype not in _PLAIN_DTYPES:
         _cannot(f"a KV cache quantised to {cache.cache_dtype}, which cannot be scored", "use --kv-cache-dtype auto")
     check_budget_of_blocks(settings, cache.block_size)
-    live, _ = statistics_of(config, settings)
+    live = described(config)
     rank_rows(live.num_kv_heads, live.num_query_heads, 0, parallel.tensor_parallel_size)
     if live.max_positions is not None and model.max_model_len > live.max_positions:
         raise TriAttentionError(
             f"the RoPE of {live.model_id} changes its frequencies beyond {live.max_positions} tokens and "
             f"--max-model-len is {model.max_model_len}; use --max-model-len {live.max_positions}"
         )
+    statistics_of(live, model, settings)
 
 
 def _cannot(what: str, next_step: str) -> None:
@@ -77,16 +78,20 @@ def check_groups(config: Any) -> None:
         _cannot(f"layers of {kinds[0]} with window {window}", "serve a full-attention model")
 
 
-def statistics_of(config: Any, settings: RuntimeSettings) -> tuple[Architecture, Statistics]:
-    """The model that vLLM serves, described, and its statistics. Raises TriAttentionError where there are none."""
-    from triattention import statistics
+def described(config: Any) -> Architecture:
+    """The model that vLLM serves. Raises TriAttentionError for one that cannot be compressed."""
     from triattention.architecture import describe_config
 
-    live = describe_config(copy.deepcopy(config.model_config.hf_config))
-    path = _statistics_path(config.model_config, settings)
-    loaded = statistics.load(path)
+    return describe_config(copy.deepcopy(config.model_config.hf_config))
+
+
+def statistics_of(live: Architecture, model: Any, settings: RuntimeSettings) -> Statistics:
+    """The statistics of a model. Raises TriAttentionError where there are none, or those of another model."""
+    from triattention import statistics
+
+    loaded = statistics.load(_statistics_path(model, settings))
     loaded.check_architecture(live)
-    return live, loaded
+    return loaded
 
 
 def _statistics_path(model: Any, settings: RuntimeSettings) -> str:
@@ -139,7 +144,8 @@ def build_compactor(runner: Any, settings: RuntimeSettings) -> Compactor:
 
     config = runner.kv_cache_config
     check_groups(config)
-    live, calibrated = statistics_of(runner.vllm_config, settings)
+    live = described(runner.vllm_config)
+    calibrated = statistics_of(live, runner.model_config, settings)
     check_rotary(runner.model, live)
     group = config.kv_cache_groups[0]
     layers = layers_in_order(runner.compilation_config.static_forward_context, group.layer_names)
