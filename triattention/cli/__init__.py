@@ -1,7 +1,7 @@
 """The command line, one file per verb: ``run-one`` and its repetitions, ``compare``, and what they need.
 
-Exit codes: 0 done, 1 an error that the message says how to mend, 2 usage, 130 interrupted. torch and transformers are
-imported by the verb that runs, so that ``--help`` is quick.
+Exit codes: 0 done, 1 an error that the message says how to mend, 2 usage, 3 nothing to compare (``vllm-check``), 130
+interrupted. torch and transformers are imported by the verb that runs, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from triattention.cli import (
     run_default,
     run_one,
     run_sweep,
+    vllm_check,
 )
 from triattention.errors import TriAttentionError
 
-_VERBS = (run_one, run_default, run_sweep, compare, build_stats, calibrate, download_models)
+_VERBS = (run_one, run_default, run_sweep, compare, build_stats, calibrate, download_models, vllm_check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code; argparse itself exits with 2 on a usage error."""
+    """Run one command line and return its exit code; argparse exits with 2 on a usage error, vllm-check with 3."""
     return guarded(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
 
 

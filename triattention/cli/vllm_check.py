@@ -1,0 +1,70 @@
+"""``vllm-check``: whether a vLLM has the names that the plugin touches, as they were recorded for its version."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from triattention.errors import TriAttentionError
+from triattention.vllm.runtime import hook_targets
+
+#: Exit code where there is nothing to compare: no vLLM, or no entry for its version.
+NOTHING_TO_COMPARE = 3
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "vllm-check",
+        help="compare a vLLM with what the plugin was written for",
+        description="Read, without importing vLLM, every name of it that the plugin touches, and compare it with what "
+        "was recorded for its version. Exit codes: 0 all match, 1 one differs, 3 vLLM is absent or its version has no "
+        "entry.",
+        epilog=f"Entries are for {', '.join(hook_targets.supported())}; each serves all releases of its minor version.",
+    )
+    parser.add_argument(
+        "--root", metavar="DIR", type=Path, help="folder with vllm/, e.g. an unpacked wheel (default: installed)"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print instead the entry of this vLLM, which a maintainer adds to triattention/data/vllm_hooks.json to "
+        "support a new version",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    root = args.root and args.root.expanduser()
+    try:
+        if args.json:
+            _print_entry(root)
+            return
+        report = hook_targets.check(root)
+    except TriAttentionError as error:
+        print(f"triattention: {error}", file=sys.stderr)
+        raise SystemExit(NOTHING_TO_COMPARE) from None
+    print(*_lines(report), sep="\n")
+    if report.differences:
+        raise TriAttentionError(hook_targets.difference_of(report))
+    print(f"vLLM {report.version}: all {len(report.targets)} targets are as recorded for {report.entry}")
+
+
+def _print_entry(root: Path | None) -> None:
+    found = hook_targets.read_targets(root)
+    print(hook_targets.as_json({hook_targets.version_of(root).partition("+")[0]: found}), end="")
+    newest = hook_targets.supported()[-1]
+    absent = [name for name in hook_targets.entry(newest) if name not in found]
+    if absent:
+        print(f"note: absent here, and needed in {newest}: {', '.join(absent)}", file=sys.stderr)
+
+
+def _lines(report: hook_targets.Report) -> list[str]:
+    """The table; long parameter lists run over their column rather than widen all rows."""
+    rows = [("target", "expected", "found", "ok")]
+    for target in report.targets:
+        v2_only = " (V2 runner only)" if target.name.startswith(f"{hook_targets.V2_MODULE}:") else ""
+        rows.append((target.name + v2_only, target.expected, target.found, "yes" if target.ok else "NO"))
+    width = max(len(row[0]) for row in rows)
+    return [f"{name:{width}}  {ok:3}  {expected:12}  {found}" for name, expected, found, ok in rows]
