@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from triattention.errors import TriAttentionError
-from triattention.vllm.runtime import metrics, start
+from triattention.vllm.runtime import hook_targets, metrics, start
 from triattention.vllm.runtime.settings import SWITCH, RuntimeSettings, read_settings
 
 _log = logging.getLogger("vllm.triattention")
@@ -49,7 +49,7 @@ def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patc
             f"patch_scheduler={patch_scheduler} and patch_worker={patch_worker} would evict nothing, or lose tokens; "
             f"patch both, or set {SWITCH}=0"
         )
-    _require_hook_targets()
+    hook_targets.require_supported()
     _choose_runner()
     metrics.expose()
     _when_imported("vllm.engine.arg_utils", functools.partial(_patch_arguments, settings=settings))
@@ -57,10 +57,6 @@ def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patc
     _when_imported("vllm.v1.worker.gpu_model_runner", functools.partial(_patch_runner, settings=settings))
     what = f"patch_scheduler={patch_scheduler} patch_worker={patch_worker}"
     _log.info("[TriAttention] Runtime (V2) plugin activated: %s", what)
-
-
-def _require_hook_targets() -> None:
-    pass
 
 
 def _choose_runner() -> None:
