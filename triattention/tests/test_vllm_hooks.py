@@ -132,8 +132,8 @@ def test_differences_are_reported_with_target_expected_and_found(doctored: Path)
         hook_targets.require_supported()
     assert str(error.value) == (
         f"vLLM 0.32.1 differs from the recorded 0.32.0: {SCHEDULE} is (self, throttle) and not (self, "
-        "throttle_prefills) (and 2 more; python -m triattention vllm-check lists them); install vLLM 0.32.0, or set "
-        "ENABLE_TRIATTENTION=0"
+        "throttle_prefills) (and 2 more; python -m triattention vllm-check lists them); install vLLM 0.32.0 as "
+        "released, or set ENABLE_TRIATTENTION=0"
     )
 
 

@@ -81,7 +81,7 @@ def difference_of(report: Report) -> str:
     more = f" (and {len(others)} more; python -m triattention vllm-check lists them)" if others else ""
     return (
         f"vLLM {report.version} differs from the recorded {report.entry}: {first.name} is {first.found} and not "
-        f"{first.expected}{more}; install vLLM {report.entry}, {_ELSEWHERE}"
+        f"{first.expected}{more}; install vLLM {report.entry} as released, {_ELSEWHERE}"
     )
 
 
