@@ -46,8 +46,16 @@ SENTENCES = {
     "ENABLE_TRIATTENTION=0",
     "v2_runner": "VLLM_USE_V2_MODEL_RUNNER is '1' and TriAttention serves the V1 model runner only; unset it, or set "
     "ENABLE_TRIATTENTION=0",
+    "hook_targets": "vllm.v1.core.sched.scheduler:Scheduler.schedule is (self, throttle_prefills) and not (self, other)",
     "switch": "ENABLE_TRIATTENTION is 'maybe'; set it to 1 or 0",
 }
+
+
+#: As if the plugin had been made for a vLLM whose scheduler takes other arguments than the installed one's.
+OTHER_SCHEDULE = """
+from triattention.vllm.runtime import hook_targets
+hook_targets.entry(hook_targets.check().entry)["vllm.v1.core.sched.scheduler:Scheduler.schedule"] = ["self", "other"]
+"""
 
 
 def _configured(directory: Path, tiny: str, **changes: object) -> str:
@@ -120,6 +128,7 @@ def ends(places: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> d
         "window": start(**setting("KV_BUDGET", "64"), **setting("WINDOW_SIZE", "64")),
         "one_half": start(**setting("PATCH_WORKER", "false")),
         "v2_runner": start(VLLM_USE_V2_MODEL_RUNNER="1"),
+        "hook_targets": start(before=OTHER_SCHEDULE),
         "switch": start(ENABLE_TRIATTENTION="maybe"),
     }
     return ends_of(starts, tmp_path_factory.mktemp("logs"))

@@ -38,9 +38,8 @@ def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patc
     Raises TriAttentionError for settings that cannot be honoured and for a vLLM whose hook targets differ.
     """
     settings = read_settings()
+    hook_targets.require_supported()
     importlib.import_module("vllm.logger")  # sets up the loggers below vllm: in the API server nothing has until now
-    for note in settings.notes():
-        _log.info("[TriAttention] %s", note)
     if settings.disable_compression or not (patch_scheduler or patch_worker):
         _log.info("[TriAttention] compression is off (DISABLE_COMPRESSION, or neither half is patched)")
         return
@@ -49,7 +48,8 @@ def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patc
             f"patch_scheduler={patch_scheduler} and patch_worker={patch_worker} would evict nothing, or lose tokens; "
             f"patch both, or set {SWITCH}=0"
         )
-    hook_targets.require_supported()
+    for note in settings.notes():
+        _log.info("[TriAttention] %s", note)
     _choose_runner()
     metrics.expose()
     _when_imported("vllm.engine.arg_utils", functools.partial(_patch_arguments, settings=settings))

@@ -63,6 +63,11 @@ def learn(layer: Any, num_blocks: int, block_size: int, n_kv_heads: int, head_di
     Raises TriAttentionError for a cache that is quantised, or is no such permutation.
     """
     cache = layer.kv_cache
+    if not hasattr(layer.impl, "do_kv_cache_update"):
+        raise TriAttentionError(
+            f"{type(layer.impl).__name__} of this vLLM writes its KV cache inside the forward, so its layout cannot be "
+            "learned; use vLLM 0.24 or newer on a CPU, or another --attention-backend"
+        )
     if cache.dtype not in _PLAIN:
         raise TriAttentionError(f"the KV cache is {cache.dtype}, which cannot be scored; use --kv-cache-dtype auto")
     for dim in (dim for dim, size in enumerate(cache.shape) if size == num_blocks):
