@@ -46,7 +46,8 @@ SENTENCES = {
     "ENABLE_TRIATTENTION=0",
     "v2_runner": "VLLM_USE_V2_MODEL_RUNNER is '1' and TriAttention serves the V1 model runner only; unset it, or set "
     "ENABLE_TRIATTENTION=0",
-    "hook_targets": "vllm.v1.core.sched.scheduler:Scheduler.schedule is (self, throttle_prefills) and not (self, other)",
+    "hook_targets": "vllm.v1.core.sched.scheduler:Scheduler.schedule is (self, throttle_prefills) and not "
+    "(self, other); install vLLM",
     "switch": "ENABLE_TRIATTENTION is 'maybe'; set it to 1 or 0",
 }
 
