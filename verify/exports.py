@@ -12,7 +12,8 @@ from verify.architectures import Architecture
 from verify.builds import Compilation
 from verify.checks import PHASES
 from verify.matrix import Row, bound, built, compiled_words, count, headroom, rows
-from verify.record import Measurement, Record
+from verify.plots import mermaid, value_rows
+from verify.record import CheckResult, Measurement, Record
 from verify.verdict import Assessment, Cell, describe_subject, fill_command, missing_by_phase
 
 
@@ -53,6 +54,8 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
     if failed:
         told = (f"* **{cell.check.id}** {_one_line(cell.result.message)} (`{cell.result.repeat}`)\n" for cell in failed)
         parts.append("## Failures\n\n" + "".join(told))
+    if assessment.with_curves:
+        parts.append("## Curves\n\n" + "\n".join(_curves(cell.result) for cell in assessment.with_curves))
     if assessment.missing:
         counted = count(len(assessment.missing), "must-pass check")
         parts.append(f"## Missing\n\n{counted}, which `{fill_command(assessment)}` runs.\n")
@@ -162,6 +165,12 @@ def _run_lines(assessment: Assessment) -> Iterable[list[str]]:
         yield [*(run[column] or "-" for column in columns), f"no: {different}" if different else "yes"]
 
 
+def _curves(result: CheckResult) -> str:
+    header, *body = value_rows(result.curves)
+    parts = [f"### `{result.id}`, {result.evidence}\n", mermaid(result.curves), markdown_table(header, body)]
+    return "\n".join(filter(None, parts))
+
+
 def _row(row: Row) -> dict[str, Any]:
     return {
         "phase": row.phase,
@@ -189,6 +198,7 @@ def _check(cell: Cell) -> dict[str, Any]:
         "run_id": cell.run_id,
         "message": result.message if result else "",
         "tightest": _measurement(result.tightest) if result else None,
+        "curves": [curve.model_dump() for curve in result.curves] if result else [],
     }
 
 

@@ -160,7 +160,7 @@ def _print_results(ids: Sequence[str], records: Sequence[Record], console: Conso
     from rich.table import Table
     from rich.text import Text
 
-    from verify.terminal import verdict_text
+    from verify.terminal import print_curves, verdict_text
 
     found: list[tuple[Record, CheckResult]] = [
         (record, result) for record in newest_first(records) for result in record.results if result.id in set(ids)
@@ -176,3 +176,6 @@ def _print_results(ids: Sequence[str], records: Sequence[Record], console: Conso
         table.add_row(record.time_utc[:10], record.target, verdict_text(words), Text(result.id), Text(number))
     console.print(f"\nLast results, newest first ({min(len(found), _LAST)} of {len(found)}):")
     console.print(table)
+    if last := next((result for _, result in found if result.curves), None):
+        console.print()
+        print_curves(last, console)

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,16 +25,18 @@ from verify import events
 from verify.architectures import parse_target
 from verify.builds import Build, Compilation
 from verify.checks import PHASES
+from verify.curves import Curve, clash
 from verify.device import Device, derive_seed, prepare, resolve
 from verify.environment import localise
 from verify.manifest import Manifest, Selected, freeze, survey
 from verify.outcome import ConfigurationError
 from verify.record import Measurement, Record
-from verify.recorder import MEASUREMENTS, Recorder, id_of, in_phases, repeat_command, spec_of
+from verify.recorder import CURVES, MEASUREMENTS, Recorder, id_of, in_phases, repeat_command, spec_of
 from verify.request import DEFAULT_SEED, parse_expect, parse_phases
 from verify.subject import PACKAGE, Subject, find_subject
 
 Measure = Callable[..., None]
+Draw = Callable[..., None]
 
 
 @dataclass(slots=True)
@@ -326,3 +328,20 @@ def measure(request: pytest.FixtureRequest) -> Measure:
             raise AssertionError(f"{found.told}; repeat with: {repeat}")
 
     return measure
+
+
+@pytest.fixture
+def curve(request: pytest.FixtureRequest) -> Draw:
+    """``curve(name, points, *, x, y)``: record ``(x, y)`` pairs, thinned, for one plot with the check's other curves.
+
+    Raises ValueError for points that are no curve, a name that is taken, or axes other than those of the first curve.
+    """
+    drawn = request.node.stash[CURVES]
+
+    def curve(name: str, points: Iterable[tuple[float, float]], *, x: str, y: str) -> None:
+        found = Curve.of(name, points, x=x, y=y)
+        if wrong := clash([*drawn, found]):
+            raise ValueError(wrong)
+        drawn.append(found)
+
+    return curve

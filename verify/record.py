@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from verify.builds import Compilation, Sha256, Strict
 from verify.checks import SKIP_CODES, Gate
+from verify.curves import Curve, clash
 
 SCHEMA_VERSION = 1
 
@@ -81,6 +82,7 @@ class CheckResult(Strict):
     seed: int
     duration_s: float = Field(ge=0)
     measurements: list[Measurement] = Field(default_factory=list)
+    curves: list[Curve] = Field(default_factory=list)
     message: str = ""
     repeat: str = Field(min_length=1)
 
@@ -101,6 +103,8 @@ class CheckResult(Strict):
             raise ValueError(f"{self.id}: PASS, but {outside[0]} is outside its bound")
         if self.verdict in FAILING and not self.message:
             raise ValueError(f"{self.id}: {self.verdict} without a message")
+        if wrong := clash(self.curves):
+            raise ValueError(f"{self.id}: {wrong}")
         return self
 
     @property

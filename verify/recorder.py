@@ -15,6 +15,7 @@ import pytest
 
 from verify import events
 from verify.checks import SKIP_CODES, CheckSpec
+from verify.curves import Curve
 from verify.device import derive_seed
 from verify.environment import localise
 from verify.manifest import Manifest
@@ -24,6 +25,9 @@ from verify.subject import SubjectLacks
 
 #: Where the measurements of a check collect between the ``measure`` fixture and its result.
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
+
+#: Likewise its curves, from the ``curve`` fixture.
+CURVES = pytest.StashKey[list[Curve]]()
 
 
 def in_phases(item: pytest.Item) -> bool:
@@ -129,7 +133,7 @@ class Recorder:
         if self._phase not in (None, spec.phase):
             events.compose(self.run_dir, "running")
         self._phase, self._ending = spec.phase, None
-        item.stash[MEASUREMENTS] = []
+        item.stash[MEASUREMENTS], item.stash[CURVES] = [], []
         events.append_start(self.run_dir, id_of(item))
         begun = time.perf_counter()
         handled = yield  # an interrupt leaves from here, and the check stays without a result
@@ -188,6 +192,7 @@ class Recorder:
             seed=derive_seed(self.manifest.seed, check_id),
             duration_s=duration_s,
             measurements=measurements,
+            curves=item.stash[CURVES],
             message=ending.message,
             repeat=repeat_command(item.nodeid, self.manifest, self.root),
         )

@@ -12,7 +12,8 @@ from rich.text import Text
 from verify.architectures import Architecture, Target
 from verify.checks import PHASES, SKIP_CODES
 from verify.matrix import COMPILED, NOT_RUN, Row, bound, built, by_phase, compiled_words, count, headroom, rows
-from verify.record import FAILING
+from verify.plots import text_plot
+from verify.record import FAILING, CheckResult
 from verify.verdict import (
     Assessment,
     Cell,
@@ -61,6 +62,8 @@ def print_report(assessment: Assessment, console: Console) -> None:
         console.print()
         console.print(Text(f"Compiled ahead of time: {compiled_words(assessment.compilation)}."))
     _print_cells(assessment.cells, console)
+    for cell in assessment.with_curves:
+        print_curves(cell.result, console)
     _print_unknown(assessment, console)
     _print_missing(assessment, console)
 
@@ -97,6 +100,13 @@ def print_summary(assessments: Sequence[Assessment], console: Console) -> None:
     console.print(table)
     console.print()
     console.print("One of them in full: python -m verify report --gpu sm120", soft_wrap=True)
+
+
+def print_curves(result: CheckResult, console: Console) -> None:
+    """The curves of one result in one plot, in plain characters."""
+    console.print(Text.assemble((result.id, "bold"), f"  {result.evidence}"))
+    console.print(Text("\n".join(text_plot(result.curves, console.width))))
+    console.print()
 
 
 def verdict_text(word: str) -> Text:

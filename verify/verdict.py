@@ -90,6 +90,11 @@ class Assessment:
         return tuple(cell for cell in self.must_pass if not cell.passed and not cell.failed)
 
     @property
+    def with_curves(self) -> tuple[Cell, ...]:
+        """The cells whose results have something to plot."""
+        return tuple(cell for cell in self.cells if cell.result is not None and cell.result.curves)
+
+    @property
     def subject(self) -> SubjectInfo | None:
         return self.used[0].subject if self.used else None
 

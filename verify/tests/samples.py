@@ -8,6 +8,7 @@ from pathlib import Path
 
 from verify.builds import Compilation
 from verify.checks import Check, CheckSpec
+from verify.curves import Curve, Point
 from verify.record import CheckResult, Environment, Gpu, Measurement, Record, SubjectInfo, write_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,6 +95,10 @@ def result(check_id: str, verdict: str = "PASS", evidence: str = "hardware", **f
 
 def measured(value: float, allowed: float, name: str = "error") -> list[Measurement]:
     return [Measurement(name=name, measured=value, allowed=allowed)]
+
+
+def curve(name: str, points: list[Point], x: str = "generated tokens", y: str = "KV blocks") -> Curve:
+    return Curve(name=name, x=x, y=y, points=points)
 
 
 def record(target: str, results: Iterable[CheckResult], *, day: int = 1, **fields: object) -> Record:
