@@ -53,7 +53,7 @@ class CheckSpec:
     ``family`` is ``p<phase>.<topic>``; each key of ``cases`` makes one check with the stable id
     ``p<phase>.<topic>.<case>``. ``claim`` says what a PASS proves, ``reason`` why anybody should care, ``remedy``
     what to do if it fails, ``tolerance`` which bound applies and where it comes from, ``plan`` the item of the
-    verification plan (``"3.2"``) it answers. ``needs`` names checks (full ids, or families) whose HARD failure
+    verification plan (``"3.2"``) it answers. ``needs`` names checks (full ids, or families) whose failure
     makes this one BLOCKED. ``needs_gpu`` checks are SKIP(NO_GPU) on the CPU target and are not on its must-pass
     list. A result of an ``ahead_of_time`` check is compiled evidence, and that is all it takes: it is about kernels
     that need not run.

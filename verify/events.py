@@ -123,9 +123,10 @@ def drop_torn_line(run_dir: Path) -> None:
 
 
 def blocker(needs: tuple[str, ...], results: dict[str, CheckResult]) -> str | None:
-    """The id of the HARD check whose failure in this run keeps a check with these ``needs`` from meaning anything.
+    """The id of the check whose failure in this run keeps a check with these ``needs`` from meaning anything.
 
-    A need is a full id or a family. A need that was itself blocked passes on the name of its own blocker.
+    A need is a full id or a family. A need that was itself blocked passes on the name of its own blocker. Needs are
+    HARD, but for those of phase 7, where all is SOFT and nothing means anything without an active plugin.
     """
     for need in needs:
         for result in results.values():
@@ -133,7 +134,7 @@ def blocker(needs: tuple[str, ...], results: dict[str, CheckResult]) -> str | No
                 continue
             if result.verdict is Verdict.BLOCKED:
                 return result.by
-            if result.gate == "hard" and result.verdict in FAILING:
+            if result.verdict in FAILING:
                 return result.id
     return None
 
