@@ -1,31 +1,362 @@
-"""Phase 7: the vLLM plugin on the real engine (plan 5.1 to 5.3)."""
+"""Phase 7: the vLLM plugin on the real engine, as servers that are asked over HTTP (plan 5.1 to 5.3)."""
 
 from __future__ import annotations
 
-from typing import Never
+import importlib.util
+import math
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from verify import check, skip
+from verify.chat import assembled, converse
+from verify.live_model import LiveModel, load, locate
+from verify.observer import TRACE, Trace, preemptions, read_trace
+from verify.replay import Replay, Rule, replay
+from verify.server import Answer, Server, answer_of, block_size
+from verify.subject import Subject, find_subject
 
-_COMMON = {
-    "reason": "Serving is where compression pays, and where a plugin that does nothing is hardest to notice.",
-    "remedy": "Verify the serving path by hand until the suite does.",
-}
+_ACTIVATED = "[TriAttention] Runtime (V2) plugin activated: patch_scheduler=True patch_worker=True"
+
+#: Small enough that short answers have several rounds, and a pool that six requests do not fit into.
+_BUDGET, _DIVIDE, _WINDOW, _CHUNK, _LONGEST = 256, 64, 32, 128, 1536
+
+_STORY = "Tell me a long story about a train that travels west along the river, and about the people of the town. "
+_SHORT, _BESIDE = 100, 140
+_ASKED = ("a dog", "a boat", "an old clock", "a girl who could not sleep", "the market", "a letter that came late")
+
+_PLUGIN = ("p1.identity", "p7.plugin")
+_COMMON: dict[str, Any] = {
+    "gate": "soft", "needs": _PLUGIN, "timeout_s": 600,
+    "reason": "Serving is where compression pays, and where tokens that are wrong now and then are hardest to notice.",
+    "remedy": "Read server.log of the run; repeat the request alone with VLLM_LOGGING_LEVEL=DEBUG, which names rounds.",
+}  # fmt: skip
+_REPLAYED = "Greedy tokens are equal but where the oracle's best two logits are within 1e-3 of each other (counted)."
 
 
-@check("p7.engine", gate="soft", cases="imports", plan="5.1", claim="vLLM imports and is new enough.", **_COMMON)
-def test_engine(case: str) -> Never:
-    skip("NOT_IMPLEMENTED", "the suite does not drive vLLM yet")
+@dataclass(frozen=True)
+class Served:
+    """What three servers answered: ``plain`` vLLM, one with the plugin switched ``off``, and one with it ``on``.
+
+    ``answers`` of the last by name; its trace and metrics afterwards; ``grown`` is the trace of ``off``.
+    """
+
+    plain: Server
+    off: Server
+    on: Server
+    same: dict[str, Answer]
+    answers: dict[str, Answer]
+    trace: Trace
+    grown: Trace
+    metrics: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def located(model_name: str, device: str, pytestconfig: pytest.Config) -> tuple[str, Path]:
+    """The directory of the model and its statistics, by the bundled command line, whatever the subject is."""
+    if importlib.util.find_spec("vllm") is None:
+        skip("PKG_MISSING", "vllm is not installed")
+    return locate(find_subject("bundled", pytestconfig.rootpath), model_name, device)
+
+
+@pytest.fixture(scope="module")
+def model(located: tuple[str, Path], subject: Subject, device: str) -> LiveModel:
+    return load(*located, subject, device, {})
+
+
+@pytest.fixture(scope="module")
+def rule(device: str) -> Rule:
+    return Rule(_BUDGET, _DIVIDE, _WINDOW, block_size(device))
+
+
+def _server(
+    located: tuple[str, Path], subject: Subject, device: str, folder: Path, *flags: str, dtype: str = "float32",
+    **environment: str,
+) -> Server:  # fmt: skip
+    """A server of the model, with the plugin on at a small budget unless the environment says otherwise."""
+    folder.mkdir()
+    settings = {"KV_BUDGET": _BUDGET, "DIVIDE_LENGTH": _DIVIDE, "WINDOW_SIZE": _WINDOW, "SPARSE_STATS_PATH": located[1]}
+    named = {f"TRIATTN_RUNTIME_{name}": str(value) for name, value in settings.items()}
+    usual = ["--dtype", dtype, "--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    if device != "cpu":
+        usual += ["--gpu-memory-utilization", "0.2"]  # three servers share the card
+    traced = {TRACE: str(folder / "trace.jsonl")}
+    return Server(located[0], subject, device, folder, *usual, *flags, environment={**traced, **named, **environment})
+
+
+@pytest.fixture(scope="module")
+def servers(
+    located: tuple[str, Path], subject: Subject, device: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Server, Server]]:
+    """Three servers that are started together and stopped whatever happens: plain, off, on."""
+    folder = tmp_path_factory.mktemp("servers")
+    # the least pool that vLLM starts with, so that six requests at once do not fit
+    pool = ("--num-gpu-blocks-override", str(_LONGEST // block_size(device) + 1))
+    flags = ("--max-model-len", str(_LONGEST), "--max-num-batched-tokens", str(_CHUNK), *pool)
+    three = (
+        _server(located, subject, device, folder / "plain", *flags, VLLM_PLUGINS=""),
+        _server(located, subject, device, folder / "off", *flags, ENABLE_TRIATTENTION="0"),
+        _server(located, subject, device, folder / "on", *flags),
+    )
+    with ExitStack() as stack:
+        for server in three:
+            stack.callback(server.stop)
+            server.launch()
+        for server in three:
+            stack.enter_context(server)
+        yield three
+
+
+@pytest.fixture(scope="module")
+def served(servers: tuple[Server, Server, Server]) -> Served:
+    """Ask the servers everything that the checks below judge."""
+    _, off, on = servers
+    long = " ".join(_STORY + f"It has {n} wagons." for n in range(24))
+    with ThreadPoolExecutor(8) as pool:
+        short = list(pool.map(lambda server: server.complete(_STORY, _SHORT), servers))
+        grown = pool.submit(off.complete, _STORY * 8, 260)
+        answers = {"decode": on.complete(_STORY * 8, 260)}
+        grown.result()
+        answers["chunked_prefill"] = on.complete(long, 40)
+        # the second finds the first one's prompt in the prefix cache while it is compressed, the third afterwards
+        shared = [pool.submit(on.complete, long[:1800] + what, 60) for what in _ASKED[:2]]
+        answers |= {f"shared_prefix_{n}": each.result() for n, each in enumerate(shared)}
+        answers["shared_prefix_2"] = on.complete(long[:1800] + _ASKED[2], 30)
+        several = [pool.submit(on.complete, f"This is about {what}. {_STORY * 8}", _BESIDE) for what in _ASKED]
+        hung_up = pool.submit(_hang_up, on)
+        answers |= {f"concurrent_{n}": each.result() for n, each in enumerate(several)}
+        hung_up.result()
+    answers["alone"] = on.complete(f"This is about {_ASKED[0]}. {_STORY * 8}", _BESIDE)
+    metrics = on.idle()
+    off.idle()
+    traces = [read_trace(server.log.with_name("trace.jsonl")) for server in (on, off)]
+    names = ("plain", "off", "on")
+    return Served(*servers, dict(zip(names, short, strict=True)), answers, *traces, metrics)
+
+
+def _hang_up(server: Server) -> None:
+    """Leave a stream of a request that is above its budget, without a word."""
+    body = {"prompt": _STORY * 14, "max_tokens": 900, "temperature": 0, "ignore_eos": True}
+    with server.stream("/v1/completions", body) as chunks:
+        for _ in zip(range(60), chunks, strict=False):
+            pass
 
 
 @check(
-    "p7.plugin", gate="soft", cases="activates", plan="5.2", claim="vLLM starts with the plugin activated.", **_COMMON
-)
-def test_plugin(case: str) -> Never:
-    skip("NOT_IMPLEMENTED", "the suite does not drive vLLM yet")
+    "p7.engine", gate="soft", cases="imports", plan="5.1", claim="vLLM imports and is new enough.",
+    reason=_COMMON["reason"], remedy="pip install vllm, or build it from source for a GPU that its wheel lacks.",
+)  # fmt: skip
+def test_engine(case: str, subject: Subject) -> None:
+    import subprocess
+    import sys
+
+    if importlib.util.find_spec("vllm") is None:
+        skip("PKG_MISSING", "vllm is not installed")
+    child = subprocess.run(
+        [sys.executable, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True, timeout=100,
+        env={**subject.environment(), "VLLM_PLUGINS": ""},
+    )  # fmt: skip
+    assert child.returncode == 0, f"import vllm failed: {child.stderr.strip().splitlines()[-1]}"
+    found = child.stdout.split()[-1]
+    assert [int(part) for part in re.findall(r"\d+", found)[:2]] >= [0, 19], f"vLLM is {found}, the minimum is 0.19"
 
 
 @check(
-    "p7.server", gate="soft", cases="answers", plan="5.3", claim="The server lists its model and answers.", **_COMMON
-)
-def test_server(case: str) -> Never:
-    skip("NOT_IMPLEMENTED", "the suite does not drive vLLM yet")
+    "p7.plugin", plan="5.2", cases="activates", **{**_COMMON, "needs": ("p1.identity", "p7.engine")},
+    claim="After installation vLLM finds the plugin by itself, and every process of a server activates it.",
+)  # fmt: skip
+def test_plugin(case: str, servers: tuple[Server, Server, Server], measure) -> None:
+    logs = [server.log.read_text("utf-8", errors="replace").splitlines() for server in servers]
+    said = [[line for line in log if _ACTIVATED in line] for log in logs]
+    assert said[2], f"the log has no activation line; it ends: {servers[2].said()}"
+    assert any("EngineCore" in line for line in said[2]), f"the engine's process did not activate it: {said[2]}"
+    measure("processes that activate it though switched off", len(said[0]) + len(said[1]), 0)
+
+
+@check(
+    "p7.server", plan="5.3", cases={"models": "models", "chat": "chat"}, **_COMMON,
+    claim="The server lists its model, and answers What is 2+2? with 4.",
+)  # fmt: skip
+def test_server(case: str, servers: tuple[Server, Server, Server]) -> None:
+    on = servers[2]
+    if case == "models":
+        listed = [entry["id"] for entry in on.get("/v1/models")["data"]]
+        assert listed == ["model"], f"/v1/models lists {listed}"
+        return
+    body = {"messages": [{"role": "user", "content": "What is 2+2?"}], "max_tokens": 64, "temperature": 0}
+    answer = answer_of(on.post("/v1/chat/completions", body))
+    assert re.search(r"\b(4|four)\b", answer.text), f"the answer to What is 2+2? is {answer.text!r}"
+    assert answer.finish_reason == "stop", f"the answer ended with {answer.finish_reason!r}"
+
+
+@check(
+    "p7.stream", cases={"completion": "completion", "chat": "chat"}, **_COMMON,
+    claim="A streamed answer is the same as one that is not, and usage counts every token, evicted ones included.",
+    tolerance="Token ids and counts are equal: the same greedy request twice, from a cache that is hit or not.",
+)  # fmt: skip
+def test_stream(case: str, servers: tuple[Server, Server, Server], measure) -> None:
+    on, new = servers[2], 60
+    if case == "chat":
+        path, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": _STORY * 16}]}
+    else:
+        path, asked = "/v1/completions", {"prompt": _STORY * 16}
+    body = {**asked, "max_tokens": new, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    whole = answer_of(on.post(path, body))
+    with on.stream(path, {**body, "stream_options": {"include_usage": True}}) as chunks:
+        streamed = assembled(list(chunks))
+    measure("tokens that differ", _differing(whole.tokens, streamed.tokens), 0, where=f"{case}, {new} tokens")
+    assert whole.text == streamed.text, "the texts differ"
+    for answer in (whole, streamed):
+        counted = {
+            "prompt_tokens": len(whole.prompt),
+            "completion_tokens": new,
+            "total_tokens": len(whole.prompt) + new,
+        }
+        found = {name: answer.usage[name] for name in counted}
+        assert found == counted, f"usage says {found}, and the tokens are {counted}"
+        assert answer.finish_reason == "length", f"the answer ended with {answer.finish_reason!r}"
+
+
+def _differing(one: list[int], other: list[int]) -> int:
+    return sum(a != b for a, b in zip(one, other, strict=False)) + abs(len(one) - len(other))
+
+
+@check(
+    "p7.untouched", cases={"switched_off": "off", "below_budget": "on"}, **_COMMON,
+    claim="Switched off, or below the budget, the tokens are those of vLLM without the plugin.",
+    tolerance="Token ids are equal: nothing was evicted, so the arithmetic is the same.",
+)  # fmt: skip
+def test_untouched(case: str, served: Served, measure) -> None:
+    plain, here = served.same["plain"], served.same[case]
+    assert len(plain.tokens) == _SHORT, f"{len(plain.tokens)} tokens came back for {_SHORT}"
+    measure("tokens that differ", _differing(plain.tokens, here.tokens), 0, where=f"{_SHORT} tokens, greedy, float32")
+
+
+def _judged(found: Replay, rule: Rule, measure, where: str, chunk: int = _CHUNK) -> None:
+    """What every replayed answer must show."""
+    worst = max((gap for _, gap in found.wrong), default=0.0)
+    where = f"{where}: {found.tokens} tokens, {found.rounds} rounds, {found.preemptions} preemptions"
+    if found.wrong:
+        where += f"; first at token {found.wrong[0][0]}, by up to {worst:.3g} in the logits"
+    measure("wrong tokens", len(found.wrong), 0, where=where)
+    measure("near ties that went the other way", found.near_ties, math.inf, where=where)
+    assert not found.broken, f"{where}: {found.broken[0]}"
+    measure("steps at which a round was due and did not come", found.late, 0, where=where)
+    measure("most tokens held at once", found.longest, rule.threshold + chunk - 1, unit="tokens", where=where)
+
+
+_ANSWERS = {
+    "decode": ["decode"], "chunked_prefill": ["chunked_prefill"],
+    "shared_prefix": [f"shared_prefix_{n}" for n in range(3)],
+    "concurrent": [f"concurrent_{n}" for n in range(len(_ASKED))], "alone": ["alone"],
+}  # fmt: skip
+
+
+@check(
+    "p7.replay", cases=_ANSWERS, **_COMMON,
+    claim="Every token above the budget is the one that an independent model with the oracle's keep sets gives, in "
+    "the chunks, rounds and preemptions that the scheduler made.",
+    tolerance=_REPLAYED,
+)  # fmt: skip
+def test_replay(case: list[str], served: Served, model: LiveModel, rule: Rule, measure) -> None:
+    rounds = anew = 0
+    for name in case:
+        answer = served.answers[name]
+        found = replay(model, answer.prompt, answer.tokens, served.trace.of(answer.id), rule)
+        assert found.tokens == len(answer.tokens), f"{found.tokens} of {len(answer.tokens)} tokens could be judged"
+        _judged(found, rule, measure, name)
+        rounds, anew = rounds + found.rounds, anew + found.preemptions
+    assert rounds >= len(case), f"{rounds} rounds happened in {len(case)} answers, so nothing was compressed"
+    if len(case) == len(_ASKED):
+        assert anew, "no request was preempted, so nothing was computed anew"
+
+
+@check(
+    "p7.together", cases="equals_alone", **_COMMON,
+    claim="A request that is served beside others, and not preempted, has the tokens that it has alone.",
+    tolerance="Token ids are equal; batches of another size round otherwise, which near ties show (p7.replay counts).",
+)  # fmt: skip
+def test_together(case: str, served: Served, model: LiveModel, rule: Rule, measure) -> None:
+    beside, alone = served.answers["concurrent_0"], served.answers["alone"]
+    steps = served.trace.of(beside.id)
+    assert not preemptions(steps), "the first of the requests was preempted, which vLLM does to the last ones"
+    ties = sum(
+        replay(model, answer.prompt, answer.tokens, served.trace.of(answer.id), rule).near_ties
+        for answer in (beside, alone)
+    )
+    measure("near ties that went the other way", ties, math.inf)
+    if not ties:
+        measure("tokens that differ", _differing(beside.tokens, alone.tokens), 0, where=f"{_BESIDE} tokens")
+
+
+@check(
+    "p7.blocks", cases="bounded", **_COMMON,
+    claim="The KV blocks of a request stay bounded while it generates; without the plugin they grow with every token.",
+    tolerance="Blocks of budget + interval + one step, and one block that is begun (spec: physical length).",
+)  # fmt: skip
+def test_blocks(case: str, served: Served, rule: Rule, measure, curve) -> None:
+    answer = served.answers["decode"]
+    _, grown = next(iter(sorted(served.grown.steps.items(), key=lambda item: -len(item[1]))))
+    for name, steps in (("with the plugin", served.trace.of(answer.id)), ("without it", grown)):
+        points = [(max(step.start + step.tokens - len(answer.prompt), 0), step.blocks) for step in steps]
+        curve(name, points, x="generated tokens", y="KV blocks")
+    most = max(step.blocks for step in served.trace.of(answer.id))
+    measure("KV blocks of the request", most, -(-(rule.threshold + _CHUNK - 1) // rule.block_size) + 1, unit="blocks")
+    plainly = -(-(len(answer.prompt) + len(answer.tokens) - 1) // rule.block_size)
+    assert max(step.blocks for step in grown) == plainly, f"without the plugin {plainly} blocks were expected"
+
+
+@check(
+    "p7.leaks", cases="pool_is_full_again", **_COMMON,
+    claim="After preemptions, shared prefixes and a client that hung up, every block is back in the pool.",
+    tolerance="No block may be missing.",
+)  # fmt: skip
+def test_leaks(case: str, served: Served, measure) -> None:
+    # a scheduler that is idle makes no step: one more request shows what the one before it left
+    served.on.complete("What is left?", 2)
+    trace = read_trace(served.on.log.with_name("trace.jsonl"))
+    measure("blocks in use beside those of the last request", trace.in_use[-1] - 1, 0, unit="blocks")
+    idle = served.on.idle()
+    measure("KV cache usage of an idle server", idle["vllm:kv_cache_usage_perc"], 0)
+    assert idle["vllm:num_preemptions_total"] > 0, "no request was preempted"
+
+
+@check(
+    "p7.counters", cases="metrics", **_COMMON,
+    claim="The plugin's counters in /metrics tell what the scheduler did, and no round was missed.",
+    tolerance="Counts are equal to those of the block tables.",
+)  # fmt: skip
+def test_counters(case: str, served: Served, measure) -> None:
+    rounds = evicted = 0
+    for steps in served.trace.steps.values():
+        for before, step in zip([None, *steps], steps, strict=False):
+            anew = before is None or step.start < before.start + before.tokens
+            more = step.evicted - (0 if anew else before.evicted)
+            rounds, evicted = rounds + (more > 0), evicted + more
+    for name, count in (("rounds_total", rounds), ("evicted_tokens_total", evicted), ("rounds_missed_total", 0)):
+        measure(f"{name}: difference from the trace", abs(served.metrics[f"triattention:{name}"] - count), 0)
+    assert served.metrics["triattention:blocks_freed_total"] > 0, "blocks_freed_total is 0"
+    assert served.metrics["triattention:round_seconds_sum"] > 0, "round_seconds is 0"
+
+
+@check(
+    "p7.chat", cases="agent_turns", **_COMMON,
+    claim="A conversation in the wire form of an agent's client, with a tool call, is served above the budget.",
+    tolerance=_REPLAYED,
+)  # fmt: skip
+def test_chat(case: str, servers: tuple[Server, Server, Server], model: LiveModel, rule: Rule, measure) -> None:
+    rounds = 0
+    for number, answer in enumerate(converse(servers[2], 96)):
+        assert answer.usage["prompt_tokens"] == len(answer.prompt), f"usage says {answer.usage}"
+        assert answer.usage["completion_tokens"] == len(answer.tokens), f"usage says {answer.usage}"
+        steps = read_trace(servers[2].log.with_name("trace.jsonl")).of(answer.id)
+        found = replay(model, answer.prompt, answer.tokens, steps, rule)
+        _judged(found, rule, measure, f"turn {number + 1}, ended by {answer.finish_reason}")
+        rounds += found.rounds
+    assert rounds, "the conversation stayed below the budget"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,7 @@ class Trace:
 
 def preemptions(steps: list[Step]) -> int:
     """How often a request was computed anew."""
-    return sum(later.start < earlier.start + earlier.tokens for earlier, later in _pairs(steps))
-
-
-def _pairs(steps: list[Step]) -> Iterator[tuple[Step, Step]]:
-    return zip(steps, steps[1:], strict=False)
+    return sum(later.start < earlier.start + earlier.tokens for earlier, later in pairwise(steps))
 
 
 def read_trace(path: Path) -> Trace:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 from verify.keep_set import select
 from verify.live_model import LiveModel
 from verify.observer import Step
+from verify.tolerance import NEAR_TIE
 
 if TYPE_CHECKING:
     import numpy as np
 
-#: Below this gap of the two best logits, float32 arithmetic in another order may choose the other token.
-NEAR_TIE = 1e-3
 #: Tokens fed at once; their logits over the vocabulary are what takes memory.
 _FED_AT_ONCE = 512
 
@@ -39,6 +38,14 @@ class Rule:
         least = self.block_size * (1 + -(-self.window // self.block_size))
         return max(self.kv_budget, least) + self.divide_length
 
+    def could_come(self, step: Step) -> bool:
+        """Whether a step begins over the threshold though the pool had as many free blocks as a round could ask for.
+
+        Blocks that others may read are not written, so what is kept may have to move to free ones, and wait for them.
+        """
+        due = step.start - step.evicted >= self.threshold
+        return due and step.free >= -(-self.kv_budget // self.block_size)
+
     def tokens_to_evict(self, length: int) -> int:
         blocks = -(-length // self.block_size)
         wanted = -(-(length - self.kv_budget) // self.block_size)
@@ -50,7 +57,7 @@ class Replay:
     """What became of one answer.
 
     ``wrong`` are positions where the served token is not the oracle's, with by how much its logit is lower; those below
-    ``NEAR_TIE`` are counted in ``near_ties`` instead. ``late`` are steps at which a round was due and did not come,
+    ``NEAR_TIE`` are counted in ``near_ties`` instead. ``late`` are steps at which a round was due, could come and did not,
     ``broken`` rounds that are not the rule's, ``longest`` is the most tokens that the request held at once.
     """
 
@@ -81,7 +88,7 @@ def replay(
         if first.evicted > cache.evicted:
             _round(cache, first, rule, found)
         for step in chunk:
-            found.late += rule is not None and step.start - step.evicted >= rule.threshold
+            found.late += rule is not None and rule.could_come(step)
         end = last.start + last.tokens
         for start in range(cache.seen, end, _FED_AT_ONCE):
             logits = cache.feed(ids, min(end, start + _FED_AT_ONCE))

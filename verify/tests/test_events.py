@@ -56,7 +56,8 @@ def test_a_follower_sees_each_event_once(tmp_path: Path) -> None:
         (("p1.failed.x",), "p1.failed.x"),
         (("p1.failed",), "p1.failed.x"),
         (("p1.blocked",), "p1.failed.x"),
-        (("p1.passed", "p1.soft", "p1.absent"), None),
+        (("p1.passed", "p1.absent"), None),
+        (("p1.soft",), "p1.soft.x"),
         (("p1.fail",), None),
     ],
 )
