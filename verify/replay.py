@@ -123,7 +123,7 @@ def replay(
 
 @dataclass
 class _Run:
-    """How far a replay is: the tokens before ``end`` are computed, of which the first ``evicted`` many are gone."""
+    """How far a replay is: the tokens before ``end`` are computed, ``evicted`` of them are gone again."""
 
     sequence: _Sequence
     rule: Rule
