@@ -58,6 +58,50 @@ def load(location: str, statistics: Path, subject: Subject, device: str, default
     return LiveModel(model.to(device).eval(), tokenizer, location, statistics, subject, defaults)
 
 
+def scoring_problem(
+    statistics: Mapping[str, Any],
+    layer: int,
+    keys: Any,
+    t: int,
+    options: Mapping[str, Any],
+    positions: Any = None,
+    head: int | None = None,
+) -> oracle.Case:
+    """The scoring problem of one layer: rotated ``keys`` ``[1, H, N, D]`` and what a statistics file holds.
+
+    ``positions`` ``[N]`` are those of the keys, 0 to t - 1 unless given. With ``head``, the keys are those of that
+    KV head alone, and so are the query heads of the problem.
+    """
+    import numpy as np
+
+    here = statistics["architecture"]
+    omega, scaling, rotary_dim = here["omega"].double().numpy(), here["attention_scaling"], here["rotary_dim"]
+    group = here["num_query_heads"] // here["num_kv_heads"]
+    rows = slice(None) if head is None else slice(head * group, (head + 1) * group)
+    positions = np.arange(t) if positions is None else np.asarray(positions)
+    real, imag, norm, passed = (
+        statistics[name][layer, rows].double().numpy()
+        for name in ("q_mean_real", "q_mean_imag", "q_abs_mean", "q_pass_mean")
+    )
+    whole = keys.double().cpu().numpy()
+    return oracle.Case(
+        k0=oracle.unrotated(whole[..., :rotary_dim], positions, omega, here["rope_style"], scaling),
+        positions=positions,
+        m=real + 1j * imag,
+        a=norm,
+        w=np.full(norm.shape, scaling),
+        omega=omega,
+        offsets=np.array(OFFSETS_17),
+        t=t,
+        s=scaling,
+        aggregation=options.get("score_aggregation", "mean"),
+        disable_mlr=options.get("disable_mlr", False),
+        disable_trig=options.get("disable_trig", False),
+        k_pass=whole[..., rotary_dim:],
+        q_pass=passed,
+    )
+
+
 def locate(bundled: Subject, model: str, device: str) -> tuple[str, Path]:
     """The directory of ``model``, and its statistics in float32, both by the bundled command line.
 
@@ -213,36 +257,5 @@ class LiveModel:
     def oracle_case(
         self, layer: int, keys: Any, t: int, options: Mapping[str, Any], positions: Any = None, head: int | None = None
     ) -> oracle.Case:
-        """The scoring problem of one layer: rotated ``keys`` ``[1, H, N, D]`` and the statistics file.
-
-        ``positions`` ``[N]`` are those of the keys, 0 to t - 1 unless given. With ``head``, the keys are those of that
-        KV head alone, and so are the query heads of the problem.
-        """
-        import numpy as np
-
-        here = self._statistics["architecture"]
-        omega, scaling, rotary_dim = here["omega"].double().numpy(), here["attention_scaling"], here["rotary_dim"]
-        group = here["num_query_heads"] // here["num_kv_heads"]
-        rows = slice(None) if head is None else slice(head * group, (head + 1) * group)
-        positions = np.arange(t) if positions is None else np.asarray(positions)
-        real, imag, norm, passed = (
-            self._statistics[name][layer, rows].double().numpy()
-            for name in ("q_mean_real", "q_mean_imag", "q_abs_mean", "q_pass_mean")
-        )
-        whole = keys.double().cpu().numpy()
-        return oracle.Case(
-            k0=oracle.unrotated(whole[..., :rotary_dim], positions, omega, here["rope_style"], scaling),
-            positions=positions,
-            m=real + 1j * imag,
-            a=norm,
-            w=np.full(norm.shape, scaling),
-            omega=omega,
-            offsets=np.array(OFFSETS_17),
-            t=t,
-            s=scaling,
-            aggregation=options.get("score_aggregation", "mean"),
-            disable_mlr=options.get("disable_mlr", False),
-            disable_trig=options.get("disable_trig", False),
-            k_pass=whole[..., rotary_dim:],
-            q_pass=passed,
-        )
+        """The scoring problem of one layer of this model; see ``scoring_problem``."""
+        return scoring_problem(self._statistics, layer, keys, t, options, positions, head)

@@ -1,0 +1,197 @@
+"""What vLLM's scheduler really did: a plugin of the suite that writes it down step by step, and the reader.
+
+vLLM loads ``register`` in each of its processes. In the one that asks for a scheduler, the base class is made to
+record, so that happens inside whatever a subclass does before and after, and sees the block tables as the engine is
+about to use them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property, wraps
+from pathlib import Path
+from typing import Any
+
+#: Names the file that the trace goes to; without it nothing is recorded.
+VARIABLE = "TRIATTENTION_TRACE"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one request.
+
+    ``start`` tokens were computed before it and ``tokens`` are computed in it; ``evicted`` tokens are missing from its
+    block table, which holds ``blocks`` others. ``free`` is the fewest free blocks of the pool around the step's start.
+    """
+
+    number: int
+    start: int
+    tokens: int
+    evicted: int
+    blocks: int
+    free: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens
+
+
+@dataclass(frozen=True)
+class Record:
+    """One call of the scheduler: a line of the trace.
+
+    ``scheduled`` tells of each request that computes in this step its start, tokens, evicted and blocks; ``held`` how
+    many blocks each request holds; ``preempted`` which requests lost theirs, unfinished, since the record before.
+    ``free`` of the ``pool`` blocks are free after it. ``time_s`` is of the machine's monotonic clock.
+    """
+
+    number: int
+    scheduled: Mapping[str, tuple[int, int, int, int]]
+    held: Mapping[str, int]
+    preempted: tuple[str, ...]
+    free: int
+    pool: int
+    time_s: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All records of one engine, in order."""
+
+    records: tuple[Record, ...]
+
+    @cached_property
+    def requests(self) -> dict[str, tuple[Step, ...]]:
+        """The steps of each request, by the engine's own ids."""
+        found: dict[str, list[Step]] = {}
+        free = self.pool
+        for record in self.records:
+            for request, scheduled in record.scheduled.items():
+                step = Step(record.number, *scheduled, free=min(free, record.free))
+                found.setdefault(request, []).append(step)
+            free = record.free
+        return {request: tuple(steps) for request, steps in found.items()}
+
+    def steps(self, response_id: str, prompt: int = 0) -> tuple[Step, ...]:
+        """The steps of the request that an API response named ``response_id``, of its ``prompt``-th prompt.
+
+        The engine appends the number of the prompt (completions only) and eight random characters to the API's id.
+        Raises AssertionError unless exactly one request of the trace is meant.
+        """
+        numbered = f"-{prompt}" if response_id.startswith("cmpl-") else ""
+        meant = re.compile(re.escape(response_id + numbered) + r"(-[0-9a-f]{8})?")
+        found = [request for request in self.requests if meant.fullmatch(request)]
+        assert len(found) == 1, f"the trace has {len(found)} requests for {response_id}, prompt {prompt}"
+        return self.requests[found[0]]
+
+    @property
+    def pool(self) -> int:
+        """Blocks that the pool hands out."""
+        return self.records[0].pool
+
+    @property
+    def held(self) -> list[int]:
+        """Blocks held by all requests together after each record; one that two requests share counts twice."""
+        return [sum(record.held.values()) for record in self.records]
+
+    @property
+    def preemptions(self) -> int:
+        return sum(len(record.preempted) for record in self.records)
+
+    @property
+    def free_at_end(self) -> int:
+        """Free blocks after the last record, which the engine makes once more after its last request has finished."""
+        return self.records[-1].free
+
+
+def read_trace(path: Path) -> Trace:
+    """The trace in ``path``. Raises AssertionError when no scheduler wrote one there."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    assert lines, f"no scheduler wrote to {path.name}; is verify's entry point installed where the server ran?"
+    records = []
+    for line in lines:
+        read = json.loads(line)
+        scheduled = {request: tuple(step) for request, step in read.pop("scheduled").items()}
+        records.append(Record(scheduled=scheduled, preempted=tuple(read.pop("preempted")), **read))
+    return Trace(tuple(records))
+
+
+def register() -> None:
+    """The plugin of vLLM: unless a trace is asked for, it returns at once."""
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return
+    from vllm.config.scheduler import SchedulerConfig
+
+    asked = SchedulerConfig.get_scheduler_cls
+
+    @wraps(asked)
+    def get_scheduler_cls(config: Any) -> Any:
+        _record_to(Path(path))
+        return asked(config)
+
+    SchedulerConfig.get_scheduler_cls = get_scheduler_cls
+
+
+@cache
+def _record_to(path: Path) -> None:
+    """Make every scheduler of this process record; only the engine's process asks, so no other imports one for this."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    schedule, recorder = Scheduler.schedule, Recorder(path)
+
+    @wraps(schedule)
+    def recorded(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        output = schedule(scheduler, *args, **kwargs)
+        recorder.note(scheduler, output)
+        return output
+
+    Scheduler.schedule = recorded
+
+
+class Recorder:
+    """Appends to ``path`` what each call of a scheduler decided."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._number = 0
+        self._held: Mapping[str, int] = {}
+
+    def note(self, scheduler: Any, output: Any) -> None:
+        """Write one line about ``output``, a SchedulerOutput that ``scheduler`` is about to return."""
+        manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        pool = scheduler.kv_cache_manager.block_pool
+        nulls = {request: sum(block.is_null for block in row) for request, row in manager.req_to_blocks.items()}
+        held = {request: len(row) - nulls[request] for request, row in manager.req_to_blocks.items() if row}
+        record = Record(
+            number=self._number,
+            scheduled={
+                request: (
+                    start,
+                    output.num_scheduled_tokens[request],
+                    manager.block_size * nulls[request],
+                    held[request],
+                )
+                for request, start in _starts(output).items()
+            },
+            held=held,
+            preempted=tuple(request for request in self._held if request not in held and request in scheduler.requests),
+            free=pool.get_num_free_blocks(),
+            pool=pool.num_gpu_blocks - 1,  # one is the null block
+            time_s=time.monotonic(),
+        )
+        self._number, self._held = self._number + 1, held
+        with self._path.open("a", encoding="utf-8") as trace:
+            trace.write(json.dumps(vars(record)) + "\n")
+
+
+def _starts(output: Any) -> dict[str, int]:
+    """Computed tokens of each scheduled request before the step; the requests' own counts have moved on already."""
+    cached = output.scheduled_cached_reqs
+    new = {request.req_id: request.num_computed_tokens for request in output.scheduled_new_reqs}
+    return {**new, **dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))}

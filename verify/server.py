@@ -1,0 +1,218 @@
+"""vLLM's OpenAI server as a child on the loopback address: started, asked, and put away whatever becomes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+#: Two cores take 25 s; the rest is for a machine that is busy, and for a GPU that compiles.
+START_LIMIT_S = 180.0
+_REQUEST_LIMIT_S = 300.0
+_STOP_LIMIT_S = 20.0
+_POLL_S = 0.2
+_TAIL_LINES = 8
+_HOST = "127.0.0.1"
+_OFFLINE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": _HOST}
+_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+#: What a process of vLLM puts before its lines; what no line about a problem has in it; a frame of a traceback.
+_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(ERROR [\d-]+ [\d:]+ \[[^]]*\] ?)?")
+_USUAL = re.compile(r"^(INFO|WARNING|DEBUG) |Warning: |warnings\.warn\(|^Traceback |^\s*[\^~]*$")
+_FRAME = re.compile(r'^\s+File ".*", line \d+')
+_SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? (\S+)")
+
+
+class Server:
+    """``python -m vllm.entrypoints.openai.api_server`` for the model in ``location``, within a ``with`` statement.
+
+    ``env`` is the whole environment to start from, to which is added what keeps the server offline and, on a ``cpu``,
+    small. ``log`` is the file that everything printed goes to. Raises AssertionError, with the end of the log, for a
+    server that is not healthy within START_LIMIT_S, or that leaves a process behind.
+    """
+
+    def __init__(self, location: str, env: Mapping[str, str], log: Path, *flags: str, device: str = "cpu") -> None:
+        self._log = log
+        self._env = {**env, **_OFFLINE, **(_ON_CPU if device == "cpu" else {})}
+        self._port = _free_port()
+        block_size = 32 if device == "cpu" else 16
+        self._command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", location, "--host", _HOST,
+            "--port", str(self._port), "--block-size", str(block_size), "--enforce-eager", *flags,
+        ]  # fmt: skip
+
+    def __enter__(self) -> Self:
+        self._start()
+        try:
+            self._await_health()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def _start(self) -> None:
+        # a server that is killed leaves its sockets behind; where they lie, a path may have 107 characters
+        self._sockets = tempfile.mkdtemp(prefix="verify-")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command, env={**self._env, "VLLM_RPC_BASE_PATH": self._sockets}, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def _await_health(self) -> None:
+        import httpx
+
+        until = time.monotonic() + START_LIMIT_S
+        while self._process.poll() is None:
+            try:
+                if httpx.get(f"http://{_HOST}:{self._port}/health", timeout=5, trust_env=False).status_code == 200:
+                    return
+            except httpx.TransportError:  # not listening yet
+                pass
+            assert time.monotonic() < until, self._told(f"was not healthy within {START_LIMIT_S:g} s")
+            time.sleep(_POLL_S)
+        raise AssertionError(self._told(f"ended with exit code {self._process.returncode} before it was healthy"))
+
+    def _await_end(self, limit_s: float) -> int:
+        try:
+            return self._process.wait(limit_s)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(self._told(f"did not end within {limit_s:g} s")) from error
+
+    def _told(self, what: str) -> str:
+        return f"the server {what}; {self._log.name} ends: {telling(self.text())}"
+
+    def text(self) -> str:
+        """Everything that the server's processes printed so far."""
+        return self._log.read_text("utf-8", errors="replace")
+
+    def _stop(self) -> None:
+        """End the server's processes, gently first. Raises AssertionError if one is still there afterwards."""
+        import psutil
+
+        running = self._processes()
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        _, left = psutil.wait_procs(running, timeout=_STOP_LIMIT_S)
+        for process in {*left, *self._processes()}:
+            process.kill()
+        self._process.wait()
+        _, left = psutil.wait_procs([*left, *self._processes()], timeout=_STOP_LIMIT_S)
+        shutil.rmtree(self._sockets)
+        assert not left, f"processes of the server are still there after SIGKILL: {left}"
+
+    def _processes(self) -> list[Any]:
+        """The live processes of the server, also those whose parent is gone or that have left its process group."""
+        import psutil
+
+        found = {process for process in psutil.process_iter() if _session_of(process.pid) == self._process.pid}
+        if self._process.poll() is None:
+            found.update(psutil.Process(self._process.pid).children(recursive=True))
+        return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+    def models(self) -> list[str]:
+        """The names that the server lists."""
+        return [model["id"] for model in self._answer("GET", "/v1/models")["data"]]
+
+    def complete(self, prompt: str | list[int], max_tokens: int, **extra: Any) -> dict[str, Any]:
+        """The answer of /v1/completions to one prompt, greedy unless ``extra`` says otherwise, with its token ids."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True, **extra}
+        return self._answer("POST", "/v1/completions", body)
+
+    def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer of /v1/chat/completions."""
+        return self._answer("POST", "/v1/chat/completions", body)
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The chunks of a streamed answer; to disconnect early, call ``close()`` on the iterator."""
+        until = time.monotonic() + _REQUEST_LIMIT_S
+        with self._client() as client, client.stream("POST", path, json={**body, "stream": True}) as response:
+            if response.is_error:
+                response.read()
+            self._check(response)
+            for line in response.iter_lines():
+                assert time.monotonic() < until, f"{path} did not end its stream within {_REQUEST_LIMIT_S:g} s"
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield json.loads(line.removeprefix("data: "))
+
+    def metrics(self) -> dict[str, float]:
+        """The samples of /metrics, each name summed over its labels."""
+        with self._client() as client:
+            response = client.get("/metrics")
+        self._check(response)
+        found: dict[str, float] = defaultdict(float)
+        for sample in map(_SAMPLE.match, response.text.splitlines()):
+            if sample:
+                found[sample[1]] += float(sample[2])
+        return dict(found)
+
+    def _answer(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        with self._client() as client:
+            response = client.request(method, path, json=body)
+        self._check(response)
+        return response.json()
+
+    def _client(self) -> Any:
+        import httpx
+
+        # no proxy of the user's: nothing here leaves the machine
+        return httpx.Client(base_url=f"http://{_HOST}:{self._port}", timeout=_REQUEST_LIMIT_S, trust_env=False)
+
+    def _check(self, response: Any) -> None:
+        if response.is_success:
+            return
+        told = f"answered {response.request.url.path} with {response.status_code} ({response.text[:400]})"
+        # a refused request says itself why; of a fault the log tells more
+        raise AssertionError(self._told(told) if response.is_server_error else f"the server {told}")
+
+
+def refused(
+    location: str, env: Mapping[str, str], log: Path, *flags: str, device: str = "cpu", limit_s: float = START_LIMIT_S
+) -> tuple[int, str]:
+    """Exit code and log of a server that is expected to end by itself.
+
+    Raises AssertionError, with the end of the log, for one that is still there after ``limit_s``.
+    """
+    server = Server(location, env, log, *flags, device=device)
+    server._start()
+    try:
+        code = server._await_end(limit_s)
+    finally:
+        server._stop()
+    return code, server.text()
+
+
+def telling(log: str) -> str:
+    """The last lines of a log of vLLM that tell of a problem: no frames of tracebacks, no progress, none twice."""
+    lines, after_frame = {}, False
+    for line in (_PREFIX.sub("", line) for line in log.splitlines()):
+        source, after_frame = after_frame and line.startswith("    "), bool(_FRAME.match(line))
+        if not (source or after_frame or _USUAL.search(line)):
+            lines[line.strip()] = None
+    return "\n".join(list(lines)[-_TAIL_LINES:]) or "nothing"
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind((_HOST, 0))
+        return free.getsockname()[1]
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
