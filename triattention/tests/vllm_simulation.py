@@ -1,7 +1,7 @@
 """The scheduler's half of the vLLM plugin against vLLM's real schedulers, thousands of steps of random traffic.
 
-``python -m triattention.tests.vllm_simulation --out FILE`` runs every case on the vLLM that is importable and puts the
-outcome under its version into FILE.
+``python -m triattention.tests.vllm_simulation --out FILE`` runs every case on the vLLM that is importable and writes
+the outcomes to FILE, beside those of other versions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import re
 import sys
 import tempfile
 from collections import deque
@@ -222,7 +223,7 @@ def run_long_prompt(asynchronous: bool) -> Outcome:
 def main() -> int:
     """Run every case and write the outcome; 1 where one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file; outcomes of other versions stay in it")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file; other versions stay in it")
     parser.add_argument("--steps", type=int, default=3_000, help="steps of each case of random traffic")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -230,18 +231,21 @@ def main() -> int:
     logging.disable(logging.WARNING)
     import vllm
 
-    cases = {}
+    records = []
     for asynchronous, mode in ((False, "sync"), (True, "async")):
         for caching, cache in ((False, "off"), (True, "on")):
             run = functools.partial(run_traffic, asynchronous, caching, options.steps, options.seed)
-            cases[f"{mode}, prefix caching {cache}"] = _recorded(run)
-        cases[f"{mode}, long prompt"] = _recorded(functools.partial(run_long_prompt, asynchronous))
-    passed = all(case["result"] == "passed" for case in cases.values())
-    known = json.loads(options.out.read_text()) if options.out.exists() else {}
-    known[vllm.__version__] = {"result": "passed" if passed else "failed", "seed": options.seed, "cases": cases}
-    options.out.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
-    print(json.dumps(known[vllm.__version__], indent=1))
-    return int(not passed)
+            records.append({"case": f"{mode}, prefix caching {cache}"} | _recorded(run))
+        run = functools.partial(run_long_prompt, asynchronous)
+        records.append({"case": f"{mode}, long prompt"} | _recorded(run))
+    records = [{"vllm": vllm.__version__, "seed": options.seed} | record for record in records]
+    known = json.loads(options.out.read_text()) if options.out.exists() else []
+    known = [record for record in known if record["vllm"] != vllm.__version__] + records
+    known.sort(key=lambda record: [int(part) for part in re.findall(r"\d+", record["vllm"])])
+    # a line each, so that a difference shows which case changed
+    options.out.write_text("[\n" + ",\n".join(map(json.dumps, known)) + "\n]\n")
+    print(*records, sep="\n")
+    return int(any(record["result"] != "passed" for record in records))
 
 
 def _recorded(run: Callable[[], Outcome]) -> dict[str, Any]:
