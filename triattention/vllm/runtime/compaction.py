@@ -65,12 +65,14 @@ class Compactor:
     @torch.inference_mode()
     def before_step(self, runner: Any, output: Any) -> None:
         """Carry out the rounds that come with a scheduler's output, and forget the requests that are gone."""
-        gone = [*output.finished_req_ids, *(request.req_id for request in output.scheduled_new_reqs)]
-        for name in (*gone, *output.scheduled_cached_reqs.resumed_req_ids):
+        admitted = {request.req_id for request in output.scheduled_new_reqs}
+        admitted |= set(output.scheduled_cached_reqs.resumed_req_ids)
+        for name in (*output.finished_req_ids, *admitted):
             self._offsets.pop(name, None)
             self._reported.discard(name)
         rounds: Rounds = getattr(output, "triattention", None) or Rounds()
-        self._put_off = rounds.put_off
+        # the prefix cache may admit a request at any length; its round can come at the next step only
+        self._no_round_yet = admitted.union(rounds.put_off)
         if rounds.evictions:
             with self._timed(len(rounds.evictions)):
                 for eviction in rounds.evictions:
@@ -136,7 +138,7 @@ class Compactor:
         length = batch.num_computed_tokens_cpu[:rows] - offsets
         for row in np.flatnonzero(self.rule.is_due(length, batch.num_prompt_tokens[:rows])):
             name = names[row]
-            if name not in self._reported and name not in self._put_off and self.rule.blocks_to_evict(
+            if name not in self._reported and name not in self._no_round_yet and self.rule.blocks_to_evict(
                 int(length[row]), int(batch.num_prompt_tokens[row])
             ):  # fmt: skip
                 self._reported.add(name)
