@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ import pytest
 from verify import check, skip
 from verify.chat import assembled, converse
 from verify.live_model import LiveModel, load, locate
-from verify.observer import TRACE, Trace, preemptions, read_trace
+from verify.observer import VARIABLE, Step, Trace, read_trace
 from verify.replay import Replay, Rule, replay
-from verify.server import Answer, Server, answer_of, block_size
+from verify.server import Answer, Server, answer_of, block_size, telling
 from verify.subject import Subject, find_subject
 
 _ACTIVATED = "[TriAttention] Runtime (V2) plugin activated: patch_scheduler=True patch_worker=True"
@@ -44,11 +44,10 @@ _REPLAYED = "Greedy tokens are equal but where the oracle's best two logits are 
 class Served:
     """What three servers answered: ``plain`` vLLM, one with the plugin switched ``off``, and one with it ``on``.
 
-    ``answers`` of the last by name; its trace and metrics afterwards; ``grown`` is the trace of ``off``.
+    ``same`` is one request to each; ``answers`` are those of ``on`` by name, with its ``trace`` and ``metrics``
+    afterwards; ``grown`` is the trace of ``off``.
     """
 
-    plain: Server
-    off: Server
     on: Server
     same: dict[str, Answer]
     answers: dict[str, Answer]
@@ -65,16 +64,6 @@ def located(model_name: str, device: str, pytestconfig: pytest.Config) -> tuple[
     return locate(find_subject("bundled", pytestconfig.rootpath), model_name, device)
 
 
-@pytest.fixture(scope="module")
-def model(located: tuple[str, Path], subject: Subject, device: str) -> LiveModel:
-    return load(*located, subject, device, {})
-
-
-@pytest.fixture(scope="module")
-def rule(device: str) -> Rule:
-    return Rule(_BUDGET, _DIVIDE, _WINDOW, block_size(device))
-
-
 def _server(
     located: tuple[str, Path], subject: Subject, device: str, folder: Path, *flags: str, dtype: str = "float32",
     **environment: str,
@@ -83,11 +72,19 @@ def _server(
     folder.mkdir()
     settings = {"KV_BUDGET": _BUDGET, "DIVIDE_LENGTH": _DIVIDE, "WINDOW_SIZE": _WINDOW, "SPARSE_STATS_PATH": located[1]}
     named = {f"TRIATTN_RUNTIME_{name}": str(value) for name, value in settings.items()}
-    usual = ["--dtype", dtype, "--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    usual = [
+        "--dtype",
+        dtype,
+        "--served-model-name",
+        "model",
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
+    ]
     if device != "cpu":
         usual += ["--gpu-memory-utilization", "0.2"]  # three servers share the card
-    traced = {TRACE: str(folder / "trace.jsonl")}
-    return Server(located[0], subject, device, folder, *usual, *flags, environment={**traced, **named, **environment})
+    env = {**subject.environment(), **named, VARIABLE: str(folder / "trace.jsonl"), **environment}
+    return Server(located[0], env, folder / "server.log", *usual, *flags, device=device)
 
 
 @pytest.fixture(scope="module")
@@ -116,36 +113,44 @@ def servers(
 @pytest.fixture(scope="module")
 def served(servers: tuple[Server, Server, Server]) -> Served:
     """Ask the servers everything that the checks below judge."""
-    _, off, on = servers
+    off, on = servers[1:]
     long = " ".join(_STORY + f"It has {n} wagons." for n in range(24))
     with ThreadPoolExecutor(8) as pool:
-        short = list(pool.map(lambda server: server.complete(_STORY, _SHORT), servers))
-        grown = pool.submit(off.complete, _STORY * 8, 260)
-        answers = {"decode": on.complete(_STORY * 8, 260)}
+        short = list(pool.map(lambda server: _complete(server, _STORY, _SHORT), servers))
+        grown = pool.submit(_complete, off, _STORY * 8, 260)
+        answers = {"decode": _complete(on, _STORY * 8, 260)}
         grown.result()
-        answers["chunked_prefill"] = on.complete(long, 40)
+        answers["chunked_prefill"] = _complete(on, long, 40)
         # the second finds the first one's prompt in the prefix cache while it is compressed, the third afterwards
-        shared = [pool.submit(on.complete, long[:1800] + what, 60) for what in _ASKED[:2]]
+        shared = [pool.submit(_complete, on, long[:1800] + what, 60) for what in _ASKED[:2]]
         answers |= {f"shared_prefix_{n}": each.result() for n, each in enumerate(shared)}
-        answers["shared_prefix_2"] = on.complete(long[:1800] + _ASKED[2], 30)
-        several = [pool.submit(on.complete, f"This is about {what}. {_STORY * 8}", _BESIDE) for what in _ASKED]
+        answers["shared_prefix_2"] = _complete(on, long[:1800] + _ASKED[2], 30)
+        several = [pool.submit(_complete, on, f"This is about {what}. {_STORY * 8}", _BESIDE) for what in _ASKED]
         hung_up = pool.submit(_hang_up, on)
         answers |= {f"concurrent_{n}": each.result() for n, each in enumerate(several)}
         hung_up.result()
-    answers["alone"] = on.complete(f"This is about {_ASKED[0]}. {_STORY * 8}", _BESIDE)
+    answers["alone"] = _complete(on, f"This is about {_ASKED[0]}. {_STORY * 8}", _BESIDE)
     metrics = on.idle()
     off.idle()
-    traces = [read_trace(server.log.with_name("trace.jsonl")) for server in (on, off)]
-    names = ("plain", "off", "on")
-    return Served(*servers, dict(zip(names, short, strict=True)), answers, *traces, metrics)
+    traces = [_trace_of(server) for server in (on, off)]
+    return Served(on, dict(zip(("plain", "off", "on"), short, strict=True)), answers, *traces, metrics)
+
+
+def _complete(server: Server, prompt: str, new: int) -> Answer:
+    return answer_of(server.complete(prompt, new, ignore_eos=True))
+
+
+def _trace_of(server: Server) -> Trace:
+    return read_trace(server.log.with_name("trace.jsonl"))
 
 
 def _hang_up(server: Server) -> None:
     """Leave a stream of a request that is above its budget, without a word."""
     body = {"prompt": _STORY * 14, "max_tokens": 900, "temperature": 0, "ignore_eos": True}
-    with server.stream("/v1/completions", body) as chunks:
-        for _ in zip(range(60), chunks, strict=False):
-            pass
+    chunks = server.stream("/v1/completions", body)
+    for _ in range(60):
+        next(chunks)
+    chunks.close()
 
 
 @check(
@@ -172,9 +177,8 @@ def test_engine(case: str, subject: Subject) -> None:
     claim="After installation vLLM finds the plugin by itself, and every process of a server activates it.",
 )  # fmt: skip
 def test_plugin(case: str, servers: tuple[Server, Server, Server], measure) -> None:
-    logs = [server.log.read_text("utf-8", errors="replace").splitlines() for server in servers]
-    said = [[line for line in log if _ACTIVATED in line] for log in logs]
-    assert said[2], f"the log has no activation line; it ends: {servers[2].said()}"
+    said = [[line for line in server.text().splitlines() if _ACTIVATED in line] for server in servers]
+    assert said[2], f"the log has no activation line; it ends: {telling(servers[2].text())}"
     assert any("EngineCore" in line for line in said[2]), f"the engine's process did not activate it: {said[2]}"
     measure("processes that activate it though switched off", len(said[0]) + len(said[1]), 0)
 
@@ -186,11 +190,11 @@ def test_plugin(case: str, servers: tuple[Server, Server, Server], measure) -> N
 def test_server(case: str, servers: tuple[Server, Server, Server]) -> None:
     on = servers[2]
     if case == "models":
-        listed = [entry["id"] for entry in on.get("/v1/models")["data"]]
+        listed = on.models()
         assert listed == ["model"], f"/v1/models lists {listed}"
         return
     body = {"messages": [{"role": "user", "content": "What is 2+2?"}], "max_tokens": 64, "temperature": 0}
-    answer = answer_of(on.post("/v1/chat/completions", body))
+    answer = answer_of(on.chat(body))
     assert re.search(r"\b(4|four)\b", answer.text), f"the answer to What is 2+2? is {answer.text!r}"
     assert answer.finish_reason == "stop", f"the answer ended with {answer.finish_reason!r}"
 
@@ -207,9 +211,8 @@ def test_stream(case: str, servers: tuple[Server, Server, Server], measure) -> N
     else:
         path, asked = "/v1/completions", {"prompt": _STORY * 16}
     body = {**asked, "max_tokens": new, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    whole = answer_of(on.post(path, body))
-    with on.stream(path, {**body, "stream_options": {"include_usage": True}}) as chunks:
-        streamed = assembled(list(chunks))
+    whole = answer_of(on.chat(body) if case == "chat" else on.complete(**body))
+    streamed = assembled(list(on.stream(path, {**body, "stream_options": {"include_usage": True}})))
     measure("tokens that differ", _differing(whole.tokens, streamed.tokens), 0, where=f"{case}, {new} tokens")
     assert whole.text == streamed.text, "the texts differ"
     for answer in (whole, streamed):
@@ -238,17 +241,46 @@ def test_untouched(case: str, served: Served, measure) -> None:
     measure("tokens that differ", _differing(plain.tokens, here.tokens), 0, where=f"{_SHORT} tokens, greedy, float32")
 
 
-def _judged(found: Replay, rule: Rule, measure, where: str, chunk: int = _CHUNK) -> None:
-    """What every replayed answer must show."""
-    worst = max((gap for _, gap in found.wrong), default=0.0)
-    where = f"{where}: {found.tokens} tokens, {found.rounds} rounds, {found.preemptions} preemptions"
-    if found.wrong:
-        where += f"; first at token {found.wrong[0][0]}, by up to {worst:.3g} in the logits"
-    measure("wrong tokens", len(found.wrong), 0, where=where)
-    measure("near ties that went the other way", found.near_ties, math.inf, where=where)
-    assert not found.broken, f"{where}: {found.broken[0]}"
-    measure("steps at which a round was due and did not come", found.late, 0, where=where)
-    measure("most tokens held at once", found.longest, rule.threshold + chunk - 1, unit="tokens", where=where)
+@dataclass(frozen=True)
+class Judge:
+    """Replays what a server answered, and asks of the result what holds for every answer."""
+
+    model: LiveModel
+    statistics: Mapping[str, Any]
+    rule: Rule
+
+    def replay(self, answer: Answer, steps: Sequence[Step]) -> Replay:
+        return replay(self.model.model, self.statistics, self.rule, answer.prompt, answer.tokens, steps)
+
+    def __call__(self, answer: Answer, steps: Sequence[Step], measure, where: str) -> Replay:
+        found = self.replay(answer, steps)
+        where = f"{where}: {found.tokens} tokens, {found.rounds} rounds, {found.preemptions} preemptions"
+        wrong = [f"token {one.position - len(answer.prompt)} by {one.gap:.3g} of a logit" for one in found.wrong]
+        measure("wrong tokens", len(wrong), 0, where=f"{where} {'; '.join(wrong[:3])}")
+        measure("near ties that went the other way", found.near_ties, math.inf, where=where)
+        assert not found.violations, f"{where}: {found.violations[0]}"
+        measure("steps that a round waited for free blocks", found.late, math.inf, where=where)
+        if not found.late:
+            # what the prefix cache has of a request is there at once, and thinned at the step after
+            hits = [
+                step.start for before, step in zip([None, *steps[:-1]], steps, strict=True) if _admitted(before, step)
+            ]
+            longest = max(self.rule.kv_budget + self.rule.divide_length - 1, *hits) + _CHUNK
+            measure("most tokens held at once", found.longest, longest, unit="tokens", where=where)
+        return found
+
+
+def _admitted(before: Step | None, step: Step) -> bool:
+    """Whether a request begins with this step, for the first time or anew."""
+    return before is None or step.start < before.end
+
+
+@pytest.fixture(scope="module")
+def judge(located: tuple[str, Path], subject: Subject, device: str) -> Judge:
+    import torch
+
+    model = load(*located, subject, device, {})
+    return Judge(model, torch.load(located[1], weights_only=True), Rule(_BUDGET, _DIVIDE, _WINDOW, block_size(device)))
 
 
 _ANSWERS = {
@@ -264,13 +296,11 @@ _ANSWERS = {
     "the chunks, rounds and preemptions that the scheduler made.",
     tolerance=_REPLAYED,
 )  # fmt: skip
-def test_replay(case: list[str], served: Served, model: LiveModel, rule: Rule, measure) -> None:
+def test_replay(case: list[str], served: Served, judge: Judge, measure) -> None:
     rounds = anew = 0
     for name in case:
         answer = served.answers[name]
-        found = replay(model, answer.prompt, answer.tokens, served.trace.of(answer.id), rule)
-        assert found.tokens == len(answer.tokens), f"{found.tokens} of {len(answer.tokens)} tokens could be judged"
-        _judged(found, rule, measure, name)
+        found = judge(answer, served.trace.steps(answer.id), measure, name)
         rounds, anew = rounds + found.rounds, anew + found.preemptions
     assert rounds >= len(case), f"{rounds} rounds happened in {len(case)} answers, so nothing was compressed"
     if len(case) == len(_ASKED):
@@ -282,14 +312,12 @@ def test_replay(case: list[str], served: Served, model: LiveModel, rule: Rule, m
     claim="A request that is served beside others, and not preempted, has the tokens that it has alone.",
     tolerance="Token ids are equal; batches of another size round otherwise, which near ties show (p7.replay counts).",
 )  # fmt: skip
-def test_together(case: str, served: Served, model: LiveModel, rule: Rule, measure) -> None:
-    beside, alone = served.answers["concurrent_0"], served.answers["alone"]
-    steps = served.trace.of(beside.id)
-    assert not preemptions(steps), "the first of the requests was preempted, which vLLM does to the last ones"
-    ties = sum(
-        replay(model, answer.prompt, answer.tokens, served.trace.of(answer.id), rule).near_ties
-        for answer in (beside, alone)
-    )
+def test_together(case: str, served: Served, judge: Judge, measure) -> None:
+    alone = served.answers["alone"]
+    beside = next(each for name, each in served.answers.items() if name != "alone" and each.prompt == alone.prompt)
+    replays = [judge.replay(answer, served.trace.steps(answer.id)) for answer in (beside, alone)]
+    assert not replays[0].preemptions, "it was preempted, so its tokens may differ; vLLM preempts the latest request"
+    ties = sum(found.near_ties for found in replays)
     measure("near ties that went the other way", ties, math.inf)
     if not ties:
         measure("tokens that differ", _differing(beside.tokens, alone.tokens), 0, where=f"{_BESIDE} tokens")
@@ -300,16 +328,20 @@ def test_together(case: str, served: Served, model: LiveModel, rule: Rule, measu
     claim="The KV blocks of a request stay bounded while it generates; without the plugin they grow with every token.",
     tolerance="Blocks of budget + interval + one step, and one block that is begun (spec: physical length).",
 )  # fmt: skip
-def test_blocks(case: str, served: Served, rule: Rule, measure, curve) -> None:
-    answer = served.answers["decode"]
-    _, grown = next(iter(sorted(served.grown.steps.items(), key=lambda item: -len(item[1]))))
-    for name, steps in (("with the plugin", served.trace.of(answer.id)), ("without it", grown)):
-        points = [(max(step.start + step.tokens - len(answer.prompt), 0), step.blocks) for step in steps]
+def test_blocks(case: str, served: Served, judge: Judge, measure, curve) -> None:
+    answer, grown = served.answers["decode"], max(served.grown.requests.values(), key=len)
+    _bounded(answer, served.trace.steps(answer.id), grown, judge.rule, measure, curve)
+
+
+def _bounded(answer: Answer, steps: Sequence[Step], grown: Sequence[Step], rule: Rule, measure, curve) -> None:
+    for name, those in (("with the plugin", steps), ("without it", grown)):
+        points = [(max(step.end - len(answer.prompt), 0), step.blocks) for step in those]
         curve(name, points, x="generated tokens", y="KV blocks")
-    most = max(step.blocks for step in served.trace.of(answer.id))
-    measure("KV blocks of the request", most, -(-(rule.threshold + _CHUNK - 1) // rule.block_size) + 1, unit="blocks")
-    plainly = -(-(len(answer.prompt) + len(answer.tokens) - 1) // rule.block_size)
-    assert max(step.blocks for step in grown) == plainly, f"without the plugin {plainly} blocks were expected"
+    bound = rule.blocks(rule.kv_budget + rule.divide_length - 1 + max(step.tokens for step in steps))
+    measure("most KV blocks of the request", max(step.blocks for step in steps), bound, unit="blocks")
+    plainly = rule.blocks(len(answer.prompt) + len(answer.tokens) - 1)
+    most = max(step.blocks for step in grown)
+    assert most == plainly, f"without the plugin it held {most} blocks, and {plainly} were expected"
 
 
 @check(
@@ -318,10 +350,11 @@ def test_blocks(case: str, served: Served, rule: Rule, measure, curve) -> None:
     tolerance="No block may be missing.",
 )  # fmt: skip
 def test_leaks(case: str, served: Served, measure) -> None:
-    # a scheduler that is idle makes no step: one more request shows what the one before it left
-    served.on.complete("What is left?", 2)
-    trace = read_trace(served.on.log.with_name("trace.jsonl"))
-    measure("blocks in use beside those of the last request", trace.in_use[-1] - 1, 0, unit="blocks")
+    # a scheduler that is idle makes no step: one more request shows what those before it left
+    _complete(served.on, "What is left?", 2)
+    last = _trace_of(served.on).records[-1]
+    missing = last.pool - last.free - sum(last.held.values())
+    measure("blocks that nobody holds and that are not free", missing, 0, unit="blocks")
     idle = served.on.idle()
     measure("KV cache usage of an idle server", idle["vllm:kv_cache_usage_perc"], 0)
     assert idle["vllm:num_preemptions_total"] > 0, "no request was preempted"
@@ -334,10 +367,9 @@ def test_leaks(case: str, served: Served, measure) -> None:
 )  # fmt: skip
 def test_counters(case: str, served: Served, measure) -> None:
     rounds = evicted = 0
-    for steps in served.trace.steps.values():
-        for before, step in zip([None, *steps], steps, strict=False):
-            anew = before is None or step.start < before.start + before.tokens
-            more = step.evicted - (0 if anew else before.evicted)
+    for steps in served.trace.requests.values():
+        for before, step in zip([None, *steps[:-1]], steps, strict=True):
+            more = step.evicted - (0 if _admitted(before, step) else before.evicted)
             rounds, evicted = rounds + (more > 0), evicted + more
     for name, count in (("rounds_total", rounds), ("evicted_tokens_total", evicted), ("rounds_missed_total", 0)):
         measure(f"{name}: difference from the trace", abs(served.metrics[f"triattention:{name}"] - count), 0)
@@ -350,13 +382,11 @@ def test_counters(case: str, served: Served, measure) -> None:
     claim="A conversation in the wire form of an agent's client, with a tool call, is served above the budget.",
     tolerance=_REPLAYED,
 )  # fmt: skip
-def test_chat(case: str, servers: tuple[Server, Server, Server], model: LiveModel, rule: Rule, measure) -> None:
+def test_chat(case: str, servers: tuple[Server, Server, Server], judge: Judge, measure) -> None:
     rounds = 0
     for number, answer in enumerate(converse(servers[2], 96)):
         assert answer.usage["prompt_tokens"] == len(answer.prompt), f"usage says {answer.usage}"
         assert answer.usage["completion_tokens"] == len(answer.tokens), f"usage says {answer.usage}"
-        steps = read_trace(servers[2].log.with_name("trace.jsonl")).of(answer.id)
-        found = replay(model, answer.prompt, answer.tokens, steps, rule)
-        _judged(found, rule, measure, f"turn {number + 1}, ended by {answer.finish_reason}")
-        rounds += found.rounds
+        steps = _trace_of(servers[2]).steps(answer.id)
+        rounds += judge(answer, steps, measure, f"turn {number + 1}, ended by {answer.finish_reason}").rounds
     assert rounds, "the conversation stayed below the budget"

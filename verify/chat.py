@@ -56,8 +56,7 @@ def converse(server: Server, max_tokens: int) -> Iterator[Answer]:
             "messages": messages, "stream_options": {"include_usage": True}, "store": False, "tools": _TOOLS,
             "max_completion_tokens": max_tokens, "temperature": 0, "return_token_ids": True,
         }  # fmt: skip
-        with server.stream("/v1/chat/completions", body) as chunks:
-            answer = assembled(list(chunks))
+        answer = assembled(list(server.stream("/v1/chat/completions", body)))
         yield answer
         messages.append({"role": "assistant", "content": answer.text})
 

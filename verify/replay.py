@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 from verify.keep_set import select
 from verify.live_model import scoring_problem
 from verify.observer import Step
+from verify.tolerance import NEAR_TIE
 
 if TYPE_CHECKING:
     import numpy as np
 
-#: Two orders of summation in float32 differ by about 1e-4 in a logit of a small model.
-NEAR_TIE = 1e-3
 #: Tokens fed at once: their logits are what takes memory.
 _CHUNK = 256
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,12 +26,39 @@ _POLL_S = 0.2
 _TAIL_LINES = 8
 _HOST = "127.0.0.1"
 _OFFLINE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": _HOST}
-_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+#: A KV cache of 1 GiB, no core set aside, and no core that spins while another server has work for it.
+_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "passive"}
 #: What a process of vLLM puts before its lines; what no line about a problem has in it; a frame of a traceback.
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(ERROR [\d-]+ [\d:]+ \[[^]]*\] ?)?")
 _USUAL = re.compile(r"^(INFO|WARNING|DEBUG) |Warning: |warnings\.warn\(|^Traceback |^\s*[\^~]*$")
 _FRAME = re.compile(r'^\s+File ".*", line \d+')
 _SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? (\S+)")
+
+
+def block_size(device: str) -> int:
+    """The smallest block that every attention backend of a device takes, in tokens."""
+    return 32 if device == "cpu" else 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request came back with: the server's name of it, prompt and new token ids, text and ``usage``."""
+
+    id: str
+    prompt: list[int]
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    usage: Mapping[str, int]
+
+
+def answer_of(data: Mapping[str, Any]) -> Answer:
+    """The only choice of a completion or chat completion that was asked for with ``return_token_ids``."""
+    (choice,) = data["choices"]
+    text = choice["text"] if "text" in choice else choice["message"]["content"]
+    prompt = choice.get("prompt_token_ids") or data.get("prompt_token_ids") or []
+    tokens = choice.get("token_ids") or []
+    return Answer(data["id"], prompt, tokens, text or "", choice["finish_reason"], data.get("usage") or {})
 
 
 class Server:
@@ -42,31 +70,33 @@ class Server:
     """
 
     def __init__(self, location: str, env: Mapping[str, str], log: Path, *flags: str, device: str = "cpu") -> None:
-        self._log = log
+        self.log = log
         self._env = {**env, **_OFFLINE, **(_ON_CPU if device == "cpu" else {})}
         self._port = _free_port()
-        block_size = 32 if device == "cpu" else 16
+        self._process: subprocess.Popen[bytes] | None = None
         self._command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", location, "--host", _HOST,
-            "--port", str(self._port), "--block-size", str(block_size), "--enforce-eager", *flags,
+            "--port", str(self._port), "--block-size", str(block_size(device)), "--enforce-eager", *flags,
         ]  # fmt: skip
 
     def __enter__(self) -> Self:
-        self._start()
+        if self._process is None:
+            self.launch()
         try:
             self._await_health()
         except BaseException:
-            self._stop()
+            self.stop()
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop()
+        self.stop()
 
-    def _start(self) -> None:
+    def launch(self) -> None:
+        """Start the process, without waiting for its health: several servers come up side by side."""
         # a server that is killed leaves its sockets behind; where they lie, a path may have 107 characters
         self._sockets = tempfile.mkdtemp(prefix="verify-")
-        with self._log.open("wb") as log:
+        with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command, env={**self._env, "VLLM_RPC_BASE_PATH": self._sockets}, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -93,16 +123,21 @@ class Server:
             raise AssertionError(self._told(f"did not end within {limit_s:g} s")) from error
 
     def _told(self, what: str) -> str:
-        return f"the server {what}; {self._log.name} ends: {telling(self.text())}"
+        return f"the server {what}; {self.log.name} ends: {telling(self.text())}"
 
     def text(self) -> str:
         """Everything that the server's processes printed so far."""
-        return self._log.read_text("utf-8", errors="replace")
+        return self.log.read_text("utf-8", errors="replace")
 
-    def _stop(self) -> None:
-        """End the server's processes, gently first. Raises AssertionError if one is still there afterwards."""
+    def stop(self) -> None:
+        """End the server's processes, gently first; does nothing where there are none.
+
+        Raises AssertionError if one is still there afterwards.
+        """
         import psutil
 
+        if self._process is None or not os.path.isdir(self._sockets):
+            return
         running = self._processes()
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
@@ -159,6 +194,16 @@ class Server:
                 found[sample[1]] += float(sample[2])
         return dict(found)
 
+    def idle(self, limit_s: float = 30.0) -> dict[str, float]:
+        """The metrics once no request is running or waiting. Raises AssertionError if that takes longer."""
+        until = time.monotonic() + limit_s
+        while time.monotonic() < until:
+            metrics = self.metrics()
+            if not metrics["vllm:num_requests_running"] and not metrics["vllm:num_requests_waiting"]:
+                return metrics
+            time.sleep(_POLL_S)
+        raise AssertionError(f"requests are still running or waiting {limit_s:g} s after the last answer")
+
     def _answer(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         with self._client() as client:
             response = client.request(method, path, json=body)
@@ -187,11 +232,11 @@ def refused(
     Raises AssertionError, with the end of the log, for one that is still there after ``limit_s``.
     """
     server = Server(location, env, log, *flags, device=device)
-    server._start()
+    server.launch()
     try:
         code = server._await_end(limit_s)
     finally:
-        server._stop()
+        server.stop()
     return code, server.text()
 
 
