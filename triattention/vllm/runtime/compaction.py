@@ -99,7 +99,8 @@ class Compactor:
         held = state.block_ids[0]
         if held != [*eviction.sources, eviction.newest]:
             raise RuntimeError(f"request {eviction.request_id} holds other blocks here than in the scheduler")
-        self._compact(eviction)
+        if eviction.kept:  # a budget below two blocks, with no window, may leave the newest block alone
+            self._compact(eviction)
         held[:] = [*eviction.kept, eviction.newest]
         row = runner.input_batch.req_id_to_index.get(eviction.request_id)
         if row is not None:
