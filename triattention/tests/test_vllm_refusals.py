@@ -48,7 +48,7 @@ SENTENCES = {
     "ENABLE_TRIATTENTION=0",
     "hook_targets": "vllm.v1.core.sched.scheduler:Scheduler.schedule is (self, throttle_prefills) and not "
     "(self, other); install vLLM",
-    "python_api": "VLLM_PLUGINS is 'other', so vLLM's other processes would not load this plugin; add triattention to it",
+    "python_api": "VLLM_PLUGINS is 'other', so vLLM's other processes would not load this plugin; add triattention",
     "switch": "ENABLE_TRIATTENTION is 'maybe'; set it to 1 or 0",
 }
 

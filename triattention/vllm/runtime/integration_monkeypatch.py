@@ -47,7 +47,8 @@ def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patc
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and _ENTRY_POINT not in allowed.split(","):
         raise TriAttentionError(
-            f"VLLM_PLUGINS is {allowed!r}, so vLLM's other processes would not load this plugin; add {_ENTRY_POINT} to it"
+            f"VLLM_PLUGINS is {allowed!r}, so vLLM's other processes would not load this plugin; "
+            f"add {_ENTRY_POINT} to it"
         )
     # the other processes ask the environment
     os.environ[f"{PREFIX}PATCH_SCHEDULER"] = str(patch_scheduler)
