@@ -129,16 +129,17 @@ def _patch_runner(module: ModuleType, settings: RuntimeSettings) -> None:
             self.triattention = start.build_compactor(self, settings)
         return result
 
-    def execute_model(original: Callable[..., Any], self: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+    def _update_states(original: Callable[..., Any], self: Any, output: Any) -> Any:
+        # not before execute_model: its copies of the last step's block table may still be under way until here
         self.triattention.before_step(self, output)
-        return original(self, output, *args, **kwargs)
+        return original(self, output)
 
     def _prepare_inputs(original: Callable[..., Any], self: Any, output: Any, scheduled: Any, *rest: Any) -> Any:
         result = original(self, output, scheduled, *rest)
         self.triattention.after_inputs(self, scheduled)
         return result
 
-    for wrapper in (initialize_kv_cache, execute_model, _prepare_inputs):
+    for wrapper in (initialize_kv_cache, _update_states, _prepare_inputs):
         _wrap(module.GPUModelRunner, wrapper.__name__, wrapper)
 
 
