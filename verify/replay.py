@@ -148,7 +148,7 @@ class _Run:
         where = f"step {step.number}, token {step.start}"
         if self.end is None:
             self._begin(step, where)
-        elif step.start < self.end or step.evicted < self.evicted:
+        elif step.preempted or step.start < self.end:
             self.feed()
             self.preemptions += 1
             self._begin(step, where)
@@ -184,8 +184,8 @@ class _Run:
             self.late += 1
         elif gone != due:
             self.violations.append(f"{where}: {gone} of {length} tokens were evicted, the rule says {due}")
-        if not gone:
-            return True
+        if gone <= 0:
+            return not gone  # none, or tokens that came back
         evictable = self.rule.evictable(sources, length, len(self.prompt))
         if gone > evictable.sum():
             self.violations.append(f"{where}: {gone} tokens were evicted, and {evictable.sum()} are not protected")

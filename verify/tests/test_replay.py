@@ -211,11 +211,24 @@ def test_a_preempted_request_begins_anew_and_may_find_its_prefix(model, statisti
     assert found.rounds > _replayed(engine, prompt, ids[len(prompt) : len(prompt) + 20]).rounds
 
 
+def test_a_request_that_gets_all_its_blocks_back_was_preempted_all_the_same(model, statistics) -> None:
+    engine, prompt = _Engine(model, statistics, _RULE, "never"), _prompt()
+    served = _served(engine, prompt, 21)
+    assert engine.steps[-1].start == 40  # where a round is due, which only a request that was running can have
+    engine.steps[-1] = replace(engine.steps[-1], preempted=True)
+    found = _replayed(engine, prompt, served)
+    assert (found.preemptions, found.late, _clean(found)) == (1, 0, True)
+
+
 def test_a_trace_that_does_not_tell_of_every_token_is_a_violation(model, statistics) -> None:
     engine, prompt = _Engine(model, statistics, _RULE), _prompt()
     served = _served(engine, prompt)
     engine.steps = engine.steps[:40]
     assert _replayed(engine, prompt, served).violations == ["60 tokens were served, the trace samples 40"]
+    engine.steps[30] = replace(engine.steps[30], evicted=0)
+    assert _replayed(engine, prompt, served).violations == [
+        "step 30, token 50: -16 of 34 tokens were evicted, the rule says 0"
+    ]
     del engine.steps[30]
     assert _replayed(engine, prompt, served).violations == [
         "step 31, token 51: the tokens from 50 on were never computed"
