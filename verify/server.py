@@ -194,6 +194,10 @@ class Server:
                 found[sample[1]] += float(sample[2])
         return dict(found)
 
+    def memory_bytes(self) -> int:
+        """Physical memory of the server's processes, what they share counted once in each."""
+        return sum(process.memory_info().rss for process in self._processes())
+
     def idle(self, limit_s: float = 30.0) -> dict[str, float]:
         """The metrics once no request is running or waiting. Raises AssertionError if that takes longer."""
         until = time.monotonic() + limit_s

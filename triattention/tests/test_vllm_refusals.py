@@ -48,6 +48,7 @@ SENTENCES = {
     "ENABLE_TRIATTENTION=0",
     "hook_targets": "vllm.v1.core.sched.scheduler:Scheduler.schedule is (self, throttle_prefills) and not "
     "(self, other); install vLLM",
+    "python_api": "VLLM_PLUGINS is 'other', so vLLM's other processes would not load this plugin; add triattention",
     "switch": "ENABLE_TRIATTENTION is 'maybe'; set it to 1 or 0",
 }
 
@@ -56,6 +57,12 @@ SENTENCES = {
 OTHER_SCHEDULE = """
 from triattention.vllm.runtime import hook_targets
 hook_targets.entry(hook_targets.check().entry)["vllm.v1.core.sched.scheduler:Scheduler.schedule"] = ["self", "other"]
+"""
+
+
+CALLED = """
+from triattention.vllm.runtime.integration_monkeypatch import install_vllm_integration_monkeypatches
+install_vllm_integration_monkeypatches(patch_scheduler=True, patch_worker=True)
 """
 
 
@@ -130,6 +137,7 @@ def ends(places: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> d
         "one_half": start(**setting("PATCH_WORKER", "false")),
         "v2_runner": start(VLLM_USE_V2_MODEL_RUNNER="1"),
         "hook_targets": start(before=OTHER_SCHEDULE),
+        "python_api": start(before=CALLED, VLLM_PLUGINS="other"),
         "switch": start(ENABLE_TRIATTENTION="maybe"),
     }
     return ends_of(starts, tmp_path_factory.mktemp("logs"))

@@ -37,7 +37,7 @@ MUTANTS = {
         {"blocks_to_evict(length, prompt)": "blocks_to_evict(length, prompt) - 1"}, "goes on with",
     ),
     "one block too many goes": (
-        {"blocks_to_evict(length, prompt)": "blocks_to_evict(length, prompt) + 1"}, "fewer than are protected",
+        {"blocks_to_evict(length, prompt)": "blocks_to_evict(length, prompt) + 1"}, "than are protected|held, .* free",
     ),
     "an earlier round is forgotten": ({"if offset:": "if offset and rounds.evictions:"}, "blocks of .* tokens"),
 }  # fmt: skip

@@ -38,6 +38,7 @@ TRAFFIC = {
     "prompt beside the budget": (Rule(20, 6, 5, 4, include_prefill_in_budget=False), "priority"),
     "prompt protected, beside the budget": (Rule(16, 4, 0, 4, True, False), "fcfs"),
     "floor above the limit": (Rule(20, 3, 17, 8), "priority"),
+    "only the newest block stays": (Rule(5, 39, 0, 4), "fcfs"),
 }
 _STEMS, _STEM = 3, 96
 _MODEL_LENGTH = 240

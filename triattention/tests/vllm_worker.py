@@ -98,9 +98,9 @@ class Worker:
             f"shifted by {held.offset}"
         )
         n_keep = len(eviction.kept) * size
-        assert 0 < n_keep < len(eviction.sources) * size, f"a round of {name} keeps {n_keep} tokens"
+        assert n_keep < len(eviction.sources) * size, f"a round of {name} keeps {n_keep} tokens"
         keep = self._keep_set(eviction, n_keep)
-        sources, kept = np.array(eviction.sources), np.array(eviction.kept)
+        sources, kept = np.array(eviction.sources), np.array(eviction.kept, np.int64)
         for slots in (self._position, self._prefix, self._reader):
             slots[kept] = slots[sources].flatten()[keep].reshape(-1, size)
         self._reader[kept] = held.life

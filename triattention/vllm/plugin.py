@@ -12,9 +12,6 @@ def register_triattention_backend() -> None:
 
     Raises TriAttentionError, in one sentence, for settings that cannot be honoured and a vLLM that is not supported.
     """
-    from triattention.vllm.runtime.settings import enabled
+    from triattention.vllm.runtime.integration_monkeypatch import install_from_environment
 
-    if enabled():
-        from triattention.vllm.runtime.integration_monkeypatch import install_from_environment
-
-        install_from_environment()
+    install_from_environment()

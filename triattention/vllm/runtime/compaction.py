@@ -57,6 +57,7 @@ class Compactor:
                 known[key] = learn(layer, num_blocks, rule.block_size, layer.num_kv_heads, layer.head_size)
         self._layouts = [known[layer.kv_cache.shape, layer.kv_cache.stride(), layer.kv_cache.dtype, type(layer.impl)]
                          for layer in layers]  # fmt: skip
+        self._rehearse()
         self._offsets: dict[str, int] = {}
         self._reported: set[str] = set()
         self._shift = _Shift(self._caches[0].device)
@@ -99,7 +100,8 @@ class Compactor:
         held = state.block_ids[0]
         if held != [*eviction.sources, eviction.newest]:
             raise RuntimeError(f"request {eviction.request_id} holds other blocks here than in the scheduler")
-        self._compact(eviction)
+        if eviction.kept:  # a budget below two blocks, with no window, may leave the newest block alone
+            self._compact(eviction)
         held[:] = [*eviction.kept, eviction.newest]
         row = runner.input_batch.req_id_to_index.get(eviction.request_id)
         if row is not None:
@@ -131,6 +133,15 @@ class Compactor:
                 heads = layout.places.shape[1]
                 picks, of = layout.picks(layer_indices(indices, mode, number, heads)[0]), layout
             layout.thin(cache, sources, kept, picks)
+
+    @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """Score as many keys as a round has: kernels are compiled now, and what cannot run ends the start."""
+        size, device = self.rule.block_size, self._caches[0].device
+        blocks = torch.zeros(-(-self.rule.kv_budget // size), dtype=torch.int64, device=device)
+        keys = _Keys(self._caches, self._layouts, blocks)
+        valid = torch.ones(1, len(blocks) * size, dtype=torch.bool, device=device)
+        self._scorer.selection_scores(View(keys, keys, valid.shape[1], valid, valid))
 
     def _report_missed(self, batch: Any, names: Sequence[str], offsets: np.ndarray) -> None:
         """Say, and count, that a request is due at this step and nobody evicted anything."""

@@ -18,16 +18,20 @@ from typing import Any
 
 from triattention.errors import TriAttentionError
 from triattention.vllm.runtime import hook_targets, metrics, start
-from triattention.vllm.runtime.settings import SWITCH, RuntimeSettings, read_settings
+from triattention.vllm.runtime.settings import PREFIX, SWITCH, RuntimeSettings, enabled, read_settings
 
 _log = logging.getLogger("vllm.triattention")
 
 _V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _MARK = "_triattention"
+#: The plugin's name among vLLM's, which VLLM_PLUGINS can leave out.
+_ENTRY_POINT = "triattention"
 
 
 def install_from_environment() -> None:
     """What the entry point does: install as ``TRIATTN_RUNTIME_PATCH_SCHEDULER`` and ``..._PATCH_WORKER`` say."""
+    if not enabled():
+        return
     settings = read_settings()
     install_vllm_integration_monkeypatches(patch_scheduler=settings.patch_scheduler, patch_worker=settings.patch_worker)
 
@@ -35,8 +39,20 @@ def install_from_environment() -> None:
 def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patch_worker: bool = True) -> None:
     """Make the vLLM of this process and its children compress; call it before an ``LLM`` is made. Twice is once.
 
-    Raises TriAttentionError for settings that cannot be honoured and for a vLLM whose hook targets differ.
+    ``ENABLE_TRIATTENTION=0`` has the last word. Raises TriAttentionError for settings that cannot be honoured and for a
+    vLLM whose hook targets differ.
     """
+    if not enabled():
+        return
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and _ENTRY_POINT not in allowed.split(","):
+        raise TriAttentionError(
+            f"VLLM_PLUGINS is {allowed!r}, so vLLM's other processes would not load this plugin; "
+            f"add {_ENTRY_POINT} to it"
+        )
+    # the other processes ask the environment
+    os.environ[f"{PREFIX}PATCH_SCHEDULER"] = str(patch_scheduler)
+    os.environ[f"{PREFIX}PATCH_WORKER"] = str(patch_worker)
     settings = read_settings()
     hook_targets.require_supported()
     importlib.import_module("vllm.logger")  # sets up the loggers below vllm: in the API server nothing has until now
