@@ -27,6 +27,7 @@ class Step:
 
     ``start`` tokens were computed before it and ``tokens`` are computed in it; ``evicted`` tokens are missing from its
     block table, which holds ``blocks`` others. ``free`` is the fewest free blocks of the pool around the step's start.
+    ``preempted`` if the request lost its blocks since its last step, though the prefix cache may have kept all of them.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Step:
     evicted: int
     blocks: int
     free: int
+    preempted: bool = False
 
     @property
     def end(self) -> int:
@@ -69,12 +71,13 @@ class Trace:
     def requests(self) -> dict[str, tuple[Step, ...]]:
         """The steps of each request, by the engine's own ids."""
         found: dict[str, list[Step]] = {}
-        free = self.pool
+        free, lost = self.pool, set()
         for record in self.records:
+            lost.update(record.preempted)
             for request, scheduled in record.scheduled.items():
-                step = Step(record.number, *scheduled, free=min(free, record.free))
+                step = Step(record.number, *scheduled, min(free, record.free), request in lost)
                 found.setdefault(request, []).append(step)
-            free = record.free
+            free, lost = record.free, lost - record.scheduled.keys()
         return {request: tuple(steps) for request, steps in found.items()}
 
     def steps(self, response_id: str, prompt: int = 0) -> tuple[Step, ...]:

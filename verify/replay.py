@@ -72,7 +72,9 @@ class Replay:
 
     ``rounds`` were seen, ``late`` steps put one off for want of free blocks, ``longest`` is the largest physical length
     and ``narrowest`` the least difference of two scores that parted a kept token from an evicted one: where it is
-    within float32's rounding of a z-score, either set is right.
+    within float32's rounding of a z-score, either set is right. ``drift`` is the largest difference of a served token's
+    log-probability from the one here, 0 where none were given: a text that repeats itself has the right tokens whatever
+    was kept, and even there not these.
     """
 
     tokens: int
@@ -83,6 +85,7 @@ class Replay:
     longest: int
     late: int
     narrowest: float
+    drift: float
     violations: list[str]
 
 
@@ -93,12 +96,14 @@ def replay(
     prompt: Sequence[int],
     served: Sequence[int],
     steps: Sequence[Step],
+    log_probs: Sequence[float] = (),
 ) -> Replay:
     """Replay the ``steps`` of a request with the token ids ``prompt`` that was answered with ``served``.
 
-    ``model`` is transformers' in float32, ``statistics`` what the statistics file holds (format version 2).
+    ``model`` is transformers' in float32, ``statistics`` what the statistics file holds (format version 2);
+    ``log_probs`` are those that the server gave for the served tokens, if it was asked.
     """
-    run = _Run(_Sequence(model, statistics, rule.mode), rule, list(prompt), list(served))
+    run = _Run(_Sequence(model, statistics, rule.mode), rule, list(prompt), list(served), list(log_probs))
     for step in steps:
         # an engine may compute a few tokens more than the client got
         if step.start > len(run.ids) or not run.take(step):
@@ -116,6 +121,7 @@ def replay(
         longest=run.longest,
         late=run.late,
         narrowest=run.narrowest,
+        drift=run.drift,
         violations=run.violations,
     )
 
@@ -128,6 +134,7 @@ class _Run:
     rule: Rule
     prompt: list[int]
     served: list[int]
+    log_probs: list[float]
     compared: list[WrongToken | None] = field(default_factory=list)
     sampled: list[int] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -138,6 +145,7 @@ class _Run:
     longest: int = 0
     late: int = 0
     narrowest: float = float("inf")
+    drift: float = 0.0
 
     @cached_property
     def ids(self) -> list[int]:
@@ -148,7 +156,7 @@ class _Run:
         where = f"step {step.number}, token {step.start}"
         if self.end is None:
             self._begin(step, where)
-        elif step.start < self.end or step.evicted < self.evicted:
+        elif step.preempted or step.start < self.end:
             self.feed()
             self.preemptions += 1
             self._begin(step, where)
@@ -184,8 +192,8 @@ class _Run:
             self.late += 1
         elif gone != due:
             self.violations.append(f"{where}: {gone} of {length} tokens were evicted, the rule says {due}")
-        if not gone:
-            return True
+        if gone <= 0:
+            return not gone  # none, or tokens that came back
         evictable = self.rule.evictable(sources, length, len(self.prompt))
         if gone > evictable.sum():
             self.violations.append(f"{where}: {gone} tokens were evicted, and {evictable.sum()} are not protected")
@@ -202,6 +210,9 @@ class _Run:
         ):
             served, best = self.ids[position + 1], int(logits.argmax())
             gap = float(logits[best] - logits[served])
+            if self.log_probs:
+                here = float(logits.log_softmax(-1)[served])
+                self.drift = max(self.drift, abs(here - self.log_probs[len(self.compared)]))
             self.compared.append(None if best == served else WrongToken(position + 1, served, best, gap))
         self.sampled = []
 

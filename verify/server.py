@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -42,7 +42,10 @@ def block_size(device: str) -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request came back with: the server's name of it, prompt and new token ids, text and ``usage``."""
+    """What a request came back with: the server's name of it, prompt and new token ids, text and ``usage``.
+
+    ``log_probs`` of the new tokens, of a completion that was asked for ``logprobs``.
+    """
 
     id: str
     prompt: list[int]
@@ -50,6 +53,7 @@ class Answer:
     text: str
     finish_reason: str
     usage: Mapping[str, int]
+    log_probs: Sequence[float] = ()
 
 
 def answer_of(data: Mapping[str, Any]) -> Answer:
@@ -58,7 +62,8 @@ def answer_of(data: Mapping[str, Any]) -> Answer:
     text = choice["text"] if "text" in choice else choice["message"]["content"]
     prompt = choice.get("prompt_token_ids") or data.get("prompt_token_ids") or []
     tokens = choice.get("token_ids") or []
-    return Answer(data["id"], prompt, tokens, text or "", choice["finish_reason"], data.get("usage") or {})
+    log_probs = (choice.get("logprobs") or {}).get("token_logprobs") or ()
+    return Answer(data["id"], prompt, tokens, text or "", choice["finish_reason"], data.get("usage") or {}, log_probs)
 
 
 class Server:

@@ -64,7 +64,10 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], A
 
 @pytest.fixture
 def trace(installed: Callable[[], Any], tmp_path: Path) -> Trace:
-    """Three steps: two prompts begin, the first is evicted from and the second preempted, then all have finished."""
+    """Four steps: two prompts begin, the first is evicted from and the second preempted and resumed, all have finished.
+
+    The second finds everything that it lost in the prefix cache.
+    """
     installed()  # an engine that asks twice is not recorded twice
     base = installed()
 
@@ -81,6 +84,8 @@ def trace(installed: Callable[[], Any], tmp_path: Path) -> Trace:
     assert scheduler.schedule(output) is output
     del scheduler.rows[second]
     scheduler.schedule(_output({}, {first: (60, 1)}), throttle_prefills=True)
+    scheduler.rows[second] = [_BLOCK] * 2
+    scheduler.schedule(_output({}, {second: (26, 1)}))
     scheduler.rows.clear()
     scheduler.requests.clear()
     scheduler.schedule(_output({}, {}))
@@ -89,12 +94,12 @@ def trace(installed: Callable[[], Any], tmp_path: Path) -> Trace:
 
 def test_a_trace_tells_each_request_its_steps(trace: Trace) -> None:
     assert trace.steps("cmpl-a") == (Step(0, 0, 60, 0, 4, 14), Step(1, 60, 1, 32, 2, 14))
-    assert trace.steps("cmpl-a", prompt=1) == (Step(0, 16, 10, 0, 2, 14),)
+    assert trace.steps("cmpl-a", prompt=1) == (Step(0, 16, 10, 0, 2, 14), Step(2, 26, 1, 0, 2, 16, preempted=True))
     assert trace.steps("cmpl-a")[1].end == 61
 
 
 def test_a_trace_tells_of_the_pool(trace: Trace) -> None:
-    assert trace.held == [6, 2, 0]
+    assert trace.held == [6, 2, 4, 0]
     assert (trace.pool, trace.free_at_end, trace.preemptions) == (20, 20, 1)
     assert trace.records[1].preempted == ("cmpl-a-1-0123abce",)
     assert trace.records[0].time_s <= trace.records[1].time_s

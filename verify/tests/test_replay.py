@@ -52,6 +52,7 @@ class _Engine:
     def __init__(self, model: LlamaForCausalLM, statistics: dict[str, Any], rule: Rule, fault: str = "") -> None:
         self.model, self.statistics, self.rule, self.fault = model, statistics, rule, fault
         self.steps: list[Step] = []
+        self.log_probs: list[float] = []
         self.begin()
 
     def begin(self) -> None:
@@ -72,7 +73,9 @@ class _Engine:
         self.seen = len(ids)
         held = self.rule.blocks(len(ids) - self.evicted) - (self.fault == "lost block")
         self.steps.append(Step(len(self.steps), start, len(ids) - start, self.evicted, held, free))
-        return int(logits.argmax())
+        said = int(logits.argmax()) if self.fault != "repeats" else 5
+        self.log_probs.append(float(logits.log_softmax(-1)[said]))
+        return said
 
     def _round(self, blocks: int, prompt: int) -> None:
         length = self.seen - self.evicted
@@ -117,7 +120,7 @@ def _served(engine: _Engine, prompt: list[int], new: int = _NEW) -> list[int]:
 
 
 def _replayed(engine: _Engine, prompt: list[int], served: list[int], rule: Rule | None = None) -> Replay:
-    return replay(engine.model, engine.statistics, rule or engine.rule, prompt, served, engine.steps)
+    return replay(engine.model, engine.statistics, rule or engine.rule, prompt, served, engine.steps, engine.log_probs)
 
 
 def _clean(found: Replay) -> bool:
@@ -160,8 +163,21 @@ def test_an_engine_that_keeps_the_rule_has_no_wrong_token(model, statistics, rul
     assert found.rounds >= 3
     assert found.tokens == _NEW
     assert found.narrowest > 1e-5
+    assert 0 < found.drift < 1e-4
     other = "per_head" if rule.mode == "per_layer_per_head" else "per_layer_per_head"
     assert _replayed(engine, prompt, served, replace(rule, mode=other)).wrong
+
+
+def test_log_probabilities_tell_what_tokens_do_not(model, statistics) -> None:
+    """The engine says one token all the time, whatever the model prefers: every keep set leads to the same text."""
+    engine, prompt = _Engine(model, statistics, _RULE, "repeats"), _prompt()
+    served = _served(engine, prompt)
+    right, other = (
+        _replayed(engine, prompt, served, replace(_RULE, mode=m)) for m in ("per_head", "per_layer_per_head")
+    )
+    assert right.drift < 1e-4
+    assert other.drift > 0.1
+    assert right.violations == other.violations == []
 
 
 @pytest.mark.parametrize("fault", ["positions", "random"])
@@ -170,6 +186,7 @@ def test_a_fault_that_only_the_tokens_show_is_found(model, statistics, fault: st
     found = _replayed(engine, prompt, _served(engine, prompt))
     assert found.violations == []
     assert len(found.wrong) > 5
+    assert found.drift > 0.1
     first = next(step.end for step in engine.steps if step.evicted)
     assert min(wrong.position for wrong in found.wrong) >= first
 
@@ -211,11 +228,24 @@ def test_a_preempted_request_begins_anew_and_may_find_its_prefix(model, statisti
     assert found.rounds > _replayed(engine, prompt, ids[len(prompt) : len(prompt) + 20]).rounds
 
 
+def test_a_request_that_gets_all_its_blocks_back_was_preempted_all_the_same(model, statistics) -> None:
+    engine, prompt = _Engine(model, statistics, _RULE, "never"), _prompt()
+    served = _served(engine, prompt, 21)
+    assert engine.steps[-1].start == 40  # where a round is due, which only a request that was running can have
+    engine.steps[-1] = replace(engine.steps[-1], preempted=True)
+    found = _replayed(engine, prompt, served)
+    assert (found.preemptions, found.late, _clean(found)) == (1, 0, True)
+
+
 def test_a_trace_that_does_not_tell_of_every_token_is_a_violation(model, statistics) -> None:
     engine, prompt = _Engine(model, statistics, _RULE), _prompt()
     served = _served(engine, prompt)
     engine.steps = engine.steps[:40]
     assert _replayed(engine, prompt, served).violations == ["60 tokens were served, the trace samples 40"]
+    engine.steps[30] = replace(engine.steps[30], evicted=0)
+    assert _replayed(engine, prompt, served).violations == [
+        "step 30, token 50: -16 of 34 tokens were evicted, the rule says 0"
+    ]
     del engine.steps[30]
     assert _replayed(engine, prompt, served).violations == [
         "step 31, token 51: the tokens from 50 on were never computed"
