@@ -54,7 +54,7 @@ def converse(server: Server, max_tokens: int) -> Iterator[Answer]:
         messages += turn
         body = {
             "messages": messages, "stream_options": {"include_usage": True}, "store": False, "tools": _TOOLS,
-            "max_completion_tokens": max_tokens, "temperature": 0, "return_token_ids": True,
+            "max_completion_tokens": max_tokens, "temperature": 0, "return_token_ids": True, "logprobs": True,
         }  # fmt: skip
         answer = assembled(list(server.stream("/v1/chat/completions", body)))
         yield answer
@@ -65,7 +65,7 @@ def assembled(chunks: list[dict[str, Any]]) -> Answer:
     """One answer from the chunks of a stream that was asked to include usage."""
     *parts, last = chunks
     assert last.get("usage"), f"the last chunk of the stream has no usage: {last}"
-    prompt, tokens, text, reason = [], [], "", None
+    prompt, tokens, log_probs, text, reason = [], [], [], "", None
     for part in parts:
         assert len(part["choices"]) == 1, f"a chunk has {len(part['choices'])} choices"
         choice = part["choices"][0]
@@ -74,6 +74,7 @@ def assembled(chunks: list[dict[str, Any]]) -> Answer:
         text += (delta.get("content") if "delta" in choice else choice.get("text")) or ""
         prompt = prompt or part.get("prompt_token_ids") or choice.get("prompt_token_ids") or []
         tokens += choice.get("token_ids") or []
+        log_probs += [one["logprob"] for one in (choice.get("logprobs") or {}).get("content") or []]
         reason = choice.get("finish_reason")
     assert reason, "no chunk has a finish_reason"
-    return Answer(last["id"], prompt, tokens, text, reason, last["usage"])
+    return Answer(last["id"], prompt, tokens, text, reason, last["usage"], log_probs)
