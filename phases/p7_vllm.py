@@ -31,7 +31,7 @@ _ACTIVATED = "[TriAttention] Runtime (V2) plugin activated: patch_scheduler=True
 _BUDGET, _DIVIDE, _WINDOW, _CHUNK, _LONGEST = 256, 64, 32, 128, 1536
 
 _STORY = "Tell me a long story about a train that travels west along the river, and about the people of the town. "
-_SHORT, _BESIDE = 100, 140
+_SHORT, _BESIDE = 100, 200
 _ASKED = ("a dog", "a boat", "an old clock", "a girl who could not sleep", "the market", "a letter that came late")
 
 _PLUGIN = ("p1.identity", "p7.plugin")
@@ -111,7 +111,9 @@ def servers(
         for server in three:
             stack.callback(server.stop)
             server.launch()
-        for server in three:
+            if device != "cpu":  # each measures the whole card's free memory when it starts
+                stack.enter_context(server)
+        for server in three if device == "cpu" else ():
             stack.enter_context(server)
         yield three
 
@@ -191,7 +193,10 @@ def test_engine(case: str, subject: Subject) -> None:
 def test_plugin(case: str, servers: tuple[Server, Server, Server], measure) -> None:
     said = [[line for line in server.text().splitlines() if _ACTIVATED in line] for server in servers]
     assert said[2], f"the log has no activation line; it ends: {telling(servers[2].text())}"
-    assert any("EngineCore" in line for line in said[2]), f"the engine's process did not activate it: {said[2]}"
+    for process in ("EngineCore", "Worker"):
+        there = f"({process}" in servers[2].text() or f"(Vllm{process}" in servers[2].text()
+        activated = any(process in line for line in said[2])
+        assert activated or not there, f"the process {process} did not activate it: {said[2]}"
     measure("processes that activate it though switched off", len(said[0]) + len(said[1]), 0)
 
 
@@ -369,7 +374,7 @@ def test_leaks(case: str, served: Served, measure) -> None:
     _complete(served.on, "What is left?", 2)
     last = _trace_of(served.on).records[-1]
     missing = last.pool - last.free - sum(last.held.values())
-    measure("blocks that nobody holds and that are not free", missing, 0, unit="blocks")
+    measure("blocks that nobody holds and that are not free, or free twice", abs(missing), 0, unit="blocks")
     idle = served.on.idle()
     measure("KV cache usage of an idle server", idle["vllm:kv_cache_usage_perc"], 0)
     assert idle["vllm:num_preemptions_total"] > 0, "no request was preempted"
@@ -388,6 +393,8 @@ def test_counters(case: str, served: Served, measure) -> None:
             rounds, evicted = rounds + (more > 0), evicted + more
     for name, count in (("rounds_total", rounds), ("evicted_tokens_total", evicted), ("rounds_missed_total", 0)):
         measure(f"{name}: difference from the trace", abs(served.metrics[f"triattention:{name}"] - count), 0)
+    carried_out = served.metrics["triattention:round_seconds_count"]
+    measure("rounds that the worker did not carry out", abs(rounds - carried_out), 0)
     assert served.metrics["triattention:blocks_freed_total"] > 0, "blocks_freed_total is 0"
     assert served.metrics["triattention:round_seconds_sum"] > 0, "round_seconds is 0"
 
@@ -514,7 +521,9 @@ def test_load(
         again = metrics["vllm:num_preemptions_total"]
         where = f"{len(load.answers)} answers, {load.hung_up} hung up, {again:g} preemptions"
         last = trace.records[-1]
-        measure("blocks that are not free at the end", last.pool - last.free, 0, unit="blocks", where=where)
+        measure(
+            "blocks that are not free at the end, or twice", abs(last.pool - last.free), 0, unit="blocks", where=where
+        )
         measure("rounds missed", metrics["triattention:rounds_missed_total"], 0, where=where)
         measure("memory, the last minute over the first", max(memory[-60:]) / max(memory[:60]), 1.05, where=where)
         assert again > 0, "no request was preempted"
@@ -525,16 +534,18 @@ def test_load(
 
 def _equal_alone(server: Server, answers: Sequence[Answer], trace: Trace, measure) -> None:
     """Repeat five requests alone that were computed in the same chunks and rounds then: their tokens are the same."""
-    alike = 0
+    alike = tried = 0
     for answer in answers:
         steps = trace.steps(answer.id)
         if steps[0].tokens < len(answer.prompt) or len(steps) > len(answer.tokens):
             continue  # its prompt was cut by others, or it was preempted
+        tried += 1
         salted = {"ignore_eos": True, "cache_salt": answer.id}
         alone = answer_of(server.complete(answer.prompt, len(answer.tokens), **salted))
         those = [(step.start, step.evicted) for step in _trace_of(server).steps(alone.id)]
         if those == [(step.start, step.evicted) for step in steps]:
             alike += 1
             measure("tokens that differ from the request alone", _differing(answer.tokens, alone.tokens), 0)
-        if alike == 5:
-            return
+        if alike == 5 or tried == 20:
+            break
+    assert alike, f"none of {tried} requests had the same chunks and rounds alone"

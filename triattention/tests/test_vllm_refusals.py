@@ -49,6 +49,8 @@ SENTENCES = {
     "hook_targets": "vllm.v1.core.sched.scheduler:Scheduler.schedule is (self, throttle_prefills) and not "
     "(self, other); install vLLM",
     "python_api": "VLLM_PLUGINS is 'other', so vLLM's other processes would not load this plugin; add triattention",
+    "pooling": "TriAttention cannot serve pooling models, whose prompts must stay whole; serve a generating model",
+    "worker_class": "TriAttention cannot serve the worker class other.Worker; leave out --worker-cls, or set",
     "switch": "ENABLE_TRIATTENTION is 'maybe'; set it to 1 or 0",
 }
 
@@ -138,6 +140,8 @@ def ends(places: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> d
         "v2_runner": start(VLLM_USE_V2_MODEL_RUNNER="1"),
         "hook_targets": start(before=OTHER_SCHEDULE),
         "python_api": start(before=CALLED, VLLM_PLUGINS="other"),
+        "pooling": start("--runner", "pooling"),
+        "worker_class": start("--worker-cls", "other.Worker"),
         "switch": start(ENABLE_TRIATTENTION="maybe"),
     }
     return ends_of(starts, tmp_path_factory.mktemp("logs"))

@@ -16,7 +16,7 @@ import torch
 
 from triattention.compression import View
 from triattention.methods.triattention import TriAttention
-from triattention.selection import keep_indices, keep_mask, layer_indices
+from triattention.selection import keep_indices, keep_mask, layer_indices, to_device
 from triattention.vllm.runtime.eviction import Eviction, Rounds, Rule
 from triattention.vllm.runtime.layout import BlockLayout, learn
 from triattention.vllm.runtime.metrics import Counters
@@ -99,7 +99,10 @@ class Compactor:
         state = runner.requests[eviction.request_id]
         held = state.block_ids[0]
         if held != [*eviction.sources, eviction.newest]:
-            raise RuntimeError(f"request {eviction.request_id} holds other blocks here than in the scheduler")
+            raise RuntimeError(
+                f"request {eviction.request_id} holds other blocks here than in the scheduler, which is a fault of "
+                "this plugin; report it, and set ENABLE_TRIATTENTION=0"
+            )
         if eviction.kept:  # a budget below two blocks, with no window, may leave the newest block alone
             self._compact(eviction)
         held[:] = [*eviction.kept, eviction.newest]
@@ -117,7 +120,7 @@ class Compactor:
     def _compact(self, eviction: Eviction) -> None:
         """Keep the best keys of every head and layer, in order, with their values: bit for bit, and in place."""
         size, device = self.rule.block_size, self._caches[0].device
-        sources, kept = (torch.tensor(ids, device=device) for ids in (eviction.sources, eviction.kept))
+        sources, kept = (to_device(ids, device) for ids in (eviction.sources, eviction.kept))
         n_tokens, n_keep = len(sources) * size, len(kept) * size
         valid = torch.ones(1, n_tokens, dtype=torch.bool, device=device)
         protected = torch.zeros_like(valid)
@@ -136,12 +139,12 @@ class Compactor:
 
     @torch.inference_mode()
     def _rehearse(self) -> None:
-        """Score as many keys as a round has: kernels are compiled now, and what cannot run ends the start."""
-        size, device = self.rule.block_size, self._caches[0].device
-        blocks = torch.zeros(-(-self.rule.kv_budget // size), dtype=torch.int64, device=device)
-        keys = _Keys(self._caches, self._layouts, blocks)
-        valid = torch.ones(1, len(blocks) * size, dtype=torch.bool, device=device)
-        self._scorer.selection_scores(View(keys, keys, valid.shape[1], valid, valid))
+        """A whole round on the null block: kernels are compiled now, and what cannot run ends the start."""
+        size = self.rule.block_size
+        n_sources = -(-(self.rule.kv_budget + self.rule.divide_length) // size)
+        n_keep = max(1, self.rule.kv_budget // size - 1)
+        length = (n_sources + 1) * size
+        self._compact(Eviction("", length, length, 0, [0] * n_sources, [0] * n_keep, 0))
 
     def _report_missed(self, batch: Any, names: Sequence[str], offsets: np.ndarray) -> None:
         """Say, and count, that a request is due at this step and nobody evicted anything."""

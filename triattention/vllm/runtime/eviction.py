@@ -103,7 +103,10 @@ class Evictor:
             row = manager.req_to_blocks.get(name)
             known = self._offsets.get(name)
             offset = known[1] if known is not None and known[0] is row else 0
-            if self.rule.is_due(request.num_computed_tokens - offset, request.num_prompt_tokens):
+            due = self.rule.is_due(request.num_computed_tokens - offset, request.num_prompt_tokens)
+            if due and getattr(request, "resumable", False):
+                rounds.put_off.append(name)  # a session: vLLM sends its whole row anew with every part of its input
+            elif due:
                 offset += self._evict(request, row, offset, manager, rounds)
             if offset:
                 offsets[name] = (row, offset)
@@ -111,11 +114,16 @@ class Evictor:
         return rounds
 
     def drop_absent(self, rounds: Rounds, running: list[Any]) -> Rounds:
-        """Without those requests that the step preempted after all: their blocks are free, there is nothing to move."""
+        """Count the rounds, but for those of requests that the step preempted after all: nothing is left to move."""
         if not rounds.evictions:
             return rounds
         alive = {request.request_id for request in running}
-        return Rounds([one for one in rounds.evictions if one.request_id in alive], rounds.put_off)
+        left = [one for one in rounds.evictions if one.request_id in alive]
+        blocks = sum(len(one.sources) - len(one.kept) for one in left)
+        self._counters.add("rounds", len(left))
+        self._counters.add("evicted_tokens", blocks * self.rule.block_size)
+        self._counters.add("blocks_freed", blocks)
+        return Rounds(left, rounds.put_off)
 
     def _evict(self, request: Any, row: list[Any], offset: int, manager: Any, rounds: Rounds) -> int:
         """Take blocks from one request that is due; the tokens evicted, 0 where the round is put off."""
@@ -125,7 +133,10 @@ class Evictor:
         n_evict = self.rule.blocks_to_evict(length, prompt)
         live = [block for block in row if block is not null]
         if len(live) != _ceil(length, size):
-            raise RuntimeError(f"request {name} holds {len(live)} blocks of {size} for {length} tokens")
+            raise RuntimeError(
+                f"request {name} holds {len(live)} blocks of {size} for {length} tokens, which is a fault of this "
+                "plugin; report it, and set ENABLE_TRIATTENTION=0"
+            )
         self._warn_of_protection(length, prompt)
         *sources, newest = live
         n_keep = len(sources) - n_evict
@@ -138,7 +149,6 @@ class Evictor:
             rounds.put_off.append(name)
             self._counters.add("rounds_put_off")
             return 0
-        before = pool.get_num_free_blocks()
         pool.free_blocks(reversed(released))
         # a block just released may come back here: the worker reads all sources of a layer before it writes one
         kept += pool.get_new_blocks(missing) if missing else []
@@ -146,9 +156,6 @@ class Evictor:
         manager.num_cached_block[name] = _NEVER_HASH_AGAIN
         ids = [[block.block_id for block in blocks] for blocks in (sources, kept)]
         rounds.evictions.append(Eviction(name, seen, length, prompt, *ids, newest.block_id))
-        self._counters.add("rounds")
-        self._counters.add("evicted_tokens", n_evict * size)
-        self._counters.add("blocks_freed", max(0, pool.get_num_free_blocks() - before))
         return n_evict * size
 
     def _warn_of_protection(self, length: int, prompt: int) -> None:

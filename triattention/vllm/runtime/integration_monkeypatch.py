@@ -166,14 +166,14 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        patch = self.patches.pop(fullname, None)
+        patch = self.patches.get(fullname)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path) if patch else None
         if spec is not None:
             execute = spec.loader.exec_module
 
             def execute_and_patch(module: ModuleType) -> None:
                 execute(module)
-                patch(module)
+                self.patches.pop(fullname)(module)
 
             spec.loader.exec_module = execute_and_patch
         return spec

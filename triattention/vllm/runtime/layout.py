@@ -44,8 +44,13 @@ class BlockLayout:
         _, heads, slots, dim = self.places.shape
         n_elements = self.places.numel()
         slot = (indices % slots)[None, :, :, None].expand(2, -1, -1, dim)
-        sources = self.places.gather(2, slot) + (indices // slots * n_elements)[None, :, :, None]
-        sources = sources.to(torch.int32).view(2, heads, -1, slots, dim).movedim(2, 0).flatten(1)
+        starts = (indices // slots * n_elements).to(torch.int32)  # 64-bit sums would be twice the size of everything
+        sources = (
+            (self.places.gather(2, slot) + starts[None, :, :, None])
+            .view(2, heads, -1, slots, dim)
+            .movedim(2, 0)
+            .flatten(1)
+        )
         picks = torch.empty_like(sources)
         picks[:, self.places.flatten().long()] = sources
         return picks

@@ -22,7 +22,7 @@ DIRECTORY = "TRIATTENTION_METRICS_DIRECTORY"
 NAMES = {
     "rounds": "Rounds of eviction, each of one request.",
     "evicted_tokens": "Tokens evicted from the KV cache.",
-    "blocks_freed": "KV cache blocks that a round gave back to the pool.",
+    "blocks_freed": "KV cache blocks that requests gave back in rounds.",
     "rounds_put_off": "Steps at which a request was due and the pool had no private block for its round.",
     "rounds_missed": "Requests that passed budget + interval without a round, which is an error.",
     "compactions": "Rounds that a worker carried out.",
@@ -55,7 +55,8 @@ class Counters:
 
 def counters() -> Counters:
     """New counters of this process, in the server's directory."""
-    return Counters(os.environ.get(DIRECTORY))
+    directory = os.environ.get(DIRECTORY)
+    return Counters(directory if directory and os.path.isdir(directory) else None)
 
 
 def expose() -> None:
@@ -64,10 +65,24 @@ def expose() -> None:
         return
     from prometheus_client import REGISTRY
 
-    directory, owner = tempfile.mkdtemp(prefix="triattention-metrics-"), os.getpid()
+    owner = os.getpid()
+    for path in Path(tempfile.gettempdir()).glob("triattention-metrics-*-*"):
+        if not _lives(int(path.name.split("-")[2])):  # its server was killed, and could not clean up
+            shutil.rmtree(path, ignore_errors=True)
+    directory = tempfile.mkdtemp(prefix=f"triattention-metrics-{owner}-")
     os.environ[DIRECTORY] = directory
     atexit.register(lambda: shutil.rmtree(directory, ignore_errors=True) if os.getpid() == owner else None)
     REGISTRY.register(_Collector(Path(directory)))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class _Collector:
@@ -80,7 +95,7 @@ class _Collector:
         from prometheus_client.core import CounterMetricFamily, SummaryMetricFamily
 
         totals = dict.fromkeys(NAMES, 0.0)
-        for path in self._directory.iterdir():
+        for path in self._directory.glob("*"):  # none where somebody emptied the temporary folder
             for name, value in zip(NAMES, _LAYOUT.iter_unpack(path.read_bytes()), strict=True):
                 totals[name] += value[0]
         for name, text in NAMES.items():

@@ -29,6 +29,15 @@ _ROTARY_ERROR, _ROTARY_POSITION = 2.0**-7, 5
 def refuse(config: Any, settings: RuntimeSettings) -> None:
     """Raise TriAttentionError, naming what and the next step, for a vLLM configuration that cannot be served."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    if getattr(config, "use_v2_model_runner", False):
+        _cannot("the V2 model runner, which this configuration asks for", "leave out what asks for it")
+    worker = str(parallel.worker_cls)
+    if worker != "auto" and not worker.startswith("vllm.v1.worker."):
+        _cannot(f"the worker class {worker}", "leave out --worker-cls")
+    if model.runner_type == "pooling":
+        _cannot("pooling models, whose prompts must stay whole", "serve a generating model")
+    if getattr(model, "enable_sleep_mode", False):
+        _cannot("sleep mode, which takes away the memory that a round needs", "leave out --enable-sleep-mode")
     if model.use_mla:
         _cannot("MLA, whose cache holds no keys that could be scored", "serve another model")
     if config.speculative_config is not None:
@@ -82,7 +91,10 @@ def described(config: Any) -> Architecture:
     """The model that vLLM serves. Raises TriAttentionError for one that cannot be compressed."""
     from triattention.architecture import describe_config
 
-    return describe_config(copy.deepcopy(config.model_config.hf_config))
+    try:
+        return describe_config(copy.deepcopy(config.model_config.hf_config))
+    except TriAttentionError as error:
+        raise TriAttentionError(f"{error}, or set {SWITCH}=0") from error
 
 
 def statistics_of(live: Architecture, model: Any, settings: RuntimeSettings) -> Statistics:
@@ -154,7 +166,9 @@ def build_compactor(runner: Any, settings: RuntimeSettings) -> Compactor:
             f"this worker has {len(layers)} of the {live.num_layers} layers, and keep sets need them all; "
             "use --pipeline-parallel-size 1"
         )
-    cache = layers[0].kv_cache
+    cache, most = layers[0].kv_cache, 2 * layers[0].num_kv_heads * layers[0].head_size * runner.max_model_len
+    if most >= 2**31:
+        _cannot(f"{runner.max_model_len} tokens of {most} cached elements a layer", "give a smaller --max-model-len")
     options = TriAttentionConfig(
         None, None, cache.device, cache.dtype, settings.kv_budget, divide_length=settings.divide_length,
         score_aggregation=settings.sparse_score_aggregation, normalize_scores=settings.sparse_normalize_scores,
@@ -200,10 +214,13 @@ def check_rotary(model: Any, live: Architecture) -> None:
     """Raise TriAttentionError unless the rotary tables that vLLM made are those of the statistics' omega."""
     import torch
 
-    for name, module in model.named_modules():
-        table = getattr(module, "cos_sin_cache", None)
-        if table is None:
-            continue
+    tables = [(name, module, getattr(module, "cos_sin_cache", None)) for name, module in model.named_modules()]
+    # longrope keeps the table of short sequences first, and longer ones are refused
+    tables += [(name, m, getattr(m, "long_short_cos_sin_cache", None)) for name, m in model.named_modules()]
+    tables = [(name, module, table) for name, module, table in tables if table is not None]
+    if not tables:
+        _cannot("a model without rotary tables to compare with the statistics", "serve another model")
+    for name, module, table in tables:
         angle = live.omega.double() * _ROTARY_POSITION
         expected = torch.cat([angle.cos(), angle.sin()]) * live.attention_scaling
         found = table[_ROTARY_POSITION].double().cpu()
