@@ -49,7 +49,7 @@ def run(server: Server, seed: int, *, clients: int, seconds: float, longest: int
                 _hang_up(server, prompt, new, after=draw.randint(1, new))
                 load.hung_up += 1
             else:
-                load.answers.append(answer_of(server.complete(prompt, new, ignore_eos=True)))
+                load.answers.append(answer_of(server.complete(prompt, new, ignore_eos=True, logprobs=0)))
 
     with ThreadPoolExecutor(clients) as pool:
         running = [pool.submit(client, number) for number in range(clients)]
