@@ -6,7 +6,7 @@ import importlib.util
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -424,6 +424,20 @@ def _alone(
     return _server(located, subject, device, folder, *pool, *flags, dtype=dtype, **environment)
 
 
+def _off_and_on(
+    located: tuple[str, Path], subject: Subject, device: str, folder: Path, ask: Callable[[str, Server], Any],
+    *, dtype: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What ``ask`` finds of plain vLLM and of one with the plugin: warm, with a pool of 128 blocks of 32 to itself."""
+    found = {}
+    for name, environment in (("plain", {"ENABLE_TRIATTENTION": "0"}), ("on", {})):
+        flags = ("--max-model-len", "2048")
+        with _alone(located, subject, device, folder / name, 128, *flags, dtype=dtype, **environment) as server:
+            _complete(server, _STORY, 8)
+            found[name] = ask(name, server)
+    return found
+
+
 _SPEED = {
     **_COMMON, "timeout_s": 3600,
     "reason": "Compression that costs more than it saves, or frees no room for other requests, has nothing to offer.",
@@ -440,16 +454,16 @@ _SPEED = {
 def test_long(
     case: str, located: tuple[str, Path], subject: Subject, device: str, judge: Judge, tmp_path: Path, measure, curve
 ) -> None:
-    new, found = 1500, {}
-    flags = ("--max-model-len", "2048")
-    for name, environment in (("plain", {"ENABLE_TRIATTENTION": "0"}), ("on", {})):
-        with _alone(located, subject, device, tmp_path / name, 128, *flags, dtype="float32", **environment) as server:
-            _complete(server, _STORY, 8)
-            begun = time.perf_counter()
-            answer = _complete(server, _STORY * 4, new)
-            seconds = time.perf_counter() - begun
-            found[name] = answer, _trace_of(server).steps(answer.id), seconds, server.idle()
-            measure(f"seconds, {name}", seconds, math.inf, unit="s", where=f"{new / seconds:.2f} tokens/s")
+    new = 1500
+
+    def ask(name: str, server: Server) -> tuple[Answer, list[Step], float, Mapping[str, float]]:
+        begun = time.perf_counter()
+        answer = _complete(server, _STORY * 4, new)
+        seconds = time.perf_counter() - begun
+        measure(f"seconds, {name}", seconds, math.inf, unit="s", where=f"{new / seconds:.2f} tokens/s")
+        return answer, _trace_of(server).steps(answer.id), seconds, server.idle()
+
+    found = _off_and_on(located, subject, device, tmp_path, ask, dtype="float32")
     answer, steps, seconds, metrics = found["on"]
     _bounded(answer, steps, found["plain"][1], judge.rule, measure, curve)
     judge(answer, steps, measure, "alone")
@@ -467,32 +481,21 @@ def test_long(
 def test_pool(
     case: str, located: tuple[str, Path], subject: Subject, device: str, tmp_path: Path, measure
 ) -> None:  # fmt: skip
-    new, found = 1200, {}
+    new = 1200
     prompts = [f"Tell me a long story about {what} and {other}." for what in _ASKED[:4] for other in _ASKED[4:]]
-    for name, environment in (("plain", {"ENABLE_TRIATTENTION": "0"}), ("on", {})):
-        with (
-            _alone(
-                located,
-                subject,
-                device,
-                tmp_path / name,
-                128,
-                "--max-model-len",
-                "2048",
-                dtype="bfloat16",
-                **environment,
-            ) as server,
-            ThreadPoolExecutor(8) as pool,
-        ):
-            _complete(server, _STORY, 8)
+
+    def ask(name: str, server: Server) -> tuple[float, float]:
+        with ThreadPoolExecutor(8) as pool:
             begun = time.perf_counter()
             answers = list(pool.map(lambda prompt: _complete(server, prompt, new), prompts))
             seconds = time.perf_counter() - begun
-            assert [len(answer.tokens) for answer in answers] == [new] * 8
-            again = server.idle()["vllm:num_preemptions_total"]
-            rate = f"{8 * new / seconds:.1f} tokens/s, {again:g} preemptions"
-            measure(f"seconds, {name}", seconds, math.inf, unit="s", where=rate)
-            found[name] = seconds, again
+        assert [len(answer.tokens) for answer in answers] == [new] * 8
+        again = server.idle()["vllm:num_preemptions_total"]
+        rate = f"{8 * new / seconds:.1f} tokens/s, {again:g} preemptions"
+        measure(f"seconds, {name}", seconds, math.inf, unit="s", where=rate)
+        return seconds, again
+
+    found = _off_and_on(located, subject, device, tmp_path, ask, dtype="bfloat16")
     assert found["plain"][1] >= 2, f"plain vLLM preempted {found['plain'][1]:g} times, so the pool is no test"
     measure("preemptions with the plugin", found["on"][1], 0)
     measure("time with the plugin over without", found["on"][0] / found["plain"][0], 1 / 1.6)

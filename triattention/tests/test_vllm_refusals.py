@@ -13,7 +13,8 @@ from triattention.errors import TriAttentionError
 from triattention.tests.command_line import write_statistics
 from triattention.tests.model_directory import write_tiny_model
 from triattention.tests.vllm_starts import End, Start, ends_of
-from triattention.vllm.runtime.start import check_groups, layers_in_order, rank_rows
+from triattention.vllm.runtime.settings import RuntimeSettings
+from triattention.vllm.runtime.start import check_groups, layers_in_order, rank_rows, refuse
 
 pytest_plugins = ("triattention.tests.fixtures",)
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="PKG_MISSING: vllm")
@@ -174,6 +175,14 @@ def test_a_kv_cache_of_several_groups_or_another_kind_is_refused() -> None:
         check_groups(_groups(windowed()))
     with pytest.raises(TriAttentionError, match="layers of MambaSpec"):
         check_groups(_groups(mamba()))
+
+
+def test_ray_workers_which_would_not_get_the_settings_are_refused() -> None:
+    config = SimpleNamespace(
+        model_config=None, cache_config=None, parallel_config=SimpleNamespace(distributed_executor_backend="ray")
+    )
+    with pytest.raises(TriAttentionError, match=r"Ray workers, .*; use --distributed-executor-backend mp"):
+        refuse(config, RuntimeSettings())
 
 
 def test_a_rank_scores_for_the_query_heads_of_its_kv_heads() -> None:

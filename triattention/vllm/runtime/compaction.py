@@ -51,12 +51,12 @@ class Compactor:
         self.rule, self._scorer, self._counters, self._log_decisions = rule, scorer, counters, log_decisions
         self._caches = [layer.kv_cache for layer in layers]
         known: dict[Any, BlockLayout] = {}
+        self._layouts = []
         for layer in layers:
-            key = (layer.kv_cache.shape, layer.kv_cache.stride(), layer.kv_cache.dtype, type(layer.impl))
-            if key not in known:
-                known[key] = learn(layer, num_blocks, rule.block_size, layer.num_kv_heads, layer.head_size)
-        self._layouts = [known[layer.kv_cache.shape, layer.kv_cache.stride(), layer.kv_cache.dtype, type(layer.impl)]
-                         for layer in layers]  # fmt: skip
+            kind = (layer.kv_cache.shape, layer.kv_cache.stride(), layer.kv_cache.dtype, type(layer.impl))
+            if kind not in known:
+                known[kind] = learn(layer, num_blocks, rule.block_size, layer.num_kv_heads, layer.head_size)
+            self._layouts.append(known[kind])
         self._rehearse()
         self._offsets: dict[str, int] = {}
         self._reported: set[str] = set()

@@ -7,6 +7,7 @@ waits, and no message of vLLM's has to carry anything.
 from __future__ import annotations
 
 import atexit
+import fcntl
 import mmap
 import os
 import shutil
@@ -29,6 +30,7 @@ NAMES = {
     "round_seconds": "Time that workers spent scoring keys and compacting blocks.",
 }
 _LAYOUT = struct.Struct("d")
+_PREFIX = "triattention-metrics-"
 
 
 class Counters:
@@ -66,23 +68,30 @@ def expose() -> None:
     from prometheus_client import REGISTRY
 
     owner = os.getpid()
-    for path in Path(tempfile.gettempdir()).glob("triattention-metrics-*-*"):
-        if not _lives(int(path.name.split("-")[2])):  # its server was killed, and could not clean up
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        if (lock := _locked(path)) is not None:  # its server was killed, and could not clean up
             shutil.rmtree(path, ignore_errors=True)
-    directory = tempfile.mkdtemp(prefix=f"triattention-metrics-{owner}-")
-    os.environ[DIRECTORY] = directory
+            os.close(lock)
+    made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
+    _locked(made)  # for as long as a process of this server lives, and before anybody's sweep can see the directory
+    directory = made.rename(made.with_name(made.name[1:]))
+    os.environ[DIRECTORY] = str(directory)
     atexit.register(lambda: shutil.rmtree(directory, ignore_errors=True) if os.getpid() == owner else None)
-    REGISTRY.register(_Collector(Path(directory)))
+    REGISTRY.register(_Collector(directory))
 
 
-def _lives(pid: int) -> bool:
+def _locked(directory: Path) -> int | None:
+    """A descriptor that locks the directory, None where somebody else does, in whatever container, or may not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        descriptor = os.open(directory, os.O_RDONLY)
+    except (FileNotFoundError, PermissionError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 class _Collector:

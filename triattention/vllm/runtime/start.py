@@ -31,6 +31,8 @@ def refuse(config: Any, settings: RuntimeSettings) -> None:
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     if getattr(config, "use_v2_model_runner", False):
         _cannot("the V2 model runner, which this configuration asks for", "leave out what asks for it")
+    if parallel.distributed_executor_backend == "ray":
+        _cannot("Ray workers, which do not get these settings", "use --distributed-executor-backend mp")
     worker = str(parallel.worker_cls)
     if worker != "auto" and not worker.startswith("vllm.v1.worker."):
         _cannot(f"the worker class {worker}", "leave out --worker-cls")
@@ -214,10 +216,13 @@ def check_rotary(model: Any, live: Architecture) -> None:
     """Raise TriAttentionError unless the rotary tables that vLLM made are those of the statistics' omega."""
     import torch
 
-    tables = [(name, module, getattr(module, "cos_sin_cache", None)) for name, module in model.named_modules()]
-    # longrope keeps the table of short sequences first, and longer ones are refused
-    tables += [(name, m, getattr(m, "long_short_cos_sin_cache", None)) for name, m in model.named_modules()]
-    tables = [(name, module, table) for name, module, table in tables if table is not None]
+    tables = [
+        (name, module, getattr(module, kept))
+        for name, module in model.named_modules()
+        # longrope keeps the table of short sequences first in the second one, and longer ones are refused
+        for kept in ("cos_sin_cache", "long_short_cos_sin_cache")
+        if getattr(module, kept, None) is not None
+    ]
     if not tables:
         _cannot("a model without rotary tables to compare with the statistics", "serve another model")
     for name, module, table in tables:
