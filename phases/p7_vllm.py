@@ -279,7 +279,7 @@ class Judge:
         assert len(answer.log_probs) == len(answer.tokens), f"{where}: no log-probabilities came back"
         # a text that goes in circles has the right tokens whatever was kept, and other log-probabilities
         measure("largest difference of a log-probability", found.drift, ATTENTION_LOG_PROB, where=where)
-        measure("near ties that went the other way", found.near_ties, math.inf, where=where)
+        measure("near ties that went the other way", found.near_ties + found.ties, math.inf, where=where)
         assert not found.violations, f"{where}: {found.violations[0]}"
         measure("steps that a round waited for free blocks", found.late, math.inf, where=where)
         if not found.late:

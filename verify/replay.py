@@ -7,22 +7,24 @@ how much it evicted, both of which must be what the rule says; which tokens to k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
+from itertools import chain, combinations, product
 from typing import TYPE_CHECKING, Any
 
 from verify.keep_set import select
 from verify.live_model import scoring_problem
 from verify.observer import Step
-from verify.tolerance import NEAR_TIE
+from verify.tolerance import ATTENTION_LOG_PROB, KEEP_SET_TIE, NEAR_TIE
 
 if TYPE_CHECKING:
     import numpy as np
 
 #: Tokens fed at once: their logits are what takes memory.
 _CHUNK = 256
+#: Of so many undecided keep sets of an answer every choice is tried.
+_MOST_TIES = 4
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class Replay:
     """What came of it: ``tokens`` compared, those ``wrong``, and those that differ by less than NEAR_TIE of a logit.
 
     ``rounds`` were seen, ``late`` steps put one off for want of free blocks, ``longest`` is the largest physical length
-    and ``narrowest`` the least difference of two scores that parted a kept token from an evicted one: where it is
-    within float32's rounding of a z-score, either set is right. ``drift`` is the largest difference of a served token's
+    and ``narrowest`` the least difference of two scores that parted a kept token from an evicted one. Where that is
+    below KEEP_SET_TIE either set is right, and ``ties`` counts the sets that had to be the other one than the oracle's
+    for the answer to agree. ``drift`` is the largest difference of a served token's
     log-probability from the one here, 0 where none were given: a text that repeats itself has the right tokens whatever
     was kept, and even there not these.
     """
@@ -86,7 +89,12 @@ class Replay:
     late: int
     narrowest: float
     drift: float
+    ties: int
     violations: list[str]
+
+    @property
+    def agrees(self) -> bool:
+        return not self.wrong and self.drift <= ATTENTION_LOG_PROB
 
 
 def replay(
@@ -103,7 +111,20 @@ def replay(
     ``model`` is transformers' in float32, ``statistics`` what the statistics file holds (format version 2);
     ``log_probs`` are those that the server gave for the served tokens, if it was asked.
     """
-    run = _Run(_Sequence(model, statistics, rule.mode), rule, list(prompt), list(served), list(log_probs))
+
+    def once(other_way: Collection[int]) -> tuple[Replay, list[int]]:
+        sequence = _Sequence(model, statistics, rule.mode, other_way)
+        return _once(_Run(sequence, rule, list(prompt), list(served), list(log_probs)), steps), sequence.ties
+
+    found, ties = once(())
+    if found.agrees or not 0 < len(ties) <= _MOST_TIES:
+        return found
+    others = chain.from_iterable(combinations(ties, number) for number in range(1, len(ties) + 1))
+    return next((other for chosen in others if (other := once(chosen)[0]).agrees), found)
+
+
+def _once(run: _Run, steps: Sequence[Step]) -> Replay:
+    served = run.served
     for step in steps:
         # an engine may compute a few tokens more than the client got
         if step.start > len(run.ids) or not run.take(step):
@@ -122,6 +143,7 @@ def replay(
         late=run.late,
         narrowest=run.narrowest,
         drift=run.drift,
+        ties=len(run.sequence.other_way),
         violations=run.violations,
     )
 
@@ -220,11 +242,13 @@ class _Run:
 class _Sequence:
     """The cache of one sequence: rotated keys and values, and where each of them comes from.
 
-    ``positions`` is int ``[L, H, P]``: what is kept differs by KV head, and by layer if the mode says so.
+    ``positions`` is int ``[L, H, P]``: what is kept differs by KV head, and by layer if the mode says so. ``ties`` are
+    the numbers of the keep sets that were undecided; those in ``other_way`` keep the token that just lost.
     """
 
-    def __init__(self, model: Any, statistics: Mapping[str, Any], mode: str) -> None:
+    def __init__(self, model: Any, statistics: Mapping[str, Any], mode: str, other_way: Collection[int] = ()) -> None:
         self._model, self._statistics, self._mode = model, statistics, mode
+        self.other_way, self.ties, self._decided = other_way, [], 0
         self.clear()
 
     def clear(self) -> None:
@@ -272,9 +296,15 @@ class _Sequence:
             scores = self._scores(members, head, evictable, t)
             order = evictable.nonzero()[0]
             order = order[np.argsort(-scores[order], kind="stable")]
-            kept[members, head] = np.setdiff1d(np.arange(length), order[-count:])
             if len(order) > count:
-                narrowest = min(narrowest, scores[order[-count - 1]] - scores[order[-count]])
+                gap = scores[order[-count - 1]] - scores[order[-count]]
+                narrowest = min(narrowest, gap)
+                if gap < KEEP_SET_TIE:
+                    self.ties.append(self._decided)
+                if self._decided in self.other_way:
+                    order[[-count - 1, -count]] = order[[-count, -count - 1]]
+            kept[members, head] = np.setdiff1d(np.arange(length), order[-count:])
+            self._decided += 1
         self._positions = np.take_along_axis(self._positions, kept, axis=-1)
         for layer, rows in zip(self._cache.layers, torch.from_numpy(kept), strict=True):
             index = rows[None, :, :, None].to(layer.keys.device).expand(*layer.keys.shape[:2], -1, layer.keys.shape[-1])

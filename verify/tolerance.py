@@ -96,6 +96,12 @@ def _ratio(error: np.ndarray, budget: np.ndarray) -> np.ndarray:
 ATTENTION_LOG_PROB = 1e-3
 
 
+#: Two engines' selection scores in float32, z-scores of a few units averaged over layers. Their keys differ as their
+#: log-probabilities do: 2^-24 sqrt(terms) relative, some 7e-7 a layer, 2e-5 after thirty of them; a z-score, its mean
+#: and its deviation are each off by that, which makes about four times as much. Below this either keep set is right.
+KEEP_SET_TIE = 1e-4
+
+
 #: Largest error of calibrated means, relative to E|q| of the same frequency. They are float64 sums of the queries that
 #: the model computed, rounded once to float32, which is 2^-24 = 6e-8; the rest is room for a second forward pass that
 #: a GPU may compute with other kernels.
