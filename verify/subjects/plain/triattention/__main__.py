@@ -66,12 +66,8 @@ def main() -> None:
         said = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         right += re.findall(r"\d+", said)[-1:] == [answer]
         state = state_of(cache)
-        answers.append(
-            {
-                "question": question, "answer": said, "rounds": state.rounds if state else 0,
-                "peak_kv_tokens": state.peak if state else cache.get_seq_length(),
-            }  # fmt: skip
-        )
+        rounds, peak = (state.rounds, state.peak) if state else (0, cache.get_seq_length())
+        answers.append({"question": question, "answer": said, "rounds": rounds, "peak_kv_tokens": peak})
     chosen.out.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(answer) + "\n" for answer in answers)
     (chosen.out / "answers.jsonl").write_text(lines, "utf-8")

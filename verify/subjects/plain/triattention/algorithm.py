@@ -26,19 +26,9 @@ def complex_pairs(x: torch.Tensor, style: str) -> torch.Tensor:
 
 
 def score(
-    keys: torch.Tensor,
-    mean: torch.Tensor,
-    mean_abs: torch.Tensor,
-    weight: torch.Tensor,
-    omega: torch.Tensor,
-    offsets: torch.Tensor,
-    t: int,
-    *,
-    aggregation: str = "mean",
-    style: str = "half",
-    disable_mlr: bool = False,
-    disable_trig: bool = False,
-) -> torch.Tensor:
+    keys: torch.Tensor, mean: torch.Tensor, mean_abs: torch.Tensor, weight: torch.Tensor, omega: torch.Tensor,
+    offsets: torch.Tensor, t: int, *, aggregation: str, style: str, disable_mlr: bool, disable_trig: bool,
+) -> torch.Tensor:  # fmt: skip
     """How much queries from position ``t`` on will want each key: float64 ``[B, H*G, N]``.
 
     S = agg_o sum_f Re(w m conj(k) exp(i (t + o) omega)) + sum_f w (a - |m|) |k|, with a in place of a - |m| under

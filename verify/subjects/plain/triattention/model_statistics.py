@@ -33,13 +33,9 @@ class ModelStatistics:
 
 
 def load_model_statistics(
-    stats_path: str | Path,
-    model_path: str | Path | None,
-    device: torch.device | str,
-    *,
-    config: Any = None,
+    stats_path: str | Path, model_path: str | Path | None, device: torch.device | str, *, config: Any = None,
     expected: Mapping[str, Any] | None = None,
-) -> ModelStatistics:
+) -> ModelStatistics:  # fmt: skip
     """The statistics of the model in ``model_path``, or of ``config``.
 
     ``expected`` are metadata that the file must have. Raises ValueError naming both values where file and model differ,
@@ -61,10 +57,10 @@ def load_model_statistics(
         raise ValueError(f"{stats_path} has statistics of {len(found)} heads, the model has {layers} x {heads}")
     rotary = build_rotary(device, model_path, torch.float32, config=config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    sizes = {metadata["head_dim"], 2 * len(rotary.inv_freq), *(2 * len(one.q_abs_mean) for one in found.values())}
+    sizes = {metadata.get("head_dim"), 2 * len(rotary.inv_freq), *(2 * len(one.q_abs_mean) for one in found.values())}
     if sizes != {head_dim}:
         raise ValueError(
-            f"the statistics are of head_dim {metadata['head_dim']}, the model has {head_dim} and rotates "
+            f"the statistics are of head_dim {metadata.get('head_dim')}, the model has {head_dim} and rotates "
             f"{2 * len(rotary.inv_freq)} dims of it; all must be equal"
         )
     return ModelStatistics(

@@ -18,7 +18,7 @@ _CHANGING_ROPE = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class HeadFrequencyStats:
-    """The queries of one head before RoPE: ``q_mean_complex`` E[q], complex ``[F]``, and ``q_abs_mean`` E|q| ``[F]``."""
+    """The queries q of one head before RoPE: ``q_mean_complex`` is E[q], complex, ``q_abs_mean`` E|q|; ``[F]`` both."""
 
     q_mean_complex: torch.Tensor
     q_abs_mean: torch.Tensor
@@ -29,11 +29,9 @@ def _key(layer: int, head: int) -> str:
 
 
 def save_head_frequency_stats(
-    output_path: str | Path,
-    sampled_heads: Iterable[tuple[int, int]],
-    stats_map: Mapping[tuple[int, int], HeadFrequencyStats],
-    metadata: Mapping[str, Any],
-) -> None:
+    output_path: str | Path, sampled_heads: Iterable[tuple[int, int]],
+    stats_map: Mapping[tuple[int, int], HeadFrequencyStats], metadata: Mapping[str, Any],
+) -> None:  # fmt: skip
     """Write the published layout. Raises ValueError for a sampled head without statistics."""
     heads = [(int(layer), int(head)) for layer, head in sampled_heads]
     if absent := [head for head in heads if head not in stats_map]:
@@ -126,13 +124,9 @@ def to_complex_pairs(tensor: torch.Tensor, *, style: str = "half") -> torch.Tens
 
 
 def compute_frequency_statistics_from_means(
-    q_mean_complex: torch.Tensor,
-    q_abs_mean: torch.Tensor,
-    k_unrot: torch.Tensor,
-    *,
-    style: str = "half",
+    q_mean_complex: torch.Tensor, q_abs_mean: torch.Tensor, k_unrot: torch.Tensor, *, style: str = "half",
     disable_mlr: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Amplitude, phase and norm term of keys before RoPE, float64 ``[N, F]`` each: |m||k|, arg m conj(k), (a - |m|)|k|.
 
     ``q_mean_complex`` and ``q_abs_mean`` ``[F]``, ``k_unrot`` ``[N, 2F]``. Under ``disable_mlr`` the last is a |k|.
@@ -144,17 +138,10 @@ def compute_frequency_statistics_from_means(
 
 
 def score_keys_for_round(
-    key_indices: torch.Tensor,
-    round_start: int,
-    amp: torch.Tensor,
-    phi: torch.Tensor,
-    omega: torch.Tensor,
-    extra: torch.Tensor,
-    offsets: torch.Tensor,
-    aggregation: str,
-    freq_scale_sq: torch.Tensor,
+    key_indices: torch.Tensor, round_start: int, amp: torch.Tensor, phi: torch.Tensor, omega: torch.Tensor,
+    extra: torch.Tensor, offsets: torch.Tensor, aggregation: str, freq_scale_sq: torch.Tensor,
     disable_trig: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """The scores ``[N]``, float32, of keys at the positions ``key_indices`` ``[N]``, for a query at ``round_start``."""
     one_of("aggregation", aggregation, AGGREGATIONS)
     weight = freq_scale_sq.double()

@@ -192,27 +192,13 @@ def _round(method: TriAttention, cache: Any, state: CacheState, seen_before: Seq
 
 
 def apply_triattention_patch(
-    model: Any,
-    *,
-    stats_path: Any,
-    model_path: Any,
-    kv_budget: int,
-    offset_max_length: int = 65536,
-    score_aggregation: str = "mean",
-    pruning_seed: int = 0,
-    metadata_expectations: Mapping[str, Any] | None = None,
-    normalize_scores: bool = False,
-    count_prompt_tokens: bool = False,
-    allow_prefill_compression: bool = False,
-    divide_length: int = 128,
-    use_slack_trigger: bool = False,
-    per_head_pruning: bool = False,
-    per_layer_perhead_pruning: bool = False,
-    layer_perhead_aggregation: str = "max",
-    disable_mlr: bool = False,
-    disable_trig: bool = False,
-    window_size: int = 0,
-) -> None:
+    model: Any, *, stats_path: Any, model_path: Any, kv_budget: int, offset_max_length: int = 65536,
+    score_aggregation: str = "mean", pruning_seed: int = 0, metadata_expectations: Mapping[str, Any] | None = None,
+    normalize_scores: bool = False, count_prompt_tokens: bool = False, allow_prefill_compression: bool = False,
+    divide_length: int = 128, use_slack_trigger: bool = False, per_head_pruning: bool = False,
+    per_layer_perhead_pruning: bool = False, layer_perhead_aggregation: str = "max", disable_mlr: bool = False,
+    disable_trig: bool = False, window_size: int = 0,
+) -> None:  # fmt: skip
     """Make ``model`` compress every cache that it fills from now on; a second patch replaces the first.
 
     Statistics are read from ``stats_path``, omega and the attention scaling from the model's own configuration. Raises
@@ -225,13 +211,10 @@ def apply_triattention_patch(
 
     @functools.wraps(unpatched)
     def forward(
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **rest: Any,
-    ) -> Any:
+        input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None, past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None, **rest: Any,
+    ) -> Any:  # fmt: skip
         from transformers import DynamicCache
 
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **rest}
@@ -248,9 +231,7 @@ def apply_triattention_patch(
         # positions go on counting, whatever the caller knows of the cache
         position_ids = (state.seen[:, None] + arriving.cumsum(1) - 1).clamp(min=0)
         mask = torch.cat([state.held, arriving], dim=1)
-        out = unpatched(
-            attention_mask=mask.long(), position_ids=position_ids, past_key_values=past_key_values, **given
-        )
+        out = unpatched(attention_mask=mask.long(), position_ids=position_ids, past_key_values=past_key_values, **given)
         seen_before = state.seen.tolist()
         state.in_prompt = state.in_prompt and (new > 1 or not any(seen_before))
         state.held, state.seen = mask, state.seen + arriving.sum(1)

@@ -10,7 +10,6 @@ from ...algorithm import keep_set
 from ...methods.pruning_utils import build_geometric_offsets
 from ...model_statistics import load_model_statistics
 from .config import TriAttentionConfig
-from .kernels.triton_scoring import create_trig_cache
 from .scoring import compute_scores
 
 
@@ -41,14 +40,9 @@ class TriAttentionCompressor:
                 raise ValueError(f"{name} is {getattr(config, name)!r} and the statistics are for {value!r}")
 
     def compress(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        cache_positions: torch.Tensor | None = None,
-        layer_idx: int = 0,
-        *,
-        prefill_length: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_positions: torch.Tensor | None = None,
+        layer_idx: int = 0, *, prefill_length: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         """Keys and values ``[1, H, K, D]`` and their indices ``[1, H, K]`` among those given, which are N if not due.
 
         The first call of a layer holds its prompt, unless ``prefill_length`` says how long that was. The next token's
@@ -81,14 +75,8 @@ class TriAttentionCompressor:
         config = replace(self.config, pruning_mode="per_head")
         mean, mean_abs, weight, omega = self._statistics.of_layer(layer_idx, keys.device)
         offsets = build_geometric_offsets(config.offset_max_length, keys.device)
-        table = None
-        if config.use_triton_scoring and config.use_trig_cache:
-            longest = config.trig_cache_max_seq_len or max(65536, config.kv_budget + config.divide_length)
-            table = create_trig_cache(
-                longest, config.divide_length, offsets, omega, keys.device, config.trig_cache_warn_threshold_mb
-            )
         stats = {"q_mean_complex": torch.view_as_real(mean), "q_abs_mean": mean_abs}
-        scores = compute_scores(keys, None, stats, omega, offsets, weight, config, t, table)
+        scores = compute_scores(keys, None, stats, omega, offsets, weight, config, t)
         return scores.unflatten(1, (keys.shape[1], -1))
 
     def get_state(self) -> dict[int, dict[str, int]]:

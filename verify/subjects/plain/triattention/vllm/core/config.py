@@ -12,7 +12,7 @@ from ...algorithm import AGGREGATIONS, STYLES, Rule, one_of
 #: What says how another implementation computes, and has no counterpart here: nothing but the default is accepted.
 _DEFAULT_ONLY = (
     "sparse_round_window", "disable_top_n_high_freq", "compute_dtype", "position_indices_dtype", "triton_block_size",
-    "enable_debug_logging",
+    "trig_cache_max_seq_len", "trig_cache_warn_threshold_mb", "enable_debug_logging",
 )  # fmt: skip
 
 
@@ -20,8 +20,8 @@ _DEFAULT_ONLY = (
 class TriAttentionConfig:
     """The published options, with an unset ``window_size`` as ``min(128, kv_budget // 2)``.
 
-    Scores are computed where the keys are, so ``device`` only says where statistics are loaded from there on; ties are
-    decided by the index, so ``seed`` changes nothing. Raises ValueError naming an option that cannot be honoured.
+    Scores are computed where the keys are, whatever ``device`` says, and the index decides ties, whatever ``seed`` is.
+    Raises ValueError naming an option that cannot be honoured.
     """
 
     kv_budget: int = 2048

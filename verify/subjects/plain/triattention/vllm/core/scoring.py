@@ -29,16 +29,10 @@ def _result(scores: torch.Tensor, config: TriAttentionConfig) -> torch.Tensor:
 
 
 def compute_scores(
-    key_states: torch.Tensor,
-    cache_positions: torch.Tensor | None,
-    head_stats: Mapping[str, torch.Tensor],
-    omega: torch.Tensor,
-    offsets: torch.Tensor,
-    freq_scale_sq: torch.Tensor,
-    config: TriAttentionConfig,
-    round_start: int | None = None,
-    trig_cache: TrigTableCache | None = None,
-) -> torch.Tensor:
+    key_states: torch.Tensor, cache_positions: torch.Tensor | None, head_stats: Mapping[str, torch.Tensor],
+    omega: torch.Tensor, offsets: torch.Tensor, freq_scale_sq: torch.Tensor, config: TriAttentionConfig,
+    round_start: int | None = None, trig_cache: TrigTableCache | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The scores ``[B, H*G, N]``, or their mean over heads ``[B, N]`` for ``per_layer``, in ``config.topk_dtype``.
 
     Without ``round_start`` it is the largest of ``cache_positions``, or else N - 1.
@@ -48,16 +42,10 @@ def compute_scores(
 
 
 def compute_scores_triton(
-    key_states: torch.Tensor,
-    cache_positions: torch.Tensor | None,
-    head_stats: Mapping[str, torch.Tensor],
-    omega: torch.Tensor,
-    offsets: torch.Tensor,
-    freq_scale_sq: torch.Tensor,
-    config: TriAttentionConfig,
-    round_start: int | None = None,
-    trig_cache: TrigTableCache | None = None,
-) -> torch.Tensor:
+    key_states: torch.Tensor, cache_positions: torch.Tensor | None, head_stats: Mapping[str, torch.Tensor],
+    omega: torch.Tensor, offsets: torch.Tensor, freq_scale_sq: torch.Tensor, config: TriAttentionConfig,
+    round_start: int | None = None, trig_cache: TrigTableCache | None = None,
+) -> torch.Tensor:  # fmt: skip
     """``compute_scores`` by the kernel; past the table's end phases are formed anew."""
     mean, mean_abs = _means(head_stats)
     t = _round_start(round_start, cache_positions, key_states)
@@ -70,15 +58,10 @@ def compute_scores_triton(
 
 
 def compute_scores_pytorch(
-    key_states: torch.Tensor,
-    cache_positions: torch.Tensor | None,
-    head_stats: Mapping[str, torch.Tensor],
-    omega: torch.Tensor,
-    offsets: torch.Tensor,
-    freq_scale_sq: torch.Tensor,
-    config: TriAttentionConfig,
+    key_states: torch.Tensor, cache_positions: torch.Tensor | None, head_stats: Mapping[str, torch.Tensor],
+    omega: torch.Tensor, offsets: torch.Tensor, freq_scale_sq: torch.Tensor, config: TriAttentionConfig,
     round_start: int | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """``compute_scores`` by ``algorithm.score``."""
     scores = score(
         key_states, *_means(head_stats), freq_scale_sq, omega, offsets,

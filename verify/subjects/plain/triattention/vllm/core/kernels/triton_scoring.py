@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ....algorithm import AGGREGATIONS, STYLES, one_of
 
-_BLOCK_N = 16
+_BLOCK_N = 32
 
 
 @triton.jit
@@ -72,13 +72,9 @@ class TrigTableCache:
     """
 
     def __init__(
-        self,
-        max_seq_len: int,
-        compress_interval: int,
-        offsets: torch.Tensor,
-        omega: torch.Tensor,
+        self, max_seq_len: int, compress_interval: int, offsets: torch.Tensor, omega: torch.Tensor,
         device: torch.device | str,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if not 1 <= compress_interval <= max_seq_len:
             raise ValueError(f"compress_interval is {compress_interval}; use 1 to max_seq_len, {max_seq_len}")
         self.compress_interval, self.device = compress_interval, torch.device(device)
@@ -113,13 +109,9 @@ class TrigTableCache:
 
 
 def create_trig_cache(
-    max_seq_len: int,
-    compress_interval: int,
-    offsets: torch.Tensor,
-    omega: torch.Tensor,
-    device: torch.device | str,
-    warn_threshold_mb: float = 100.0,
-) -> TrigTableCache:
+    max_seq_len: int, compress_interval: int, offsets: torch.Tensor, omega: torch.Tensor,
+    device: torch.device | str, warn_threshold_mb: float = 100.0,
+) -> TrigTableCache:  # fmt: skip
     """A TrigTableCache; a UserWarning where it takes more than ``warn_threshold_mb``."""
     table = TrigTableCache(max_seq_len, compress_interval, offsets, omega, device)
     if table.memory_mb > warn_threshold_mb:
@@ -142,23 +134,12 @@ def _trig_values(
 
 
 def triattention_scoring(
-    K_rot: torch.Tensor,
-    position_indices: torch.Tensor | None,
-    q_mean_real: torch.Tensor,
-    q_mean_imag: torch.Tensor,
-    q_abs_mean: torch.Tensor,
-    freq_scale_sq: torch.Tensor,
-    omega: torch.Tensor,
-    offsets: torch.Tensor,
-    round_start: int,
-    aggregation: str = "max",
-    trig_cache: TrigTableCache | None = None,
-    trig_values: tuple[torch.Tensor, torch.Tensor] | None = None,
-    rope_style: str = "interleaved",
-    disable_mlr: bool = False,
-    *,
-    disable_trig: bool = False,
-) -> torch.Tensor:
+    K_rot: torch.Tensor, position_indices: torch.Tensor | None, q_mean_real: torch.Tensor, q_mean_imag: torch.Tensor,
+    q_abs_mean: torch.Tensor, freq_scale_sq: torch.Tensor, omega: torch.Tensor, offsets: torch.Tensor,
+    round_start: int, aggregation: str = "max", trig_cache: TrigTableCache | None = None,
+    trig_values: tuple[torch.Tensor, torch.Tensor] | None = None, rope_style: str = "interleaved",
+    disable_mlr: bool = False, *, disable_trig: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """The score of ``algorithm.score`` by the kernel: float32 ``[B, H*G, N]``.
 
     ``K_rot`` ``[B, H, N, 2F]`` with any strides; statistics and weight ``[H*G, F]``. A rotated key says where it is, so
