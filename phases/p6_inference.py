@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from verify import check, quality, skip
-from verify.live_model import LiveModel, load, locate, physical_length
+from verify.live_model import LiveModel, load, locate, physical_length, published_layout
 from verify.subject import Subject, SubjectLacks, find_subject
 from verify.tolerance import ATTENTION_LOG_PROB, CALIBRATION
 
@@ -49,6 +49,12 @@ def located(model_name: str, device: str, pytestconfig: pytest.Config) -> tuple[
 @pytest.fixture(scope="module")
 def location(located: tuple[str, Path]) -> str:
     return located[0]
+
+
+@pytest.fixture(scope="module")
+def stats_path(located: tuple[str, Path]) -> str:
+    """The statistics that the command line of the subject is given."""
+    return str(published_layout(located[1]))
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +104,14 @@ _CLI = {
     "p6.cli", gate="hard", needs=("p1.identity",), cases="sdpa", plan="4.1",
     claim="The command line answers questions with a compressed cache under sdpa, and compression happened.", **_CLI,
 )  # fmt: skip
-def test_cli_sdpa(case: str, subject: Subject, location: str, device: str, tmp_path: Path, measure) -> None:
-    budget = ("--budget", "40", "--divide-length", "8", "--window-size", "16", "--allow-prefill-compression")
+def test_cli_sdpa(
+    case: str, subject: Subject, location: str, stats_path: str, device: str, tmp_path: Path, measure
+) -> None:
     answers = _run_one(
-        subject, location, device, tmp_path, "--method", "triattention", "--attn-implementation", case, *budget
-    )
+        subject, location, device, tmp_path, "--method", "triattention", "--attn-implementation", case,
+        "--budget", "40", "--divide-length", "8", "--window-size", "16", "--allow-prefill-compression",
+        "--stats-path", stats_path,
+    )  # fmt: skip
     assert sum(answer["rounds"] for answer in answers) > 0, "no round happened, so nothing was compressed"
     measure("peak KV tokens", max(answer["peak_kv_tokens"] for answer in answers), 40 + 8 - 1, unit="tokens")
 
@@ -122,13 +131,16 @@ def test_cli_full(case: str, subject: Subject, location: str, device: str, tmp_p
     "p6.cli_flash", gate="soft", needs=("p1.identity",), cases="flash_attention_2", plan="4.2", needs_gpu=True,
     claim="The command line answers questions with a compressed cache under flash_attention_2.", **_CLI,
 )  # fmt: skip
-def test_cli_flash(case: str, subject: Subject, location: str, device: str, tmp_path: Path) -> None:
+def test_cli_flash(case: str, subject: Subject, location: str, stats_path: str, device: str, tmp_path: Path) -> None:
     import importlib.util
 
     if importlib.util.find_spec("flash_attn") is None:
         skip("PKG_MISSING", "flash-attn is not installed; sdpa is the fallback")
-    budget = ("--budget", "40", "--divide-length", "8", "--allow-prefill-compression", "--dtype", "bfloat16")
-    _run_one(subject, location, device, tmp_path, "--method", "triattention", "--attn-implementation", case, *budget)
+    _run_one(
+        subject, location, device, tmp_path, "--method", "triattention", "--attn-implementation", case,
+        "--budget", "40", "--divide-length", "8", "--allow-prefill-compression", "--dtype", "bfloat16",
+        "--stats-path", stats_path,
+    )  # fmt: skip
 
 
 @check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from verify import oracle
 from verify.problems import OFFSETS_17
+from verify.record import write_atomic
 from verify.subject import Subject
 
 if TYPE_CHECKING:
@@ -114,6 +116,32 @@ def locate(bundled: Subject, model: str, device: str) -> tuple[str, Path]:
     return location, Path(printed.strip().splitlines()[-1])
 
 
+def published_layout(statistics: Path) -> Path:
+    """The same numbers in the published layout, written beside ``statistics``: the file that a subject is given.
+
+    It has no place for the mean of dims that are not rotated; of a model that has some, ``statistics`` itself.
+    """
+    import torch
+
+    found = torch.load(statistics, weights_only=True)
+    if found["q_pass_mean"].shape[-1]:
+        return statistics
+    here, names = found["architecture"], ("q_mean_real", "q_mean_imag", "q_abs_mean")
+    heads = [[layer, head] for layer in range(here["num_layers"]) for head in range(here["num_query_heads"])]
+    content = {
+        "metadata": {"sampled_heads": heads, "head_dim": here["head_dim"], "rope_style": here["rope_style"]},
+        "stats": {
+            f"layer{layer:02d}_head{head:02d}": {name: found[name][layer, head].float().clone() for name in names}
+            for layer, head in heads
+        },
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path = statistics.with_suffix(".published.pt")
+    write_atomic(path, buffer.getvalue())
+    return path
+
+
 @dataclass(frozen=True)
 class Round:
     """One round of one sequence: ``seen`` tokens were fed, whose keys are ``[1, H, seen, D]`` for each layer.
@@ -131,7 +159,8 @@ class Round:
 class LiveModel:
     """A model loaded in float32 with its tokenizer, the directory it came from and its statistics file.
 
-    ``defaults`` are the options of a patch that does not say otherwise.
+    The oracle reads that file, a subject the same numbers in the published layout. ``defaults`` are the options of a
+    patch that does not say otherwise.
     """
 
     model: Any
@@ -144,7 +173,7 @@ class LiveModel:
     def patch(self, **options: Any) -> None:
         """Patch the model with the subject's published entry point."""
         self.subject.attribute("methods.triattention", "apply_triattention_patch")(
-            self.model, stats_path=str(self.statistics), model_path=self.location, **{**self.defaults, **options}
+            self.model, stats_path=str(self._given), model_path=self.location, **{**self.defaults, **options}
         )
 
     def new_cache(self) -> Any:
@@ -247,6 +276,10 @@ class LiveModel:
             if physical_length(after) < int(before[0, 0].sum()):
                 held = torch.stack([_held(*pair, n) for n, pair in enumerate(zip(layers, after.layers, strict=True))])
                 yield Round(seen, [keys for keys, _ in layers], before.numpy(), held.numpy())
+
+    @cached_property
+    def _given(self) -> Path:
+        return published_layout(self.statistics)
 
     @cached_property
     def _statistics(self) -> dict[str, Any]:

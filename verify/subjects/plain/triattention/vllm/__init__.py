@@ -1,0 +1,1 @@
+"""The published modules that vLLM integrations use; there is no plugin here."""

@@ -1,0 +1,1 @@
+"""Configuration, scoring and compression of one layer."""
