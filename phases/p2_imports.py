@@ -10,8 +10,6 @@ from verify import check, skip
 from verify.published import CONFIG_DEFAULTS, NAMES, signature_differs
 from verify.subject import Subject
 
-_MODULES = tuple(dict.fromkeys(name.module for name in NAMES))
-
 
 @check(
     "p2.names", gate="hard", plan="2.3",
@@ -50,8 +48,7 @@ def test_defaults(case: str, subject: Subject) -> None:
     timeout_s=180,
 )  # fmt: skip
 def test_no_cuda_context(case: str, subject: Subject) -> None:
-    package = subject.module().__name__
-    lines = [f"import {package}.{module}" for module in _MODULES]
+    lines = dict.fromkeys(f"import {subject.place(name.module, name.name)[0]}" for name in NAMES)
     program = "\n".join([*lines, "import json, torch", "print(json.dumps(torch.cuda.is_initialized()))"])
     child = subprocess.run(
         [subject.command()[0], "-c", program], capture_output=True, text=True, timeout=150, env=subject.environment()
