@@ -92,7 +92,9 @@ def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping
         return Ending(Verdict.TIMEOUT, localise(f"{where}{error}", root, own))
     failed = when == "call" and isinstance(error, AssertionError | pytest.fail.Exception)
     if failed or isinstance(error, SubjectLacks):
-        return Ending(Verdict.FAIL, localise(f"{where}{error}", root, own) or "assertion without a message")
+        # pytest adds the values of the assertion, cut short, below the message
+        said = str(error).rpartition("\nassert ")[0] or str(error)
+        return Ending(Verdict.FAIL, localise(f"{where}{said}", root, own) or "assertion without a message")
     if place := _raised_in(excinfo.tb, subject, root):
         return Ending(
             Verdict.FAIL,
