@@ -10,8 +10,6 @@ from verify import check, skip
 from verify.published import CONFIG_DEFAULTS, NAMES, signature_differs
 from verify.subject import Subject
 
-_MODULES = tuple(dict.fromkeys(name.module for name in NAMES))
-
 
 @check(
     "p2.names", gate="hard", plan="2.3",
@@ -43,6 +41,20 @@ def test_defaults(case: str, subject: Subject) -> None:
 
 
 @check(
+    "p2.config", gate="hard", plan="3.2", cases="plan_budget",
+    claim="The plan's configuration is accepted: a budget of 128 tokens, with a window that nobody set.",
+    reason="Its block 3.2 begins with it; a default window as large as the budget must not refuse the budget.",
+    remedy="Let a window that is not set follow the budget; a window that is set may be refused.",
+)  # fmt: skip
+def test_plan_budget(case: str, subject: Subject) -> None:
+    made = subject.attribute("vllm.core.config", "TriAttentionConfig")(
+        kv_budget=128, pruning_mode="per_head", score_aggregation="mean", rope_style="half", use_triton_scoring=False,
+        head_dim=128, num_kv_heads=4, disable_mlr=False,
+    )  # fmt: skip
+    assert made.kv_budget == 128, f"the budget became {made.kv_budget}"
+
+
+@check(
     "p2.context", gate="hard", cases="no_cuda",
     claim="Importing every published module makes no CUDA context.",
     reason="A context made by an import breaks forked workers and takes memory on the wrong GPU.",
@@ -50,8 +62,7 @@ def test_defaults(case: str, subject: Subject) -> None:
     timeout_s=180,
 )  # fmt: skip
 def test_no_cuda_context(case: str, subject: Subject) -> None:
-    package = subject.module().__name__
-    lines = [f"import {package}.{module}" for module in _MODULES]
+    lines = dict.fromkeys(f"import {subject.place(name.module, name.name)[0]}" for name in NAMES)
     program = "\n".join([*lines, "import json, torch", "print(json.dumps(torch.cuda.is_initialized()))"])
     child = subprocess.run(
         [subject.command()[0], "-c", program], capture_output=True, text=True, timeout=150, env=subject.environment()

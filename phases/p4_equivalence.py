@@ -7,7 +7,7 @@ from dataclasses import replace
 from verify import check
 from verify.problems import Problem, Shape, make
 from verify.subject import Subject
-from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, budget_a
+from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, blamed, budget_a
 
 _PATHS = {"triton": "Triton", "pytorch": "PyTorch"}
 
@@ -120,14 +120,19 @@ def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: i
         "The plan's fixed 1e-2; derived: each path may be off by 8 x 2^-24 T, so they may differ "
         "by 16 x 2^-24 T."
     ),
-    remedy="p4.triton_oracle and p4.pytorch_oracle say which of the two is wrong.",
+    remedy="The message says which path is wrong by the oracle; p4.triton_oracle and p4.pytorch_oracle say where.",
 )  # fmt: skip
 def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: int, measure) -> None:
     shape = Shape(n=256, h=4, t=256, offsets=(1.0, 2.0, 4.0, 8.0, 16.0))
     problem = make(shape, seed, device)
-    difference = (_triton(subject, problem) - _engine(subject, "pytorch", problem)).abs().double().cpu().numpy()
-    measure("max |Triton - PyTorch|", difference.max(), PLAN_MAX_DIFF)
-    measure("difference over twice the class A budget", float((difference / (2 * budget_a(problem.case))).max()), 1.0)
+    triton, pytorch = (
+        scores.double().cpu().numpy() for scores in (_triton(subject, problem), _engine(subject, "pytorch", problem))
+    )
+    judged = blamed({"Triton": accuracy(triton, problem.case), "PyTorch": accuracy(pytorch, problem.case)})
+    where, difference = f"the plan's inputs: {judged}", abs(triton - pytorch)
+    measure("max |Triton - PyTorch|", difference.max(), PLAN_MAX_DIFF, where=where)
+    over = float((difference / (2 * budget_a(problem.case))).max())
+    measure("difference over twice the class A budget", over, 1.0, where=where)
 
 
 @check(

@@ -17,7 +17,8 @@ import pytest
 
 from verify import check, quality, skip
 from verify.live_model import LiveModel, load, locate, physical_length, published_layout
-from verify.subject import Subject, SubjectLacks, find_subject
+from verify.published import optional
+from verify.subject import Subject, find_subject
 from verify.tolerance import ATTENTION_LOG_PROB, CALIBRATION
 
 _MAX_QUESTIONS = 2
@@ -241,7 +242,7 @@ def test_keep_set(case: dict[str, Any], model: LiveModel, measure) -> None:
 )  # fmt: skip
 def test_keep_set_of_an_unpublished_mode(case: dict[str, Any], model: LiveModel, measure) -> None:
     if "pruning_mode" in case and "pruning_mode" not in model.patch_options():
-        skip("NOT_IMPLEMENTED", "the subject's patch has no pruning_mode")
+        skip("PKG_MISSING", "the subject's patch has no pruning_mode")
     _check_keep_set(case, model, measure)
 
 
@@ -457,20 +458,13 @@ _CALIBRATION = {
 }
 
 
-def _calibrate_of(subject: Subject) -> Any:
-    try:
-        return subject.attribute("calibration", "calibrate")
-    except SubjectLacks as error:
-        skip("NOT_IMPLEMENTED", str(error))
-
-
 def _calibration_error(model: LiveModel, loop: Any) -> float:
     """Largest difference of calibrated means from direct ones over what ``loop`` runs, relative to E|q|."""
     import numpy as np
 
     from verify.oracle import pairs
 
-    got = _calibrate_of(model.subject)(model.model, loop)
+    got = optional(model.subject, "calibration", "calibrate")(model.model, loop)
     with model.rotated_queries() as taken:
         loop(model.model)
     layers, heads, n_freq = got.q_abs_mean.shape
@@ -532,7 +526,7 @@ def _extreme_qwen3(seed: int) -> Any:
 def test_calibration_restores_the_model(case: bool, model: LiveModel, measure) -> None:
     import torch
 
-    calibrate, ids = _calibrate_of(model.subject), model.tokens(_PROMPTS[0])["input_ids"]
+    calibrate, ids = optional(model.subject, "calibration", "calibrate"), model.tokens(_PROMPTS[0])["input_ids"]
 
     def state() -> tuple[Any, int]:
         with torch.inference_mode():
@@ -568,7 +562,7 @@ def test_quality(case: str, model: LiveModel, model_name: str, measured_quality:
     if model_name != "embedded":
         skip("NOT_IMPLEMENTED", f"margins are recorded for the embedded model, not for {model_name}")
     if "window_size" not in model.patch_options():
-        skip("NOT_IMPLEMENTED", "the subject's patch has no window_size, and the controls protect a window")
+        skip("PKG_MISSING", "the subject's patch has no window_size, and the controls protect a window")
     recorded = quality.recorded_margins()[case]
     now = measured_quality.margin(model, case)
     measure(

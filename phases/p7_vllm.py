@@ -20,6 +20,7 @@ from verify.chat import assembled, converse
 from verify.live_model import LiveModel, load, locate
 from verify.load import run
 from verify.observer import VARIABLE, Step, Trace, read_trace
+from verify.published import PLUGIN, optional
 from verify.replay import Replay, Rule, replay
 from verify.server import Answer, Server, answer_of, block_size, telling
 from verify.subject import Subject, find_subject
@@ -63,10 +64,13 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def located(model_name: str, device: str, pytestconfig: pytest.Config) -> tuple[str, Path]:
+def located(subject: Subject, model_name: str, device: str, pytestconfig: pytest.Config) -> tuple[str, Path]:
     """The directory of the model and its statistics, by the bundled command line, whatever the subject is."""
     if importlib.util.find_spec("vllm") is None:
         skip("PKG_MISSING", "vllm is not installed")
+    optional(subject, "vllm.plugin", "register_triattention_backend")
+    if (place := ":".join(subject.place("vllm.plugin", "register_triattention_backend"))) != PLUGIN:
+        skip("PKG_MISSING", f"vLLM's processes load the plugin as {PLUGIN}, and the subject's is {place}")
     return locate(find_subject("bundled", pytestconfig.rootpath), model_name, device)
 
 

@@ -247,11 +247,9 @@ def _compared(subject: Subject, check: Check, now: Compilation, last: Compilatio
 
 
 def _result(subject: Subject, check: Check, now: Compilation, verdict: Verdict, **fields: object) -> CheckResult:
-    where = (
-        ""
-        if subject.name == "bundled"
-        else f" --subject {shlex.quote(os.path.relpath(subject.root, repository_root()))}"
-    )
+    option = subject.option
+    named = os.path.relpath(option, repository_root()) if Path(option).is_absolute() else option
+    where = "" if named == "bundled" else f" --subject {shlex.quote(named)}"
     return CheckResult(
         id=check.id,
         gate=check.spec.gate,

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from verify.device import derive_seed
 from verify.launches import Exchanged, Launch, UnknownArgument, recorded
+from verify.outcome import SubjectLacks
 from verify.problems import Shape
 from verify.request import DEFAULT_SEED
-from verify.subject import Subject, SubjectLacks
+from verify.subject import Subject
 from verify.variants import score, widened
 from verify.workers import end_with_parent
 
@@ -56,13 +57,13 @@ def capture(subject: Subject, name: str, shape: Shape) -> Captured:
 
 
 def main() -> int:
-    """Answer the question on stdin, ``{"root": ..., "variants": {name: shape}}``, on stdout.
+    """Answer the question on stdin, ``{"subject": ..., "variants": {name: shape}}``, on stdout.
 
     The answer is a line: ``{"captured": {name: ...}, "files": {file: sha256}}``, or ``{"refused": sentence}``.
     """
     end_with_parent()
     question = json.load(sys.stdin)
-    subject = Subject(name=question["name"], root=Path(question["root"]), source=question["source"])
+    subject = Subject.described(question["subject"])
     subject.activate()
     shapes = {
         name: Shape(**shape | {"offsets": tuple(shape["offsets"])}) for name, shape in question["variants"].items()

@@ -20,7 +20,7 @@ SKIP_CODES = MappingProxyType(
     {
         "NO_GPU": "the check needs an NVIDIA GPU and the run has none",
         "SM_OUT_OF_RANGE": "the check does not apply to this compute capability",
-        "PKG_MISSING": "an optional package is not installed",
+        "PKG_MISSING": "an optional package, or an optional part of the subject, is not there",
         "VRAM": "the GPU has less memory than the check needs",
         "OFFLINE": "the check needs a download and the run is offline",
         "NOT_LINUX": "the check applies to Linux only",

@@ -175,7 +175,9 @@ def pytest_command(root: Path) -> list[str]:
 def pytest_environment() -> dict[str, str]:
     """The environment of a pytest child: none of the user's options or plugins, which could retry checks."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")}
-    return {**inherited, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    # what `python -m verify` could import where it was started, as module:NAME, its children can
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), os.getcwd()]))
+    return {**inherited, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 def _ending(returncode: int) -> str:

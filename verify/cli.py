@@ -16,6 +16,8 @@ EXIT_CONFIGURATION = 3
 
 EXIT_INTERRUPTED = 2
 
+_SUBJECT = "bundled (default), installed, the path of a checkout, or module:NAME"
+
 _FORMATS = ("terminal", "markdown", "json")
 
 #: What a run is started with and keeps, by the option that chooses it.
@@ -165,7 +167,7 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: a GPU if there is one")
     run.add_argument("--expect", metavar="GPU", help="refuse to run on any other GPU (sm120, 120 or 12.0)")
     run.add_argument("--model", metavar="M", help="embedded (default), or a directory")
-    run.add_argument("--subject", metavar="S", help="bundled (default), or a checkout")
+    run.add_argument("--subject", metavar="S", help=_SUBJECT)
     run.add_argument("--seed", type=int, metavar="N", help=f"default: {DEFAULT_SEED}")
     run.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
     run.add_argument("--resume", metavar="RUN", help="the id or directory of an interrupted run; it keeps its options")
@@ -179,7 +181,7 @@ def _add_compile(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--sm", metavar="GPUS", default="all", help="all (default), 80-121, 120,121, sm120 or 12.0")
     verb.add_argument("--kernels", metavar="NAMES", help="only these kernels, by name, such as score_kernel")
     verb.add_argument("--full", action="store_true", help="every combination, instead of the chosen variants")
-    verb.add_argument("--subject", metavar="S", default="bundled", help="bundled (default), or a checkout")
+    verb.add_argument("--subject", metavar="S", default="bundled", help=_SUBJECT)
     verb.add_argument("--jobs", type=int, metavar="N", help="builds at a time (default: one per processor)")
     verb.add_argument("--timeout", type=float, metavar="S", help="seconds that one build may take (default: 60)")
     verb.add_argument("--fresh", action="store_true", help="build anew what earlier calls have built")
@@ -204,7 +206,7 @@ def _compile(chosen: argparse.Namespace) -> int:
 
 def _add_quality(verbs: argparse._SubParsersAction) -> None:
     verb = _add(verbs, "quality", "perplexity and needle recall beside controls at the same budget, over five seeds")
-    verb.add_argument("--subject", metavar="S", default="bundled", help="bundled (default), or a checkout")
+    verb.add_argument("--subject", metavar="S", default="bundled", help=_SUBJECT)
     verb.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )

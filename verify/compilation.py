@@ -308,7 +308,7 @@ def _environment(subject: Subject, **own: str) -> dict[str, str]:
 
 def _ask(subject: Subject, names: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Captured], dict[str, str]]:
     """What the subject launches by variant, and the digests of the files that were imported to find out."""
-    question = {"name": subject.name, "root": str(subject.root), "source": subject.source, "variants": names}
+    question = {"subject": subject.describe(), "variants": names}
     try:
         child = subprocess.run(
             [sys.executable, "-m", "verify.capture"], input=json.dumps(question),

@@ -140,7 +140,7 @@ def freeze(
         run_id=new_run_id(surroundings.target),
         time_utc=utc_now(),
         device=device,
-        subject=subject.name if subject.name == "bundled" else str(subject.root),
+        subject=subject.option,
         model=str(Path(model).resolve()) if Path(model).is_dir() else model,
         seed=seed,
         selection=selection,

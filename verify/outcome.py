@@ -15,6 +15,10 @@ class InfraError(Exception):
     """The machine, not the subject, is at fault (a broken driver, the wrong card): the verdict is INFRA."""
 
 
+class SubjectLacks(AssertionError):
+    """The subject does not have a name that the check needs: a FAIL of that check, in one sentence."""
+
+
 def skip(code: str, reason: str) -> NoReturn:
     """End the running check as SKIP(``code``); ``reason`` is one sentence for the person who reads the matrix.
 

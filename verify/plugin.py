@@ -64,7 +64,7 @@ _BUILD_LIMIT_S = 10.0
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("verification", "the checks of phases/")
     group.addoption("--phase", action="append", default=[], help="run these phases only: 4, or 1,3-5; may be repeated")
-    group.addoption("--subject", default="bundled", help="what to test: bundled, or --subject=PATH of a checkout")
+    group.addoption("--subject", default="bundled", help="what to test: bundled, installed, module:NAME or =PATH")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU torch can use")
     group.addoption("--model", default="embedded", help="the model of phase 6: embedded, or a local directory or name")
     group.addoption("--seed", type=int, default=DEFAULT_SEED, help="the run's seed; each check derives its own")
@@ -168,7 +168,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         current.run_dir = current.root / "reports" / "runs" / current.manifest.run_id
         events.create(current.run_dir, current.manifest)
         config.add_cleanup(events.lock(current.run_dir).close)
-    config.pluginmanager.register(Recorder(current.run_dir, current.manifest, current.root), "verify-recorder")
+    recorder = Recorder(current.run_dir, current.manifest, current.root, current.subject.folder.resolve())
+    config.pluginmanager.register(recorder, "verify-recorder")
 
 
 def _selected(item: pytest.Item) -> Selected:

@@ -10,6 +10,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from verify.outcome import SubjectLacks, skip
+
+if TYPE_CHECKING:
+    from verify.subject import Subject
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,15 @@ NAMES = (
     Name("vllm.core.config", "TriAttentionConfig"),
 )
 
+#: Where the entry point of the published distribution says that vLLM finds the plugin.
+PLUGIN = "triattention.vllm.plugin:register_triattention_backend"
+
+#: What a subject may leave out; its checks are then SKIP(PKG_MISSING).
+OPTIONAL = (
+    Name("calibration", "calibrate", "model, forward_loop"),
+    Name("vllm.plugin", "register_triattention_backend", ""),
+)
+
 #: Defaults of the two configurations, by field; a window that is not set follows the budget and is left out.
 CONFIG_DEFAULTS = MappingProxyType(
     {
@@ -116,11 +131,34 @@ CONFIG_DEFAULTS = MappingProxyType(
 )
 
 
+def optional(subject: Subject, module: str, name: str) -> Any:
+    """What the subject has under an optional published name; ends the check as SKIP(PKG_MISSING) where it has none.
+
+    Raises AssertionError for another signature than the published one, and SubjectLacks for a module that is there and
+    does not import.
+    """
+    (published,) = (one for one in OPTIONAL if (one.module, one.name) == (module, name))
+    where = subject.place(module, name)[0]
+    try:
+        found = subject.attribute(module, name)
+    except SubjectLacks as error:
+        cause = error.__cause__
+        absent = cause.name if isinstance(cause, ModuleNotFoundError) else None
+        own = absent is not None and f"{absent}.".startswith(f"{subject.package}.")
+        if not isinstance(cause, AttributeError) and (absent is None or (own and not where.startswith(absent))):
+            raise
+        skip("PKG_MISSING", f"{error}; it is optional")
+    differs = signature_differs(published, found)
+    assert not differs, f"{module}.{name}: {differs}"
+    return found
+
+
 def signature_differs(name: Name, found: Callable[..., object]) -> str:
     """What is wrong with the signature of ``found``, in words, or an empty string."""
     if name.parameters is None:
         return ""
-    want = [tuple(part.strip() for part in text.split("=")) for text in name.parameters.split(",")]
+    parts = filter(None, name.parameters.split(","))
+    want = [tuple(part.strip() for part in text.split("=")) for text in parts]
     have = [p for p in inspect.signature(found).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     for index, (parameter, *default) in enumerate(want):
         if index >= len(have) or have[index].name != parameter:

@@ -19,15 +19,17 @@ from verify.curves import Curve
 from verify.device import derive_seed
 from verify.environment import localise
 from verify.manifest import Manifest
-from verify.outcome import InfraError, skip
+from verify.outcome import InfraError, SubjectLacks, skip
 from verify.record import FAILING, CheckResult, Measurement, Verdict
-from verify.subject import SubjectLacks
 
 #: Where the measurements of a check collect between the ``measure`` fixture and its result.
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
 
 #: Likewise its curves, from the ``curve`` fixture.
 CURVES = pytest.StashKey[list[Curve]]()
+
+
+_SUITE = Path(__file__).resolve().parent
 
 
 def in_phases(item: pytest.Item) -> bool:
@@ -56,7 +58,7 @@ def repeat_command(node: str, manifest: Manifest, root: Path) -> str:
 
 
 def _relative(name: str, root: Path) -> str:
-    return os.path.relpath(name, root) if Path(name).is_dir() else name
+    return os.path.relpath(name, root) if Path(name).is_absolute() else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,11 @@ class Ending:
     by: str | None = None
 
 
-def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping[Path, str]) -> Ending:
-    """The verdict of an exception that left a step. Raises ValueError if a skip carries a code nobody declared."""
+def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping[Path, str], subject: Path) -> Ending:
+    """The verdict of an exception that left a step; one out of the package in ``subject`` is that package's failure.
+
+    Raises ValueError if a skip carries a code nobody declared.
+    """
     error = excinfo.value
     if isinstance(error, pytest.skip.Exception):
         if blocked_by := getattr(error, "by", None):
@@ -87,7 +92,14 @@ def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping
         return Ending(Verdict.TIMEOUT, localise(f"{where}{error}", root, own))
     failed = when == "call" and isinstance(error, AssertionError | pytest.fail.Exception)
     if failed or isinstance(error, SubjectLacks):
-        return Ending(Verdict.FAIL, localise(f"{where}{error}", root, own) or "assertion without a message")
+        # pytest adds the values of the assertion, cut short, below the message
+        said = str(error).rpartition("\nassert ")[0] or str(error)
+        return Ending(Verdict.FAIL, localise(f"{where}{said}", root, own) or "assertion without a message")
+    if place := _raised_in(excinfo.tb, subject, root):
+        return Ending(
+            Verdict.FAIL,
+            localise(f"{where}the subject raised {excinfo.typename} at {place}: {error}", root, own),
+        )
     step = "" if when == "call" else f"{when}: "
     return Ending(Verdict.ERROR, localise(f"{where}{step}{excinfo.typename}: {error}", root, own))
 
@@ -96,6 +108,21 @@ def _passed_through(traceback: TracebackType | None, module: str) -> bool:
     # pytest has filtered excinfo.traceback by now
     frames = (frame for frame, _ in walk_tb(traceback))
     return any(frame.f_globals.get("__name__") == module for frame in frames)
+
+
+def _raised_in(traceback: TracebackType | None, subject: Path, root: Path) -> str:
+    """The line of the subject that an exception comes out of; empty where the suite's own code raised it.
+
+    What a library raises counts as its caller's, and the suite may be called back by the subject.
+    """
+    found = ""
+    for frame, line in walk_tb(traceback):
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(subject):
+            found = f"{file.relative_to(subject.parent)}:{line}"
+        elif file.is_relative_to(root / "phases") or file.is_relative_to(_SUITE):
+            found = ""
+    return found
 
 
 def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
@@ -111,6 +138,8 @@ def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
 class Recorder:
     """The pytest plugin of one run: gates each check before setup, times it, and appends its result.
 
+    ``subject`` is the directory of the package under test.
+
     The record on disk is brought up to date when a check fails and when the next phase begins, so that a process that
     is aborted leaves one with the results so far.
     """
@@ -118,6 +147,7 @@ class Recorder:
     run_dir: Path
     manifest: Manifest
     root: Path
+    subject: Path
     _ending: Ending | None = field(default=None, init=False)
     _phase: int | None = field(default=None, init=False)
     _results: dict[str, CheckResult] = field(init=False)
@@ -165,7 +195,7 @@ class Recorder:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if spec_of(item) is not None and call.excinfo is not None:
-            ending = ending_of(call.excinfo, call.when, self.root, self.manifest.places)
+            ending = ending_of(call.excinfo, call.when, self.root, self.manifest.places, self.subject)
             if self._ending is None or self._ending.verdict in (Verdict.SKIP, Verdict.BLOCKED):
                 self._ending = ending
             if report.skipped and ending.verdict is Verdict.ERROR:

@@ -63,8 +63,8 @@ class RunRequest:
     """One run, as asked for. Raises ConfigurationError when a field is out of range or two contradict each other.
 
     ``phases`` are ascending; ``expression`` is a pytest marker expression; ``expect`` is the SM number the GPU must
-    have; ``subject`` is ``bundled`` or the path of a checkout; ``resume`` is the id or the directory of an earlier run,
-    whose frozen request then replaces all of this but ``out``, ``expect`` and ``strict_soft``.
+    have; ``subject`` is what ``verify.subject.find_subject`` takes; ``resume`` is the id or the directory of an earlier
+    run, whose frozen request then replaces all of this but ``out``, ``expect`` and ``strict_soft``.
     """
 
     phases: tuple[int, ...] = tuple(PHASES)

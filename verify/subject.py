@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -16,10 +17,14 @@ from types import ModuleType
 from typing import Any
 
 from verify.instrument import digest_of
-from verify.outcome import ConfigurationError
+from verify.outcome import ConfigurationError, SubjectLacks
 from verify.record import SubjectInfo
+from verify.subject_file import FILE, read
 
 PACKAGE = "triattention"
+
+#: What ``--subject`` takes, as an error offers it.
+_KINDS = f"'bundled', 'installed', 'module:NAME', or the path of a checkout with a {PACKAGE}/ directory"
 
 _IMPORT_LIMIT_S = 180
 _GIT_LIMIT_S = 30
@@ -28,8 +33,8 @@ _COMMAND_LIMIT_S = 420
 
 #: Prints where the package was found and its version; run in a child, so that asking costs this process nothing.
 _PROBE = """
-import importlib.metadata, json
-import {package} as package
+import importlib, importlib.metadata, json
+package = importlib.import_module({package!r})
 version = getattr(package, "__version__", None)
 if version is None:
     try:
@@ -40,20 +45,19 @@ print(json.dumps({{"where": next(iter(package.__path__)), "version": str(version
 """
 
 
-class SubjectLacks(AssertionError):
-    """The subject does not have a name that the check needs: a FAIL of that check, in one sentence."""
-
-
 class _OnlyItsOwn(MetaPathFinder):
     """Finds the package's modules where the package lies, and keeps every other finder from answering for them.
 
     An editable installation of this project may have one that would lend its modules to a subject that lacks them.
     """
 
+    def __init__(self, package: str) -> None:
+        self.package = package
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] != PACKAGE:
+        if not f"{fullname}.".startswith(f"{self.package}."):
             return None
         spec = PathFinder.find_spec(fullname, path)
         if spec is None:
@@ -63,25 +67,51 @@ class _OnlyItsOwn(MetaPathFinder):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One implementation: ``root`` is the directory that holds its package, ``source`` how a record names it."""
+    """One implementation: ``root`` is the directory from which ``package`` imports, ``source`` how a record names it.
+
+    ``name`` is what ``--subject`` was given, ``file`` its ``subject.toml`` where there is one, and ``names`` are the
+    names that this maps: ``module:attribute`` by published name.
+    """
 
     name: str
     root: Path
     source: str
+    package: str = PACKAGE
+    file: Path | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """This subject as JSON has it, for a child that makes it anew by ``described``."""
+        told = asdict(self)
+        return told | {key: str(told[key]) for key in ("root", "file") if told[key]}
+
+    @classmethod
+    def described(cls, told: Mapping[str, Any]) -> Subject:
+        return cls(**told | {key: Path(told[key]) for key in ("root", "file") if told[key]})
+
+    @property
+    def option(self) -> str:
+        """What ``--subject`` must be given to mean this subject from any directory."""
+        return str(self.root) if self.source.startswith("checkout:") else self.name
+
+    @property
+    def folder(self) -> Path:
+        """The directory of the package."""
+        return self.root.joinpath(*self.package.split("."))
 
     def activate(self) -> None:
         """Make this process import the package from ``root``.
 
         Raises ConfigurationError when the package does not import, or comes from somewhere else.
         """
-        if not any(isinstance(finder, _OnlyItsOwn) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _OnlyItsOwn())
+        if not any(isinstance(finder, _OnlyItsOwn) and finder.package == self.package for finder in sys.meta_path):
+            sys.meta_path.insert(0, _OnlyItsOwn(self.package))
         if str(self.root) in sys.path:
             sys.path.remove(str(self.root))
         sys.path.insert(0, str(self.root))
         importlib.invalidate_caches()
         try:
-            package = importlib.import_module(PACKAGE)
+            package = importlib.import_module(self.package)
         except Exception as error:  # a subject may raise anything at import; all of it means the same here
             raise self._not_importable(f"{type(error).__name__}: {error}") from error
         self._must_be_here(next(iter(package.__path__)))
@@ -89,24 +119,38 @@ class Subject:
     def module(self, path: str = "") -> ModuleType:
         """Import ``<package>.<path>``. Raises SubjectLacks when it, or a module that it needs, is absent."""
         __tracebackhide__ = True
-        name = f"{PACKAGE}.{path}" if path else PACKAGE
+        return self._import(self._inside(path))
+
+    def attribute(self, path: str, name: str) -> Any:
+        """``<package>.<path>.<name>``, or what the subject file names instead. Raises SubjectLacks naming what is
+        absent.
+        """
+        __tracebackhide__ = True
+        where, attribute = self.place(path, name)
+        module = self._import(where)
+        try:
+            return getattr(module, attribute)
+        except AttributeError as error:
+            raise SubjectLacks(f"subject {self.source!r} lacks {attribute} in {where}") from error
+
+    def place(self, path: str, name: str) -> tuple[str, str]:
+        """The module and the attribute that the published name ``<path>.<name>`` is in this subject."""
+        module, _, attribute = self.names.get(f"{path}.{name}", f"{self._inside(path)}:{name}").partition(":")
+        return module, attribute
+
+    def _inside(self, path: str) -> str:
+        return f"{self.package}.{path}" if path else self.package
+
+    def _import(self, name: str) -> ModuleType:
+        __tracebackhide__ = True
         try:
             return importlib.import_module(name)
         except ImportError as error:
             raise SubjectLacks(f"subject {self.source!r} lacks the module {name} ({error})") from error
 
-    def attribute(self, path: str, name: str) -> Any:
-        """``<package>.<path>.<name>``. Raises SubjectLacks naming what is absent."""
-        __tracebackhide__ = True
-        module = self.module(path)
-        try:
-            return getattr(module, name)
-        except AttributeError as error:
-            raise SubjectLacks(f"subject {self.source!r} lacks {name} in {module.__name__}") from error
-
     def command(self, *arguments: str) -> list[str]:
         """The command line that runs the subject's own CLI; use it with ``environment()``."""
-        return [sys.executable, "-m", PACKAGE, *arguments]
+        return [sys.executable, "-m", self.package, *arguments]
 
     def run(self, *arguments: str, limit_s: float = _COMMAND_LIMIT_S) -> str:
         """What the subject's own CLI printed. Raises AssertionError, with its last line, unless it ends well."""
@@ -133,7 +177,7 @@ class Subject:
 
         Raises ConfigurationError if it does not import.
         """
-        program = _PROBE.format(package=PACKAGE)
+        program = _PROBE.format(package=self.package)
         try:
             child = subprocess.run(
                 [sys.executable, "-c", program],
@@ -147,10 +191,12 @@ class Subject:
         # a subject may print, even when its interpreter ends
         found = json.loads(next(line for line in child.stdout.splitlines() if line.startswith('{"where"')))
         self._must_be_here(found["where"])
-        sha = self._git("rev-parse", "HEAD")
+        about = read(self.file).subject if self.file else None
+        # a checkout that merely lies around the package, as around a virtual environment, says nothing about it
+        sha = self._git("rev-parse", "HEAD") if self._git("ls-files", "--", str(self.folder)) else None
         return SubjectInfo(
-            name=PACKAGE,
-            version=found["version"],
+            name=(about and about.name) or self.package,
+            version=(about and about.version) or found["version"],
             source=self.source,
             git_sha=sha or "none",
             dirty=sha is None or not self._committed(),
@@ -158,19 +204,22 @@ class Subject:
         )
 
     def content_sha256(self) -> str:
-        """A digest of the package's files but its tests, so that two runs can tell whether they test the same thing."""
-        folder = self.root / PACKAGE
-        beside = {"__pycache__", "tests"}
-        files = (
+        """A digest of the package's files but its tests, and of the subject file, so that two runs can tell whether
+        they test the same thing.
+        """
+        folder, beside = self.folder, {"__pycache__", "tests"}
+        files = {
             path for path in folder.rglob("*") if path.is_file() and not beside & {*path.relative_to(folder).parts}
-        )
-        return digest_of(files, folder)
+        }
+        if self.file is None or self.file in files:
+            return digest_of(files, folder)
+        return digest_of({*files, self.file}, self.root)
 
     def _committed(self) -> bool:
         """Whether the commit vouches for every file of the package; an ignored or untracked one is not in it."""
-        tracked = self._git("ls-files", "--", PACKAGE)
+        tracked, place = self._git("ls-files", "--", str(self.folder)), str(self.folder)
         # file by file, because a folder that is shown as one could hold more than caches
-        changes = self._git("status", "--porcelain", "--untracked-files=all", "--ignored=traditional", "--", PACKAGE)
+        changes = self._git("status", "--porcelain", "--untracked-files=all", "--ignored=traditional", "--", place)
         if not tracked or changes is None:
             return False
         return all("__pycache__/" in line for line in changes.splitlines())
@@ -181,7 +230,7 @@ class Subject:
     def _must_be_here(self, where: str) -> None:
         if not Path(where).resolve().is_relative_to(self.root.resolve()):
             raise ConfigurationError(
-                f"subject {self.name!r} should be {self.root / PACKAGE}, but {PACKAGE} was imported from {where}; "
+                f"subject {self.name!r} should be {self.folder}, but {self.package} was imported from {where}; "
                 "start a new process, or remove the other one from PYTHONPATH"
             )
 
@@ -196,16 +245,79 @@ class Subject:
 
 
 def find_subject(name: str, repository: Path) -> Subject:
-    """The subject that ``--subject name`` means: ``bundled``, or the path of a checkout with the package in it.
+    """The subject that ``--subject name`` means: ``bundled``, ``installed``, ``module:NAME``, or a checkout's path.
 
-    Imports nothing. Raises ConfigurationError for anything else.
+    ``installed`` is the package that an import finds outside ``repository``; ``module:NAME`` is another package, which
+    plays its part. A ``subject.toml`` (verify/subject_file.py) lies in the root of a checkout, and in the package of
+    the others. Imports nothing. Raises ConfigurationError for anything else, and for a subject file with a mistake.
     """
     if name == "bundled":
-        root, source = repository, "bundled"
-    else:
-        root = Path(name).expanduser().resolve()
-        source = f"checkout:{root.name}"
-    if not (root / PACKAGE).is_dir():
-        where = f"{root} has no {PACKAGE}/ directory" if root.is_dir() else f"there is no directory {root}"
-        raise ConfigurationError(f"subject {name!r}: {where}; use 'bundled' or the path of a checkout that has one")
-    return Subject(name=name, root=root, source=source)
+        return _with_file(Subject(name, _holding(repository, PACKAGE, name), "bundled"), None)
+    if name == "installed":
+        return _in_package(Subject(name, _installed(repository.resolve()), "installed"))
+    kind, _, module = name.partition(":")
+    if kind == "module":
+        return _in_package(Subject(name, _importable(module, name), name, module))
+    root = Path(name).expanduser().resolve()
+    file = root / FILE if (root / FILE).is_file() else None
+    package = (file and read(file).subject.package) or PACKAGE
+    found = Subject(name, _holding(root, package, name), f"checkout:{root.name}", package)
+    return _with_file(found, file)
+
+
+def _in_package(subject: Subject) -> Subject:
+    file = subject.folder / FILE
+    return _with_file(subject, file if file.is_file() else None)
+
+
+def _with_file(subject: Subject, file: Path | None) -> Subject:
+    if file is None:
+        return subject
+    content = read(file)
+    if content.subject.package not in (None, subject.package):
+        raise ConfigurationError(
+            f"{file} names the package {content.subject.package}, but --subject {subject.name} is {subject.package}; "
+            "drop the line, or give the path of a checkout"
+        )
+    return replace(subject, file=file, names=content.names)
+
+
+def _holding(root: Path, package: str, name: str) -> Path:
+    """``root``, which must hold the package's directory."""
+    if not root.joinpath(*package.split(".")).is_dir():
+        where = f"{root} has no {package}/ directory" if root.is_dir() else f"there is no directory {root}"
+        raise ConfigurationError(f"subject {name!r}: {where}; use {_KINDS}")
+    return root
+
+
+def _installed(repository: Path) -> Path:
+    """The directory from which an import finds the package, were it not for the one in ``repository``."""
+    own = repository / PACKAGE
+    importlib.invalidate_caches()
+    specs = [PathFinder.find_spec(PACKAGE, [place for place in sys.path if (Path(place) / PACKAGE).resolve() != own])]
+    # an editable installation may have a finder of its own
+    others = (finder for finder in sys.meta_path if finder is not PathFinder and not isinstance(finder, _OnlyItsOwn))
+    specs += [finder.find_spec(PACKAGE, None) for finder in others if hasattr(finder, "find_spec")]
+    places = [Path(place).resolve() for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    found = next((place for place in places if place != own), None)
+    if found is None:
+        raise ConfigurationError(
+            f"subject 'installed': no {PACKAGE} is installed beside this repository's own, which is 'bundled', also "
+            f"where an editable installation points here; install another, or use {_KINDS}"
+        )
+    return found.parent
+
+
+def _importable(module: str, name: str) -> Path:
+    """The directory from which the package ``module`` imports; found without importing it."""
+    if not all(part.isidentifier() for part in module.split(".")) or module == PACKAGE:
+        problem = f"{PACKAGE} is the subject's own name" if module == PACKAGE else f"{module!r} is no name of a package"
+        raise ConfigurationError(f"subject {name!r}: {problem}; use {_KINDS}")
+    top, *below = module.split(".")
+    importlib.invalidate_caches()
+    spec = importlib.util.find_spec(top)
+    for place in (spec and spec.submodule_search_locations) or ():
+        if Path(place).joinpath(*below).is_dir():
+            return Path(place).resolve().parent
+    problem = f"{module} is a module, not a package" if spec and not below else f"there is no package {module}"
+    raise ConfigurationError(f"subject {name!r}: {problem} on sys.path; install it, or put its directory on PYTHONPATH")

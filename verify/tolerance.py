@@ -8,6 +8,7 @@ an angle x = (t + o) omega held in fp32 is off by up to |x| 2^-24, and forming i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,20 @@ def accuracy(got: Any, case: Case) -> Accuracy:
     place = "row {}, query head {}, key {}".format(*(int(i) for i in worst))
     of_b = float(np.max(_ratio(error, budget_b(case))))
     return Accuracy(float(relative[worst]), of_b, float(error.max()), f"{place} (oracle {want[worst]:.6g})")
+
+
+def blamed(paths: Mapping[str, Accuracy]) -> str:
+    """Which of the ``paths`` is wrong by the oracle, in words: ``the PyTorch path is wrong (45x its class B budget from
+    the float64 oracle), the Triton path is right (class A)``.
+    """
+    told = {
+        name: f"right (class {found.accuracy_class})"
+        if found.of_b <= 1.0
+        else f"wrong ({found.of_b:.3g}x its class B budget from the float64 oracle)"
+        for name, found in paths.items()
+    }
+    wrong_first = sorted(told, key=lambda name: paths[name].of_b <= 1.0)
+    return ", ".join(f"the {name} path is {told[name]}" for name in wrong_first)
 
 
 def _ratio(error: np.ndarray, budget: np.ndarray) -> np.ndarray:

@@ -33,6 +33,9 @@ _EMULATED_WORDS = {
     TargetVerdict.INFRA: TargetVerdict.INFRA,
 }
 
+#: The families that judge one scoring path each, by the name of the path.
+_JUDGED = {"p4.triton_oracle": "Triton", "p4.pytorch_oracle": "PyTorch"}
+
 #: What a cell of a matrix may show, best proof first. A GPU's cell never shows an emulated result.
 _EMULATED_ONLY: tuple[Evidence, ...] = ("emulated",)
 _ON_A_GPU: tuple[Evidence, ...] = ("hardware", "compiled")
@@ -157,7 +160,7 @@ def _why_stale(record: Record, records: Sequence[Record]) -> str | None:
 
 def describe_subject(subject: SubjectInfo) -> str:
     """The subject in a few words: ``triattention 0.1.0 (1234abc, with local changes)``."""
-    state = ", with local changes" if subject.dirty else ""
+    state = ", with local changes" if subject.dirty and subject.git_sha != "none" else ""
     sha = "no git commit" if subject.git_sha == "none" else subject.git_sha[:7]
     return f"{subject.name} {subject.version} ({sha}{state})"
 
@@ -249,11 +252,25 @@ def _sentence(target: Target, verdict: TargetVerdict, cells: Sequence[Cell], use
     if failed:
         ended = "could not be judged" if verdict is TargetVerdict.INFRA else "failed"
         start = f"{len(failed)} of {len(hard)} must-pass checks {ended} {where}, the first of them {failed[0]}"
-        return f"{start}; {passed} passed, {len(hard) - passed - len(failed)} without a result that counts{ahead}{end}"
+        rest = f"{passed} passed, {len(hard) - passed - len(failed)} without a result that counts{ahead}"
+        return f"{start}; {rest}{_judged_paths(cells)}{end}"
     return (
         f"{passed} of {len(hard)} must-pass checks passed {where} and none failed, "
         f"but {len(hard) - passed} without a result that counts{ahead and ahead + ','} leave {target.target} open{end}"
     )
+
+
+def _judged_paths(cells: Sequence[Cell]) -> str:
+    """Which of the two scoring paths the oracle finds wrong; empty where it finds neither wrong."""
+    told: list[str] = []
+    for family, path in _JUDGED.items():
+        results = [cell for cell in cells if cell.check.spec.family == family and cell.result is not None]
+        failed = sum(cell.failed for cell in results)
+        if failed:
+            told.insert(0, f"the {path} path is wrong ({failed} of {len(results)} comparisons with the oracle failed)")
+        elif results and all(cell.passed for cell in results):
+            told.append(f"the {path} path is right")
+    return f"; {' and '.join(told)}" if told and "wrong" in told[0] else ""
 
 
 def _where(target: Target, used: Sequence[Record]) -> str:

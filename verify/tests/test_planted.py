@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -46,11 +47,19 @@ def test_the_oracle_names_the_path_that_is_wrong(
     child = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "--phase", "4", f"--subject={subject}", "--device", "cpu",
-            "-k", "triton_oracle and n255 or pytorch_oracle and n255", "-p", "no:cacheprovider",
+            "-k", "triton_oracle and n255 or pytorch_oracle and n255 or triton_vs_pytorch", "-p", "no:cacheprovider",
         ],
         capture_output=True, text=True, timeout=120, cwd=repository_root(),
     )  # fmt: skip
     assert child.returncode == 1, child.stdout[-2000:]
-    assert "1 failed, 1 passed" in child.stdout
+    assert "2 failed, 1 passed" in child.stdout
     assert f"{failing}: error over class B budget" in child.stdout
     assert f"{passing}: error over" not in child.stdout
+    said = " ".join(child.stdout.split())
+    assert re.search(
+        rf"max \|Triton - PyTorch\|: measured \S+, allowed 0.01 at the plan's inputs: the {failing} is wrong "
+        rf"\(\S+x its class B budget from the float64 oracle\), the {passing} is right \(class A\)",
+        said,
+    )
+    assert f"the {failing} is wrong (1 of 1 comparisons with the oracle failed)" in said
+    assert f"the {passing} is right;" in said

@@ -50,6 +50,11 @@ def test_across(case): raise RuntimeError("a blocked check must not run")
 @check("p2.lacks", gate="hard", cases="name", **WORDS)
 def test_lacks(case, subject): subject.attribute("methods.pruning_utils", "load")
 
+@check("p2.raises", gate="hard", cases={"subject": "parse", "suite": "call"}, **WORDS)
+def test_raises(case, subject):
+    def called(): raise ValueError("this is the suite's own")
+    subject.attribute("", case)("x" if case == "parse" else called)
+
 @check("p2.late", gate="hard", cases="python", timeout_s=0.5, **WORDS)
 def test_late(case): time.sleep(60)
 """
@@ -119,6 +124,8 @@ def results(tree: Tree, output: str) -> dict[str, CheckResult]:
         ("p1.teardown.only", "ERROR", None),
         ("p2.across.id", "BLOCKED", "p1.values.bad"),
         ("p2.lacks.name", "FAIL", None),
+        ("p2.raises.subject", "FAIL", None),
+        ("p2.raises.suite", "ERROR", None),
         ("p2.late.python", "TIMEOUT", None),
         ("p3.before.one", "PASS", None),
         ("p3.aborts.one", "CRASH", None),
@@ -144,6 +151,13 @@ def test_a_failed_measurement_says_everything_and_nothing_about_the_machine(resu
         result.message,
     )
     assert [(m.name, m.measured, m.allowed) for m in result.measurements] == [("error", 2.0, 1.5)]
+
+
+def test_what_the_subject_raises_is_its_failure_with_the_line(results: dict[str, CheckResult]) -> None:
+    assert re.fullmatch(
+        r"phases/p2_tiny\.py:\d+: the subject raised JSONDecodeError at triattention/__init__\.py:3: Expecting .*",
+        results["p2.raises.subject"].message,
+    )
 
 
 def test_messages_hold_no_path_of_the_machine(tree: Tree, results: dict[str, CheckResult]) -> None:

@@ -77,7 +77,8 @@ def make_tree(root: Path) -> Tree:
     """A repository with this one's configuration, an importable subject and no phases yet."""
     for name in ("conftest.py", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, root / name)
-    for package, text in (("phases", ""), ("triattention", '__version__ = "9.9"\n')):
+    subject = '__version__ = "9.9"\nimport json\ndef parse(text): return json.loads(text)\ndef call(back): back()\n'
+    for package, text in (("phases", ""), ("triattention", subject)):
         (root / package).mkdir()
         (root / package / "__init__.py").write_text(text)
     return Tree(root)
