@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from verify import check
+from verify.guarded import KERNELS, kernel
 from verify.problems import Shape, make
 from verify.subject import Subject
 from verify.tolerance import accuracy, trig_entry_ratio
 
 _INTERVAL, _MAX_SEQ_LEN = 128, 8192
-_KERNELS = "vllm.core.kernels.triton_scoring"
 
 
 def _table(subject: Subject, problem):
-    return subject.attribute(_KERNELS, "create_trig_cache")(
+    return subject.attribute(KERNELS, "create_trig_cache")(
         max_seq_len=_MAX_SEQ_LEN, compress_interval=_INTERVAL, offsets=problem.offsets, omega=problem.omega,
         device=problem.keys.device,
     )  # fmt: skip
@@ -54,10 +54,9 @@ def test_table(case: int, subject: Subject, device: str, seed: int, measure) -> 
 def test_cached(case: tuple[str, int], subject: Subject, device: str, seed: int, measure) -> None:
     aggregation, t = case
     problem = make(replace(Shape(n=65), aggregation=aggregation, t=t), seed, device)
-    scoring = subject.attribute(_KERNELS, "triattention_scoring")
-    cached = scoring(**problem.scoring_arguments(), trig_cache=_table(subject, problem))
-    for name, scores in (("cached", cached), ("uncached", scoring(**problem.scoring_arguments()))):
-        found = accuracy(scores.double().cpu().numpy(), problem.case)
+    cached = kernel(subject, problem, trig_cache=_table(subject, problem))
+    for name, call in (("cached", cached), ("uncached", kernel(subject, problem))):
+        found = accuracy(call.scores, problem.case)
         measure(f"{name}: error over class B budget", found.of_b, 1.0, where=found.where)
 
 
@@ -93,12 +92,10 @@ def _between(t: int, subject: Subject, device: str, seed: int):
     """Accuracy of the scores through the table at ``t``, or None where the subject raises ValueError."""
     problem = make(Shape(n=65, t=t), seed, device)
     try:
-        scores = subject.attribute(_KERNELS, "triattention_scoring")(
-            **problem.scoring_arguments(), trig_cache=_table(subject, problem)
-        )
+        call = kernel(subject, problem, trig_cache=_table(subject, problem))
     except ValueError:
         return None
-    return accuracy(scores.double().cpu().numpy(), problem.case)
+    return accuracy(call.scores, problem.case)
 
 
 @check(
@@ -125,9 +122,7 @@ def test_errors(case: int, subject: Subject, device: str, seed: int) -> None:
 def test_beyond_table(case: str, subject: Subject, device: str, seed: int) -> None:
     problem = make(Shape(n=8, t=_MAX_SEQ_LEN + _INTERVAL), seed, device)
     try:
-        subject.attribute(_KERNELS, "triattention_scoring")(
-            **problem.scoring_arguments(), trig_cache=_table(subject, problem)
-        )
+        kernel(subject, problem, trig_cache=_table(subject, problem))
     except ValueError:
         return
     raise AssertionError(f"a round at {problem.shape.t} was scored with a table that ends at {_MAX_SEQ_LEN}")
@@ -150,7 +145,7 @@ def test_plan(case: str, subject: Subject, device: str, seed: int, measure) -> N
     measure("memory off the formula", abs(table.memory_mb - 2 * 64 * 5 * 64 * 4 / 2**20), 1e-3, unit="MiB")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        subject.attribute(_KERNELS, "create_trig_cache")(
+        subject.attribute(KERNELS, "create_trig_cache")(
             _MAX_SEQ_LEN, _INTERVAL, problem.offsets, problem.omega, problem.keys.device, warn_threshold_mb=0.01
         )
     assert any(issubclass(w.category, UserWarning) for w in caught), "no UserWarning above warn_threshold_mb"
