@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from verify import check
-from verify.guarded import Call, engine, kernel
+from verify.guarded import PATHS, Call, engine, kernel
 from verify.problems import Problem, Shape, make
 from verify.subject import Subject
 from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, budget_a
-
-_PATHS = {"triton": "Triton", "pytorch": "PyTorch"}
 
 #: Small phases, so that class B is nearly as sharp as class A and a fault of layout, size or dtype has nowhere to hide.
 _BASE = Shape(t=64, offsets=(1.0, 2.0, 4.0))
@@ -82,7 +80,7 @@ def test_pytorch_oracle(case: Shape, subject: Subject, device: str, seed: int, m
     "p4.options", gate="hard", needs=("p1.identity", "p1.triton",), tolerance=_CLASS_B,
     cases={
         f"{path}-{option}": (path, replace(_BASE, n=65, **{option: True}))
-        for path in _PATHS
+        for path in PATHS
         for option in ("disable_mlr", "disable_trig")
     },
     claim="Both paths honour disable_mlr (the second coefficient becomes a) and disable_trig (the second term alone).",
@@ -92,7 +90,7 @@ def test_pytorch_oracle(case: Shape, subject: Subject, device: str, seed: int, m
 def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure) -> None:
     path, shape = case
     problem = make(shape, seed, device)
-    _within_b(_PATHS[path], engine(subject, path, problem), problem, measure)
+    _within_b(PATHS[path], engine(subject, path, problem), problem, measure)
 
 
 @check(
@@ -115,7 +113,7 @@ def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: 
 
 @check(
     "p4.accuracy_class", gate="soft", needs=("p1.identity", "p1.triton", "p3.plan"), tolerance=_CLASS_A,
-    cases={f"{path}-{name}": (path, shape) for path in _PATHS for name, shape in _HIGH_T.items()},
+    cases={f"{path}-{name}": (path, shape) for path in PATHS for name, shape in _HIGH_T.items()},
     claim="A path is of accuracy class A: its error does not grow with the position.",
     reason="fp32 phases are off by 7.8e-2 at a million tokens; models of that length exist.",
     remedy="Form and reduce the phases in float64: a few thousand numbers per round.",
@@ -129,7 +127,7 @@ def test_accuracy_class(case: tuple[str, Shape], subject: Subject, device: str, 
 
 _GQA = {
     f"{path}-{aggregation}": (path, replace(_BASE, n=65, h=2, g=3, aggregation=aggregation))
-    for path in _PATHS
+    for path in PATHS
     for aggregation in ("mean", "max")
 }
 
@@ -147,7 +145,7 @@ def test_gqa(case: tuple[str, Shape], subject: Subject, device: str, seed: int, 
         call = engine(subject, path, problem)
     except ValueError:
         return
-    _within_b(_PATHS[path], call, problem, measure)
+    _within_b(PATHS[path], call, problem, measure)
 
 
 @check(
@@ -162,6 +160,6 @@ def test_gqa_served(case: tuple[str, Shape], subject: Subject, device: str, seed
     try:
         scores = engine(subject, path, problem).scores
     except ValueError as error:
-        raise AssertionError(f"the {_PATHS[path]} path refuses grouped statistics: {error}") from error
+        raise AssertionError(f"the {PATHS[path]} path refuses grouped statistics: {error}") from error
     expected = (shape.b, shape.h * shape.g, shape.n)
     assert tuple(scores.shape) == expected, f"the scores have shape {tuple(scores.shape)}, expected {expected}"

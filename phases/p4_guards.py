@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from verify import check, guarded
+from verify.guarded import PATHS
 from verify.problems import Shape, drawn, make
 from verify.subject import Subject
 
-PATHS = {"triton": "Triton", "pytorch": "PyTorch"}
 _CASES = dict(zip(PATHS, PATHS, strict=True))
 _NEEDS = ("p1.identity", "p1.triton")
 _BASE = Shape(t=64, offsets=(1.0, 2.0, 4.0))

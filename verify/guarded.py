@@ -29,6 +29,9 @@ GUARD = 0xA5
 
 KERNELS, SCORING = "vllm.core.kernels.triton_scoring", "vllm.core.scoring"
 
+#: The two published paths, as their functions are named and as a message names them.
+PATHS = {"triton": "Triton", "pytorch": "PyTorch"}
+
 
 @dataclass(frozen=True)
 class Call:
