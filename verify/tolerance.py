@@ -65,6 +65,15 @@ def budget_b(case: Case) -> np.ndarray:
     return budget_a(case) + 2 * UNIT * oracle.phase_sum(case)
 
 
+def budget_pre_rope(case: Case) -> np.ndarray:
+    """Allowed error of a score made from float32 amplitudes and phases of keys before RoPE, ``[B, H*G, N]``.
+
+    Class B, and once more class A's 8 units: a complex product is off by 2.3 units of its size, a modulus by one more,
+    an angle of up to pi by pi.
+    """
+    return budget_b(case) + budget_a(case)
+
+
 def key_rounding(case: Case) -> np.ndarray:
     """By how much a score may move when its key is rounded to float32 once, ``[B, H*G, N]``.
 
