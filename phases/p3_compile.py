@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from verify import check, resources, skip
 from verify.builds import REFUSED, Build, Compilation
 from verify.checks import SKIP_CODES
+from verify.guarded import call
 from verify.problems import Shape
 from verify.subject import Subject
 from verify.variants import PLAN, SCORING, score
@@ -30,13 +31,10 @@ if TYPE_CHECKING:
     timeout_s=180,
 )  # fmt: skip
 def test_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
-    from verify.launches import counted
-
     _all_built(builds)
-    with counted() as launched:
-        scores, shape = score(subject, case, seed, device)
-    assert launched, "the call launched no Triton kernel, so something else made these scores"
-    _shape_and_finite(scores, shape)
+    found = call(lambda: score(subject, case, seed, device), {})
+    assert found.launched, "the call launched no Triton kernel, so something else made these scores"
+    _shape_and_finite(*found.result)
 
 
 @check(
@@ -57,20 +55,18 @@ def test_plan_as_written(case: Shape, subject: Subject, device: str, seed: int, 
         return torch.randn(*size, generator=draw).to(device)
 
     freq_count = case.d // 2
-    scores = scoring(
-        K_rot=randn(case.b, case.h, case.n, case.d).to(torch.bfloat16),
-        position_indices=None,
-        q_mean_real=randn(case.h, freq_count),
-        q_mean_imag=randn(case.h, freq_count),
-        q_abs_mean=randn(case.h, freq_count).abs(),
-        freq_scale_sq=torch.ones(case.h, freq_count, device=device),
-        omega=randn(freq_count),
-        offsets=torch.tensor(case.offsets, device=device),
-        round_start=case.t,
-        aggregation=case.aggregation,
-        rope_style=case.style,
-    )
-    _shape_and_finite(scores, (case.b, case.h, case.n))
+    tensors = {
+        "K_rot": randn(case.b, case.h, case.n, case.d).to(torch.bfloat16),
+        "q_mean_real": randn(case.h, freq_count),
+        "q_mean_imag": randn(case.h, freq_count),
+        "q_abs_mean": randn(case.h, freq_count).abs(),
+        "freq_scale_sq": torch.ones(case.h, freq_count, device=device),
+        "omega": randn(freq_count),
+        "offsets": torch.tensor(case.offsets, device=device),
+    }
+    options = {"round_start": case.t, "aggregation": case.aggregation, "rope_style": case.style}
+    found = call(lambda: scoring(position_indices=None, **tensors, **options), tensors)
+    _shape_and_finite(found.result, (case.b, case.h, case.n))
 
 
 @check(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from verify import check
+from verify.guarded import PATHS, Call, engine, kernel
 from verify.problems import Problem, Shape, make
 from verify.subject import Subject
 from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, blamed, budget_a
-
-_PATHS = {"triton": "Triton", "pytorch": "PyTorch"}
 
 #: Small phases, so that class B is nearly as sharp as class A and a fault of layout, size or dtype has nowhere to hide.
 _BASE = Shape(t=64, offsets=(1.0, 2.0, 4.0))
@@ -48,26 +47,8 @@ _CLASS_A = (
 )
 
 
-def _triton(subject: Subject, problem: Problem):
-    return subject.attribute("vllm.core.kernels.triton_scoring", "triattention_scoring")(**problem.scoring_arguments())
-
-
-def _engine(subject: Subject, path: str, problem: Problem):
-    """The scores by ``compute_scores_triton`` or ``compute_scores_pytorch`` of the published scoring module."""
-    shape = problem.shape
-    config = subject.attribute("vllm.core.config", "TriAttentionConfig")(
-        kv_budget=256, pruning_mode="per_head", score_aggregation=shape.aggregation, rope_style=shape.style,
-        use_triton_scoring=path == "triton", head_dim=shape.d, num_kv_heads=shape.h,
-        disable_mlr=shape.disable_mlr, disable_trig=shape.disable_trig,
-    )  # fmt: skip
-    return subject.attribute("vllm.core.scoring", f"compute_scores_{path}")(
-        key_states=problem.keys, cache_positions=None, head_stats=problem.head_stats, omega=problem.omega,
-        offsets=problem.offsets, freq_scale_sq=problem.freq_weight, config=config, round_start=shape.t,
-    )  # fmt: skip
-
-
-def _within_b(path: str, scores, problem: Problem, measure) -> None:
-    found = accuracy(scores.double().cpu().numpy(), problem.case)
+def _within_b(path: str, call: Call, problem: Problem, measure) -> None:
+    found = accuracy(call.scores, problem.case)
     where = f"{path} path, class {found.accuracy_class}, {found.units:.3g} units of 2^-24 T, {found.where}"
     measure(f"{path} path: error over class B budget", found.of_b, 1.0, where=where)
 
@@ -81,7 +62,7 @@ def _within_b(path: str, scores, problem: Problem, measure) -> None:
 )  # fmt: skip
 def test_triton_oracle(case: Shape, subject: Subject, device: str, seed: int, measure) -> None:
     problem = make(case, seed, device)
-    _within_b("Triton", _triton(subject, problem), problem, measure)
+    _within_b("Triton", kernel(subject, problem), problem, measure)
 
 
 @check(
@@ -92,14 +73,14 @@ def test_triton_oracle(case: Shape, subject: Subject, device: str, seed: int, me
 )  # fmt: skip
 def test_pytorch_oracle(case: Shape, subject: Subject, device: str, seed: int, measure) -> None:
     problem = make(case, seed, device)
-    _within_b("PyTorch", _engine(subject, "pytorch", problem), problem, measure)
+    _within_b("PyTorch", engine(subject, "pytorch", problem), problem, measure)
 
 
 @check(
     "p4.options", gate="hard", needs=("p1.identity", "p1.triton",), tolerance=_CLASS_B,
     cases={
         f"{path}-{option}": (path, replace(_BASE, n=65, **{option: True}))
-        for path in _PATHS
+        for path in PATHS
         for option in ("disable_mlr", "disable_trig")
     },
     claim="Both paths honour disable_mlr (the second coefficient becomes a) and disable_trig (the second term alone).",
@@ -109,7 +90,7 @@ def test_pytorch_oracle(case: Shape, subject: Subject, device: str, seed: int, m
 def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure) -> None:
     path, shape = case
     problem = make(shape, seed, device)
-    _within_b(_PATHS[path], _engine(subject, path, problem), problem, measure)
+    _within_b(PATHS[path], engine(subject, path, problem), problem, measure)
 
 
 @check(
@@ -125,9 +106,7 @@ def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: i
 def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: int, measure) -> None:
     shape = Shape(n=256, h=4, t=256, offsets=(1.0, 2.0, 4.0, 8.0, 16.0))
     problem = make(shape, seed, device)
-    triton, pytorch = (
-        scores.double().cpu().numpy() for scores in (_triton(subject, problem), _engine(subject, "pytorch", problem))
-    )
+    triton, pytorch = kernel(subject, problem).scores, engine(subject, "pytorch", problem).scores
     judged = blamed({"Triton": accuracy(triton, problem.case), "PyTorch": accuracy(pytorch, problem.case)})
     where, difference = f"the plan's inputs: {judged}", abs(triton - pytorch)
     measure("max |Triton - PyTorch|", difference.max(), PLAN_MAX_DIFF, where=where)
@@ -137,7 +116,7 @@ def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: 
 
 @check(
     "p4.accuracy_class", gate="soft", needs=("p1.identity", "p1.triton", "p3.plan"), tolerance=_CLASS_A,
-    cases={f"{path}-{name}": (path, shape) for path in _PATHS for name, shape in _HIGH_T.items()},
+    cases={f"{path}-{name}": (path, shape) for path in PATHS for name, shape in _HIGH_T.items()},
     claim="A path is of accuracy class A: its error does not grow with the position.",
     reason="fp32 phases are off by 7.8e-2 at a million tokens; models of that length exist.",
     remedy="Form and reduce the phases in float64: a few thousand numbers per round.",
@@ -145,13 +124,13 @@ def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: 
 def test_accuracy_class(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure) -> None:
     path, shape = case
     problem = make(shape, seed, device)
-    found = accuracy(_engine(subject, path, problem).double().cpu().numpy(), problem.case)
+    found = accuracy(engine(subject, path, problem).scores, problem.case)
     measure("error", found.units, CLASS_A_UNITS, unit="x 2^-24 T", where=f"{path} path, {found.where}")
 
 
 _GQA = {
     f"{path}-{aggregation}": (path, replace(_BASE, n=65, h=2, g=3, aggregation=aggregation))
-    for path in _PATHS
+    for path in PATHS
     for aggregation in ("mean", "max")
 }
 
@@ -166,10 +145,10 @@ def test_gqa(case: tuple[str, Shape], subject: Subject, device: str, seed: int, 
     path, shape = case
     problem = make(shape, seed, device)
     try:
-        scores = _engine(subject, path, problem)
+        call = engine(subject, path, problem)
     except ValueError:
         return
-    _within_b(_PATHS[path], scores, problem, measure)
+    _within_b(PATHS[path], call, problem, measure)
 
 
 @check(
@@ -182,49 +161,8 @@ def test_gqa_served(case: tuple[str, Shape], subject: Subject, device: str, seed
     path, shape = case
     problem = make(shape, seed, device)
     try:
-        scores = _engine(subject, path, problem)
+        scores = engine(subject, path, problem).scores
     except ValueError as error:
-        raise AssertionError(f"the {_PATHS[path]} path refuses grouped statistics: {error}") from error
+        raise AssertionError(f"the {PATHS[path]} path refuses grouped statistics: {error}") from error
     expected = (shape.b, shape.h * shape.g, shape.n)
     assert tuple(scores.shape) == expected, f"the scores have shape {tuple(scores.shape)}, expected {expected}"
-
-
-@check(
-    "p4.inputs", gate="hard", cases=dict(zip(_PATHS, _PATHS, strict=True)), needs=("p1.identity", "p1.triton",),
-    claim="Scoring leaves every tensor it is given untouched, to the bit.",
-    reason="A kernel that edits its inputs agrees with any reference computed afterwards.",
-    tolerance="Bitwise equality with copies taken before the call.",
-    remedy="Find the in-place operation on the argument that the message names.",
-)  # fmt: skip
-def test_inputs_untouched(case: str, subject: Subject, device: str, seed: int) -> None:
-    import torch
-
-    problem = make(replace(_BASE, strides="sliced"), seed, device)
-    given = problem.tensors()
-    before = {name: tensor.clone() for name, tensor in given.items()}
-    _engine(subject, case, problem)
-    if case == "triton":
-        _triton(subject, problem)
-    changed = [
-        name
-        for name, tensor in given.items()
-        if not torch.allclose(before[name], tensor, rtol=0, atol=0, equal_nan=True)  # buffers are filled with NaN
-    ]
-    assert not changed, f"the {_PATHS[case]} path wrote to {', '.join(changed)}"
-
-
-@check(
-    "p4.repeat", gate="hard", cases=dict(zip(_PATHS, _PATHS, strict=True)), needs=("p1.identity", "p1.triton",),
-    claim="The same call gives the same bits, every time.",
-    reason="Keep sets are decided by comparisons; a score that varies makes a run that cannot be reproduced.",
-    tolerance="Bitwise equality over repeated calls (20 on a GPU, 3 in the interpreter).",
-    remedy="Look for atomics, races or uninitialised memory.",
-)  # fmt: skip
-def test_repeatable(case: str, subject: Subject, device: str, seed: int, measure) -> None:
-    import torch
-
-    problem = make(replace(_BASE, b=2, n=129), seed, device)
-    first = _engine(subject, case, problem).clone()
-    repeats = 20 if device == "cuda" else 3
-    differ = sum(not torch.equal(first, _engine(subject, case, problem)) for _ in range(repeats))
-    measure("calls that differ from the first", differ, 0, where=f"{case} path, {repeats} repeats")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from verify import check
+from verify.guarded import KERNELS, kernel
 from verify.problems import Shape, make
 from verify.subject import Subject
-from verify.tolerance import accuracy, trig_entry_ratio
+from verify.tolerance import accuracy, budget_b, over, trig_entry_ratio
 
 _INTERVAL, _MAX_SEQ_LEN = 128, 8192
-_KERNELS = "vllm.core.kernels.triton_scoring"
 
 
 def _table(subject: Subject, problem):
-    return subject.attribute(_KERNELS, "create_trig_cache")(
+    return subject.attribute(KERNELS, "create_trig_cache")(
         max_seq_len=_MAX_SEQ_LEN, compress_interval=_INTERVAL, offsets=problem.offsets, omega=problem.omega,
         device=problem.keys.device,
     )  # fmt: skip
@@ -54,11 +54,77 @@ def test_table(case: int, subject: Subject, device: str, seed: int, measure) -> 
 def test_cached(case: tuple[str, int], subject: Subject, device: str, seed: int, measure) -> None:
     aggregation, t = case
     problem = make(replace(Shape(n=65), aggregation=aggregation, t=t), seed, device)
-    scoring = subject.attribute(_KERNELS, "triattention_scoring")
-    cached = scoring(**problem.scoring_arguments(), trig_cache=_table(subject, problem))
-    for name, scores in (("cached", cached), ("uncached", scoring(**problem.scoring_arguments()))):
-        found = accuracy(scores.double().cpu().numpy(), problem.case)
+    cached = kernel(subject, problem, trig_cache=_table(subject, problem))
+    for name, call in (("cached", cached), ("uncached", kernel(subject, problem))):
+        found = accuracy(call.scores, problem.case)
         measure(f"{name}: error over class B budget", found.of_b, 1.0, where=found.where)
+
+
+@check(
+    "p5.every_row", gate="hard", needs=("p1.identity", "p1.triton", "p3.plan"),
+    # compress_interval and max_seq_len: the usual one, one whose last row is not at max_seq_len, the densest
+    cases={"interval128": (128, 8192), "interval100": (100, 6050), "interval1": (1, 64)},
+    claim="At every row of a table, scores through it agree with the oracle and with scores without it.",
+    reason="One wrong row is one wrong round in sixty, which no fluent text shows.",
+    tolerance="Class B against the oracle; the sum of both class B budgets between the two.",
+    remedy="Compare the row that the message names with its neighbours; then how a position finds its row.",
+    timeout_s=180,
+)  # fmt: skip
+def test_every_row(case: tuple[int, int], subject: Subject, device: str, seed: int, measure) -> None:
+    interval, longest = case
+    base = Shape(n=9, d=64, dtype="float32", offsets=(1.0, 512.0, 65536.0))
+    first = make(base, seed, device)
+    table = subject.attribute(KERNELS, "create_trig_cache")(
+        longest, interval, first.offsets, first.omega, first.keys.device
+    )
+    for t in range(interval, longest + 1, interval):
+        problem = first.changed(shape=replace(base, t=t, aggregation="max" if t // interval % 2 else "mean"))
+        cached, uncached = kernel(subject, problem, trig_cache=table).scores, kernel(subject, problem).scores
+        found = accuracy(cached, problem.case)
+        measure("error over class B budget", found.of_b, 1.0, where=f"t = {t}, {found.where}")
+        ratio = over(cached - uncached, 2 * budget_b(problem.case))
+        measure("cached from uncached, over both budgets", ratio, 1.0, where=f"t = {t}")
+
+
+@check(
+    "p5.reused", gate="hard", cases="same_table", needs=("p1.identity", "p1.triton", "p3.plan"),
+    claim="One table serves calls with other keys, statistics, weights and rounds, in the same or in other tensors.",
+    reason="A table lives as long as an engine; what it remembers of one call is wrong in the next.",
+    tolerance="Class B.",
+    remedy="Keep in a table what depends on t, the offsets and omega, and nothing else.",
+)  # fmt: skip
+def test_reused_table(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    held = make(Shape(n=33), seed, device)
+    table = _table(subject, held)
+    for number, t in enumerate((4096, 128, 8192, 4096)):
+        new = make(Shape(n=33, t=t), seed + number, device)
+        fresh = new.tensors()
+        for name, tensor in held.tensors().items():
+            tensor.copy_(fresh[name])
+        for tensors in (replace(held, shape=new.shape), new):
+            found = accuracy(kernel(subject, tensors, trig_cache=table).scores, new.case)
+            measure("error over class B budget", found.of_b, 1.0, where=f"call {number + 1}, t = {t}, {found.where}")
+
+
+@check(
+    "p5.stale", gate="soft", needs=("p1.identity", "p1.triton",),
+    cases={"omega": "omega", "offsets": "offsets"},
+    claim="A table is refused, or not used, once the tensor that it was made of holds other numbers.",
+    reason="Its rows are of the old numbers. The published API says nothing about it, so this is SOFT.",
+    tolerance="Class B, or ValueError.",
+    remedy="Keep a copy of what the table was made of, and compare contents, not objects.",
+)  # fmt: skip
+def test_stale_table(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    problem = make(Shape(n=33), seed, device)
+    table = _table(subject, problem)
+    kernel(subject, problem, trig_cache=table)  # whatever it compares, it may compare now
+    getattr(problem, case).mul_(1.5)
+    new = problem.changed()
+    try:
+        found = accuracy(kernel(subject, problem, trig_cache=table).scores, new.case)
+    except ValueError:
+        return
+    measure("error over class B budget", found.of_b, 1.0, where=found.where)
 
 
 _BETWEEN = {f"t{t}": t for t in (1, 127, 129, 5000, 8191)}
@@ -93,12 +159,10 @@ def _between(t: int, subject: Subject, device: str, seed: int):
     """Accuracy of the scores through the table at ``t``, or None where the subject raises ValueError."""
     problem = make(Shape(n=65, t=t), seed, device)
     try:
-        scores = subject.attribute(_KERNELS, "triattention_scoring")(
-            **problem.scoring_arguments(), trig_cache=_table(subject, problem)
-        )
+        call = kernel(subject, problem, trig_cache=_table(subject, problem))
     except ValueError:
         return None
-    return accuracy(scores.double().cpu().numpy(), problem.case)
+    return accuracy(call.scores, problem.case)
 
 
 @check(
@@ -125,9 +189,7 @@ def test_errors(case: int, subject: Subject, device: str, seed: int) -> None:
 def test_beyond_table(case: str, subject: Subject, device: str, seed: int) -> None:
     problem = make(Shape(n=8, t=_MAX_SEQ_LEN + _INTERVAL), seed, device)
     try:
-        subject.attribute(_KERNELS, "triattention_scoring")(
-            **problem.scoring_arguments(), trig_cache=_table(subject, problem)
-        )
+        kernel(subject, problem, trig_cache=_table(subject, problem))
     except ValueError:
         return
     raise AssertionError(f"a round at {problem.shape.t} was scored with a table that ends at {_MAX_SEQ_LEN}")
@@ -150,7 +212,7 @@ def test_plan(case: str, subject: Subject, device: str, seed: int, measure) -> N
     measure("memory off the formula", abs(table.memory_mb - 2 * 64 * 5 * 64 * 4 / 2**20), 1e-3, unit="MiB")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        subject.attribute(_KERNELS, "create_trig_cache")(
+        subject.attribute(KERNELS, "create_trig_cache")(
             _MAX_SEQ_LEN, _INTERVAL, problem.offsets, problem.omega, problem.keys.device, warn_threshold_mb=0.01
         )
     assert any(issubclass(w.category, UserWarning) for w in caught), "no UserWarning above warn_threshold_mb"

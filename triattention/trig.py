@@ -93,6 +93,11 @@ def fold(
     return Weights(re, im, norm, torch.zeros_like(content) if content is not None and disable_trig else content)
 
 
+def _versions(*tensors: torch.Tensor) -> list[int | None]:
+    """How often each was written to in place, None where torch does not count."""
+    return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 class TrigTableCache:
     """cos and sin of (t + o) omega at t = interval, 2 interval, ... up to ``max_seq_len`` (plan 3.3).
 
@@ -117,10 +122,10 @@ class TrigTableCache:
         self.compress_interval = int(compress_interval)
         self.device = torch.device(device)
         self.num_positions = self.max_seq_len // self.compress_interval
-        self.offsets = offsets.to(self.device, torch.float32)
-        self.omega = omega.to(self.device)
+        self.offsets = offsets.to(self.device, torch.float32, copy=True)
+        self.omega = omega.to(self.device, copy=True)
         self.num_offsets, self.freq_count = offsets.numel(), omega.numel()
-        self._checked = (offsets, omega)
+        self._checked = (offsets, omega, _versions(offsets, omega))
         rows = torch.arange(1, self.num_positions + 1, device=self.device, dtype=torch.float64) * self.compress_interval
         shape = (self.num_positions, self.num_offsets, self.freq_count)
         self.cos_table = torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -171,9 +176,11 @@ class TrigTableCache:
     def require_same(self, offsets: torch.Tensor, omega: torch.Tensor) -> None:
         """Raise TriAttentionError unless the table was made with these offsets and frequencies.
 
-        Values are compared once per pair of tensors: looking at a tensor on a GPU waits for it.
+        Values are compared once per pair of tensors, and again when one was written to: looking at a tensor on a GPU
+        waits for it. Of tensors made in inference mode torch does not tell whether they were written to.
         """
-        if offsets is self._checked[0] and omega is self._checked[1]:
+        versions = _versions(offsets, omega)
+        if offsets is self._checked[0] and omega is self._checked[1] and versions == self._checked[2]:
             return
         mine, given = (self.num_offsets, self.freq_count), (offsets.numel(), omega.numel())
         if mine != given:
@@ -188,7 +195,7 @@ class TrigTableCache:
             raise TriAttentionError(
                 "trig_cache was built with other offsets or another omega than the call; build it with the same ones"
             )
-        self._checked = (offsets, omega)
+        self._checked = (offsets, omega, versions)
 
     def __repr__(self) -> str:
         return (

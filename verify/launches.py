@@ -104,6 +104,24 @@ def counted() -> Iterator[list[str]]:
 
 
 @contextmanager
+def skipped() -> Iterator[list[str]]:
+    """The names of the kernels that would be launched inside the block, none of which runs or writes anything."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+
+    def skipping(run: Callable[..., Any]) -> Callable[..., Any]:
+        def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+            names.append(getattr(self.fn, "__name__", "kernel"))
+
+        return launch
+
+    with _replaced({JITFunction: skipping, InterpretedFunction: skipping}):
+        yield names
+
+
+@contextmanager
 def recorded() -> Iterator[list[tuple[Launch, ...]]]:
     """The launches inside the block, none of which runs: what the kernels would write stays unwritten.
 

@@ -66,6 +66,16 @@ def unrotated(rotated: Any, positions: np.ndarray, omega: np.ndarray, style: str
     return pairs(rotated, style) * np.exp(-1j * positions[:, None] * omega) / s
 
 
+def rotated(k0: np.ndarray, positions: np.ndarray, omega: np.ndarray, style: str) -> np.ndarray:
+    """The inverse of ``unrotated`` at s = 1: keys before RoPE, complex ``[..., N, F]``, to float64 ``[..., N, D]``."""
+    import numpy as np
+
+    turned = k0 * np.exp(1j * positions[:, None] * omega)
+    if style == "half":
+        return np.concatenate([turned.real, turned.imag], -1)
+    return np.stack([turned.real, turned.imag], -1).reshape(*turned.shape[:-1], -1)
+
+
 def scores(case: Case) -> np.ndarray:
     """The scores, float64 ``[B, H*G, N]``; query head h reads KV head ``h // G``."""
     import numpy as np

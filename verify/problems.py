@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from verify import oracle
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 #: 1, 2, 4, ..., 65536: the 17 distances of the paper.
@@ -33,6 +34,14 @@ class Shape:
     disable_trig: bool = False
     strides: str = "contiguous"
     cached: bool = False
+
+    def told(self) -> str:
+        """What differs from the default problem, in words for a failure message."""
+        here = {field.name: getattr(self, field.name) for field in fields(self)}
+        if len(self.offsets) > 3:
+            here["offsets"] = f"{len(self.offsets)} offsets"
+        changed = [f"{name}={value}" for name, value in here.items() if value != getattr(Shape(), name)]
+        return ", ".join(changed) or "the default problem"
 
 
 @dataclass(frozen=True)
@@ -72,9 +81,17 @@ class Problem:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor a scoring call is given, and the buffer around strided keys, for the check that none changes."""
-        names = ("keys", "q_mean_real", "q_mean_imag", "q_abs_mean", "freq_weight", "omega", "offsets")
         around = self.keys if self.keys._base is None else self.keys._base
-        return {name: getattr(self, name) for name in names} | self.head_stats | {"buffer of the keys": around}
+        return {name: getattr(self, name) for name in _DRAWN} | self.head_stats | {"buffer of the keys": around}
+
+    def changed(self, **parts: Any) -> Problem:
+        """The same problem with another shape, other tensors or other ``positions``; the oracle's view follows."""
+        same = {name: getattr(self, name) for name in ("shape", *_DRAWN)} | {"positions": self.case.positions}
+        return assemble(**same | parts)
+
+
+#: The tensors of a problem, from which the rest is made.
+_DRAWN = ("keys", "q_mean_real", "q_mean_imag", "q_abs_mean", "freq_weight", "omega", "offsets")
 
 
 def make(shape: Shape, seed: int, device: str) -> Problem:
@@ -100,22 +117,84 @@ def make(shape: Shape, seed: int, device: str) -> Problem:
     omega = 1.0 / (shape.theta ** (torch.arange(0, freq, dtype=torch.float32) / freq))
     offsets = torch.tensor(shape.offsets)
     positions = np.sort(np.random.default_rng(seed).choice(max(shape.t, shape.n) + 1, size=shape.n, replace=False))
+    moved = [x.to(device) for x in (keys, real, imag, a, weight, omega, offsets)]
+    return assemble(shape, *moved, positions)
+
+
+def assemble(
+    shape: Shape,
+    keys: torch.Tensor,
+    q_mean_real: torch.Tensor,
+    q_mean_imag: torch.Tensor,
+    q_abs_mean: torch.Tensor,
+    freq_weight: torch.Tensor,
+    omega: torch.Tensor,
+    offsets: torch.Tensor,
+    positions: np.ndarray,
+) -> Problem:
+    """The problem of these tensors, which are on one device, with keys restrided as ``shape`` says."""
+    import torch
+
+    real, imag, a, weight, frequencies, distances = (
+        x.double().cpu().numpy() for x in (q_mean_real, q_mean_imag, q_abs_mean, freq_weight, omega, offsets)
+    )
     case = oracle.Case(
-        k0=oracle.unrotated(keys.double().numpy(), positions, omega.double().numpy(), shape.style),
+        k0=oracle.unrotated(keys.double().cpu().numpy(), positions, frequencies, shape.style),
         positions=positions,
-        m=real.double().numpy() + 1j * imag.double().numpy(),
-        a=a.double().numpy(),
-        w=weight.double().numpy(),
-        omega=omega.double().numpy(),
-        offsets=offsets.double().numpy(),
+        m=real + 1j * imag,
+        a=a,
+        w=weight,
+        omega=frequencies,
+        offsets=distances,
         t=shape.t,
         aggregation=shape.aggregation,
         disable_mlr=shape.disable_mlr,
         disable_trig=shape.disable_trig,
     )
-    moved = [x.to(device) for x in (real, imag, a, weight, omega, offsets)]
-    head_stats = {"q_mean_complex": torch.stack(moved[:2], -1), "q_abs_mean": moved[2]}
-    return Problem(shape, restride(keys.to(device), shape.strides), *moved, case, head_stats)
+    head_stats = {"q_mean_complex": torch.stack([q_mean_real, q_mean_imag], -1), "q_abs_mean": q_abs_mean}
+    keys = restride(keys, shape.strides)
+    return Problem(shape, keys, q_mean_real, q_mean_imag, q_abs_mean, freq_weight, omega, offsets, case, head_stats)
+
+
+#: What ``drawn`` draws from unless told otherwise, the simplest first: tails of any block, head dims with and without
+#: padding, odd positions, every stride.
+_CHOICES = {
+    "n": (33, 1, 31, 64, 65, 129, 200),
+    "d": (64, 96, 128, 256),
+    "b": (1, 2, 3),
+    "h": (1, 2, 3),
+    "t": (64, 0, 1, 255, 4097, 32767),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "style": ("half", "interleaved"),
+    "aggregation": ("mean", "max"),
+    "offsets": ((1.0, 2.0, 4.0), (1.0,), OFFSETS_17),
+    "theta": (1e4, 1e6),
+    "strides": ("contiguous", "transposed", "sliced", "spread"),
+}
+
+
+def drawn(seed: int, count: int, **choices: tuple[Any, ...]) -> list[Shape]:
+    """At most ``count`` shapes drawn by hypothesis from ``seed`` alone, the least work first; ``choices`` by field.
+
+    They are drawn before any is tried: hypothesis runs a failing example again, and a numeric check is never retried.
+    """
+    from hypothesis import HealthCheck, Phase, given, settings, strategies
+    from hypothesis import seed as seeded
+
+    shapes: dict[Shape, None] = {}
+    fields_of = {name: strategies.sampled_from(values) for name, values in (_CHOICES | choices).items()}
+
+    @seeded(seed)
+    @settings(
+        max_examples=count, database=None, deadline=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(strategies.builds(Shape, **fields_of))
+    def note(shape: Shape) -> None:
+        shapes[shape] = None
+
+    note()
+    return sorted(shapes, key=lambda shape: shape.b * shape.h * shape.n * shape.d * len(shape.offsets))
 
 
 def restride(x: torch.Tensor, strides: str) -> torch.Tensor:

@@ -66,6 +66,32 @@ def budget_b(case: Case) -> np.ndarray:
     return budget_a(case) + 2 * UNIT * oracle.phase_sum(case)
 
 
+def budget_pre_rope(case: Case) -> np.ndarray:
+    """Allowed error of a score made from float32 amplitudes and phases of keys before RoPE, ``[B, H*G, N]``.
+
+    Class B, and once more class A's 8 units: a complex product is off by 2.3 units of its size, a modulus by one more,
+    an angle of up to pi by pi.
+    """
+    return budget_b(case) + budget_a(case)
+
+
+def key_rounding(case: Case) -> np.ndarray:
+    """By how much a score may move when its key is rounded to float32 once, ``[B, H*G, N]``.
+
+    Each part of a pair moves by at most 2^-24 of itself, so a pair by 2^-24 |k_f|, and the score by 2^-24 T.
+    """
+    from verify import oracle
+
+    return UNIT * oracle.term_sum(case)
+
+
+def over(error: Any, allowed: np.ndarray) -> float:
+    """The largest error over what is allowed there; NaN where an error is NaN, 0 where nothing is off by nothing."""
+    import numpy as np
+
+    return float(np.max(_ratio(np.abs(np.asarray(error, dtype=np.float64)), allowed)))
+
+
 def accuracy(got: Any, case: Case) -> Accuracy:
     """Compare the scores ``[B, H*G, N]`` of a subject with the oracle's. Raises AssertionError for another shape."""
     import numpy as np

@@ -1,0 +1,191 @@
+"""Phase 4, the published helper functions of ``methods.pruning_utils``: scores from unrotated keys, RoPE, offsets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from verify import check, oracle
+from verify.guarded import call
+from verify.problems import Shape, drawn, make
+from verify.subject import Subject
+from verify.tolerance import CLASS_A_UNITS, UNIT, budget_pre_rope, over
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_UTILITIES = "methods.pruning_utils"
+_ONE_HEAD = {"b": (1,), "h": (1,), "dtype": ("float32",), "strides": ("contiguous",)}
+
+
+@check(
+    "p4.pre_rope", gate="hard",
+    cases={
+        "mean": {}, "max": {"aggregation": "max"}, "interleaved": {"style": "interleaved"},
+        "no_mlr": {"disable_mlr": True}, "no_trig": {"disable_trig": True},
+    },
+    claim="score_keys_for_round over compute_frequency_statistics_from_means agrees with the oracle.",
+    reason="It is the paper's own form, from keys before RoPE and their positions; calibration tools rank keys by it.",
+    tolerance="Class B, and 8 x 2^-24 T more for amplitudes and phases that are handed over in float32.",
+    remedy="Check the sign of the distance (t + o - p), the conjugate in m conj k, and what disable_mlr leaves.",
+)  # fmt: skip
+def test_scores_from_unrotated_keys(case: dict[str, Any], subject: Subject, device: str, seed: int, measure) -> None:
+    statistics = subject.attribute(_UTILITIES, "compute_frequency_statistics_from_means")
+    score = subject.attribute(_UTILITIES, "score_keys_for_round")
+    import torch
+
+    choices = {name: (value,) for name, value in ({"style": "half", "aggregation": "mean"} | case).items()}
+    for shape in drawn(seed, 8, **_ONE_HEAD, **choices):
+        problem = make(shape, seed, device)
+        exact = replace(problem.case, k0=oracle.pairs(problem.keys.cpu().numpy(), shape.style))
+        m = torch.complex(problem.q_mean_real, problem.q_mean_imag)[0]
+        positions = torch.from_numpy(exact.positions).to(device)
+
+        def scores(problem=problem, shape=shape, m=m, positions=positions) -> Any:
+            amplitude, phase, extra = statistics(
+                m, problem.q_abs_mean[0], problem.keys[0, 0], style=shape.style, disable_mlr=shape.disable_mlr
+            )
+            return score(
+                positions, shape.t, amplitude, phase, problem.omega, extra, problem.offsets, shape.aggregation,
+                problem.freq_weight[0], disable_trig=shape.disable_trig,
+            )  # fmt: skip
+
+        found = call(scores, problem.tensors() | {"key_indices": positions, "q_mean_complex": torch.view_as_real(m)})
+        assert not found.changed, f"it wrote to {', '.join(found.changed)}"
+        error = found.scores.reshape(1, 1, -1) - oracle.scores(exact)
+        measure("error over the budget", over(error, budget_pre_rope(exact)), 1.0, where=shape.told())
+
+
+_STYLES = {"half": "half", "interleaved": "interleaved"}
+_SCALINGS = {"plain": 1.0, "yarn": 1.2079}
+
+
+@check(
+    "p4.rotary_pairs", gate="hard", cases=_STYLES,
+    claim="to_complex_pairs pairs the dims of a head as rope_style says, and rotate_half multiplies every pair by i.",
+    reason="Everything else is computed from these pairs; the other layout correlates with this one by half.",
+    tolerance="Exact: nothing is computed but a sign.",
+    remedy="half pairs (f, f + D/2), interleaved (2f, 2f + 1); i (a + ib) is -b + ia.",
+)  # fmt: skip
+def test_rotary_pairs(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    pairs = subject.attribute(_UTILITIES, "to_complex_pairs")
+    turn = subject.attribute(_UTILITIES, "rotate_half")
+    for shape in drawn(seed, 8):
+        keys = make(shape, seed, device).keys
+        want = oracle.pairs(keys.double().cpu().numpy(), case)
+        got = call(lambda keys=keys: (pairs(keys, style=case), turn(keys, style=case)), {"tensor": keys}).result
+        measure("pairs that differ", int((_numbers(got[0]) != want).sum()), 0, where=shape.told())
+        turned = oracle.pairs(got[1].double().cpu().numpy(), case)
+        measure("turned pairs that differ", int((turned != 1j * want).sum()), 0, where=shape.told())
+
+
+def _numbers(tensor: Any) -> np.ndarray:
+    return tensor.cpu().numpy().astype("complex128")
+
+
+@check(
+    "p4.invert_rope", gate="hard",
+    cases={f"{style}-{name}": (style, scaling) for style in _STYLES for name, scaling in _SCALINGS.items()},
+    claim="invert_rope gives the key before RoPE, without the attention scaling that the cached key carries.",
+    reason="A scaling that stays in, or is taken out once too often, weighs every key of a YaRN model wrongly.",
+    tolerance="8 x 2^-24 of each pair: two products, a sum, a division, and cos and sin rounded once.",
+    remedy="cos and sin of the rotary module carry the scaling, and so does the key: divide by its square.",
+)  # fmt: skip
+def test_invert_rope(case: tuple[str, float], subject: Subject, device: str, seed: int, measure) -> None:
+    import numpy as np
+    import torch
+
+    style, scale = case
+    invert = subject.attribute(_UTILITIES, "invert_rope")
+    for shape in drawn(seed, 8, style=(style,), **_ONE_HEAD):
+        problem = make(shape, seed, device)
+        angle = problem.case.positions[:, None] * problem.case.omega
+        spread = {"half": lambda x: np.concatenate([x, x], -1), "interleaved": lambda x: np.repeat(x, 2, -1)}[style]
+        cos, sin = (
+            torch.from_numpy(scale * spread(part)).to(device, torch.float32) for part in (np.cos(angle), np.sin(angle))
+        )
+        got = call(
+            lambda keys=problem.keys, cos=cos, sin=sin: invert(keys, cos, sin, scale, style=style),
+            {"rotated": problem.keys, "cos": cos, "sin": sin},
+        )
+        want = problem.case.k0 / scale
+        error = abs(oracle.pairs(got.scores, style) - want)
+        measure("error over 8 x 2^-24", over(error, CLASS_A_UNITS * UNIT * abs(want)), 1.0, where=shape.told())
+
+
+@check(
+    "p4.offsets", gate="hard", cases={f"max{n}": n for n in (1, 2, 5, 65535, 65536, 100_000)},
+    claim="build_geometric_offsets gives 1, 2, 4, ... up to and including the maximum.",
+    reason="The offsets are the distances at which a key is asked for; one too many or too few is another method.",
+    tolerance="Exact: powers of two.",
+    remedy="65536 gives 17 offsets, 65535 gives 16.",
+)  # fmt: skip
+def test_offsets(case: int, subject: Subject, device: str, seed: int) -> None:
+    offsets = subject.attribute(_UTILITIES, "build_geometric_offsets")(case, device)
+    want = [float(1 << i) for i in range(case.bit_length())]
+    assert offsets.device.type == device, f"the offsets are on {offsets.device} and {device} was asked for"
+    assert offsets.tolist() == want, f"the offsets up to {case} are {offsets.tolist()}, expected {want}"
+
+
+@check(
+    "p4.frequency_scaling", gate="hard", cases=_SCALINGS,
+    claim="compute_frequency_scaling is the square of the attention scaling at every frequency.",
+    reason="It weighs unrotated keys: the query carries one factor of the scaling and the key the other.",
+    tolerance="8 x 2^-24 of the value.",
+    remedy="Square the rotary module's attention_scaling; cached keys, which carry one factor, need it once.",
+)  # fmt: skip
+def test_frequency_scaling(case: float, subject: Subject, device: str, seed: int, measure) -> None:
+    import torch
+
+    class Rotary(torch.nn.Module):
+        """A rotary module as transformers has it: it returns cos and sin times its attention scaling."""
+
+        attention_scaling = case
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("inv_freq", 10000.0 ** -(torch.arange(0, 64, 2, device=device) / 64))
+
+        def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            angle = position_ids[..., None].float() * self.inv_freq
+            both = torch.cat([angle, angle], -1)
+            return (both.cos() * case).to(x.dtype), (both.sin() * case).to(x.dtype)
+
+    found = subject.attribute(_UTILITIES, "compute_frequency_scaling")(Rotary(), 64, torch.float32, device)
+    assert tuple(found.shape) == (32,), f"the scaling has shape {tuple(found.shape)}, expected (32,)"
+    error = abs(found.double().cpu().numpy() - case**2).max()
+    measure("error over 8 x 2^-24", error / (CLASS_A_UNITS * UNIT * case**2), 1.0)
+
+
+@check(
+    "p4.statistics_file", gate="hard", cases="round_trip",
+    claim="What save_head_frequency_stats writes, load_head_frequency_stats reads, head by head and to the bit.",
+    reason="A file whose heads are read in another order scores every layer with another's wishes, without a word.",
+    tolerance="Exact: float32 in, float32 out.",
+    remedy="Look up a head by its layer and number, not by its place in the file.",
+)  # fmt: skip
+def test_statistics_file(case: str, subject: Subject, device: str, seed: int, tmp_path: Path) -> None:
+    import torch
+
+    save = subject.attribute(_UTILITIES, "save_head_frequency_stats")
+    load = subject.attribute(_UTILITIES, "load_head_frequency_stats")
+    problem = make(Shape(n=1, h=33), seed, device)  # more than one digit, so that an order of names is not one of heads
+    heads = [(number % 11, number // 11) for number in range(33)]
+    means = torch.complex(problem.q_mean_real, problem.q_mean_imag)
+    given = {
+        head: SimpleNamespace(q_mean_complex=means[row], q_abs_mean=problem.q_abs_mean[row])
+        for row, head in enumerate(heads)
+    }
+    save(tmp_path / "statistics.pt", heads, given, {"head_dim": 128, "note": "kept"})
+    metadata, found = load(tmp_path / "statistics.pt", device)
+    assert metadata.get("note") == "kept", f"the metadata has {sorted(metadata)}, and not what was given"
+    assert set(found) == set(given), f"{len(found)} heads were read of {len(given)}"
+    wrong = [
+        head
+        for head, one in given.items()
+        if not torch.equal(found[head].q_mean_complex, one.q_mean_complex)
+        or not torch.equal(found[head].q_abs_mean, one.q_abs_mean)
+    ]
+    assert not wrong, f"(layer, head) {wrong[0]} and {len(wrong) - 1} others were read with other numbers"

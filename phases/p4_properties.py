@@ -1,0 +1,354 @@
+"""Phase 4, families of properties: what must hold between scores of related problems, whatever their shape.
+
+hypothesis draws the shapes from the check's seed. A score is compared with the score of another problem, and the error
+of each may be its class B budget, so a fault has to be the same in both to hide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from verify import check, oracle, skip
+from verify.guarded import PATHS, engine
+from verify.problems import Problem, Shape, drawn, make
+from verify.subject import Subject
+from verify.tolerance import accuracy, budget_b, key_rounding, over
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_CASES = dict(zip(PATHS, PATHS, strict=True))
+_EXAMPLES = 8
+
+_BOTH = "The sum of the class B budgets of the scores compared"
+_FAMILY: dict[str, Any] = {"gate": "hard", "needs": ("p1.identity", "p1.triton"), "timeout_s": 180}
+
+
+def _scores(subject: Subject, path: str, problem: Problem) -> np.ndarray:
+    return engine(subject, path, problem).scores
+
+
+def _where(path: str, shape: Shape) -> str:
+    return f"{PATHS[path]} path, {shape.told()}"
+
+
+def _draw(seed: int) -> np.random.Generator:
+    import numpy as np
+
+    return np.random.default_rng(seed)
+
+
+def _rekeyed(problem: Problem, keys: np.ndarray, **parts: Any) -> Problem:
+    """The problem with other keys ``[B, H, N, D]``, rounded to float32."""
+    import torch
+
+    keys = torch.from_numpy(keys).to(problem.keys.device, torch.float32)
+    return problem.changed(keys=keys, shape=replace(problem.shape, dtype="float32"), **parts)
+
+
+@check(
+    "p4.drawn", cases=_CASES, **_FAMILY,
+    claim="Scores of drawn shapes agree with the oracle: sizes, head dims, dtypes, layouts, strides, odd positions.",
+    reason="Cases that somebody chose leave out what nobody thought of.",
+    tolerance="Class B, as in p4.triton_oracle.",
+    remedy="Repeat with the shape in the message; change one field at a time towards the default.",
+)  # fmt: skip
+def test_drawn_shapes(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    for shape in drawn(seed, 3 * _EXAMPLES):
+        problem = make(shape, seed, device)
+        found = accuracy(_scores(subject, case, problem), problem.case)
+        measure("error over class B budget", found.of_b, 1.0, where=f"{_where(case, shape)}, {found.where}")
+
+
+@check(
+    "p4.shift", cases=_CASES, **_FAMILY,
+    claim="Scores stay the same when t and the position of every key move by the same amount.",
+    reason="A score depends on distances alone; one that depends on where a text begins ranks a long context wrongly.",
+    tolerance=f"{_BOTH}, and 2^-24 T, because the moved keys are rounded to float32 once.",
+    remedy="Look at how t enters the phases: a table row, a modulus, an integer type.",
+)  # fmt: skip
+def test_shift(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    by = 2 * (seed % 4096) + 1
+    for shape in drawn(seed, _EXAMPLES, dtype=("float32",)):
+        here = make(shape, seed, device)
+        moved = here.case.shifted(by)
+        keys = oracle.rotated(moved.k0, moved.positions, moved.omega, shape.style)
+        there = _rekeyed(here, keys, positions=moved.positions).changed(shape=replace(shape, t=moved.t))
+        difference = _scores(subject, case, there) - _scores(subject, case, here)
+        allowed = budget_b(here.case) + budget_b(there.case) + key_rounding(here.case)
+        measure("difference over both budgets", over(difference, allowed), 1.0, where=f"{_where(case, shape)} + {by}")
+
+
+@check(
+    "p4.key_phase", cases=_CASES, **_FAMILY,
+    claim="Turning the phase of the keys changes the scores by what the oracle predicts, which is not little.",
+    reason="A score of norms alone is plausible, and it is not this method.",
+    tolerance=f"{_BOTH}, for the change; the predicted change is at least 1 % of T for some key.",
+    remedy="Check that the two parts of a pair are paired as rope_style says, and the sign of the phase.",
+)  # fmt: skip
+def test_key_phase(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    import numpy as np
+
+    for shape in drawn(seed, _EXAMPLES, dtype=("float32",)):
+        here = make(shape, seed, device)
+        turn = np.exp(1j * _draw(seed).uniform(0.5, 2.5, here.case.k0.shape))
+        keys = oracle.rotated(here.case.k0 * turn, here.case.positions, here.case.omega, shape.style)
+        there = _rekeyed(here, keys)
+        predicted = oracle.scores(there.case) - oracle.scores(here.case)
+        assert (abs(predicted) > 0.01 * oracle.term_sum(here.case)).any(), "the turn is too small to test anything"
+        change = _scores(subject, case, there) - _scores(subject, case, here)
+        allowed = budget_b(here.case) + budget_b(there.case)
+        measure("change off the predicted one", over(change - predicted, allowed), 1.0, where=_where(case, shape))
+
+
+@check(
+    "p4.linear", cases=_CASES, **_FAMILY,
+    claim="The mean over the offsets of the trigonometric part is linear in the key.",
+    reason="Folding the offsets into one weight is exact for this reason only.",
+    tolerance="The class B budgets of the three scores, weighted alike, and 2^-24 T for rounding the combined key.",
+    remedy="Look for a clamp, an absolute value or an epsilon in the first term.",
+)  # fmt: skip
+def test_linear(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    import torch
+
+    for shape in drawn(seed, _EXAMPLES, dtype=("float32",), aggregation=("mean",)):
+        one = make(shape, seed, device)
+        # one part of each mean is 0, so that |m| is exact and a = |m| leaves the first term alone
+        real = torch.arange(shape.d // 2, device=device) % 2 == 0
+        parts = {"q_mean_real": one.q_mean_real * real, "q_mean_imag": one.q_mean_imag * ~real}
+        one = one.changed(**parts, q_abs_mean=sum(abs(part) for part in parts.values()))
+        other = one.changed(keys=make(shape, seed + 1, device).keys)
+        both = one.changed(keys=2.0 * one.keys - 0.75 * other.keys)
+        a, b, c = (_scores(subject, case, problem) for problem in (one, other, both))
+        allowed = 2.0 * budget_b(one.case) + 0.75 * budget_b(other.case) + budget_b(both.case)
+        ratio = over(c - (2.0 * a - 0.75 * b), allowed + key_rounding(both.case))
+        measure("difference over the budgets", ratio, 1.0, where=_where(case, shape))
+
+
+_AXES = {"rows": 0, "heads": 1, "keys": 2}
+
+
+@check(
+    "p4.permute", **_FAMILY,
+    cases={f"{path}-{axis}": (path, number) for path in PATHS for axis, number in _AXES.items()},
+    claim="Permuting keys, heads (with their statistics) or batch rows permutes the scores.",
+    reason="What a key scores must not depend on which keys, heads or rows stand beside it, or where it stands.",
+    tolerance=f"{_BOTH}.",
+    remedy="Look for a mask, a block or a stride that treats the first or last row, head or key differently.",
+)  # fmt: skip
+def test_permute(case: tuple[str, int], subject: Subject, device: str, seed: int, measure) -> None:
+    import torch
+
+    path, axis = case
+    several = {0: {"b": (3, 2)}, 1: {"h": (3, 2)}, 2: {}}[axis]
+    for shape in drawn(seed, _EXAMPLES, **several):
+        here = make(shape, seed, device)
+        order = torch.from_numpy(_draw(seed).permutation(here.keys.shape[axis])).to(device)
+        names = ("q_mean_real", "q_mean_imag", "q_abs_mean", "freq_weight") if axis == 1 else ()
+        parts = {name: getattr(here, name)[order] for name in names}
+        positions = here.case.positions[order.cpu().numpy()] if axis == 2 else here.case.positions
+        there = here.changed(keys=here.keys.index_select(axis, order), positions=positions, **parts)
+        want = _scores(subject, path, here).take(order.cpu().numpy(), axis)
+        difference = _scores(subject, path, there) - want
+        allowed = budget_b(there.case) + budget_b(here.case).take(order.cpu().numpy(), axis)
+        measure("difference over both budgets", over(difference, allowed), 1.0, where=_where(path, shape))
+
+
+@check(
+    "p4.zero", cases=_CASES, **_FAMILY,
+    claim="Statistics that are zero give scores that are exactly zero.",
+    reason="An epsilon under a square root makes something out of nothing, by which keys are then ranked.",
+    tolerance="0: the class B budget of a score without terms.",
+    remedy="Take epsilons out of the norms; nothing is divided by them.",
+)  # fmt: skip
+def test_zero(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    for shape in drawn(seed, _EXAMPLES):
+        here = make(shape, seed, device)
+        zero = {name: getattr(here, name) * 0 for name in ("q_mean_real", "q_mean_imag", "q_abs_mean")}
+        scores = _scores(subject, case, here.changed(**zero))
+        measure("largest score", abs(scores).max(), 0.0, where=_where(case, shape))
+
+
+@check(
+    "p4.scale", **_FAMILY,
+    cases={
+        f"{path}-{what}": (path, names)
+        for path in PATHS
+        for what, names in {
+            "weights": ("freq_weight",), "statistics": ("q_mean_real", "q_mean_imag", "q_abs_mean"), "keys": ("keys",)
+        }.items()
+    },
+    claim="Scores grow in proportion to the weights, to the statistics and to the keys.",
+    reason="A weight that is squared or dropped is 1 in most tests, and is not 1 where RoPE is scaled.",
+    tolerance=f"{_BOTH}; the factor is a power of two, so that nothing else is rounded.",
+    remedy="freq_scale_sq is the weight, used as given; look for its square, its root, or a clamp.",
+)  # fmt: skip
+def test_scale(case: tuple[str, tuple[str, ...]], subject: Subject, device: str, seed: int, measure) -> None:
+    path, names = case
+    for shape in drawn(seed, _EXAMPLES):
+        here = make(shape, seed, device)
+        there = here.changed(**{name: 4.0 * getattr(here, name) for name in names})
+        difference = _scores(subject, path, there) - 4.0 * _scores(subject, path, here)
+        allowed = budget_b(there.case) + 4.0 * budget_b(here.case)
+        measure("difference over both budgets", over(difference, allowed), 1.0, where=_where(path, shape))
+
+
+def _mean_and_max(subject: Subject, path: str, shape: Shape, seed: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+    """max - mean of the scores of a shape, and by how much honest errors may move it."""
+    both = [make(replace(shape, aggregation=aggregation), seed, device) for aggregation in ("max", "mean")]
+    largest, mean = (_scores(subject, path, problem) for problem in both)
+    return largest - mean, sum(budget_b(problem.case) for problem in both)
+
+
+@check(
+    "p4.one_offset", cases=_CASES, **_FAMILY,
+    claim="With one offset the mean and the maximum over the offsets are the same score.",
+    reason="The two are often two kernels; one offset is where they must meet.",
+    tolerance=f"{_BOTH}.",
+    remedy="Look at what the mean divides by, and at what the maximum begins with.",
+)  # fmt: skip
+def test_one_offset(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    for shape in drawn(seed, _EXAMPLES, offsets=((1.0,), (3.0,), (65536.0,))):
+        difference, allowed = _mean_and_max(subject, case, shape, seed, device)
+        measure("difference over both budgets", over(difference, allowed), 1.0, where=_where(case, shape))
+
+
+@check(
+    "p4.max_mean", cases=_CASES, **_FAMILY,
+    claim="The maximum over the offsets is nowhere below the mean, and somewhere above it.",
+    reason="A maximum that leaves out an offset, or is taken per frequency, can pass for a mean.",
+    tolerance=f"{_BOTH}.",
+    remedy="Check that the maximum is taken of whole scores, over every offset.",
+)  # fmt: skip
+def test_max_is_not_below_mean(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    import numpy as np
+
+    for shape in drawn(seed, _EXAMPLES, offsets=((1.0, 2.0, 4.0), tuple(float(1 << i) for i in range(17)))):
+        above, allowed = _mean_and_max(subject, case, shape, seed, device)
+        ratio = over(np.minimum(above, 0.0), allowed)
+        measure("mean above the maximum, over both budgets", ratio, 1.0, where=_where(case, shape))
+        assert (above > allowed).any(), f"the maximum is the mean: {_where(case, shape)}"
+
+
+@check(
+    "p4.layout", cases=_CASES, **_FAMILY,
+    claim="Keys in the half layout score as the same keys with their pairs interleaved do.",
+    reason="The wrong layout pairs a real part with another's: scores correlate by half and look plausible.",
+    tolerance=f"{_BOTH}.",
+    remedy="half pairs (f, f + D/2), interleaved (2f, 2f + 1); see which of the two a call got.",
+)  # fmt: skip
+def test_layout(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    for shape in drawn(seed, _EXAMPLES, style=("half",)):
+        half = make(shape, seed, device)
+        keys = half.keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        pairs = half.changed(keys=keys, shape=replace(shape, style="interleaved"))
+        difference = _scores(subject, case, pairs) - _scores(subject, case, half)
+        allowed = budget_b(half.case) + budget_b(pairs.case)
+        measure("difference over both budgets", over(difference, allowed), 1.0, where=_where(case, shape))
+
+
+@check(
+    "p4.chunked", cases=_CASES, **_FAMILY,
+    claim="Keys that are scored in pieces get the scores they get together.",
+    reason="A keep set must not depend on how scoring was tiled; engines score pages, chunks and whole caches.",
+    tolerance=f"{_BOTH}.",
+    remedy="Look for what is taken from the length of the call: a round start, a normalisation, a block's tail.",
+)  # fmt: skip
+def test_chunked(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    import numpy as np
+
+    for shape in drawn(seed, _EXAMPLES, n=(65, 33, 64, 129, 200)):
+        whole = make(shape, seed, device)
+        cuts = np.sort(_draw(seed).choice(np.arange(1, shape.n), 2, replace=False))
+        pieces = [
+            whole.changed(
+                keys=whole.keys[:, :, part], positions=whole.case.positions[part],
+                shape=replace(shape, n=part.stop - part.start),
+            )
+            for part in (slice(0, cuts[0]), slice(cuts[0], cuts[1]), slice(cuts[1], shape.n))
+        ]  # fmt: skip
+        joined = np.concatenate([_scores(subject, case, piece) for piece in pieces], -1)
+        difference = joined - _scores(subject, case, whole)
+        ratio = over(difference, 2 * budget_b(whole.case))
+        measure("difference over both budgets", ratio, 1.0, where=f"{_where(case, shape)}, cut at {cuts.tolist()}")
+
+
+@check(
+    "p4.reused", cases=_CASES, **_FAMILY,
+    claim="A second call with the same tensors, which hold other numbers by then, scores those numbers.",
+    reason="Serving writes into the same buffers for ever; what is remembered by address or object is soon stale.",
+    tolerance="Class B, against the oracle of the new numbers.",
+    remedy="Remember nothing by a tensor's identity or address, or compare its contents.",
+)  # fmt: skip
+def test_reused_buffers(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+    for shape in drawn(seed, _EXAMPLES):
+        held = make(shape, seed, device)
+        _scores(subject, case, held)
+        # at the same moment, by which something may be remembered too, and at another
+        for later in (0, 3):
+            new = make(replace(shape, t=shape.t + later, theta=5e5), seed + 1 + later, device)
+            fresh = new.tensors()
+            for name, tensor in held.tensors().items():
+                tensor.copy_(fresh[name])
+            found = accuracy(_scores(subject, case, replace(held, shape=new.shape, case=new.case)), new.case)
+            measure("error over class B budget", found.of_b, 1.0, where=f"{_where(case, shape)}, {found.where}")
+
+
+@check(
+    "p4.not_finite", **_FAMILY,
+    cases={f"{path}-{name}": (path, float(name)) for path in PATHS for name in ("nan", "inf")},
+    claim="A key with a NaN or Inf in it gets a score that is not finite, and touches the score of no other key.",
+    reason="The plan's HARD gate 3.1 asks for finite scores; a path that makes a number of a NaN blinds it.",
+    tolerance="Not finite for the bad keys; class B for the others.",
+    remedy="Take out nan_to_num, clamps, and maxima that drop NaN; mask tails before they are summed.",
+)  # fmt: skip
+def test_not_finite(case: tuple[str, float], subject: Subject, device: str, seed: int, measure) -> None:
+    path, value = case
+    for shape in drawn(seed, _EXAMPLES, n=(33, 31, 64, 65, 129, 200)):
+        good = make(shape, seed, device)
+        bad = _draw(seed).choice(shape.n, 3, replace=False)
+        keys = good.keys.clone()
+        keys[:, :, bad.tolist(), seed % shape.d] = value
+        scores = _scores(subject, path, replace(good, keys=keys))
+        finite = abs(scores[:, :, bad]) < float("inf")
+        assert not finite.any(), f"{int(finite.sum())} keys with a {value} got a finite score: {_where(path, shape)}"
+        scores[:, :, bad] = oracle.scores(good.case)[:, :, bad]
+        found = accuracy(scores, good.case)
+        measure(
+            "error of the others over class B budget", found.of_b, 1.0, where=f"{_where(path, shape)}, {found.where}"
+        )
+
+
+#: Two strides reach over 2^31 elements, one does not, so the product of an index and a stride is what overflows.
+_FAR = 2**30 + 64
+
+
+@check(
+    "p4.large", **_FAMILY, needs_gpu=True,
+    cases={f"{path}-{axis}": (path, number) for path in PATHS for axis, number in _AXES.items()},
+    claim="Keys beyond 2^31 elements from the first are scored like any other, along each axis.",
+    reason="A cache of a long context or a large batch is that large; an index of 32 bits wraps and reads other keys.",
+    tolerance="Class B.",
+    remedy="Form addresses in int64: cast the index before it is multiplied with a stride.",
+)  # fmt: skip
+def test_large_indices(case: tuple[str, int], subject: Subject, device: str, seed: int, measure) -> None:
+    import torch
+
+    path, axis = case
+    shape = Shape(b=3, h=3, n=3, t=64, d=64, offsets=(1.0, 2.0, 4.0))
+    strides = [9 * 64, 3 * 64, 64, 1]
+    strides[axis] = _FAR
+    # an index that wraps lands 2^31 elements below the first key, still inside
+    elements = 2**31 + 2 * _FAR + 2**16
+    needed, free = 2 * elements, torch.cuda.mem_get_info()[0]
+    if free < needed + 2**30:
+        skip("VRAM", f"the keys span {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free")
+    problem = make(shape, seed, device)
+    buffer = torch.empty(elements, dtype=torch.bfloat16, device=device).untyped_storage()
+    # no view of a tensor, which would be copied to be compared: the memory is not there twice
+    far = torch.empty(0, dtype=torch.bfloat16, device=device).set_(buffer, 2**31, problem.keys.shape, strides)
+    far.copy_(problem.keys)
+    assert torch.equal(far, problem.keys), "torch does not reach that far here"
+    found = accuracy(_scores(subject, path, replace(problem, keys=far)), problem.case)
+    measure("error over class B budget", found.of_b, 1.0, where=f"{PATHS[path]} path, {found.where}")
