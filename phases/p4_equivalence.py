@@ -7,7 +7,7 @@ from dataclasses import replace
 from verify import check
 from verify.problems import Problem, Shape, make
 from verify.subject import Subject
-from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, budget_a
+from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, paths_differ
 
 _PATHS = {"triton": "Triton", "pytorch": "PyTorch"}
 
@@ -125,9 +125,10 @@ def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: i
 def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: int, measure) -> None:
     shape = Shape(n=256, h=4, t=256, offsets=(1.0, 2.0, 4.0, 8.0, 16.0))
     problem = make(shape, seed, device)
-    difference = (_triton(subject, problem) - _engine(subject, "pytorch", problem)).abs().double().cpu().numpy()
-    measure("max |Triton - PyTorch|", difference.max(), PLAN_MAX_DIFF)
-    measure("difference over twice the class A budget", float((difference / (2 * budget_a(problem.case))).max()), 1.0)
+    scores = (_triton(subject, problem), _engine(subject, "pytorch", problem))
+    difference, over_budget = paths_differ(*(path.double().cpu().numpy() for path in scores), problem.case)
+    measure("max |Triton - PyTorch|", difference, PLAN_MAX_DIFF)
+    measure("difference over twice the class A budget", over_budget, 1.0)
 
 
 @check(

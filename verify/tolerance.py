@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from verify import planted
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -74,12 +76,56 @@ def accuracy(got: Any, case: Case) -> Accuracy:
     want = oracle.scores(case)
     got = np.asarray(got, dtype=np.float64)
     assert got.shape == want.shape, f"the scores have shape {got.shape}, expected {want.shape}"
+    allowed = budget_b(case)
+    got = _judged(got, want, allowed)
     error = np.abs(got - want)
     relative = _ratio(error, budget_a(case)) * CLASS_A_UNITS
     worst = np.unravel_index(int(np.argmax(np.where(np.isnan(relative), np.inf, relative))), relative.shape)
     place = "row {}, query head {}, key {}".format(*(int(i) for i in worst))
-    of_b = float(np.max(_ratio(error, budget_b(case))))
+    of_b = float(np.max(_ratio(error, allowed)))
     return Accuracy(float(relative[worst]), of_b, float(error.max()), f"{place} (oracle {want[worst]:.6g})")
+
+
+def paths_differ(one: Any, other: Any, case: Case) -> tuple[float, float]:
+    """How far two results of one problem, ``[B, H*G, N]``, are apart: absolutely, and over twice class A's error.
+
+    The one may be ``PLAN_MAX_DIFF``, the other 1: each path may be off by class A's error.
+    """
+    import numpy as np
+
+    one, other = (np.asarray(scores, dtype=np.float64) for scores in (one, other))
+    allowed = 2 * budget_a(case)
+    difference = np.abs(_judged(one, other, np.minimum(allowed, PLAN_MAX_DIFF)) - other)
+    return float(difference.max()), float(np.max(_ratio(difference, allowed)))
+
+
+def matmul_ratio(got: Any, a: Any, b: Any) -> float:
+    """Largest error of a bf16 product ``[M, N]`` of float64 ``[M, K]`` and ``[K, N]`` over its budget; at most 1.
+
+    Each output is one bf16 rounding, 2^-8 relative, of a sum whose fp32 accumulation adds K x 2^-24 of its terms.
+    """
+    import numpy as np
+
+    got, a, b = (np.asarray(x, dtype=np.float64) for x in (got, a, b))
+    exact, terms = a @ b, np.abs(a) @ np.abs(b)
+    return _worst(got, exact, np.abs(exact) * 2.0**-8 + terms * a.shape[1] * UNIT)
+
+
+def _judged(got: np.ndarray, want: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """``got``, with an error in it where one is planted."""
+    import numpy as np
+
+    def over(result: np.ndarray) -> float:
+        return float(np.max(_ratio(np.abs(result - want), allowed)))
+
+    return planted.judged(got, planted.element(got, allowed), over)
+
+
+def _worst(got: np.ndarray, want: np.ndarray, allowed: np.ndarray) -> float:
+    """Largest error of an element over what it may be off by."""
+    import numpy as np
+
+    return float(np.max(_ratio(np.abs(_judged(got, want, allowed) - want), allowed)))
 
 
 def _ratio(error: np.ndarray, budget: np.ndarray) -> np.ndarray:
@@ -110,5 +156,4 @@ def trig_entry_ratio(table: Any, exact: np.ndarray, angle: np.ndarray) -> float:
     """
     import numpy as np
 
-    error = np.abs(np.asarray(table, dtype=np.float64) - exact) / UNIT
-    return float(np.max(error / (1.5 + 2 * np.abs(angle))))
+    return _worst(np.asarray(table, dtype=np.float64), exact, UNIT * (1.5 + 2 * np.abs(angle)))
