@@ -70,6 +70,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--model", default="embedded", help="the model of phase 6: embedded, or a local directory or name")
     group.addoption("--seed", type=int, default=DEFAULT_SEED, help="the run's seed; each check derives its own")
     group.addoption("--expect", metavar="SM", help="refuse to run on any other GPU: sm120")
+    group.addoption("--sanitize", action="store_true", help="run the kernel checks under compute-sanitizer as well")
     group.addoption("--run-dir", type=Path, help="internal: the prepared run whose remaining checks this process runs")
     group.addoption("--select-to", type=Path, help="internal: with --collect-only, the file for the selected checks")
     group.addoption("--scratch", type=Path, help="internal: the directory of a run that leaves no record")
@@ -123,6 +124,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in checks:
             item.add_marker(pytest.mark.timeout(spec_of(item).timeout_s))
     wanted = {id_of(item) for item in checks if spec_of(item).phase in session.phases}
+    if session.manifest is None and not config.getoption("sanitize"):
+        wanted -= {id_of(item) for item in checks if item.get_closest_marker("sanitize")}
     if session.manifest is not None:
         wanted &= {check.id for check in session.manifest.selected} - events.read_results(session.run_dir).keys()
     kept = [item for item in checks if id_of(item) in wanted]
@@ -206,6 +209,7 @@ def _words(config: pytest.Config) -> str:
     chosen = {"-m": option.markexpr, "-k": option.keyword, "--phase": ",".join(option.phase)}
     paths = config.args if config.args_source is config.ArgsSource.ARGS else []
     words = [word for flag, value in chosen.items() if value for word in (flag, value)]
+    words += ["--sanitize"] if option.sanitize else []
     if option.scratch:
         words += ["--scratch", *(["--plant-error", str(option.plant_error)] if option.plant_error else [])]
     return localise(shlex.join(["pytest", *words, *paths]), config.rootpath)

@@ -76,5 +76,6 @@ class Probe:
 
 
 def read_probed(folder: Path) -> dict[str, Probed]:
-    """What the scratch run in ``folder`` found about each numeric check, by its id."""
-    return _BY_ID.validate_json((folder / _FILE).read_bytes())
+    """What the scratch run in ``folder`` found about each numeric check, by its id; nothing where it died."""
+    path = folder / _FILE
+    return _BY_ID.validate_json(path.read_bytes()) if path.is_file() else {}

@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from verify import events
 from verify.builds import Sha256, Strict
 from verify.checks import catalogue
-from verify.child import pytest_command, pytest_environment
 from verify.instrument import instrument_sha256
 from verify.manifest import utc_now
 from verify.outcome import ConfigurationError
 from verify.planted import CAUGHT, TOLERATED, Limit
-from verify.probe import Probed, read_probed
 from verify.record import CheckResult, SubjectInfo, Verdict, write_atomic
 from verify.request import repository_root
+from verify.scratch import Scratch, scratch_run
 from verify.subject import find_subject
 
 #: What a right subject must have left of every tolerance.
@@ -122,42 +118,24 @@ def recorded_limits() -> dict[str, Limit]:
     return {check.id: check.limit for check in Detection.model_validate_json(path.read_bytes()).checks}
 
 
-def scratch_run(
-    *options: str, subject: str = "bundled", device: str = "auto"
-) -> tuple[dict[str, CheckResult], dict[str, Probed]]:
-    """The results of a run that leaves no record, and what it found about its numeric checks, by id.
-
-    ``options`` are those of pytest. Raises ConfigurationError when pytest cannot run them.
-    """
-    root = repository_root()
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder) / "run"
-        command = [*pytest_command(root), "-q", f"--scratch={scratch}", f"--subject={subject}", f"--device={device}"]
-        child = subprocess.run(
-            [*command, *options], cwd=root, env=pytest_environment(), stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=_LIMIT_S,
-        )  # fmt: skip
-        if child.returncode not in (0, 1):
-            last = ((child.stderr or child.stdout).strip().splitlines() or ["it said nothing"])[-1]
-            raise ConfigurationError(f"the scratch run ended with exit code {child.returncode}: {last}")
-        return events.read_results(scratch), read_probed(scratch)
-
-
 def measure_detection(*options: str, subject: str = "bundled", device: str = "auto") -> Detection:
-    """Plant errors into every HARD numeric check that pytest's ``options`` leave."""
+    """Plant errors into every HARD numeric check that pytest's ``options`` leave.
+
+    Raises ConfigurationError when pytest cannot run them.
+    """
     hard = ["phases", "-m", "hard and not slow", f"--phase={_PHASES}", *options]
-    tolerated, probed = scratch_run(*hard, f"--plant-error={TOLERATED}", subject=subject, device=device)
-    nodes = [check.node for check in catalogue() if check.id in probed]
-    caught, _ = scratch_run(*nodes, f"--plant-error={CAUGHT}", subject=subject, device=device)
+    tolerated = _run(*hard, f"--plant-error={TOLERATED}", subject=subject, device=device)
+    nodes = [check.node for check in catalogue() if check.id in tolerated.probed]
+    caught = _run(*nodes, f"--plant-error={CAUGHT}", subject=subject, device=device).results
     checks = [
         Sharpness(
             id=name,
             comparisons=len(found.limits),
             on_caught=caught[name].verdict,
-            on_tolerated=tolerated[name].verdict,
+            on_tolerated=tolerated.results[name].verdict,
             limit=max(found.limits, key=lambda limit: limit.factor),
         )
-        for name, found in probed.items()
+        for name, found in tolerated.probed.items()
     ]
     return Detection(measured=_measured(subject, device), checks=checks)
 
@@ -165,18 +143,22 @@ def measure_detection(*options: str, subject: str = "bundled", device: str = "au
 def measure_headroom(*options: str, subject: str = "bundled", device: str = "auto", seeds: int = SEEDS) -> Headroom:
     """Run the numeric checks of phases 4 and 5 with many seeds, and those of phase 6 once, which draw nothing.
 
-    Those of phase 6 are the ones whose detection limit is recorded.
+    Those of phase 6 are the ones whose detection limit is recorded; with ``options`` of pytest they are left out.
+    Raises ConfigurationError when pytest cannot run them.
     """
+    run = _run("phases", f"--phase={_SEEDED}", f"--seeds={seeds}", *options, subject=subject, device=device)
+    results, probed = run.results, run.probed
     known = recorded_limits()
     nodes = [check.node for check in catalogue() if check.phase == 6 and check.id in known]
-    results, probed = scratch_run(
-        "phases", f"--phase={_SEEDED}", f"--seeds={seeds}", *options, subject=subject, device=device
-    )
     if nodes and not options:
-        more = scratch_run(*nodes, f"--seeds={seeds}", subject=subject, device=device)
-        results, probed = results | more[0], probed | more[1]
+        run = _run(*nodes, f"--seeds={seeds}", subject=subject, device=device)
+        results, probed = results | run.results, probed | run.probed
     checks = [_room(results[name], found.seeds) for name, found in probed.items()]
     return Headroom(measured=_measured(subject, device), seeds=seeds, checks=checks)
+
+
+def _run(*options: str, subject: str, device: str) -> Scratch:
+    return scratch_run(*options, subject=subject, device=device, limit_s=_LIMIT_S).finished()
 
 
 def keep_headroom(found: Headroom) -> None:
