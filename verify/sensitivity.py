@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from verify.instrument import instrument_sha256
 from verify.manifest import utc_now
 from verify.outcome import ConfigurationError
 from verify.planted import CAUGHT, TOLERATED, Limit
-from verify.record import CheckResult, SubjectInfo, Verdict, write_atomic
+from verify.record import CheckResult, Measurement, SubjectInfo, Verdict, write_atomic
 from verify.request import repository_root
 from verify.scratch import Scratch, scratch_run
 from verify.subject import find_subject
@@ -64,13 +64,30 @@ class Sharpness(Strict):
 
 
 class Detection(Strict):
-    """What each HARD numeric check catches. ``caught`` and ``tolerated`` are in units of what is allowed."""
+    """What each HARD numeric check catches. ``caught`` and ``tolerated`` are in units of what is allowed.
+
+    ``unseen`` names checks that compare fractions, by their measurements, where no error could be planted.
+    """
 
     schema_version: Literal[1] = 1
     measured: Measured
     caught: float = CAUGHT
     tolerated: float = TOLERATED
     checks: list[Sharpness]
+    unseen: list[str]
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong, a line for each check."""
+        dull = [
+            f"{check.id}: {check.on_caught} at {self.caught:g} times its tolerance, "
+            f"{check.on_tolerated} at {self.tolerated:g} times, limit {check.limit.factor:.3g}"
+            for check in self.checks
+            if not check.sharp
+        ]
+        return dull + [
+            f"{name}: it compares fractions beside the comparisons of verify/tolerance.py" for name in self.unseen
+        ]
 
 
 class Room(Strict):
@@ -93,6 +110,15 @@ class Headroom(Strict):
     measured: Measured
     seeds: int
     checks: list[Room]
+
+    @property
+    def faults(self) -> list[str]:
+        """What is too close to a false alarm, a line for each check."""
+        return [
+            f"{room.id}: {room.headroom:.3g} times over {room.seeds} seeds, {room.name} {room.message}".strip()
+            for room in self.checks
+            if not room.enough
+        ]
 
 
 class Headrooms(Strict):
@@ -137,7 +163,12 @@ def measure_detection(*options: str, subject: str = "bundled", device: str = "au
         )
         for name, found in tolerated.probed.items()
     ]
-    return Detection(measured=_measured(subject, device), checks=checks)
+    unseen = [
+        name
+        for name, result in tolerated.results.items()
+        if name not in tolerated.probed and any(map(_fractional, result.measurements))
+    ]
+    return Detection(measured=_measured(subject, device), checks=checks, unseen=unseen)
 
 
 def measure_headroom(*options: str, subject: str = "bundled", device: str = "auto", seeds: int = SEEDS) -> Headroom:
@@ -155,6 +186,12 @@ def measure_headroom(*options: str, subject: str = "bundled", device: str = "aut
         results, probed = results | run.results, probed | run.probed
     checks = [_room(results[name], found.seeds) for name, found in probed.items()]
     return Headroom(measured=_measured(subject, device), seeds=seeds, checks=checks)
+
+
+def _fractional(measurement: Measurement) -> bool:
+    """Whether it is a ratio or a difference of floating-point numbers: no whole number, and no size in a unit."""
+    whole = measurement.measured.is_integer() and measurement.allowed.is_integer()
+    return not whole and not measurement.unit
 
 
 def _run(*options: str, subject: str, device: str) -> Scratch:
@@ -189,25 +226,16 @@ def _measured(subject: str, device: str) -> Measured:
 def _detection(chosen: argparse.Namespace) -> int:
     found = measure_detection(subject=chosen.subject, device=chosen.device)
     write_atomic(detection_file(), found.model_dump_json(indent=1) + "\n")
-    wrong = [
-        f"{c.id}: {c.on_caught} at {CAUGHT:g}, {c.on_tolerated} at {TOLERATED:g}" for c in found.checks if not c.sharp
-    ]
-    return _tell(f"{len(found.checks)} HARD numeric checks", "not sharp", wrong)
+    return _tell(f"{len(found.checks)} HARD numeric checks", "faults", found.faults)
 
 
 def _headroom(chosen: argparse.Namespace) -> int:
     found = measure_headroom(subject=chosen.subject, device=chosen.device, seeds=chosen.seeds)
     keep_headroom(found)
-    wrong = [
-        f"{check.id}: {check.headroom:.3g} times over {check.seeds} seeds {check.message}".strip()
-        for check in found.checks
-        if not check.enough
-    ]
-    return _tell(f"{len(found.checks)} numeric checks", f"with less than {HEADROOM:g} times headroom", wrong)
+    return _tell(f"{len(found.checks)} numeric checks", f"with less than {HEADROOM:g} times headroom", found.faults)
 
 
-def _tell(what: str, problem: str, wrong: Iterable[str]) -> int:
-    wrong = list(wrong)
+def _tell(what: str, problem: str, wrong: Sequence[str]) -> int:
     print("\n".join([*wrong, f"{what}, {len(wrong)} {problem}"]))
     return 1 if wrong else 0
 
