@@ -183,7 +183,7 @@ def _print_claim(name: str, chosen: Sequence[Check], console: Console) -> None:
 def _sharpness(limit: Limit | None) -> str:
     if limit is None:
         return "not measured; HARD checks that compare floating-point numbers have a detection limit"
-    size = f"{limit.absolute:.3g} in a result of {limit.value:.4g}"
+    size = f"{limit.absolute:.3g}" + ("" if limit.value is None else f" in a result of {limit.value:.4g}")
     return f"from {limit.factor:.3g} times what is allowed: {size} (planted; the least sharp comparison)"
 
 

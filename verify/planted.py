@@ -31,12 +31,12 @@ class Limit(Strict):
     """The smallest planted error that a comparison caught.
 
     ``factor`` is in units of what is allowed there, ``absolute`` in those of the result, ``value`` what it was added
-    to. The factor is infinite where even ``CAUGHT`` was not.
+    to, where that is known. The factor is infinite where even ``CAUGHT`` was not.
     """
 
     factor: float
     absolute: float
-    value: float
+    value: float | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Error(Generic[T]):
     result: T
     factor: float
     absolute: float
-    value: float
+    value: float | None
 
 
 @dataclass
@@ -86,19 +86,22 @@ def judged(result: T, put: Callable[[float, int], Error[T] | None], judge: Calla
     return error.result
 
 
-def element(got: np.ndarray, allowed: np.ndarray) -> Callable[[float, int], Error[np.ndarray] | None]:
-    """The error of one element that may be off at all, chosen by the seed."""
-    import numpy as np
-
-    places = np.flatnonzero(allowed)
+def element(
+    errors: np.ndarray, allowed: np.ndarray, result: np.ndarray | None
+) -> Callable[[float, int], Error[np.ndarray] | None]:
+    """One more error in an element that may be off at all, chosen by the seed; ``result`` is what ``errors`` are in."""
 
     def put(factor: float, seed: int) -> Error[np.ndarray] | None:
+        import numpy as np
+
+        room = np.broadcast_to(allowed, errors.shape)
+        places = np.flatnonzero(room)
         if not len(places):
             return None
-        place = np.unravel_index(np.random.default_rng(seed).choice(places), got.shape)
-        planted, by = got.copy(), factor * allowed[place]
-        planted[place] += by
-        return Error(planted, factor, float(by), float(got[place]))
+        place = np.unravel_index(np.random.default_rng(seed).choice(places), errors.shape)
+        more, by = errors.copy(), factor * room[place]
+        more[place] += by
+        return Error(more, factor, float(by), None if result is None else float(result[place]))
 
     return put
 

@@ -67,6 +67,16 @@ def budget_b(case: Case) -> np.ndarray:
     return budget_a(case) + 2 * UNIT * oracle.phase_sum(case)
 
 
+def over(error: Any, allowed: np.ndarray, result: np.ndarray | None = None) -> float:
+    """The largest error over what is allowed there; NaN where an error is NaN, 0 where nothing is off by nothing.
+
+    ``result``, of the same shape, is what the errors are in, where that is known.
+    """
+    import numpy as np
+
+    return _largest(_planted(np.asarray(error, dtype=np.float64), allowed, result), allowed)
+
+
 def accuracy(got: Any, case: Case) -> Accuracy:
     """Compare the scores ``[B, H*G, N]`` of a subject with the oracle's. Raises AssertionError for another shape."""
     import numpy as np
@@ -77,12 +87,11 @@ def accuracy(got: Any, case: Case) -> Accuracy:
     got = np.asarray(got, dtype=np.float64)
     assert got.shape == want.shape, f"the scores have shape {got.shape}, expected {want.shape}"
     allowed = budget_b(case)
-    got = _judged(got, want, allowed)
-    error = np.abs(got - want)
+    error = np.abs(_planted(got - want, allowed, want))
     relative = _ratio(error, budget_a(case)) * CLASS_A_UNITS
     worst = np.unravel_index(int(np.argmax(np.where(np.isnan(relative), np.inf, relative))), relative.shape)
     place = "row {}, query head {}, key {}".format(*(int(i) for i in worst))
-    of_b = float(np.max(_ratio(error, allowed)))
+    of_b = _largest(error, allowed)
     return Accuracy(float(relative[worst]), of_b, float(error.max()), f"{place} (oracle {want[worst]:.6g})")
 
 
@@ -95,8 +104,8 @@ def paths_differ(one: Any, other: Any, case: Case) -> tuple[float, float]:
 
     one, other = (np.asarray(scores, dtype=np.float64) for scores in (one, other))
     allowed = 2 * budget_a(case)
-    difference = np.abs(_judged(one, other, np.minimum(allowed, PLAN_MAX_DIFF)) - other)
-    return float(difference.max()), float(np.max(_ratio(difference, allowed)))
+    difference = _planted(one - other, np.minimum(allowed, PLAN_MAX_DIFF), other)
+    return float(np.abs(difference).max()), _largest(difference, allowed)
 
 
 def matmul_ratio(got: Any, a: Any, b: Any) -> float:
@@ -108,24 +117,18 @@ def matmul_ratio(got: Any, a: Any, b: Any) -> float:
 
     got, a, b = (np.asarray(x, dtype=np.float64) for x in (got, a, b))
     exact, terms = a @ b, np.abs(a) @ np.abs(b)
-    return _worst(got, exact, np.abs(exact) * 2.0**-8 + terms * a.shape[1] * UNIT)
+    return over(got - exact, np.abs(exact) * 2.0**-8 + terms * a.shape[1] * UNIT, exact)
 
 
-def _judged(got: np.ndarray, want: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """``got``, with an error in it where one is planted."""
+def _planted(error: np.ndarray, allowed: np.ndarray, result: np.ndarray | None) -> np.ndarray:
+    """``error``, with one more in an element where a run plants one."""
+    return planted.judged(error, planted.element(error, allowed, result), lambda judged: _largest(judged, allowed))
+
+
+def _largest(error: np.ndarray, allowed: np.ndarray) -> float:
     import numpy as np
 
-    def over(result: np.ndarray) -> float:
-        return float(np.max(_ratio(np.abs(result - want), allowed)))
-
-    return planted.judged(got, planted.element(got, allowed), over)
-
-
-def _worst(got: np.ndarray, want: np.ndarray, allowed: np.ndarray) -> float:
-    """Largest error of an element over what it may be off by."""
-    import numpy as np
-
-    return float(np.max(_ratio(np.abs(_judged(got, want, allowed) - want), allowed)))
+    return float(np.max(_ratio(np.abs(error), allowed)))
 
 
 def _ratio(error: np.ndarray, budget: np.ndarray) -> np.ndarray:
@@ -156,4 +159,4 @@ def trig_entry_ratio(table: Any, exact: np.ndarray, angle: np.ndarray) -> float:
     """
     import numpy as np
 
-    return _worst(np.asarray(table, dtype=np.float64), exact, UNIT * (1.5 + 2 * np.abs(angle)))
+    return over(np.asarray(table, dtype=np.float64) - exact, UNIT * (1.5 + 2 * np.abs(angle)), exact)

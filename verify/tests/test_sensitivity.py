@@ -16,7 +16,7 @@ from verify.planted import CAUGHT, TOLERATED, Limit, Plant, element, judged, pla
 from verify.problems import Shape, make
 from verify.record import write_atomic
 from verify.tests.tree import make_tree
-from verify.tolerance import accuracy, matmul_ratio, paths_differ, trig_entry_ratio
+from verify.tolerance import accuracy, matmul_ratio, over, paths_differ, trig_entry_ratio
 
 _CASE = make(Shape(n=33, t=64), 5, "cpu").case
 _EXACT = oracle.scores(_CASE)
@@ -29,6 +29,7 @@ _COMPARISONS: dict[str, Callable[[], float]] = {
     "paths": lambda: paths_differ(_EXACT, _EXACT, _CASE)[1],
     "table": lambda: trig_entry_ratio(np.cos(_ANGLE), np.cos(_ANGLE), _ANGLE),
     "matmul": lambda: matmul_ratio(_A @ _B, _A, _B),
+    "errors": lambda: over(np.zeros(3), np.array([0.0, 1e-7, 2.0])),
 }
 
 
@@ -47,7 +48,7 @@ def test_an_exact_result_with_a_planted_error_is_off_by_just_that(name: str) -> 
 def test_a_comparison_that_is_blind_has_no_limit() -> None:
     got, allowed = np.zeros(5), np.ones(5)
     with planting(Plant(1.0, seed=0)) as plant:
-        judged(got, element(got, allowed), lambda _: 0.5)
+        judged(got, element(got, allowed, got), lambda _: 0.5)
     assert plant.limits[0].factor == math.inf
 
 
