@@ -23,6 +23,10 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 #: The tool's own, beside the time that checks of the kernels take with it.
 LIMIT_S = 3600.0
 
+#: Python may take its time to reach the GPU; processes that build kernels have nothing to check; and libraries ask the
+#: driver for what it may not have, which is an error of the call and none of a kernel.
+_OPTIONS = ("--launch-timeout", "0", "--target-processes", "application-only", "--report-api-errors", "no")
+
 #: One allocation for each tensor, or an access outside one lands in its neighbour's cached block unseen.
 _ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
@@ -61,7 +65,7 @@ def sanitize(
         log = Path(folder) / "log"
         run = scratch_run(
             *checks, subject=subject, device=device, limit_s=limit_s, environment=_ENVIRONMENT,
-            under=[PROGRAM, "--tool", tool, "--log-file", str(log)],
+            under=[PROGRAM, "--tool", tool, *_OPTIONS, "--log-file", str(log)],
         )  # fmt: skip
         found = read(log.read_text("utf-8", "replace") if log.is_file() else "")
     if found is not None and found.errors:

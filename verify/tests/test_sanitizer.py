@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from phases import p4_equivalence
 from verify import sanitizer
 from verify.checks import catalogue
 
@@ -86,6 +87,13 @@ def test_a_tool_that_crashed_or_did_not_finish_is_a_failure(tool, log: str, endi
     limit_s = 2 if "sleep" in ending else 60
     with pytest.raises(AssertionError, match=complaint):
         sanitizer.sanitize("racecheck", _NODE, device="cpu", limit_s=limit_s)
+
+
+def test_a_machine_without_the_tool_skips_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(pytest.skip.Exception, match="compute-sanitizer is not on PATH") as skipped:
+        p4_equivalence.test_sanitizer("memcheck", None, "cuda", None)
+    assert skipped.value.code == "PKG_MISSING"
 
 
 def test_the_kernel_checks_are_those_of_phase_3_and_the_triton_path() -> None:
