@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
-from verify import check, sanitizer, skip
+from verify import check
 from verify.problems import Problem, Shape, make
 from verify.subject import Subject
 from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, paths_differ
@@ -226,20 +224,3 @@ def test_repeatable(case: str, subject: Subject, device: str, seed: int, measure
     repeats = 20 if device == "cuda" else 3
     differ = sum(not torch.equal(first, _engine(subject, case, problem)) for _ in range(repeats))
     measure("calls that differ from the first", differ, 0, where=f"{case} path, {repeats} repeats")
-
-
-@pytest.mark.sanitize
-@check(
-    "p4.sanitizer", gate="soft", needs_gpu=True, cases={tool: tool for tool in sanitizer.TOOLS},
-    needs=("p1.identity", "p1.triton", "p3.plan"),
-    claim="Under compute-sanitizer the kernel checks touch only memory that is theirs and written, and do not race.",
-    reason="A read beyond the end of a tensor, or of memory that nothing wrote, gives right scores most of the time.",
-    tolerance="No error; of racecheck no warning either.",
-    remedy="Look at the first error: a mask of a load or a store, or a barrier that is missing.",
-    timeout_s=sanitizer.LIMIT_S + 60,
-)  # fmt: skip
-def test_sanitizer(case: str, subject: Subject, device: str, measure) -> None:
-    if not sanitizer.available():
-        skip("PKG_MISSING", f"{sanitizer.PROGRAM} is not on PATH; it comes with the CUDA toolkit")
-    found = sanitizer.sanitize(case, *sanitizer.nodes(), subject=subject.name, device=device)
-    measure(f"errors that {case} counts", found.errors, 0, where=found.first)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from phases import p4_equivalence
+from phases import p4_sanitizer
 from verify import sanitizer
 from verify.checks import catalogue
 
@@ -92,7 +92,7 @@ def test_a_tool_that_crashed_or_did_not_finish_is_a_failure(tool, log: str, endi
 def test_a_machine_without_the_tool_skips_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(pytest.skip.Exception, match="compute-sanitizer is not on PATH") as skipped:
-        p4_equivalence.test_sanitizer("memcheck", None, "cuda", None)
+        p4_sanitizer.test_sanitizer("memcheck", None, "cuda", None)
     assert skipped.value.code == "PKG_MISSING"
 
 
