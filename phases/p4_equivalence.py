@@ -8,7 +8,7 @@ from verify import check
 from verify.guarded import PATHS, Call, engine, kernel
 from verify.problems import Problem, Shape, make
 from verify.subject import Subject
-from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, blamed, budget_a
+from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, blamed, paths_differ
 
 #: Small phases, so that class B is nearly as sharp as class A and a fault of layout, size or dtype has nowhere to hide.
 _BASE = Shape(t=64, offsets=(1.0, 2.0, 4.0))
@@ -108,10 +108,9 @@ def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: 
     problem = make(shape, seed, device)
     triton, pytorch = kernel(subject, problem).scores, engine(subject, "pytorch", problem).scores
     judged = blamed({"Triton": accuracy(triton, problem.case), "PyTorch": accuracy(pytorch, problem.case)})
-    where, difference = f"the plan's inputs: {judged}", abs(triton - pytorch)
-    measure("max |Triton - PyTorch|", difference.max(), PLAN_MAX_DIFF, where=where)
-    over = float((difference / (2 * budget_a(problem.case))).max())
-    measure("difference over twice the class A budget", over, 1.0, where=where)
+    difference, over_budget = paths_differ(triton, pytorch, problem.case)
+    measure("max |Triton - PyTorch|", difference, PLAN_MAX_DIFF, where=f"the plan's inputs: {judged}")
+    measure("difference over twice the class A budget", over_budget, 1.0, where=f"the plan's inputs: {judged}")
 
 
 @check(

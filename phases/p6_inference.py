@@ -103,7 +103,8 @@ _CLI = {
 
 @check(
     "p6.cli", gate="hard", needs=("p1.identity",), cases="sdpa", plan="4.1",
-    claim="The command line answers questions with a compressed cache under sdpa, and compression happened.", **_CLI,
+    claim="The command line answers questions with a compressed cache under sdpa, and compression happened.",
+    tolerance="Spec: the cache holds less than budget + divide_length tokens after every step.", **_CLI,
 )  # fmt: skip
 def test_cli_sdpa(
     case: str, subject: Subject, location: str, stats_path: str, device: str, tmp_path: Path, measure
@@ -394,6 +395,7 @@ def test_padded_batch(case: dict[str, Any], model: LiveModel, measure) -> None:
     "p6.reset", gate="hard", needs=("p1.identity",), cases="between_generations",
     claim="A second generation is not touched by what the first one evicted.",
     reason="State that survives a generation evicts from the next one at the wrong moment.",
+    tolerance="Token ids are equal; the same call on the same inputs computes the same numbers.",
     remedy="Tie the state to the cache, not to the model.",
     timeout_s=300,
 )  # fmt: skip

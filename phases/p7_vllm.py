@@ -193,6 +193,7 @@ def test_engine(case: str, subject: Subject) -> None:
 @check(
     "p7.plugin", plan="5.2", cases="activates", **{**_COMMON, "needs": ("p1.identity", "p7.engine")},
     claim="After installation vLLM finds the plugin by itself, and every process of a server activates it.",
+    tolerance="No process activates it where it is switched off.",
 )  # fmt: skip
 def test_plugin(case: str, servers: tuple[Server, Server, Server], measure) -> None:
     said = [[line for line in server.text().splitlines() if _ACTIVATED in line] for server in servers]

@@ -23,7 +23,7 @@ _FORMATS = ("terminal", "markdown", "json")
 #: What a run is started with and keeps, by the option that chooses it.
 _FIXED = {
     "phases": "--phases", "expression": "-m", "device": "--device", "model": "--model", "subject": "--subject",
-    "seed": "--seed",
+    "seed": "--seed", "sanitize": "--sanitize",
 }  # fmt: skip
 
 _EXAMPLES = """\
@@ -171,6 +171,9 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
     run.add_argument("--seed", type=int, metavar="N", help=f"default: {DEFAULT_SEED}")
     run.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
     run.add_argument("--resume", metavar="RUN", help="the id or directory of an interrupted run; it keeps its options")
+    run.add_argument(
+        "--sanitize", action="store_true", help="repeat the kernel checks under compute-sanitizer, in up to three hours"
+    )
     run.add_argument("--strict-soft", action="store_true", help="exit 4 when a SOFT check fails")
 
 

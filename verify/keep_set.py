@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from verify import oracle, tolerance
+from verify import oracle, planted, tolerance
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,11 +29,50 @@ class Selection:
 
         Exactly the oracle's keep set has 0; within a score gap below the error either choice is right.
         """
+        return self._inversion(
+            planted.judged(
+                kept,
+                lambda factor, seed: self._swapped(kept, evictable, factor, seed),
+                lambda decided: self._inversion(decided, evictable) / self.allowed,
+            ),
+            evictable,
+        )
+
+    def _inversion(self, kept: np.ndarray, evictable: np.ndarray) -> float:
         import numpy as np
 
         worst_kept = np.where(kept & evictable, self.scores, np.inf).min(-1)
         best_evicted = np.where(~kept & evictable, self.scores, -np.inf).max(-1)
         return float(np.maximum(best_evicted - worst_kept, 0.0).max())
+
+    def _swapped(
+        self, kept: np.ndarray, evictable: np.ndarray, factor: float, seed: int
+    ) -> planted.Error[np.ndarray] | None:
+        """``kept`` with a kept and an evicted token of one set exchanged, whose scores are ``factor`` errors apart.
+
+        Tokens are as far apart as they are: above 1 it is the next larger gap there is, else the largest; up to 1 the
+        next smaller one, and no swap where all are larger. So the error lies on the side of the bound that it should.
+        """
+        import numpy as np
+
+        free = kept & evictable, ~kept & evictable
+        both = np.flatnonzero(free[0].any(-1) & free[1].any(-1))
+        if not len(both):
+            return None
+        at = np.random.default_rng(seed).choice(both)
+        inside, outside = (np.flatnonzero(side[at]) for side in free)
+        gaps = self.scores[at, inside][:, None] - self.scores[at, outside]
+        wanted = factor * self.allowed
+        if factor > 1:
+            gap = min(gaps[gaps >= wanted].min(initial=np.inf), gaps.max())
+        else:
+            gap = gaps[gaps <= wanted].max(initial=0.0)
+            if gap <= 0:
+                return planted.Error(kept, 0.0, 0.0, float(self.scores[at, inside].min()))
+        i, j = np.argwhere(gaps == gap)[0]
+        decided = kept.copy()
+        decided[at, [inside[i], outside[j]]] = False, True
+        return planted.Error(decided, float(gap / self.allowed), float(gap), float(self.scores[at, inside[i]]))
 
     @property
     def allowed(self) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,9 @@ from verify.checks import PHASES, Check, CheckSpec, catalogue
 from verify.exports import dumps, markdown_table
 from verify.matrix import PLAN_TABLE, bound, count, headroom
 from verify.outcome import ConfigurationError
+from verify.planted import Limit
 from verify.record import CheckResult, Record
+from verify.sensitivity import recorded_limits
 from verify.verdict import newest_first
 
 if TYPE_CHECKING:
@@ -26,16 +30,19 @@ _NO_CHECKS = "there are no checks in phases/; run this from a checkout of the su
 
 
 def gates(form: str = "terminal") -> int:
-    """Print every family of checks with its gate, the targets it is must-pass for, and its claim; return 0."""
-    families = _families(list(catalogue()))
+    """Print every family of checks with its gate, where it is must-pass, what it catches and claims; return 0."""
+    families, limits = _families(list(catalogue())), recorded_limits()
     if form == "json":
-        print(dumps([_family_data(spec) for spec in families]), end="")
+        print(dumps([_family_data(spec, limits) for spec in families]), end="")
     elif form == "markdown":
-        header = ["check", "cases", "plan", "gate", "must-pass: GPU", "must-pass: emulated", "claim"]
-        body = [[f"`{s.family}`", str(len(s.cases)), s.plan or "", s.gate, *_must(s), s.claim] for s in families]
+        header = ["check", "cases", "plan", "gate", "must-pass: GPU", "must-pass: emulated", "catches", "claim"]
+        body = [
+            [f"`{s.family}`", str(len(s.cases)), s.plan or "", s.gate, *_must(s), _catches(s, limits), s.claim]
+            for s in families
+        ]
         print(markdown_table(header, body), end="")
     else:
-        _print_gates(families)
+        _print_gates(families, limits)
     return 0
 
 
@@ -73,7 +80,18 @@ def _must(spec: CheckSpec) -> tuple[str, str]:
     return gpus, "-" if spec.needs_gpu else "yes"
 
 
-def _family_data(spec: CheckSpec) -> dict[str, object]:
+def _limit(ids: Iterable[str], limits: Mapping[str, Limit]) -> Limit | None:
+    """The detection limit of the least sharp of ``ids``."""
+    return max((limits[name] for name in ids if name in limits), key=lambda limit: limit.factor, default=None)
+
+
+def _catches(spec: CheckSpec, limits: Mapping[str, Limit]) -> str:
+    limit = _limit(map(spec.id_of, spec.cases), limits)
+    return f"{limit.factor:.3g}x" if limit else "-"
+
+
+def _family_data(spec: CheckSpec, limits: Mapping[str, Limit]) -> dict[str, object]:
+    ids = [spec.id_of(case) for case in spec.cases]
     return {
         "family": spec.family,
         "phase": spec.phase,
@@ -85,11 +103,12 @@ def _family_data(spec: CheckSpec) -> dict[str, object]:
         "sm_min": spec.sm_min,
         "sm_max": spec.sm_max,
         "claim": spec.claim,
-        "checks": [spec.id_of(case) for case in spec.cases],
+        "checks": ids,
+        "detection_limits": {name: limits[name].model_dump() for name in ids if name in limits},
     }
 
 
-def _print_gates(families: Sequence[CheckSpec]) -> None:
+def _print_gates(families: Sequence[CheckSpec], limits: Mapping[str, Limit]) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -103,6 +122,7 @@ def _print_gates(families: Sequence[CheckSpec]) -> None:
     table.add_column("gate")
     table.add_column("GPU")
     table.add_column(EMULATED.target)
+    table.add_column("catches", justify="right")
     table.add_column("claim", ratio=1)
     phase = 0
     for spec in families:
@@ -111,11 +131,13 @@ def _print_gates(families: Sequence[CheckSpec]) -> None:
             table.add_section()
             table.add_row("", Text(f"{phase} {PHASES[phase]}", style="bold"))
         gate = Text(spec.gate.upper(), style="bold" if spec.gate == "hard" else "dim")
-        table.add_row(spec.plan or "", Text(spec.family), str(len(spec.cases)), gate, *_must(spec), Text(spec.claim))
+        name, cases, catches = Text(spec.family), str(len(spec.cases)), _catches(spec, limits)
+        table.add_row(spec.plan or "", name, cases, gate, *_must(spec), catches, Text(spec.claim))
     console = PipeConsole()
     console.print(table)
     console.print()
     console.print("GPU and emulated: where a check is must-pass.")
+    console.print("catches: the smallest planted error that every case catches, over what is allowed.")
     console.print("One of them in full: python -m verify explain ID")
 
 
@@ -140,7 +162,9 @@ def _print_claim(name: str, chosen: Sequence[Check], console: Console) -> None:
         "claim": spec.claim,
         "reason": spec.reason,
         "tolerance": spec.tolerance or "none: pass or fail, no number is compared",
+        "catches": _sharpness(_limit([check.id for check in chosen], recorded_limits())),
         "if it fails": spec.remedy,
+        "source": _source(chosen[0]),
         "gate": f"{spec.gate.upper()}; must-pass on GPUs: {gpus}; emulated: {emulated}",
         "plan": plan,
         "needs": ", ".join(spec.needs) or "nothing",
@@ -154,6 +178,20 @@ def _print_claim(name: str, chosen: Sequence[Check], console: Console) -> None:
         table.add_row(Text(label, style="dim"), Text(fact))
     console.print(Text(name, style="bold"))
     console.print(table)
+
+
+def _sharpness(limit: Limit | None) -> str:
+    if limit is None:
+        return "not measured; HARD checks that compare floating-point numbers have a detection limit"
+    size = f"{limit.absolute:.3g}" + ("" if limit.value is None else f" in a result of {limit.value:.4g}")
+    return f"from {limit.factor:.3g} times what is allowed: {size} (planted; the least sharp comparison)"
+
+
+def _source(check: Check) -> str:
+    """Where the check stands, which plan item and which tolerance it has follow from there."""
+    path, name = check.node.partition("[")[0].split("::")
+    test = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
+    return f"{path}:{inspect.getsourcelines(test)[1]}"
 
 
 def _print_results(ids: Sequence[str], records: Sequence[Record], console: Console) -> None:

@@ -30,6 +30,7 @@ from verify.device import Device, derive_seed, prepare, resolve
 from verify.environment import localise
 from verify.manifest import Manifest, Selected, freeze, survey
 from verify.outcome import ConfigurationError
+from verify.probe import Probe
 from verify.record import Measurement, Record
 from verify.recorder import CURVES, MEASUREMENTS, Recorder, id_of, in_phases, repeat_command, spec_of
 from verify.request import DEFAULT_SEED, parse_expect, parse_phases
@@ -69,8 +70,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--model", default="embedded", help="the model of phase 6: embedded, or a local directory or name")
     group.addoption("--seed", type=int, default=DEFAULT_SEED, help="the run's seed; each check derives its own")
     group.addoption("--expect", metavar="SM", help="refuse to run on any other GPU: sm120")
+    group.addoption("--sanitize", action="store_true", help="run the kernel checks under compute-sanitizer as well")
     group.addoption("--run-dir", type=Path, help="internal: the prepared run whose remaining checks this process runs")
     group.addoption("--select-to", type=Path, help="internal: with --collect-only, the file for the selected checks")
+    group.addoption("--scratch", type=Path, help="internal: the directory of a run that leaves no record")
+    group.addoption("--plant-error", type=float, help="internal: plant so many times what is allowed; needs --scratch")
+    group.addoption("--seeds", type=int, help="internal: repeat numeric checks with so many seeds; needs --scratch")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,6 +88,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _session(config: pytest.Config) -> Session:
     option, root = config.getoption, config.rootpath
+    if option("scratch") is None and (option("plant_error") is not None or option("seeds") is not None):
+        raise ConfigurationError("--plant-error and --seeds make no evidence; name a new directory with --scratch")
     phases = frozenset(phase for text in option("phase") for phase in parse_phases(text)) or frozenset(PHASES)
     if run_dir := option("run_dir"):
         # the log of a phase must hold what every thread was doing when the runner's watchdog gave up on it
@@ -113,9 +120,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     checks = [item for item in items if in_phases(item)]
     others = [item for item in items if not in_phases(item)]
     _lint(checks)
-    for item in checks:
-        item.add_marker(pytest.mark.timeout(spec_of(item).timeout_s))
+    if not config.getoption("scratch"):  # whoever starts one has its own limit, for many seeds or a slow tool
+        for item in checks:
+            item.add_marker(pytest.mark.timeout(spec_of(item).timeout_s))
     wanted = {id_of(item) for item in checks if spec_of(item).phase in session.phases}
+    if session.manifest is None and not config.getoption("sanitize"):
+        wanted -= {id_of(item) for item in checks if item.get_closest_marker("sanitize")}
     if session.manifest is not None:
         wanted &= {check.id for check in session.manifest.selected} - events.read_results(session.run_dir).keys()
     kept = [item for item in checks if id_of(item) in wanted]
@@ -165,8 +175,12 @@ def pytest_runtestloop(session: pytest.Session) -> None:
             current.manifest = _manifest(config, checks)
         except ConfigurationError as error:
             raise pytest.UsageError(str(error)) from error
-        current.run_dir = current.root / "reports" / "runs" / current.manifest.run_id
+        scratch = config.getoption("scratch")
+        current.run_dir = scratch or current.root / "reports" / "runs" / current.manifest.run_id
         events.create(current.run_dir, current.manifest)
+        if scratch:
+            probe = Probe(scratch, config.getoption("plant_error") or 0.0, config.getoption("seeds"), current.seed)
+            config.pluginmanager.register(probe, "verify-probe")
         config.add_cleanup(events.lock(current.run_dir).close)
     recorder = Recorder(current.run_dir, current.manifest, current.root, current.subject.folder.resolve())
     config.pluginmanager.register(recorder, "verify-recorder")
@@ -196,6 +210,9 @@ def _words(config: pytest.Config) -> str:
     chosen = {"-m": option.markexpr, "-k": option.keyword, "--phase": ",".join(option.phase)}
     paths = config.args if config.args_source is config.ArgsSource.ARGS else []
     words = [word for flag, value in chosen.items() if value for word in (flag, value)]
+    words += ["--sanitize"] if option.sanitize else []
+    if option.scratch:
+        words += ["--scratch", *(["--plant-error", str(option.plant_error)] if option.plant_error else [])]
     return localise(shlex.join(["pytest", *words, *paths]), config.rootpath)
 
 
@@ -203,6 +220,9 @@ def _words(config: pytest.Config) -> str:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     current = session.config.stash[SESSION]
     if current.manifest is None or session.config.getoption("run_dir"):
+        return
+    if session.config.getoption("scratch"):
+        (current.run_dir / events.RECORD).unlink()
         return
     events.append_elapsed(current.run_dir, time.perf_counter() - current.begun)
     finished = events.read_results(current.run_dir).keys() >= {check.id for check in current.manifest.selected}

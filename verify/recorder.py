@@ -54,6 +54,8 @@ def repeat_command(node: str, manifest: Manifest, root: Path) -> str:
         words.append(f"--subject={shlex.quote(_relative(manifest.subject, root))}")
     if manifest.model != "embedded":
         words.append(f"--model={shlex.quote(_relative(manifest.model, root))}")
+    if "--sanitize" in manifest.selection.split():
+        words.append("--sanitize")
     return " ".join(words)
 
 

@@ -77,6 +77,7 @@ class RunRequest:
     out: Path = field(default_factory=default_out)
     resume: str | None = None
     strict_soft: bool = False
+    sanitize: bool = False
 
     def __post_init__(self) -> None:
         unknown = [phase for phase in self.phases if phase not in PHASES]

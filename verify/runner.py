@@ -138,6 +138,7 @@ def _words(request: RunRequest) -> str:
     """The selection as it would be typed."""
     words = [] if request.phases == tuple(PHASES) else ["--phases", ",".join(map(str, request.phases))]
     words += ["-m", request.expression] if request.expression else []
+    words += ["--sanitize"] if request.sanitize else []
     return shlex.join(words) or "everything"
 
 
@@ -148,6 +149,7 @@ def _select(request: RunRequest, root: Path) -> tuple[Selected, ...]:
         command = [*pytest_command(root), "phases", "--collect-only", "-q", "--device=cpu", f"--select-to={answer}"]
         command += ["--phase", ",".join(map(str, request.phases))]
         command += ["-m", request.expression] if request.expression else []
+        command += ["--sanitize"] if request.sanitize else []
         try:
             child = subprocess.run(
                 command, cwd=root, env=pytest_environment(), stdin=subprocess.DEVNULL,

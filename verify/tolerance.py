@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from verify import planted
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -85,11 +87,14 @@ def key_rounding(case: Case) -> np.ndarray:
     return UNIT * oracle.term_sum(case)
 
 
-def over(error: Any, allowed: np.ndarray) -> float:
-    """The largest error over what is allowed there; NaN where an error is NaN, 0 where nothing is off by nothing."""
+def over(error: Any, allowed: np.ndarray, result: np.ndarray | None = None) -> float:
+    """The largest error over what is allowed there; NaN where an error is NaN, 0 where nothing is off by nothing.
+
+    ``result``, of the same shape, is what the errors are in, where that is known.
+    """
     import numpy as np
 
-    return float(np.max(_ratio(np.abs(np.asarray(error, dtype=np.float64)), allowed)))
+    return _largest(_planted(np.asarray(error, dtype=np.float64), allowed, result), allowed)
 
 
 def accuracy(got: Any, case: Case) -> Accuracy:
@@ -101,11 +106,12 @@ def accuracy(got: Any, case: Case) -> Accuracy:
     want = oracle.scores(case)
     got = np.asarray(got, dtype=np.float64)
     assert got.shape == want.shape, f"the scores have shape {got.shape}, expected {want.shape}"
-    error = np.abs(got - want)
+    allowed = budget_b(case)
+    error = np.abs(_planted(got - want, allowed, want))
     relative = _ratio(error, budget_a(case)) * CLASS_A_UNITS
     worst = np.unravel_index(int(np.argmax(np.where(np.isnan(relative), np.inf, relative))), relative.shape)
     place = "row {}, query head {}, key {}".format(*(int(i) for i in worst))
-    of_b = float(np.max(_ratio(error, budget_b(case))))
+    of_b = _largest(error, allowed)
     return Accuracy(float(relative[worst]), of_b, float(error.max()), f"{place} (oracle {want[worst]:.6g})")
 
 
@@ -121,6 +127,42 @@ def blamed(paths: Mapping[str, Accuracy]) -> str:
     }
     wrong_first = sorted(told, key=lambda name: paths[name].of_b <= 1.0)
     return ", ".join(f"the {name} path is {told[name]}" for name in wrong_first)
+
+
+def paths_differ(one: Any, other: Any, case: Case) -> tuple[float, float]:
+    """How far two results of one problem, ``[B, H*G, N]``, are apart: absolutely, and over twice class A's error.
+
+    The one may be ``PLAN_MAX_DIFF``, the other 1: each path may be off by class A's error.
+    """
+    import numpy as np
+
+    one, other = (np.asarray(scores, dtype=np.float64) for scores in (one, other))
+    allowed = 2 * budget_a(case)
+    difference = _planted(one - other, np.minimum(allowed, PLAN_MAX_DIFF), other)
+    return float(np.abs(difference).max()), _largest(difference, allowed)
+
+
+def matmul_ratio(got: Any, a: Any, b: Any) -> float:
+    """Largest error of a bf16 product ``[M, N]`` of float64 ``[M, K]`` and ``[K, N]`` over its budget; at most 1.
+
+    Each output is one bf16 rounding, 2^-8 relative, of a sum whose fp32 accumulation adds K x 2^-24 of its terms.
+    """
+    import numpy as np
+
+    got, a, b = (np.asarray(x, dtype=np.float64) for x in (got, a, b))
+    exact, terms = a @ b, np.abs(a) @ np.abs(b)
+    return over(got - exact, np.abs(exact) * 2.0**-8 + terms * a.shape[1] * UNIT, exact)
+
+
+def _planted(error: np.ndarray, allowed: np.ndarray, result: np.ndarray | None) -> np.ndarray:
+    """``error``, with one more in an element where a run plants one."""
+    return planted.judged(error, planted.element(error, allowed, result), lambda judged: _largest(judged, allowed))
+
+
+def _largest(error: np.ndarray, allowed: np.ndarray) -> float:
+    import numpy as np
+
+    return float(np.max(_ratio(np.abs(error), allowed)))
 
 
 def _ratio(error: np.ndarray, budget: np.ndarray) -> np.ndarray:
@@ -157,5 +199,4 @@ def trig_entry_ratio(table: Any, exact: np.ndarray, angle: np.ndarray) -> float:
     """
     import numpy as np
 
-    error = np.abs(np.asarray(table, dtype=np.float64) - exact) / UNIT
-    return float(np.max(error / (1.5 + 2 * np.abs(angle))))
+    return over(np.asarray(table, dtype=np.float64) - exact, UNIT * (1.5 + 2 * np.abs(angle)), exact)

@@ -42,14 +42,15 @@ def test_run_without_options_is_the_default_request() -> None:
 
 def test_run_options_reach_the_request(tmp_path: Path) -> None:
     options = "--phase 4 --phases 1,6-7 -m hard --device cuda --expect 12.0 --model M --subject S --seed 7"
-    asked = request(*options.split(), "--out", str(tmp_path), "--strict-soft")
-    assert asked == RunRequest((1, 4, 6, 7), "hard", "cuda", 120, "M", "S", 7, tmp_path, None, True)
+    asked = request(*options.split(), "--out", str(tmp_path), "--strict-soft", "--sanitize")
+    assert asked == RunRequest((1, 4, 6, 7), "hard", "cuda", 120, "M", "S", 7, tmp_path, None, True, True)
     resumed = request("--resume", "R", "--expect", "sm90", "--out", str(tmp_path), "--strict-soft")
     assert resumed == RunRequest(resume="R", expect=90, out=tmp_path, strict_soft=True)
 
 
 @pytest.mark.parametrize(
-    "option", ["--phases 1", "-m hard", "--device auto", "--model embedded", "--subject bundled", "--seed 0"]
+    "option",
+    ["--phases 1", "-m hard", "--device auto", "--model embedded", "--subject bundled", "--seed 0", "--sanitize"],
 )
 def test_a_resumed_run_keeps_its_options(option: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"^--resume keeps the options .*; drop {option.split()[0]}$"):

@@ -76,6 +76,17 @@ def test_a_run_without_a_gpu_leaves_slow_checks_to_who_asks_for_them(tree: Tree)
     assert tree.results().keys() == {"p1.is_slow.one"}
 
 
+def test_checks_under_the_sanitizer_run_only_where_they_are_asked_for(tree: Tree) -> None:
+    under = _PASSES.replace("passes", "under").format(phase=1, gate="soft")
+    tree.write_phase(1, _PASSES.format(phase=1, gate="hard") + "\n@pytest.mark.sanitize" + under)
+    collected = tree.pytest("phases", "--device", "cpu", "--collect-only", "-q").stdout
+    assert "test_passes" in collected
+    assert "test_under" not in collected
+    assert tree.verify("run", "--device", "cpu", "--sanitize").returncode == 0
+    assert tree.results().keys() == {"p1.passes.one", "p1.under.one"}
+    assert tree.results()["p1.under.one"].repeat.endswith("--sanitize")
+
+
 def test_the_runner_refuses_an_ungated_test_too(tree: Tree) -> None:
     tree.write_phase(1, "def test_naked(): pass")
     refused = tree.verify("run", "--device", "cpu")

@@ -1,0 +1,264 @@
+"""How sharp the numeric checks are, and how far from a false alarm: ``python -m verify.sensitivity``.
+
+Each check is run with an error planted into one element of what it judges: 30 times what is allowed must fail it, 0.3
+times must pass. The smallest error that it catches is its detection limit. And right subjects must pass with many
+seeds and room to spare. Both are kept in ``reports/selftest/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from verify.builds import Sha256, Strict
+from verify.checks import catalogue
+from verify.instrument import instrument_sha256
+from verify.manifest import utc_now
+from verify.outcome import ConfigurationError
+from verify.planted import CAUGHT, TOLERATED, Limit
+from verify.record import CheckResult, Measurement, SubjectInfo, Verdict, write_atomic
+from verify.request import repository_root
+from verify.scratch import Scratch, scratch_run
+from verify.subject import find_subject
+
+#: What a right subject must have left of every tolerance.
+HEADROOM = 2.0
+SEEDS = 100
+
+#: Neither phase 7 nor 8 has a HARD check.
+_PHASES = "1-6"
+
+#: The checks of these draw their inputs from the seed; what phase 6 compares, a model decides.
+_SEEDED = "4,5"
+
+_LIMIT_S = 3 * 3600
+
+
+class Measured(Strict):
+    """What a report about the instrument was measured with."""
+
+    time_utc: str
+    device: Literal["auto", "cpu", "cuda"]
+    subject: SubjectInfo
+    instrument_sha256: Sha256
+
+
+class Sharpness(Strict):
+    """One HARD numeric check: its verdicts on the two planted errors, and the limit of its least sharp comparison."""
+
+    id: str
+    comparisons: int = Field(ge=1)
+    on_caught: Verdict
+    on_tolerated: Verdict
+    limit: Limit
+
+    @property
+    def sharp(self) -> bool:
+        return self.on_caught is Verdict.FAIL and self.on_tolerated is Verdict.PASS and self.limit.factor < math.inf
+
+
+class Detection(Strict):
+    """What each HARD numeric check catches. ``caught`` and ``tolerated`` are in units of what is allowed.
+
+    ``unseen`` names checks that compare fractions, by their measurements, where no error could be planted.
+    """
+
+    schema_version: Literal[1] = 1
+    measured: Measured
+    caught: float = CAUGHT
+    tolerated: float = TOLERATED
+    checks: list[Sharpness]
+    unseen: list[str]
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong, a line for each check."""
+        dull = [
+            f"{check.id}: {check.on_caught} at {self.caught:g} times its tolerance, "
+            f"{check.on_tolerated} at {self.tolerated:g} times, limit {check.limit.factor:.3g}"
+            for check in self.checks
+            if not check.sharp
+        ]
+        return dull + [
+            f"{name}: it compares fractions beside the comparisons of verify/tolerance.py" for name in self.unseen
+        ]
+
+
+class Room(Strict):
+    """The least headroom of one numeric check over its seeds; one seed where the check draws nothing."""
+
+    id: str
+    seeds: int
+    headroom: float
+    name: str
+    message: str
+
+    @property
+    def enough(self) -> bool:
+        return self.headroom >= HEADROOM  # False for NaN
+
+
+class Headroom(Strict):
+    """What one right subject has left of every tolerance."""
+
+    measured: Measured
+    seeds: int
+    checks: list[Room]
+
+    @property
+    def faults(self) -> list[str]:
+        """What is too close to a false alarm, a line for each check."""
+        return [
+            f"{room.id}: {room.headroom:.3g} times over {room.seeds} seeds, {room.name} {room.message}".strip()
+            for room in self.checks
+            if not room.enough
+        ]
+
+
+class Headrooms(Strict):
+    """The least headroom of every numeric check, by the source of the subject."""
+
+    schema_version: Literal[1] = 1
+    subjects: dict[str, Headroom] = Field(default_factory=dict)
+
+
+def detection_file() -> Path:
+    return repository_root() / "reports" / "selftest" / "detection.json"
+
+
+def headroom_file() -> Path:
+    return repository_root() / "reports" / "selftest" / "headroom.json"
+
+
+def recorded_limits() -> dict[str, Limit]:
+    """The recorded detection limit of every check that has one, by id; none where nothing is recorded."""
+    path = detection_file()
+    if not path.is_file():
+        return {}
+    return {check.id: check.limit for check in Detection.model_validate_json(path.read_bytes()).checks}
+
+
+def measure_detection(*options: str, subject: str = "bundled", device: str = "auto") -> Detection:
+    """Plant errors into every HARD numeric check that pytest's ``options`` leave.
+
+    Raises ConfigurationError when pytest cannot run them.
+    """
+    hard = ["phases", "-m", "hard and not slow", f"--phase={_PHASES}", *options]
+    tolerated = _run(*hard, f"--plant-error={TOLERATED}", subject=subject, device=device)
+    nodes = [check.node for check in catalogue() if check.id in tolerated.probed]
+    caught = _run(*nodes, f"--plant-error={CAUGHT}", subject=subject, device=device).results
+    checks = [
+        Sharpness(
+            id=name,
+            comparisons=len(found.limits),
+            on_caught=caught[name].verdict,
+            on_tolerated=tolerated.results[name].verdict,
+            limit=max(found.limits, key=lambda limit: limit.factor),
+        )
+        for name, found in tolerated.probed.items()
+    ]
+    unseen = [
+        name
+        for name, result in tolerated.results.items()
+        if name not in tolerated.probed and any(map(_fractional, result.measurements))
+    ]
+    return Detection(measured=_measured(subject, device), checks=checks, unseen=unseen)
+
+
+def measure_headroom(*options: str, subject: str = "bundled", device: str = "auto", seeds: int = SEEDS) -> Headroom:
+    """Run the numeric checks of phases 4 and 5 with many seeds, and those of phase 6 once, which draw nothing.
+
+    Those of phase 6 are the ones whose detection limit is recorded; with ``options`` of pytest they are left out.
+    Raises ConfigurationError when pytest cannot run them.
+    """
+    run = _run("phases", f"--phase={_SEEDED}", f"--seeds={seeds}", *options, subject=subject, device=device)
+    results, probed = run.results, run.probed
+    known = recorded_limits()
+    nodes = [check.node for check in catalogue() if check.phase == 6 and check.id in known]
+    if nodes and not options:
+        run = _run(*nodes, f"--seeds={seeds}", subject=subject, device=device)
+        results, probed = results | run.results, probed | run.probed
+    checks = [
+        _room(results[name], found.seeds)
+        for name, found in probed.items()
+        # whether a round is served is no number, though it is scored and compared on the way
+        if results[name].measurements or results[name].verdict is not Verdict.PASS
+    ]
+    return Headroom(measured=_measured(subject, device), seeds=seeds, checks=checks)
+
+
+def _fractional(measurement: Measurement) -> bool:
+    """Whether it is a ratio or a difference of floating-point numbers: no whole number, and no size in a unit."""
+    whole = measurement.measured.is_integer() and measurement.allowed.is_integer()
+    return not whole and not measurement.unit
+
+
+def _run(*options: str, subject: str, device: str) -> Scratch:
+    return scratch_run(*options, subject=subject, device=device, limit_s=_LIMIT_S).finished()
+
+
+def keep_headroom(found: Headroom) -> None:
+    """Put ``found`` in the place of what is recorded of the same subject."""
+    path = headroom_file()
+    kept = Headrooms.model_validate_json(path.read_bytes()) if path.is_file() else Headrooms()
+    subjects = {**kept.subjects, found.measured.subject.source: found}
+    write_atomic(path, Headrooms(subjects=subjects).model_dump_json(indent=1) + "\n")
+
+
+def _room(result: CheckResult, seeds: int) -> Room:
+    tightest = result.tightest
+    headroom = tightest.headroom if tightest and (result.verdict is Verdict.PASS or not tightest.within) else 0.0
+    name = tightest.name if tightest else ""
+    return Room(id=result.id, seeds=seeds, headroom=headroom, name=name, message=result.message)
+
+
+def _measured(subject: str, device: str) -> Measured:
+    root = repository_root()
+    return Measured(
+        time_utc=utc_now(),
+        device=device,
+        subject=find_subject(subject, root).info(),
+        instrument_sha256=instrument_sha256(root),
+    )
+
+
+def _detection(chosen: argparse.Namespace) -> int:
+    found = measure_detection(subject=chosen.subject, device=chosen.device)
+    write_atomic(detection_file(), found.model_dump_json(indent=1) + "\n")
+    return _tell(f"{len(found.checks)} HARD numeric checks", "faults", found.faults)
+
+
+def _headroom(chosen: argparse.Namespace) -> int:
+    found = measure_headroom(subject=chosen.subject, device=chosen.device, seeds=chosen.seeds)
+    keep_headroom(found)
+    return _tell(f"{len(found.checks)} numeric checks", f"with less than {HEADROOM:g} times headroom", found.faults)
+
+
+def _tell(what: str, problem: str, wrong: Sequence[str]) -> int:
+    print("\n".join([*wrong, f"{what}, {len(wrong)} {problem}"]))
+    return 1 if wrong else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and record one of the two; 1 where a check falls short, 3 where it cannot be measured."""
+    parser = argparse.ArgumentParser(prog="python -m verify.sensitivity", description=__doc__)
+    parser.add_argument("what", choices=("detection", "headroom"))
+    parser.add_argument("--subject", default="bundled")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of headroom; default: {SEEDS}")
+    chosen = parser.parse_args(arguments)
+    try:
+        return {"detection": _detection, "headroom": _headroom}[chosen.what](chosen)
+    except ConfigurationError as error:
+        print(f"verify: {error}", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
