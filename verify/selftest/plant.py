@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import libcst as cst
@@ -64,14 +65,17 @@ def edited(text: str, edit: Edit, fault: Fault) -> str:
     scope = _scope(module, edit.within)
     if scope is None:
         raise _does_not_apply(fault, f"{edit.file} has no {edit.within}", "within")
-    wanted, statement = _meaning(edit.before)
-    found = [node for node in _nodes(scope, statement) if _meaning_of(module, node, statement) == wanted]
+    wanted, meaning = _parsed(edit.before, fault, "before"), _meaning(edit.before)
+    alike = (node for node in _below(scope) if type(node) is type(wanted))
+    found = [node for node in alike if _meaning(module.code_for_node(node)) == meaning]
     if not (len(found) == 1 if edit.nth is None else len(found) >= edit.nth):
         place = f"{edit.file}, {edit.within}" if edit.within else edit.file
         raise _does_not_apply(
             fault, f"{place} has {len(found)} times {edit.before!r}", "before" if not found else "nth"
         )
-    new = _new(edit.after, statement, fault)
+    new = _parsed(edit.after, fault, "after")
+    if isinstance(new, cst.BaseStatement) is not isinstance(wanted, cst.BaseStatement):
+        new = _as_statement(edit, fault)
     return module.deep_replace(found[(edit.nth or 1) - 1], new).code
 
 
@@ -97,32 +101,31 @@ def _below(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
         yield from _below(child)
 
 
-def _nodes(scope: cst.CSTNode, statement: bool) -> Iterator[cst.CSTNode]:
-    kinds = (cst.BaseStatement,) if statement else (cst.BaseExpression,)
-    return (node for node in _below(scope) if isinstance(node, kinds))
+def _parsed(source: str, fault: Fault, field: str) -> cst.CSTNode:
+    """An expression, in parentheses, or a statement. Raises ConfigurationError for what is neither."""
+    with suppress(cst.ParserSyntaxError):
+        return cst.parse_expression(f"({source.strip()})")
+    with suppress(cst.ParserSyntaxError):
+        return cst.parse_statement(source.strip())
+    raise ConfigurationError(
+        f"fault {fault.id}: {field!r} is no expression and no statement; edit it in faults/{fault.layer}.toml"
+    )
 
 
-def _meaning(source: str) -> tuple[str, bool]:
-    """What a piece of source means whatever its formatting, and whether it is a statement."""
+def _as_statement(edit: Edit, fault: Fault) -> cst.CSTNode:
+    """What an expression becomes that takes a statement's place. Raises ConfigurationError the other way round."""
     try:
-        return ast.dump(ast.parse(f"({source}\n)", mode="eval")), False
-    except SyntaxError:
-        return ast.dump(ast.parse(source.strip())), True
+        cst.parse_expression(f"({edit.before.strip()})")
+    except cst.ParserSyntaxError:
+        return cst.parse_statement(edit.after.strip())
+    raise ConfigurationError(
+        f"fault {fault.id}: 'before' is an expression and 'after' a statement; edit one in faults/{fault.layer}.toml"
+    )
 
 
-def _meaning_of(module: cst.Module, node: cst.CSTNode, statement: bool) -> str | None:
-    try:
-        found, is_statement = _meaning(module.code_for_node(node))
-    except SyntaxError:  # a piece that is no expression of its own, such as the ``a: b`` of a slice
-        return None
-    return found if is_statement == statement else None
-
-
-def _new(after: str, statement: bool, fault: Fault) -> cst.CSTNode:
-    try:
-        return cst.parse_statement(after.strip()) if statement else cst.parse_expression(f"({after})")
-    except cst.ParserSyntaxError as error:
-        kind = "statement" if statement else "expression"
-        raise ConfigurationError(
-            f"fault {fault.id}: 'after' is no {kind}; edit it in faults/{fault.layer}.toml"
-        ) from error
+def _meaning(source: str) -> str:
+    """What a piece of source means, whatever its formatting; empty for one that means nothing by itself."""
+    for text, mode in ((f"({source}\n)", "eval"), (source.strip(), "exec")):
+        with suppress(SyntaxError):
+            return ast.dump(ast.parse(text, mode=mode))
+    return ""
