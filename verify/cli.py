@@ -35,6 +35,7 @@ examples:
   python -m verify compile                       build every kernel for every GPU; none is needed
   python -m verify compile --sm 120,121 --full
   python -m verify quality                       what the embedded model still knows, beside simple controls
+  python -m verify selftest                      plant mistakes in the subject: does the suite catch them?
   python -m verify report                        one line for every GPU
   python -m verify report --gpu sm120 --format markdown
   python -m verify doctor --expect sm90          is this machine ready, and is it the right one
@@ -90,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(verbs)
     _add_compile(verbs)
     _add_quality(verbs)
+    _add_selftest(verbs)
     report = _add(verbs, "report", "the gate matrix of a GPU from the records, or one line for every GPU")
     report.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
     _add_format(report)
@@ -222,6 +224,35 @@ def _quality(chosen: argparse.Namespace) -> int:
     return quality.quality_verb(chosen.subject, chosen.device, chosen.out)
 
 
+def _add_selftest(verbs: argparse._SubParsersAction) -> None:
+    verb = _add(verbs, "selftest", "plant mistakes in copies of the subject, and show which check catches which")
+    verb.add_argument(
+        "--only", metavar="FAULT", action="append", default=[], help="a fault by its id, or a layer (repeatable)"
+    )
+    verb.add_argument("--sample", metavar="N", type=int, help="N of the faults, spread over the layers")
+    verb.add_argument("--seed", metavar="N", type=int, default=DEFAULT_SEED, help="which N; default: %(default)s")
+    verb.add_argument(
+        "--full", metavar="PHASES", nargs="?", const="1-8",
+        help="every check of these phases (all of them) against each fault, not only those that claim to catch it",
+    )  # fmt: skip
+    verb.add_argument("--subject", metavar="S", default="bundled", help="bundled (default), or a checkout")
+    verb.add_argument("--jobs", type=int, metavar="N", help="faults at a time (default: one per processor)")
+    verb.add_argument("--out", type=Path, metavar="FILE", help="default: reports/selftest, when nothing is left out")
+    _add_format(verb)
+
+
+def _selftest(chosen: argparse.Namespace) -> int:
+    import importlib.util
+
+    if importlib.util.find_spec("libcst") is None:
+        raise ConfigurationError("selftest needs libcst, which is not installed; run make setup, or pip install libcst")
+    from verify.selftest import verb
+
+    full = None if chosen.full is None else parse_phases(chosen.full)
+    choice = verb.Choice(tuple(chosen.only), chosen.sample, full, chosen.seed)
+    return verb.selftest(choice, chosen.subject, chosen.jobs, chosen.format, chosen.out)
+
+
 def _run(chosen: argparse.Namespace) -> int:
     request = request_of(chosen)
     from verify import runner
@@ -257,6 +288,7 @@ _VERBS = {
     "run": _run,
     "compile": _compile,
     "quality": _quality,
+    "selftest": _selftest,
     "report": _report,
     "doctor": _doctor,
     "gates": _gates,

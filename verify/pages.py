@@ -17,6 +17,8 @@ from verify.matrix import PLAN_TABLE, bound, count, headroom
 from verify.outcome import ConfigurationError
 from verify.planted import Limit
 from verify.record import CheckResult, Record
+from verify.request import repository_root
+from verify.selftest import caught_by, load_faults
 from verify.sensitivity import recorded_limits
 from verify.verdict import newest_first
 
@@ -168,6 +170,7 @@ def _print_claim(name: str, chosen: Sequence[Check], console: Console) -> None:
         "gate": f"{spec.gate.upper()}; must-pass on GPUs: {gpus}; emulated: {emulated}",
         "plan": plan,
         "needs": ", ".join(spec.needs) or "nothing",
+        "catches": _caught(chosen),
         "cases": ", ".join(check.case for check in chosen),
         "repeat": f"python -m pytest '{nodes}'",
     }
@@ -192,6 +195,16 @@ def _source(check: Check) -> str:
     path, name = check.node.partition("[")[0].split("::")
     test = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
     return f"{path}:{inspect.getsourcelines(test)[1]}"
+
+
+def _caught(chosen: Sequence[Check]) -> str:
+    """The planted faults that the checks claim to catch, and how many of them the recorded matrices confirm."""
+    names = {check.id for check in chosen}
+    claimed = [fault.id for fault in load_faults() if {*fault.kills} & {*names, chosen[0].spec.family}]
+    recorded = caught_by(names, repository_root())
+    told = [f"planted {', '.join(claimed)}" if claimed else "no planted fault claims it"]
+    told += [f"{len(faults)} in the last selftest of {name}" for name, faults in recorded.items()]
+    return "; ".join(told)
 
 
 def _print_results(ids: Sequence[str], records: Sequence[Record], console: Console) -> None:

@@ -1,0 +1,10 @@
+"""``python -m verify selftest``: mistakes planted in a subject, or in a record, that the suite must catch.
+
+The faults are data, a TOML file per layer under ``faults/``. Nothing here is in the instrument's digest: one
+fault more or less changes no verdict about a GPU.
+"""
+
+from verify.selftest.faults import LAYERS, Fault, load_faults
+from verify.selftest.matrix import caught_by
+
+__all__ = ["LAYERS", "Fault", "caught_by", "load_faults"]

@@ -1,0 +1,157 @@
+"""The planted faults as data: one TOML file per layer, read without torch, libcst or the subject."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from verify.builds import Strict
+from verify.checks import Check
+from verify.outcome import ConfigurationError
+from verify.record import Verdict
+
+#: From the arithmetic to what is concluded from it; each is the name of a file under ``faults/``.
+LAYERS = (
+    "kernel", "scoring", "statistics", "selection", "trigger", "hf", "vllm", "cli", "record", "report",
+)  # fmt: skip
+
+FAULTS, WRAPPERS = (Path(__file__).with_name(name) for name in ("faults", "wrappers"))
+
+_END = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT})
+
+
+class Edit(Strict):
+    """One change of a subject's source: the ``nth`` (from 1) or only ``before`` within a function or class.
+
+    ``file`` is relative to the package; ``within`` is a dotted name, empty for the whole file; ``before`` and ``after``
+    are each one expression or one statement. Formatting and comments do not matter.
+    """
+
+    file: str = Field(min_length=1)
+    within: str = ""
+    before: str = Field(min_length=1)
+    after: str = Field(min_length=1)
+    nth: int | None = Field(default=None, ge=1)
+
+
+class Wrapper(Strict):
+    """A module of ``wrappers/`` whose ``plant(names)`` replaces names of the published module ``around``."""
+
+    module: str
+    around: str
+
+    @field_validator("module")
+    @classmethod
+    def _is_there(cls, name: str) -> str:
+        if not (WRAPPERS / f"{name}.py").is_file():
+            raise ValueError(f"there is no wrappers/{name}.py")
+        return name
+
+
+class Change(Strict):
+    """One change of a record: what stands ``at`` a path becomes ``to``; it goes, or stands there ``twice``.
+
+    In ``results`` the key of the path is a check's id.
+    """
+
+    at: tuple[str | int, ...] = Field(min_length=1)
+    to: str | int | float | bool | None = None
+    op: Literal["set", "remove", "twice"] = "set"
+
+
+class Tampered(Strict):
+    """A good record of ``target`` made on ``day``, with the results of some ``phases``, and what was done to it."""
+
+    target: str = "sm120"
+    day: int = Field(default=1, ge=1, le=28)
+    phases: tuple[int, ...] = tuple(range(1, 9))
+    changes: tuple[Change, ...] = ()
+
+
+class Fault(Strict):
+    """One mistake that somebody could make, and the checks that claim to catch it.
+
+    ``kills`` are ids or families of checks, or of ``records.JUDGES`` for tampered records. It is caught when one of
+    them ends in one of ``verdicts`` with a message that the pattern ``says`` is found in. It is planted by edits of the
+    ``bundled`` or the ``plain`` subject, by a ``wrapper`` around any subject, or in ``records``.
+    """
+
+    layer: str
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    what: str = Field(min_length=1)
+    kills: tuple[str, ...] = Field(min_length=1)
+    says: str = ""
+    verdicts: frozenset[Verdict] = frozenset({Verdict.FAIL})
+    bundled: tuple[Edit, ...] = ()
+    plain: tuple[Edit, ...] = ()
+    wrapper: Wrapper | None = None
+    records: tuple[Tampered, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.layer}.{self.name}"
+
+    @model_validator(mode="after")
+    def _planted_in_one_way(self) -> Fault:
+        ways = [bool(self.bundled or self.plain), self.wrapper is not None, bool(self.records)]
+        if sum(ways) != 1:
+            raise ValueError("plant it by edits, by a wrapper or in records, and only by one of them")
+        if not self.verdicts <= _END:
+            raise ValueError(f"verdicts may be {', '.join(sorted(_END))}")
+        re.compile(self.says)
+        return self
+
+    def edits_of(self, subject: str) -> tuple[Edit, ...]:
+        """The edits for the subject of that name; none where the fault cannot be planted in it."""
+        return {"bundled": self.bundled, "plain": self.plain}.get(subject, ())
+
+    def fits(self, subject: str) -> bool:
+        return bool(self.edits_of(subject) or self.wrapper or self.records)
+
+    def claimed(self, checks: Iterable[Check]) -> list[Check]:
+        """The checks that claim to catch it. Raises ConfigurationError for a claim that no check answers to."""
+        checks = list(checks)
+        for claim in self.kills:
+            if not any(claim in (check.id, check.spec.family) for check in checks):
+                raise ConfigurationError(
+                    f"fault {self.id} names {claim}, which is no check; name another in {FAULTS.name}/{self.layer}.toml"
+                )
+        return [check for check in checks if {check.id, check.spec.family} & {*self.kills}]
+
+
+@cache
+def load_faults(folder: Path = FAULTS) -> tuple[Fault, ...]:
+    """Every fault, layer by layer in the order of the files.
+
+    Raises ConfigurationError naming the file and the fault that breaks a rule, or whose id is taken.
+    """
+    faults: dict[str, Fault] = {}
+    for layer in LAYERS:
+        path = folder / f"{layer}.toml"
+        for number, entry in enumerate(_entries(path), start=1):
+            try:
+                fault = Fault.model_validate({"layer": layer, **entry})
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(str(part) for part in first["loc"]) or "fault"
+                name = entry.get("name", f"number {number}")
+                raise ConfigurationError(f"{path.name}, {name}: {place}: {first['msg']}; correct it there") from error
+            if fault.id in faults:
+                raise ConfigurationError(f"{path.name} has two faults named {fault.name}; rename one")
+            faults[fault.id] = fault
+    return tuple(faults.values())
+
+
+def _entries(path: Path) -> list[Mapping[str, object]]:
+    if not path.exists():
+        return []
+    try:
+        return tomllib.loads(path.read_text("utf-8")).get("fault", [])
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path.name} is no TOML ({error}); correct it there") from error

@@ -1,0 +1,141 @@
+"""Records that were tampered with, and the rules that must refuse them or must not turn green on them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from verify.architectures import find, parse_target
+from verify.checks import Check, catalogue
+from verify.outcome import ConfigurationError
+from verify.record import CheckResult, Environment, Gpu, Measurement, Record, SubjectInfo, UnreadableRecord, read_record
+from verify.selftest.faults import Change, Fault, Tampered
+from verify.selftest.matrix import Cell, Outcome
+from verify.verdict import TargetVerdict, assess, must_pass
+
+_GREEN = (TargetVerdict.VERIFIED, TargetVerdict.EMULATED_PASS)
+
+
+def judge(fault: Fault) -> list[Cell]:
+    """What each rule that claims to catch a tampered record says of it."""
+    with TemporaryDirectory() as folder:
+        paths = []
+        for number, tampered in enumerate(fault.records):
+            paths.append(Path(folder) / f"{number}.json")
+            paths[-1].write_text(json.dumps(_applied(fault, tampered)), "utf-8")
+        return [_cell(fault, name, _judge_named(fault, name)(paths)) for name in fault.kills]
+
+
+def _cell(fault: Fault, name: str, objection: str | None) -> Cell:
+    killed = objection is not None and re.search(fault.says, objection) is not None
+    outcome = Outcome.KILLED if killed else Outcome.SURVIVED
+    return Cell(
+        check=name, outcome=outcome, verdict="passed" if objection is None else "refused", message=objection or ""
+    )
+
+
+def _refused(paths: Sequence[Path]) -> str | None:
+    """The sentence with which reading refuses one of the files."""
+    for path in paths:
+        try:
+            read_record(path)
+        except UnreadableRecord as error:
+            return str(error).removeprefix(f"{path.parent}/")
+    return None
+
+
+def _not_green(paths: Sequence[Path]) -> str | None:
+    """The verdict and its sentence where all files together do not turn the first one's target green."""
+    records = [read_record(path) for path in paths]
+    found = assess(parse_target(records[0].target), records, _checks())
+    return None if found.verdict in _GREEN else f"{found.verdict}: {found.sentence}"
+
+
+#: The rules by name: each takes the files and returns its objection, or None.
+JUDGES: dict[str, Callable[[Sequence[Path]], str | None]] = {"read_record": _refused, "assess": _not_green}
+
+
+def _judge_named(fault: Fault, name: str) -> Callable[[Sequence[Path]], str | None]:
+    if name not in JUDGES:
+        raise ConfigurationError(
+            f"fault {fault.id} names {name}, which judges no record; use {' or '.join(JUDGES)} "
+            f"in faults/{fault.layer}.toml"
+        )
+    return JUDGES[name]
+
+
+@cache
+def _checks() -> tuple[Check, ...]:
+    return tuple(catalogue())
+
+
+def good_record(target: str, day: int = 1, phases: Sequence[int] = tuple(range(1, 9))) -> Record:
+    """A record in which every must-pass check of those phases passed on the target."""
+    sm = None if target == "emulated" else int(target.removeprefix("sm"))
+    wanted = must_pass(_checks(), find(sm) if sm else parse_target(target))
+    results = [
+        CheckResult(
+            id=check.id, gate=check.spec.gate, plan=check.spec.plan, verdict="PASS", seed=1, duration_s=0.5,
+            evidence="hardware" if sm else "emulated", repeat=f"python -m pytest '{check.node}'",
+            measurements=[Measurement(name="error", measured=0.25, allowed=1.0)],
+        )
+        for check in wanted
+        if check.phase in phases
+    ]  # fmt: skip
+    gpu = Gpu(name=f"Sample GPU {sm}", uuid_sha256="0" * 64, sm=sm, memory_gib=16, driver="580.1") if sm else None
+    environment = Environment(
+        gpu=gpu, cuda_runtime="13.0", cuda_toolkit="13.0", torch="2.13.0", triton="3.7.1", ptxas={},
+        flash_attn="not installed", vllm="0.32.0", transformers="5.19.0", python="3.11.7", os="Linux",
+        variables={"TRITON_DEFAULT_FP_FUSION": "1"},
+    )  # fmt: skip
+    subject = SubjectInfo(
+        name="sample", version="1.0", source="bundled", git_sha="1234567890", dirty=False, content_sha256="0" * 64
+    )
+    return Record(
+        run_id=f"sample-{target}-{day}", time_utc=f"2026-11-{day:02d}T00:00:00Z", state="complete", target=target,
+        subject=subject, instrument_sha256="0" * 64, environment=environment, model="embedded", seed=0,
+        selection="everything", duration_s=1.0, results=results,
+    )  # fmt: skip
+
+
+def _applied(fault: Fault, tampered: Tampered) -> dict[str, Any]:
+    """The record as JSON data with every change made. Raises ConfigurationError for one that does not apply."""
+    data = good_record(tampered.target, tampered.day, tampered.phases).model_dump(mode="json")
+    for change in tampered.changes:
+        try:
+            _change(data, change)
+        except (KeyError, IndexError, StopIteration, TypeError) as error:
+            raise ConfigurationError(
+                f"fault {fault.id} no longer applies: a good record has nothing at {'/'.join(map(str, change.at))}; "
+                f"edit its 'at' in faults/{fault.layer}.toml"
+            ) from error
+    return data
+
+
+def _change(data: Any, change: Change) -> None:
+    *way, last = change.at
+    for key in way:
+        data = data[_index(data, key)]
+    if change.op == "set":
+        key = last if isinstance(data, dict) else _index(data, last)
+        data[key] = change.to
+        return
+    index = _index(data, last)
+    if change.op == "remove":
+        del data[index]
+    else:
+        data.append(data[index])
+
+
+def _index(data: Any, key: str | int) -> str | int:
+    """The place of a result by its id; any other key is its own place, and must be there."""
+    if isinstance(data, list) and isinstance(key, str):
+        return next(number for number, item in enumerate(data) if item["id"] == key)
+    if isinstance(data, dict) and key not in data:
+        raise KeyError(key)
+    return key

@@ -1,0 +1,195 @@
+"""Plants the chosen faults, several side by side, and says which of them the suite catches."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import shlex
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TypeVar
+
+from verify.checks import Check, catalogue
+from verify.device import prepare
+from verify.manifest import survey, utc_now
+from verify.outcome import ConfigurationError
+from verify.record import Verdict
+from verify.request import repository_root
+from verify.runner import Interruption
+from verify.selftest.bench import Bench, Interrupted
+from verify.selftest.faults import LAYERS, Fault, load_faults
+from verify.selftest.matrix import FOLDER, Matrix, Outcome, Row, write
+from verify.selftest.plant import subject_key
+from verify.subject import find_subject
+
+EXIT_OK, EXIT_SURVIVED, EXIT_INTERRUPTED = range(3)
+
+_MODEL = "embedded"
+
+#: The checks of these phases start several servers; two such faults side by side would starve each other.
+_ALONE = frozenset({7})
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked for. ``full`` are the phases whose checks every fault meets, None for those that claim it."""
+
+    only: Sequence[str] = ()
+    sample: int | None = None
+    full: Sequence[int] | None = None
+    seed: int = 0
+
+    @property
+    def words(self) -> str:
+        """The selection as it would be typed."""
+        words = list(chain.from_iterable(("--only", name) for name in self.only))
+        words += ["--sample", str(self.sample), "--seed", str(self.seed)] if self.sample is not None else []
+        words += ["--full", ",".join(map(str, self.full))] if self.full is not None else []
+        return shlex.join(words) or "everything"
+
+    @property
+    def partial(self) -> bool:
+        return bool(self.only) or self.sample is not None
+
+
+def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out: Path | None) -> int:
+    """Try the chosen faults, write the matrix, print it, and return the exit code.
+
+    0 every fault that could be tried was caught; 1 one was not, or a check that should catch it fails without it; 2
+    interrupted, and what was tried is kept. Raises ConfigurationError for a selection that names nothing, and for a
+    fault that no longer applies.
+    """
+    from verify.selftest.table import print_matrix
+
+    if jobs is not None and jobs < 1:
+        raise ConfigurationError(f"--jobs {jobs} tries nothing; give 1 or more")
+    root = repository_root()
+    subject = find_subject(subject_name, root)
+    faults = chosen(choice, [fault for fault in load_faults() if fault.fits(subject_key(subject))])
+    checks = list(catalogue())
+    plan = [(fault, _checks_for(fault, choice, checks)) for fault in faults]
+    prepare("cpu", _MODEL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fault per core, and not each on all of them
+    with Interruption() as interruption:
+        bench = Bench(root, subject, survey("cpu", subject, root), _MODEL, 0, interruption.count)
+        try:
+            rows = _tried(bench, plan, jobs or len(os.sched_getaffinity(0)))
+        except Interrupted:
+            return EXIT_INTERRUPTED
+    matrix = Matrix(
+        time_utc=utc_now(), subject=bench.surroundings.subject_info,
+        instrument_sha256=bench.surroundings.instrument_sha256, versions=bench.versions,
+        selection=choice.words, seed=choice.seed, rows=rows, idle=_idle(rows, checks),
+    )  # fmt: skip
+    path = out or root / FOLDER / f"{subject_key(subject)}{'.full' if choice.full is not None else ''}.json"
+    if out is not None or not choice.partial:
+        write(matrix, path)
+    print_matrix(matrix, form, path if path.exists() and (out or not choice.partial) else None)
+    return EXIT_SURVIVED if any(map(_uncaught, rows)) else EXIT_OK
+
+
+def _uncaught(row: Row) -> bool:
+    """Whether nothing caught the fault, for another reason than that all its checks are skipped here."""
+    if row.outcome is Outcome.NOT_RUN:
+        return any(not cell.verdict.startswith(Verdict.SKIP) for cell in row.cells)
+    return row.outcome is Outcome.SURVIVED
+
+
+def chosen(choice: Choice, faults: Sequence[Fault]) -> list[Fault]:
+    """The faults that ``only`` names by id or layer, and of those a seeded sample that is spread over the layers.
+
+    Raises ConfigurationError for a name that is neither, and for a selection without a fault.
+    """
+    known = {*LAYERS, *(fault.id for fault in faults)}
+    if unknown := [name for name in choice.only if name not in known]:
+        raise ConfigurationError(
+            f"--only {unknown[0]} is no planted fault of this subject; give an id, or a layer: {', '.join(LAYERS)}"
+        )
+    if choice.sample is not None and choice.sample < 1:
+        raise ConfigurationError(f"--sample {choice.sample} is no fault; give 1 or more")
+    found = [fault for fault in faults if not choice.only or {fault.id, fault.layer} & {*choice.only}]
+    if not found:
+        raise ConfigurationError("no fault can be planted in this subject; give it edits in verify/selftest/faults/")
+    if choice.sample is None:
+        return found
+    draw = random.Random(choice.seed)
+    by_layer = [[fault for fault in found if fault.layer == layer] for layer in LAYERS]
+    for layer in by_layer:
+        draw.shuffle(layer)
+    draw.shuffle(by_layer)
+    in_turn = [fault for turn in zip_longest(*by_layer) for fault in turn if fault is not None]
+    taken = {fault.id for fault in in_turn[: choice.sample]}
+    return [fault for fault in found if fault.id in taken]
+
+
+def _checks_for(fault: Fault, choice: Choice, checks: Sequence[Check]) -> list[Check]:
+    if fault.records:
+        return []
+    claimed = fault.claimed(checks)
+    if choice.full is None:
+        return claimed
+    return [check for check in checks if check in claimed or (check.phase in choice.full and _in_a_run(check))]
+
+
+def _in_a_run(check: Check) -> bool:
+    """Whether a run on a CPU has the check: it needs no GPU, and it is not slow."""
+    file, _, test = check.node.partition("::")
+    function = getattr(importlib.import_module(f"phases.{Path(file).stem}"), test.partition("[")[0])
+    slow = any(mark.name == "slow" for mark in getattr(function, "pytestmark", ()))
+    return check.applies_to("emulated") and not slow
+
+
+def _idle(rows: Iterable[Row], checks: Iterable[Check]) -> list[str]:
+    """The families of checks, of those that a run on a CPU has, that killed nothing."""
+    killed = {cell.check.rpartition(".")[0] for row in rows for cell in row.killers}
+    families = dict.fromkeys(check.spec.family for check in checks if _in_a_run(check))
+    return [family for family in families if family not in killed]
+
+
+def _tried(bench: Bench, plan: Sequence[tuple[Fault, list[Check]]], jobs: int) -> list[Row]:
+    """A row for each fault, in the order of the plan; first of all each check is tried without a fault."""
+    from verify.selftest.table import Progress
+
+    needed = list({check.id: check for _, checks in plan for check in checks}.values())
+    parts = [[check for check in needed if check.phase == phase] for phase in sorted({c.phase for c in needed})]
+    begun = time.monotonic()
+    with Progress(len(plan)) as progress:
+        progress.note(f"without a fault: {len(needed)} checks")
+        found = _side_by_side(bench.baseline, [(part,) for part in parts], jobs, [_alone(part) for part in parts])
+        baseline = {name: verdict for part in found for name, verdict in part.items()}
+        progress.note(f"with one: {len(plan)} faults")
+        calls = [(fault, checks, baseline) for fault, checks in plan]
+        rows = _side_by_side(bench.row, calls, jobs, [_alone(checks) for _, checks in plan], progress.finished)
+    progress.note(f"{time.monotonic() - begun:.0f} s")
+    return rows
+
+
+def _alone(checks: Iterable[Check]) -> bool:
+    return any(check.phase in _ALONE for check in checks)
+
+
+def _side_by_side(
+    function: Callable[..., T], calls: Sequence[tuple], jobs: int, alone: Sequence[bool],
+    done: Callable[[T], None] = lambda result: None,
+) -> list[T]:  # fmt: skip
+    """The results of the calls in their order, ``jobs`` at a time; then those that must be ``alone``, one by one."""
+    results: dict[int, T] = {}
+    for one_by_one in (False, True):
+        numbers = [number for number, lonely in enumerate(alone) if lonely is one_by_one]
+        with ThreadPoolExecutor(1 if one_by_one else jobs) as pool:
+            futures = {pool.submit(function, *calls[number]): number for number in numbers}
+            try:
+                for future in as_completed(futures):
+                    results[futures[future]] = future.result()
+                    done(future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return [results[number] for number in range(len(calls))]

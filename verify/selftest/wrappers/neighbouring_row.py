@@ -1,0 +1,15 @@
+"""A table gives the row before the one that was asked for, as an index that counts from 0 does."""
+
+from functools import wraps
+
+
+def plant(names):
+    table = names["TrigTableCache"]
+    original = table.get_trig_values
+
+    @wraps(original)
+    def get_trig_values(self, round_start):
+        original(self, round_start)  # refuses what it refused
+        return original(self, max(round_start - self.compress_interval, self.compress_interval))
+
+    table.get_trig_values = get_trig_values

@@ -1,0 +1,167 @@
+"""Planted faults: the data, how they are planted, and a sample of them caught live."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from verify.checks import catalogue
+from verify.outcome import ConfigurationError
+from verify.record import Verdict
+from verify.request import repository_root
+from verify.selftest import LAYERS, Fault, load_faults
+from verify.selftest.bench import caught
+from verify.selftest.matrix import FOLDER, Cell, Outcome, Row, caught_by, read
+from verify.selftest.plant import copy_of, edited
+from verify.selftest.records import good_record, judge
+from verify.selftest.verb import Choice, chosen
+from verify.subject import PACKAGE, find_subject
+
+_SOURCE = """\
+class Scorer:
+    def score(self, q,
+              k):  # a comment
+        total = (q *
+                 k) + q * k
+        if total > 0:
+            return total
+        return 0
+
+def score(q, k):
+    return q * k
+"""
+
+
+def _fault(**fields) -> Fault:
+    edit = {"file": "scorer.py", "within": "Scorer.score", "before": "q*k", "after": "q + k", "nth": 1}
+    base = {"layer": "scoring", "name": "sample", "what": "A sample.", "kills": ["p4.plan"]}
+    return Fault.model_validate(base | {"bundled": [edit | fields]})
+
+
+def _edited(**fields) -> str:
+    fault = _fault(**fields)
+    return edited(_SOURCE, fault.bundled[0], fault)
+
+
+def test_there_are_faults_of_every_layer_and_each_names_checks_that_exist() -> None:
+    faults, checks = load_faults(), list(catalogue())
+    assert len(faults) >= 60
+    assert min(Counter(fault.layer for fault in faults).values()) >= 5
+    assert {fault.layer for fault in faults} == {*LAYERS}
+    for fault in faults:
+        assert fault.records or fault.claimed(checks)
+
+
+@pytest.mark.parametrize("fault", [f for f in load_faults() if f.edits_of("bundled")], ids=lambda fault: fault.id)
+def test_every_edit_applies_to_the_bundled_subject_and_leaves_python(fault: Fault) -> None:
+    for edit in fault.bundled:
+        text = (repository_root() / PACKAGE / edit.file).read_text("utf-8")
+        assert ast.dump(ast.parse(edited(text, edit, fault))) != ast.dump(ast.parse(text))
+
+
+def test_an_edit_is_found_whatever_its_formatting_and_keeps_the_rest() -> None:
+    assert _edited() == _SOURCE.replace("(q *\n                 k)", "(q + k)")
+    assert _edited(nth=2) == _SOURCE.replace("+ q * k", "+ (q + k)")
+
+
+def test_a_statement_is_replaced_by_a_statement() -> None:
+    found = _edited(before="if total>0: return total", after="pass", nth=None)
+    assert "        pass\n        return 0\n" in found
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"nth": None}, r"scorer.py, Scorer.score has 2 times 'q\*k'; edit its 'nth' in faults/scoring.toml"),
+        ({"before": "q / k"}, r"has 0 times 'q / k'; edit its 'before'"),
+        ({"within": "Scorer.rank"}, r"scorer.py has no Scorer.rank; edit its 'within'"),
+        ({"after": "q +"}, r"'after' is no expression and no statement"),
+        ({"after": "pass"}, r"'before' is an expression and 'after' a statement"),
+    ],
+)
+def test_a_fault_that_no_longer_applies_says_what_to_edit(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        _edited(**fields)
+
+
+def test_a_wrapper_is_planted_without_the_subjects_source(tmp_path: Path) -> None:
+    fault = next(fault for fault in load_faults() if fault.id == "kernel.scores_in_bf16")
+    subject = find_subject("bundled", repository_root())
+    copy = copy_of(subject, tmp_path, fault) / PACKAGE
+    module = "vllm/core/kernels/triton_scoring.py"
+    before, after = ((root / module).read_text("utf-8") for root in (subject.root / PACKAGE, copy))
+    assert after.startswith(before)
+    assert after.removeprefix(before).strip().endswith("plant(globals())")
+
+
+@pytest.mark.parametrize("fault", [f for f in load_faults() if f.records], ids=lambda fault: fault.id)
+def test_a_tampered_record_is_refused_or_not_green(fault: Fault) -> None:
+    assert [cell.outcome for cell in judge(fault)] == [Outcome.KILLED] * len(fault.kills)
+
+
+@pytest.mark.parametrize("target", ["sm120", "emulated"])
+def test_the_record_that_is_tampered_with_is_good_itself(target: str) -> None:
+    tampered = {"records": [{"target": target}], "bundled": (), "kills": ["read_record", "assess"]}
+    fault = Fault.model_validate(_fault().model_dump() | tampered)
+    assert [cell.verdict for cell in judge(fault)] == ["passed", "passed"]
+    assert good_record(target).target == target
+
+
+def test_a_fault_is_caught_by_a_failure_that_says_the_right_thing() -> None:
+    fault = Fault.model_validate(_fault().model_dump() | {"says": "Triton path"})
+    assert caught(fault, Verdict.FAIL, "Triton path: error")
+    assert not caught(fault, Verdict.FAIL, "PyTorch path: error")
+    assert not caught(fault, Verdict.ERROR, "Triton path: error")
+
+
+def test_a_sample_is_seeded_and_spread_over_the_layers() -> None:
+    faults = load_faults()
+    sample = chosen(Choice(sample=len(LAYERS), seed=3), faults)
+    assert sample == chosen(Choice(sample=len(LAYERS), seed=3), faults)
+    assert {fault.layer for fault in sample} == {*LAYERS}
+    assert sample != chosen(Choice(sample=len(LAYERS), seed=4), faults)
+
+
+def test_a_selection_that_names_nothing_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="--only kernels is no planted fault"):
+        chosen(Choice(only=["kernels"]), load_faults())
+
+
+def test_a_row_is_killed_by_any_check_and_not_run_only_where_none_ran() -> None:
+    def row(*outcomes: Outcome) -> Row:
+        cells = [Cell(check="p4.plan.x", outcome=outcome, verdict="PASS") for outcome in outcomes]
+        return Row(id="scoring.sample", what="A sample.", cells=cells, duration_s=0)
+
+    assert row(Outcome.SURVIVED, Outcome.KILLED).outcome is Outcome.KILLED
+    assert row(Outcome.SURVIVED, Outcome.NOT_RUN).outcome is Outcome.SURVIVED
+    assert row(Outcome.NOT_RUN).outcome is Outcome.NOT_RUN
+
+
+def _selftest(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRIATTENTION_CACHE": str(cache), "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", "verify", "selftest", *arguments],
+        capture_output=True, text=True, timeout=300, cwd=repository_root(), env=environment,
+    )  # fmt: skip
+
+
+def test_a_sample_of_the_quick_layers_is_caught_and_kept(tmp_path: Path) -> None:
+    layers = [word for layer in ("kernel", "scoring", "record", "report") for word in ("--only", layer)]
+    asked = [*layers, "--sample", "6", "--out", str(tmp_path / FOLDER / "sample.json")]
+    first = _selftest(tmp_path, *asked)
+    assert first.returncode == 0, first.stdout + first.stderr
+    matrix = read(tmp_path / FOLDER / "sample.json")
+    assert len(matrix.rows) == len(matrix.of(Outcome.KILLED)) == 6
+    killer = next(row.killers[0].check for row in matrix.rows if row.killers[0].check.startswith("p"))
+    assert caught_by({killer}, tmp_path)["sample"]
+    again = _selftest(tmp_path, *asked, "--format", "json")
+    took = {row["id"]: row["duration_s"] for row in json.loads(again.stdout)["rows"]}
+    # what was planted in a subject was not tried again
+    assert all(took[row.id] == row.duration_s for row in matrix.rows if row.id.startswith(("kernel", "scoring")))
