@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,22 @@ def load(folders: Sequence[Path] = ()) -> Archive:
             if record not in records:
                 records.append(record)
     return Archive(tuple(records), tuple(unreadable))
+
+
+def locate(name: str) -> list[Path]:
+    """The files of the record that ``name`` is: a file, the directory of a run, or the id of a run or published record.
+
+    Raises ConfigurationError for a name that is none of them.
+    """
+    path, reports = Path(name), repository_root() / "reports"
+    if path.is_file():
+        return [path]
+    for folder in (path, reports / "runs" / name):
+        if folder.is_dir() and (found := [*folder.glob(RECORD), *sorted(folder.glob(_BUILT))]):
+            return found
+    if found := sorted((reports / "evidence").rglob(f"{glob.escape(path.name)}.json")):
+        return found[:1]
+    raise ConfigurationError(f"there is no record {name!r}; give a file, the directory of a run, or the id of a run")
 
 
 def _default(reports: Path) -> Iterator[Path]:

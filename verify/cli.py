@@ -35,6 +35,7 @@ examples:
   python -m verify quality                       what the embedded model still knows, beside simple controls
   python -m verify report                        one line for every GPU
   python -m verify report --gpu sm120 --format markdown
+  python -m verify check reports/runs/RUN        is a record sound, and nothing missing
   python -m verify doctor --expect sm90          is this machine ready, and is it the right one
   python -m verify explain p4.triton_oracle
 
@@ -92,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
     _add_format(report)
     _add_records(report)
+    check = _add(verbs, "check", "whether records are sound, from their files alone: exit 0, or 1 with every problem")
+    check.add_argument("records", metavar="RECORD", nargs="+", help="a file, the directory of a run, or a run's id")
+    check.add_argument("--json", action="store_true", help="the problems as JSON")
     doctor = _add(verbs, "doctor", "found and minimum versions, what will be skipped and why, the next step")
     doctor.add_argument("--expect", metavar="GPU", help="the GPU this machine must have")
     _add_format(_add(verbs, "gates", "every check: its gate, where it is must-pass, its claim"))
@@ -230,6 +234,12 @@ def _report(chosen: argparse.Namespace) -> int:
     return report.report(chosen.gpu, chosen.format, chosen.records)
 
 
+def _check(chosen: argparse.Namespace) -> int:
+    from verify import checker
+
+    return checker.check(chosen.records, as_json=chosen.json)
+
+
 def _doctor(chosen: argparse.Namespace) -> int:
     from verify import doctor
 
@@ -253,6 +263,7 @@ _VERBS = {
     "compile": _compile,
     "quality": _quality,
     "report": _report,
+    "check": _check,
     "doctor": _doctor,
     "gates": _gates,
     "explain": _explain,
