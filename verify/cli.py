@@ -34,6 +34,7 @@ examples:
   python -m verify compile --sm 120,121 --full
   python -m verify quality                       what the embedded model still knows, beside simple controls
   python -m verify report                        one line for every GPU
+  python -m verify report --all                  the matrix of every check on every GPU
   python -m verify report --gpu sm120 --format markdown
   python -m verify check reports/runs/RUN        is a record sound, and nothing missing
   python -m verify doctor --expect sm90          is this machine ready, and is it the right one
@@ -90,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
     _add_compile(verbs)
     _add_quality(verbs)
     report = _add(verbs, "report", "the gate matrix of a GPU from the records, or one line for every GPU")
-    report.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
+    which = report.add_mutually_exclusive_group()
+    which.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
+    which.add_argument("--all", action="store_true", help="the matrix of every check on every GPU")
     _add_format(report)
     _add_records(report)
     check = _add(verbs, "check", "whether records are sound, from their files alone: exit 0, or 1 with every problem")
@@ -231,7 +234,7 @@ def _run(chosen: argparse.Namespace) -> int:
 def _report(chosen: argparse.Namespace) -> int:
     from verify import report
 
-    return report.report(chosen.gpu, chosen.format, chosen.records)
+    return report.report(chosen.gpu, chosen.format, chosen.records, every_check=chosen.all)
 
 
 def _check(chosen: argparse.Namespace) -> int:

@@ -38,6 +38,9 @@ _EMULATED_ONLY: tuple[Evidence, ...] = ("emulated",)
 _ON_A_GPU: tuple[Evidence, ...] = ("hardware", "compiled")
 _AHEAD_OF_TIME: tuple[Evidence, ...] = ("compiled",)
 
+#: By check and evidence the newest result, and the run that it is of.
+_Results = dict[tuple[str, Evidence], tuple[CheckResult, str]]
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -48,6 +51,7 @@ class Cell:
     result: CheckResult | None
     proves: bool  #: whether the evidence is the kind that the target's verdict rests on
     run_id: str | None
+    stale: CheckResult | None = None  #: where there is no result: the newest of the records that no longer count
 
     @property
     def passed(self) -> bool:
@@ -162,6 +166,13 @@ def describe_subject(subject: SubjectInfo) -> str:
     return f"{subject.name} {subject.version} ({sha}{state})"
 
 
+def merged(target: Target, records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
+    """Those of ``records`` that are about ``target`` and speak for it together, and the stale ones; newest first."""
+    own = newest_first(record for record in records if record.target == target.target)
+    same = [_why_stale(record, own) is None for record in own]
+    return list(compress(own, same)), [record for record, kept in zip(own, same, strict=True) if not kept]
+
+
 def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -> Assessment:
     """The verdict of ``target`` from those of ``records`` that are about it and comparable with its newest run.
 
@@ -170,15 +181,13 @@ def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -
     time makes no run stale; where nothing ran, the newest one decides. A result whose gate is not the catalogue's is
     of a check that this suite does not have.
     """
-    own = newest_first(record for record in records if record.target == target.target)
-    same = [_why_stale(record, own) is None for record in own]
-    used, stale = list(compress(own, same)), [record for record, kept in zip(own, same, strict=True) if not kept]
+    used, stale = merged(target, records)
     wanted = {check.id for check in must_pass(checks, target)}
     gates = {check.id: check.spec.gate for check in checks}
-    found = _newest_results(used, gates, wanted)
+    found, before = (_newest_results(some, gates, wanted) for some in (used, stale))
     cells = tuple(
         cell
-        for cell in (_cell(check, target, found, check.id in wanted) for check in checks)
+        for cell in (_cell(check, target, found, before, check.id in wanted) for check in checks)
         if cell.result is not None or cell.check.applies_to(target.target)
     )
     results = (result for record in used for result in record.results)
@@ -190,10 +199,8 @@ def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -
     return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown)
 
 
-def _newest_results(
-    records: Sequence[Record], gates: Mapping[str, Gate], wanted: Set[str]
-) -> dict[tuple[str, Evidence], tuple[CheckResult, str]]:
-    found: dict[tuple[str, Evidence], tuple[CheckResult, str]] = {}
+def _newest_results(records: Sequence[Record], gates: Mapping[str, Gate], wanted: Set[str]) -> _Results:
+    found: _Results = {}
     for record in records:
         for result in record.results:
             # the must-pass list promises the embedded model; runs with others are further records
@@ -203,15 +210,14 @@ def _newest_results(
     return found
 
 
-def _cell(
-    check: Check, target: Target, found: dict[tuple[str, Evidence], tuple[CheckResult, str]], wanted: bool
-) -> Cell:
+def _cell(check: Check, target: Target, found: _Results, before: _Results, wanted: bool) -> Cell:
     shown = _AHEAD_OF_TIME if check.spec.ahead_of_time else _EMULATED_ONLY if target is EMULATED else _ON_A_GPU
     for evidence in shown:
         if (check.id, evidence) in found:
             result, run_id = found[check.id, evidence]
             return Cell(check, wanted, result, evidence == shown[0], run_id)
-    return Cell(check, wanted, None, False, None)
+    old = next((before[check.id, evidence][0] for evidence in shown if (check.id, evidence) in before), None)
+    return Cell(check, wanted, None, False, None, old)
 
 
 def _verdict(cells: Sequence[Cell]) -> TargetVerdict:
