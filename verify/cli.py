@@ -36,6 +36,8 @@ examples:
   python -m verify report                        one line for every GPU
   python -m verify report --all                  the matrix of every check on every GPU
   python -m verify report --gpu sm120 --format markdown
+  python -m verify diff --since last-green       what is worse than in the last run that was green
+  python -m verify history --check p4.triton_oracle
   python -m verify check reports/runs/RUN        is a record sound, and nothing missing
   python -m verify doctor --expect sm90          is this machine ready, and is it the right one
   python -m verify explain p4.triton_oracle
@@ -96,6 +98,19 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--all", action="store_true", help="the matrix of every check on every GPU")
     _add_format(report)
     _add_records(report)
+    diff = _add(verbs, "diff", "what changed between two runs: exit 1 if a HARD check got worse, else 0")
+    diff.add_argument("runs", metavar="RUN", nargs="*", help="the earlier and the later run: ids, files or directories")
+    diff.add_argument(
+        "--since", choices=("last-green",), help="compare the newest run, or RUN, with the last green one"
+    )
+    diff.add_argument("--gpu", metavar="GPU", help="with --since: the newest run of this target")
+    diff.add_argument("--json", action="store_true", help="every change as JSON")
+    _add_records(diff)
+    history = _add(verbs, "history", "how verdicts and headroom went, run by run")
+    history.add_argument("--check", metavar="ID", help="a check or a family: its whole course")
+    history.add_argument("--gpu", metavar="GPU", help="only this target, with every family of checks")
+    history.add_argument("--json", action="store_true", help="every result as JSON")
+    _add_records(history)
     check = _add(verbs, "check", "whether records are sound, from their files alone: exit 0, or 1 with every problem")
     check.add_argument("records", metavar="RECORD", nargs="+", help="a file, the directory of a run, or a run's id")
     check.add_argument("--json", action="store_true", help="the problems as JSON")
@@ -237,6 +252,18 @@ def _report(chosen: argparse.Namespace) -> int:
     return report.report(chosen.gpu, chosen.format, chosen.records, every_check=chosen.all)
 
 
+def _diff(chosen: argparse.Namespace) -> int:
+    from verify import difference
+
+    return difference.diff(chosen.runs, chosen.since, chosen.gpu, chosen.records, as_json=chosen.json)
+
+
+def _history(chosen: argparse.Namespace) -> int:
+    from verify import history
+
+    return history.history(chosen.check, chosen.gpu, chosen.records, as_json=chosen.json)
+
+
 def _check(chosen: argparse.Namespace) -> int:
     from verify import checker
 
@@ -266,6 +293,8 @@ _VERBS = {
     "compile": _compile,
     "quality": _quality,
     "report": _report,
+    "diff": _diff,
+    "history": _history,
     "check": _check,
     "doctor": _doctor,
     "gates": _gates,

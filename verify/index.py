@@ -7,6 +7,7 @@ A verdict is never read from it. It says which records hold the newest results, 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sqlite3
 import sys
@@ -20,7 +21,7 @@ from verify.archive import Entry, digest_of_file, paths, read_finished, settle
 from verify.instrument import digest_of
 from verify.outcome import ConfigurationError
 from verify.record import CheckResult, Record, UnreadableRecord
-from verify.verdict import merged
+from verify.verdict import merged, moment
 
 _TABLES = (
     """CREATE TABLE record (
@@ -35,8 +36,8 @@ _TABLES = (
 )
 
 _POINTS = """
-SELECT number, verdict, code, evidence, measure, measured, allowed, result.duration_s
-FROM record CROSS JOIN result ON result.record = record.number AND result.id = ?
+SELECT id, gate, verdict, code, evidence, measure, measured, allowed, duration_s FROM result
+WHERE record = :record AND (:name IS NULL OR id = :name OR id BETWEEN :name || '.' AND :name || '/')
 """
 
 #: How long a call waits for another one that is reading a thousand records.
@@ -53,6 +54,8 @@ class Point:
     run_id: str
     time_utc: str
     target: str
+    id: str
+    gate: str
     verdict: str
     code: str | None
     evidence: str
@@ -62,9 +65,9 @@ class Point:
     duration_s: float
 
     @property
-    def used(self) -> float | None:
-        """The part of the allowance that was used: measured / allowed, 1 at the bound."""
-        if self.measured is None or not self.allowed or self.allowed == float("inf"):
+    def share(self) -> float | None:
+        """The part of the allowance that was needed, measured / allowed: 1 is the bound."""
+        if self.measured is None or not self.allowed or math.isinf(self.allowed):
             return None
         return self.measured / self.allowed
 
@@ -109,14 +112,19 @@ class Index:
         number = next((number for number, head in self.heads.items() if head.run_id == run_id), None)
         return None if number is None else self._in_full(number)
 
-    def course(self, check_id: str, target: str | None = None) -> list[Point]:
-        """Every result of one check, oldest first."""
-        points = [
+    def passed(self, run_id: str) -> set[str]:
+        """The checks that passed in that run."""
+        query = "SELECT id FROM record JOIN result ON record = number WHERE run_id = ? AND verdict = 'PASS'"
+        return {check_id for (check_id,) in self._database.execute(query, (run_id,))}
+
+    def points(self, name: str | None = None, target: str | None = None) -> list[Point]:
+        """Every result, of one check or family and of one target where they are given, oldest first."""
+        return [
             Point(head.run_id, head.time_utc, head.target, *row)
-            for number, *row in self._database.execute(_POINTS, (check_id,))
-            if (head := self.heads.get(number)) and target in (None, head.target)
+            for number, head in sorted(self.heads.items(), key=lambda pair: moment(pair[1]))
+            if target in (None, head.target)
+            for row in self._database.execute(_POINTS, {"record": number, "name": name})
         ]
-        return sorted(points, key=lambda point: (point.time_utc, point.run_id))
 
     def _in_full(self, number: int) -> Record:
         if number not in self._read:

@@ -20,8 +20,8 @@ NOT_RUN = "NOT RUN"
 #: A check that a GPU has yet to run, of which it is known that its kernels can be built for it.
 COMPILED = "COMPILED"
 
-# the word of a row is the first of these that one of its cells has
-_WORST_FIRST: tuple[str, ...] = (
+#: The word of a row is the first of these that one of its cells has.
+WORST_FIRST: tuple[str, ...] = (
     Verdict.CRASH,
     Verdict.TIMEOUT,
     Verdict.ERROR,
@@ -50,7 +50,7 @@ class Row:
 
     @property
     def worst(self) -> str:
-        return min((_word(cell) for cell in self.cells), key=_WORST_FIRST.index)
+        return min((_word(cell) for cell in self.cells), key=WORST_FIRST.index)
 
     @property
     def verdict(self) -> str:

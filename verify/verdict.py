@@ -117,9 +117,14 @@ def must_pass(checks: Iterable[Check], target: Target) -> list[Check]:
     return [check for check in checks if check.spec.gate == "hard" and check.applies_to(target.target)]
 
 
-def newest_first(records: Iterable[Record]) -> list[Record]:
+def moment(record: Record) -> tuple[datetime, str]:
+    """What records are sorted by."""
     # as times, not as strings: "…00.5Z" would sort before "…00Z"
-    return sorted(records, key=lambda record: (datetime.fromisoformat(record.time_utc), record.run_id), reverse=True)
+    return datetime.fromisoformat(record.time_utc), record.run_id
+
+
+def newest_first(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=moment, reverse=True)
 
 
 def subject_key(subject: SubjectInfo) -> tuple[str, str, str]:

@@ -101,8 +101,9 @@ def test_the_course_of_a_check_is_told_oldest_first(reports: Path) -> None:
         write(record("sm120", [one], day=day), reports)
     write(record("sm90", [result("p4.oracle.n1")]), reports)
     with open_index([reports]) as index:
-        assert [point.used for point in index.course("p4.oracle.n1", "sm120")] == [0.25, 0.5, None]
-        assert len(index.course("p4.oracle.n1")) == 4
+        assert [point.share for point in index.points("p4.oracle.n1", "sm120")] == [0.25, 0.5, None]
+        assert len(index.points("p4.oracle.n1")) == len(index.points("p4.oracle")) == 4
+        assert index.points("p4.ora") == []
 
 
 def test_a_thousand_records_are_reported_in_time_and_memory(tmp_path: Path) -> None:
