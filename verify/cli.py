@@ -96,8 +96,15 @@ def parser() -> argparse.ArgumentParser:
     which = report.add_mutually_exclusive_group()
     which.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
     which.add_argument("--all", action="store_true", help="the matrix of every check on every GPU")
-    _add_format(report)
+    report.add_argument("--format", choices=(*_FORMATS, "junit", "badge"), default="terminal")
+    report.add_argument("--out", metavar="PATH", type=Path, help="the file to write; of badges the directory")
     _add_records(report)
+    export = _add(verbs, "export", "a record as JUnit XML or as an in-toto test result")
+    form = export.add_mutually_exclusive_group(required=True)
+    form.add_argument("--junit", dest="form", action="store_const", const="junit", help="a suite for each phase")
+    form.add_argument("--attestation", dest="form", action="store_const", const="attestation", help="in-toto, v0.1")
+    export.add_argument("record", metavar="RECORD", help="a file, the directory of a run, or a run's id")
+    export.add_argument("--out", metavar="FILE", type=Path, help="default: stdout")
     diff = _add(verbs, "diff", "what changed between two runs: exit 1 if a HARD check got worse, else 0")
     diff.add_argument("runs", metavar="RUN", nargs="*", help="the earlier and the later run: ids, files or directories")
     diff.add_argument(
@@ -249,7 +256,13 @@ def _run(chosen: argparse.Namespace) -> int:
 def _report(chosen: argparse.Namespace) -> int:
     from verify import report
 
-    return report.report(chosen.gpu, chosen.format, chosen.records, every_check=chosen.all)
+    return report.report(chosen.gpu, chosen.format, chosen.records, every_check=chosen.all, out=chosen.out)
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    from verify import interchange
+
+    return interchange.export(chosen.record, chosen.form, chosen.out)
 
 
 def _diff(chosen: argparse.Namespace) -> int:
@@ -293,6 +306,7 @@ _VERBS = {
     "compile": _compile,
     "quality": _quality,
     "report": _report,
+    "export": _export,
     "diff": _diff,
     "history": _history,
     "check": _check,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from verify.architectures import known_targets, parse_target
 from verify.checks import catalogue
 from verify.index import open_index
+from verify.outcome import ConfigurationError
 from verify.record import Record
 from verify.verdict import Assessment, assess
 
@@ -20,10 +21,18 @@ if TYPE_CHECKING:
 EXIT_UNREADABLE = 5
 
 
-def report(gpu: str | None, form: str = "terminal", folders: Sequence[Path] = (), *, every_check: bool = False) -> int:
+def report(
+    gpu: str | None,
+    form: str = "terminal",
+    folders: Sequence[Path] = (),
+    *,
+    every_check: bool = False,
+    out: Path | None = None,
+) -> int:
     """Print the report on one target, or a line for each where ``gpu`` is None; return 0, or 5 for unreadable records.
 
-    With ``every_check`` it is the matrix of all checks and targets. Raises ConfigurationError for an unknown GPU or a
+    With ``every_check`` it is the matrix of all checks and targets; ``out`` is the file to write instead, and of badges
+    the directory. Raises ConfigurationError for an unknown GPU or a
     records directory that is not there.
     """
     targets = [parse_target(gpu)] if gpu is not None else list(known_targets())
@@ -33,13 +42,23 @@ def report(gpu: str | None, form: str = "terminal", folders: Sequence[Path] = ()
         unreadable = index.unreadable
     if form == "terminal":
         _print_terminal(assessments, gpu is not None, every_check)
+    elif form == "badge":
+        from verify import interchange
+
+        if out is None:
+            raise ConfigurationError("a badge is two files for each GPU; give --out DIR")
+        interchange.write_badges(assessments, out)
     else:
-        from verify import exports
+        from verify import exports, interchange
 
         several = exports.GRID if every_check else exports.SUMMARY
-        render = exports.FULL[form] if gpu is not None else several[form]
-        subject = assessments[0] if gpu is not None else assessments
-        print(render(subject, unreadable), end="")
+        if form == "junit":
+            text = interchange.report_junit(assessments)
+        elif gpu is not None:
+            text = exports.FULL[form](assessments[0], unreadable)
+        else:
+            text = several[form](assessments, unreadable)
+        interchange.write_out(text, out)
     for sentence in unreadable:
         print(f"verify: unreadable record {sentence}", file=sys.stderr)
     return EXIT_UNREADABLE if unreadable else 0
