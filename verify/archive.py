@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,29 +20,99 @@ _BUILT = "sm*.json"
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """What was read: the records, and one sentence for each file that is no record."""
+    """What was read: the records, and one sentence for each file that does not count, with its reason."""
 
     records: tuple[Record, ...]
     unreadable: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file that is a record: which run it is of, and the digest of its content."""
+
+    path: Path
+    run_id: str
+    digest: str
+
+    @property
+    def published(self) -> bool:
+        return self.path.name != RECORD and not self.path.match(_BUILT)
+
+
 def load(folders: Sequence[Path] = ()) -> Archive:
     """Read every record under ``folders``; without any, ``reports/evidence`` and ``reports/runs`` of the repository.
 
-    A file that cannot be read is listed, never raised. Raises ConfigurationError for a folder that is not there.
+    A file that does not count is listed, never raised. Raises ConfigurationError for a folder that is not there.
     """
-    records: list[Record] = []
+    read: dict[Path, Record] = {}
     unreadable: list[str] = []
-    for path in _given(folders) if folders else _default(repository_root() / "reports"):
+    for path in paths(folders):
         try:
-            record = read_record(path)
+            read[path] = read_finished(path)
         except UnreadableRecord as error:
             unreadable.append(str(error))
-        else:
-            # evidence is published by copying a run's record, so both may be there
-            if record not in records:
-                records.append(record)
-    return Archive(tuple(records), tuple(unreadable))
+    kept, refused = settle([Entry(path, record.run_id, digest_of_file(path)) for path, record in read.items()])
+    return Archive(tuple(read[entry.path] for entry in kept), (*unreadable, *refused))
+
+
+def read_finished(path: Path) -> Record:
+    """``read_record`` of a run that has ended, well or not. Raises UnreadableRecord for one that has not, too."""
+    record = read_record(path)
+    if record.state == "running":
+        raise UnreadableRecord(
+            f"{path}: is half-written (state running); let the run end, or go on with it: "
+            f"python -m verify run --resume {record.run_id}"
+        )
+    return record
+
+
+def settle(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """The files that count, and a sentence for each that does not: the second copy of a run, and runs that disagree.
+
+    Evidence is published by copying a run's record, so one copy in either place is as it should be.
+    """
+    kept: list[Entry] = []
+    refused: list[str] = []
+    runs: dict[str, list[Entry]] = {}
+    for entry in entries:
+        runs.setdefault(entry.run_id, []).append(entry)
+    for run_id, (first, *others) in runs.items():
+        if any(other.digest != first.digest for other in others):
+            files = " and ".join(str(entry.path) for entry in (first, *others))
+            refused.append(f"{files}: contradict each other about run {run_id}; none counts until one is left")
+            continue
+        kept.append(first)
+        seen = {first.published}
+        for other in others:
+            if other.published in seen:
+                refused.append(f"{other.path}: is a duplicate of {first.path} (run {run_id}); remove one of them")
+            seen.add(other.published)
+    return kept, refused
+
+
+def digest_of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def paths(folders: Sequence[Path] = ()) -> list[Path]:
+    """Every file that should be a record. Raises ConfigurationError for a folder that is not there."""
+    return list(_given(folders) if folders else _default(repository_root() / "reports"))
+
+
+def locate(name: str) -> list[Path]:
+    """The files of the record that ``name`` is: a file, the directory of a run, or the id of a run or published record.
+
+    Raises ConfigurationError for a name that is none of them.
+    """
+    path, reports = Path(name), repository_root() / "reports"
+    if path.is_file():
+        return [path]
+    for folder in (path, reports / "runs" / name):
+        if folder.is_dir() and (found := [*folder.glob(RECORD), *sorted(folder.glob(_BUILT))]):
+            return found
+    if found := sorted((reports / "evidence").rglob(f"{glob.escape(path.name)}.json")):
+        return found[:1]
+    raise ConfigurationError(f"there is no record {name!r}; give a file, the directory of a run, or the id of a run")
 
 
 def _default(reports: Path) -> Iterator[Path]:

@@ -37,7 +37,11 @@ examples:
   python -m verify quality                       what the embedded model still knows, beside simple controls
   python -m verify selftest                      plant mistakes in the subject: does the suite catch them?
   python -m verify report                        one line for every GPU
+  python -m verify report --all                  the matrix of every check on every GPU
   python -m verify report --gpu sm120 --format markdown
+  python -m verify diff --since last-green       what is worse than in the last run that was green
+  python -m verify history --check p4.triton_oracle
+  python -m verify check reports/runs/RUN        is a record sound, and nothing missing
   python -m verify doctor --expect sm90          is this machine ready, and is it the right one
   python -m verify explain p4.triton_oracle
 
@@ -93,9 +97,34 @@ def parser() -> argparse.ArgumentParser:
     _add_quality(verbs)
     _add_selftest(verbs)
     report = _add(verbs, "report", "the gate matrix of a GPU from the records, or one line for every GPU")
-    report.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
-    _add_format(report)
+    which = report.add_mutually_exclusive_group()
+    which.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
+    which.add_argument("--all", action="store_true", help="the matrix of every check on every GPU")
+    report.add_argument("--format", choices=(*_FORMATS, "junit", "badge"), default="terminal")
+    report.add_argument("--out", metavar="PATH", type=Path, help="the file to write; of badges the directory")
     _add_records(report)
+    export = _add(verbs, "export", "a record as JUnit XML or as an in-toto test result")
+    form = export.add_mutually_exclusive_group(required=True)
+    form.add_argument("--junit", dest="form", action="store_const", const="junit", help="a suite for each phase")
+    form.add_argument("--attestation", dest="form", action="store_const", const="attestation", help="in-toto, v0.1")
+    export.add_argument("record", metavar="RECORD", help="a file, the directory of a run, or a run's id")
+    export.add_argument("--out", metavar="FILE", type=Path, help="default: stdout")
+    diff = _add(verbs, "diff", "what changed between two runs: exit 1 if a HARD check got worse, else 0")
+    diff.add_argument("runs", metavar="RUN", nargs="*", help="the earlier and the later run: ids, files or directories")
+    diff.add_argument(
+        "--since", choices=("last-green",), help="compare the newest run, or RUN, with the last green one"
+    )
+    diff.add_argument("--gpu", metavar="GPU", help="with --since: the newest run of this target")
+    diff.add_argument("--json", action="store_true", help="every change as JSON")
+    _add_records(diff)
+    history = _add(verbs, "history", "how verdicts and headroom went, run by run")
+    history.add_argument("--check", metavar="ID", help="a check or a family: its whole course")
+    history.add_argument("--gpu", metavar="GPU", help="only this target, with every family of checks")
+    history.add_argument("--json", action="store_true", help="every result as JSON")
+    _add_records(history)
+    check = _add(verbs, "check", "whether records are sound, from their files alone: exit 0, or 1 with every problem")
+    check.add_argument("records", metavar="RECORD", nargs="+", help="a file, the directory of a run, or a run's id")
+    check.add_argument("--json", action="store_true", help="the problems as JSON")
     doctor = _add(verbs, "doctor", "found and minimum versions, what will be skipped and why, the next step")
     doctor.add_argument("--expect", metavar="GPU", help="the GPU this machine must have")
     _add_format(_add(verbs, "gates", "every check: its gate, where it is must-pass, its claim"))
@@ -263,7 +292,31 @@ def _run(chosen: argparse.Namespace) -> int:
 def _report(chosen: argparse.Namespace) -> int:
     from verify import report
 
-    return report.report(chosen.gpu, chosen.format, chosen.records)
+    return report.report(chosen.gpu, chosen.format, chosen.records, every_check=chosen.all, out=chosen.out)
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    from verify import interchange
+
+    return interchange.export(chosen.record, chosen.form, chosen.out)
+
+
+def _diff(chosen: argparse.Namespace) -> int:
+    from verify import difference
+
+    return difference.diff(chosen.runs, chosen.since, chosen.gpu, chosen.records, as_json=chosen.json)
+
+
+def _history(chosen: argparse.Namespace) -> int:
+    from verify import history
+
+    return history.history(chosen.check, chosen.gpu, chosen.records, as_json=chosen.json)
+
+
+def _check(chosen: argparse.Namespace) -> int:
+    from verify import checker
+
+    return checker.check(chosen.records, as_json=chosen.json)
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
@@ -290,6 +343,10 @@ _VERBS = {
     "quality": _quality,
     "selftest": _selftest,
     "report": _report,
+    "export": _export,
+    "diff": _diff,
+    "history": _history,
+    "check": _check,
     "doctor": _doctor,
     "gates": _gates,
     "explain": _explain,

@@ -5,13 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
 from verify.architectures import Architecture
 from verify.builds import Compilation
 from verify.checks import PHASES
-from verify.matrix import Row, bound, built, compiled_words, count, headroom, rows
+from verify.matrix import (
+    LEGEND,
+    VERSIONS,
+    Row,
+    bound,
+    built,
+    compiled_words,
+    count,
+    grid,
+    headroom,
+    rows,
+    versions,
+)
 from verify.plots import mermaid, value_rows
 from verify.record import CheckResult, Measurement, Record
 from verify.verdict import Assessment, Cell, describe_subject, fill_command, missing_by_phase
@@ -83,6 +96,36 @@ def summary_markdown(assessments: Sequence[Assessment], unreadable: Sequence[str
     return table + "".join(f"\n* unreadable record {_one_line(sentence)}" for sentence in unreadable)
 
 
+def grid_markdown(assessments: Sequence[Assessment], unreadable: Sequence[str]) -> str:
+    """Every check on every target: a table of the HARD ones, one of the SOFT ones, the verdicts, the versions."""
+    names = [one.target.target for one in assessments]
+    parts = []
+    lines = grid(assessments)
+    for gate in ("hard", "soft"):
+        body = [
+            [f"`{spec.family}`", spec.plan or "", *(str(marks.get(name, "-")) for name in names)]
+            for spec, marks in lines
+            if spec.gate == gate
+        ]
+        verdicts = [["**verdict**", "", *(one.verdict for one in assessments)]] if gate == "hard" else []
+        parts.append(f"## {gate.upper()}\n\n" + markdown_table(["check", "plan", *names], body + verdicts))
+    parts.append(f"{LEGEND}; - not for this target.\n")
+    parts.append("## Versions\n\n" + markdown_table(VERSIONS, versions(assessments)))
+    parts += ["".join(f"* unreadable record {_one_line(sentence)}\n" for sentence in unreadable)] if unreadable else []
+    return "\n".join(parts)
+
+
+def grid_json(assessments: Sequence[Assessment], unreadable: Sequence[str]) -> str:
+    lines = [
+        {"family": spec.family, "gate": spec.gate, "plan": spec.plan, "phase": spec.phase}
+        | {"marks": {name: asdict(one) | {"mark": str(one)} for name, one in marks.items()}}
+        for spec, marks in grid(assessments)
+    ]
+    made = [dict(zip(VERSIONS, line, strict=True)) for line in versions(assessments)]
+    whole = {"targets": [_summary(one) for one in assessments], "matrix": lines, "versions": made}
+    return dumps(whole | {"unreadable": list(unreadable)})
+
+
 def report_json(assessment: Assessment, unreadable: Sequence[str]) -> str:
     missing = missing_by_phase(assessment)
     whole = _summary(assessment) | {
@@ -112,6 +155,9 @@ FULL: MappingProxyType[str, Callable[[Assessment, Sequence[str]], str]] = Mappin
 )
 SUMMARY: MappingProxyType[str, Callable[[Sequence[Assessment], Sequence[str]], str]] = MappingProxyType(
     {"markdown": summary_markdown, "json": summary_json}
+)
+GRID: MappingProxyType[str, Callable[[Sequence[Assessment], Sequence[str]], str]] = MappingProxyType(
+    {"markdown": grid_markdown, "json": grid_json}
 )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from verify.builds import BuildVerdict, Compilation
 from verify.checks import CheckSpec
-from verify.record import Measurement, Verdict
-from verify.verdict import Cell
+from verify.record import Evidence, Measurement, Verdict
+from verify.verdict import Assessment, Cell
 
 #: The plan's pass/fail table: these items stand first in their phase.
 PLAN_TABLE = ("1.3", "1.4", "3.1", "3.2", "4.1", "2.2", "4.2", "5.2", "6.1")
@@ -19,8 +20,8 @@ NOT_RUN = "NOT RUN"
 #: A check that a GPU has yet to run, of which it is known that its kernels can be built for it.
 COMPILED = "COMPILED"
 
-# the word of a row is the first of these that one of its cells has
-_WORST_FIRST: tuple[str, ...] = (
+#: The word of a row is the first of these that one of its cells has.
+WORST_FIRST: tuple[str, ...] = (
     Verdict.CRASH,
     Verdict.TIMEOUT,
     Verdict.ERROR,
@@ -49,7 +50,7 @@ class Row:
 
     @property
     def worst(self) -> str:
-        return min((_word(cell) for cell in self.cells), key=_WORST_FIRST.index)
+        return min((_word(cell) for cell in self.cells), key=WORST_FIRST.index)
 
     @property
     def verdict(self) -> str:
@@ -83,6 +84,75 @@ def rows(cells: Iterable[Cell]) -> list[Row]:
         families.setdefault(cell.check.spec.family, []).append(cell)
     folded = [Row(members[0].check.spec, tuple(members)) for members in families.values()]
     return sorted(folded, key=lambda row: (row.phase, *_plan_order(row.spec.plan)))
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A family of checks on a target in two or three characters: ``●P``, ``◆P``, ``○F``, ``●P~``, ``·``.
+
+    ``word`` is its verdict, ``evidence`` the kind behind it; ``stale`` says that the result no longer counts.
+    """
+
+    word: str
+    evidence: Evidence | None
+    stale: bool = False
+
+    def __str__(self) -> str:
+        if self.evidence is None:
+            return "·"
+        return SHAPES[self.evidence] + LETTERS[self.word] + ("~" if self.stale else "")
+
+
+#: The shape tells the evidence and the letter the verdict, so that neither needs a colour.
+SHAPES: Mapping[Evidence, str] = MappingProxyType({"hardware": "●", "compiled": "◆", "emulated": "○"})
+LETTERS = MappingProxyType(
+    {"PASS": "P", "FAIL": "F", "ERROR": "E", "CRASH": "C", "TIMEOUT": "T", "INFRA": "I", "SKIP": "S", "BLOCKED": "B"}
+    | {"XFAIL": "w", "XPASS": "x"}
+)
+LEGEND = (
+    "● hardware  ◆ compiled  ○ emulated  · no result; P pass  F fail  E error  C crash  T timeout  I infra  "
+    "S skip  B blocked  w waived  x passed unexpectedly; ~ stale, which counts for nothing"
+)
+
+
+def mark(row: Row) -> Mark:
+    """The worst of a row: what counts, else what was built for a GPU that did not run it, else what is stale."""
+    worst = next(cell for cell in row.cells if _word(cell) == row.worst)
+    if worst.result is not None:
+        return Mark(worst.result.verdict, worst.result.evidence)
+    if all(cell.result or cell.stale for cell in row.cells):
+        return Mark(worst.stale.verdict, worst.stale.evidence, stale=True)
+    return Mark(NOT_RUN, None)
+
+
+def grid(assessments: Sequence[Assessment]) -> list[tuple[CheckSpec, dict[str, Mark]]]:
+    """Every family of checks with its mark on each target that it applies to, by target: first HARD, then SOFT ones."""
+    specs: dict[str, CheckSpec] = {}
+    marks: dict[str, dict[str, Mark]] = {}
+    for assessment in assessments:
+        for row in rows(assessment.cells):
+            specs.setdefault(row.spec.family, row.spec)
+            marks.setdefault(row.spec.family, {})[assessment.target.target] = mark(row)
+    order = sorted(specs.values(), key=lambda spec: (spec.gate != "hard", spec.phase, *_plan_order(spec.plan)))
+    return [(spec, marks[spec.family]) for spec in order]
+
+
+VERSIONS = ("target", "GPU", "driver", "CUDA", "torch", "triton", "vLLM", "subject", "newest")
+
+
+def versions(assessments: Sequence[Assessment]) -> list[list[str]]:
+    """What the newest record of each target was made with, by the names of ``VERSIONS``; targets without are absent."""
+    lines = []
+    for assessment in assessments:
+        if not assessment.used:
+            continue
+        newest = next((one for one in assessment.used if not one.ahead_of_time), assessment.used[0])
+        at = newest.environment
+        card = [at.gpu.name, at.gpu.driver] if at.gpu else ["none", "none"]
+        software = [at.cuda_runtime.partition(" (")[0], at.torch, at.triton, at.vllm.partition(" (")[0]]
+        subject = f"{newest.subject.version} {newest.subject.git_sha[:7]}{'+' * newest.subject.dirty}"
+        lines.append([assessment.target.target, *card, *software, subject, newest.time_utc[:10]])
+    return lines
 
 
 def by_phase(folded: Sequence[Row]) -> dict[int, list[Row]]:

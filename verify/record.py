@@ -213,11 +213,25 @@ def read_record(path: Path) -> Record:
     try:
         return Record.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise UnreadableRecord(f"{path}: {error.strerror}") from error
+        raise UnreadableRecord(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UnreadableRecord(f"{path}: {place}: {first['msg']}") from error
+        contradiction = f"contradicts itself ({error.errors()[0]['msg']})"
+        raise UnreadableRecord(f"{path}: {shape_problem(error) or contradiction}") from error
+
+
+def shape_problem(error: ValidationError) -> str:
+    """Why a file has not the shape of a record, in words; empty where only its parts contradict each other."""
+    for one in error.errors():
+        place = ".".join(map(str, one["loc"]))
+        if one["type"] == "json_invalid":
+            return f"is cut off or no JSON ({one['msg'].removeprefix('Invalid JSON: ')})"
+        if place == "schema_version":
+            return (
+                f"has schema version {one['input']}, and this suite reads {SCHEMA_VERSION}; use the suite that wrote it"
+            )
+        if one["type"] != "value_error":
+            return f"is no record ({place or 'file'}: {one['msg']})"
+    return ""
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verify.architectures import known_targets, parse_target
-from verify.archive import load
 from verify.checks import catalogue
+from verify.index import open_index
+from verify.outcome import ConfigurationError
 from verify.record import Record
 from verify.verdict import Assessment, assess
 
@@ -20,25 +21,47 @@ if TYPE_CHECKING:
 EXIT_UNREADABLE = 5
 
 
-def report(gpu: str | None, form: str = "terminal", folders: Sequence[Path] = ()) -> int:
+def report(
+    gpu: str | None,
+    form: str = "terminal",
+    folders: Sequence[Path] = (),
+    *,
+    every_check: bool = False,
+    out: Path | None = None,
+) -> int:
     """Print the report on one target, or a line for each where ``gpu`` is None; return 0, or 5 for unreadable records.
 
-    Raises ConfigurationError for an unknown GPU or a records directory that is not there.
+    With ``every_check`` it is the matrix of all checks and targets; ``out`` is the file to write instead, and of badges
+    the directory. Raises ConfigurationError for an unknown GPU or a
+    records directory that is not there.
     """
     targets = [parse_target(gpu)] if gpu is not None else list(known_targets())
-    archive, checks = load(folders), list(catalogue())
-    assessments = [assess(target, archive.records, checks) for target in targets]
+    checks = list(catalogue())
+    with open_index(folders) as index:
+        assessments = [assess(target, index.records(target), checks) for target in targets]
+        unreadable = index.unreadable
     if form == "terminal":
-        _print_terminal(assessments, gpu is not None)
-    else:
-        from verify import exports
+        _print_terminal(assessments, gpu is not None, every_check)
+    elif form == "badge":
+        from verify import interchange
 
-        render = exports.FULL[form] if gpu is not None else exports.SUMMARY[form]
-        subject = assessments[0] if gpu is not None else assessments
-        print(render(subject, archive.unreadable), end="")
-    for sentence in archive.unreadable:
+        if out is None:
+            raise ConfigurationError("a badge is two files for each GPU; give --out DIR")
+        interchange.write_badges(assessments, out)
+    else:
+        from verify import exports, interchange
+
+        several = exports.GRID if every_check else exports.SUMMARY
+        if form == "junit":
+            text = interchange.report_junit(assessments)
+        elif gpu is not None:
+            text = exports.FULL[form](assessments[0], unreadable)
+        else:
+            text = several[form](assessments, unreadable)
+        interchange.write_out(text, out)
+    for sentence in unreadable:
         print(f"verify: unreadable record {sentence}", file=sys.stderr)
-    return EXIT_UNREADABLE if archive.unreadable else 0
+    return EXIT_UNREADABLE if unreadable else 0
 
 
 def assess_record(record: Record) -> Assessment:
@@ -56,11 +79,13 @@ def print_matrix(record: Record, console: Console) -> None:
     terminal.print_run(assess_record(record), console)
 
 
-def _print_terminal(assessments: Sequence[Assessment], one: bool) -> None:
+def _print_terminal(assessments: Sequence[Assessment], one: bool, every_check: bool) -> None:
     from verify import terminal
 
     console = terminal.PipeConsole()
     if one:
         terminal.print_report(assessments[0], console)
+    elif every_check:
+        terminal.print_grid(assessments, console)
     else:
         terminal.print_summary(assessments, console)

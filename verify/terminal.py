@@ -11,7 +11,23 @@ from rich.text import Text
 
 from verify.architectures import Architecture, Target
 from verify.checks import PHASES, SKIP_CODES
-from verify.matrix import COMPILED, NOT_RUN, Row, bound, built, by_phase, compiled_words, count, headroom, rows
+from verify.matrix import (
+    COMPILED,
+    LEGEND,
+    NOT_RUN,
+    VERSIONS,
+    Mark,
+    Row,
+    bound,
+    built,
+    by_phase,
+    compiled_words,
+    count,
+    grid,
+    headroom,
+    rows,
+    versions,
+)
 from verify.plots import text_plot
 from verify.record import FAILING, CheckResult
 from verify.verdict import (
@@ -100,6 +116,62 @@ def print_summary(assessments: Sequence[Assessment], console: Console) -> None:
     console.print(table)
     console.print()
     console.print("One of them in full: python -m verify report --gpu sm120", soft_wrap=True)
+
+
+#: The verdict of a target in the three characters of its column.
+_SHORT = {
+    TargetVerdict.VERIFIED: "VER",
+    TargetVerdict.FAILED: "FAI",
+    TargetVerdict.INCOMPLETE: "inc",
+    TargetVerdict.INFRA: "INF",
+    TargetVerdict.EMULATED_PASS: "emu",
+    TargetVerdict.EMULATED_FAIL: "FAI",
+    TargetVerdict.EMULATED_INCOMPLETE: "inc",
+}
+
+
+def print_grid(assessments: Sequence[Assessment], console: Console) -> None:
+    """Every check on every target, a mark for each; the verdicts; and what they were made with."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("check", overflow="ellipsis", no_wrap=True)
+    for one in assessments:
+        table.add_column(one.target.target.removeprefix("sm")[:3], no_wrap=True, width=4)
+    gate = ""
+    for spec, marks in grid(assessments):
+        if spec.gate != gate:
+            gate = spec.gate
+            table.add_section()
+            table.add_row(Text(gate.upper(), style="bold"))
+        found = [marks.get(one.target.target) for one in assessments]
+        table.add_row(Text(spec.family), *(_mark_text(one) if one else Text("-", style="dim") for one in found))
+    table.add_section()
+    styles = [_VERDICT_STYLE.get(one.verdict, "bold red") for one in assessments]
+    verdicts = [Text(_SHORT[one.verdict], style=style) for one, style in zip(assessments, styles, strict=True)]
+    table.add_row(Text("verdict", style="bold"), *verdicts)
+    console.print(table)
+    console.print()
+    console.print(Text(f"{LEGEND}; - not for this target.", style="dim"))
+    console.print(
+        Text("VER verified, FAI failed, inc incomplete, INF infra, emu an emulated pass, which verifies no GPU.")
+    )
+    if lines := versions(assessments):
+        console.print()
+        made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        for name in VERSIONS:
+            made.add_column(name, overflow="fold")
+        for line in lines:
+            made.add_row(*map(Text, line))
+        console.print(made)
+
+
+def _mark_text(one: Mark) -> Text:
+    return Text(str(one), style="dim" if one.stale or one.evidence is None else _mark_style(one))
+
+
+def _mark_style(one: Mark) -> str:
+    if one.word == "PASS":
+        return {"hardware": "green", "compiled": "cyan", "emulated": "blue"}[one.evidence]
+    return "bold red" if one.word in FAILING else "yellow"
 
 
 def print_curves(result: CheckResult, console: Console) -> None:

@@ -41,6 +41,9 @@ _EMULATED_ONLY: tuple[Evidence, ...] = ("emulated",)
 _ON_A_GPU: tuple[Evidence, ...] = ("hardware", "compiled")
 _AHEAD_OF_TIME: tuple[Evidence, ...] = ("compiled",)
 
+#: By check and evidence the newest result, and the run that it is of.
+_Results = dict[tuple[str, Evidence], tuple[CheckResult, str]]
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -51,6 +54,7 @@ class Cell:
     result: CheckResult | None
     proves: bool  #: whether the evidence is the kind that the target's verdict rests on
     run_id: str | None
+    stale: CheckResult | None = None  #: where there is no result: the newest of the records that no longer count
 
     @property
     def passed(self) -> bool:
@@ -116,9 +120,14 @@ def must_pass(checks: Iterable[Check], target: Target) -> list[Check]:
     return [check for check in checks if check.spec.gate == "hard" and check.applies_to(target.target)]
 
 
-def newest_first(records: Iterable[Record]) -> list[Record]:
+def moment(record: Record) -> tuple[datetime, str]:
+    """What records are sorted by."""
     # as times, not as strings: "…00.5Z" would sort before "…00Z"
-    return sorted(records, key=lambda record: (datetime.fromisoformat(record.time_utc), record.run_id), reverse=True)
+    return datetime.fromisoformat(record.time_utc), record.run_id
+
+
+def newest_first(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=moment, reverse=True)
 
 
 def subject_key(subject: SubjectInfo) -> tuple[str, str, str]:
@@ -165,6 +174,13 @@ def describe_subject(subject: SubjectInfo) -> str:
     return f"{subject.name} {subject.version} ({sha}{state})"
 
 
+def merged(target: Target, records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
+    """Those of ``records`` that are about ``target`` and speak for it together, and the stale ones; newest first."""
+    own = newest_first(record for record in records if record.target == target.target)
+    same = [_why_stale(record, own) is None for record in own]
+    return list(compress(own, same)), [record for record, kept in zip(own, same, strict=True) if not kept]
+
+
 def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -> Assessment:
     """The verdict of ``target`` from those of ``records`` that are about it and comparable with its newest run.
 
@@ -173,15 +189,13 @@ def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -
     time makes no run stale; where nothing ran, the newest one decides. A result whose gate is not the catalogue's is
     of a check that this suite does not have.
     """
-    own = newest_first(record for record in records if record.target == target.target)
-    same = [_why_stale(record, own) is None for record in own]
-    used, stale = list(compress(own, same)), [record for record, kept in zip(own, same, strict=True) if not kept]
+    used, stale = merged(target, records)
     wanted = {check.id for check in must_pass(checks, target)}
     gates = {check.id: check.spec.gate for check in checks}
-    found = _newest_results(used, gates, wanted)
+    found, before = (_newest_results(some, gates, wanted) for some in (used, stale))
     cells = tuple(
         cell
-        for cell in (_cell(check, target, found, check.id in wanted) for check in checks)
+        for cell in (_cell(check, target, found, before, check.id in wanted) for check in checks)
         if cell.result is not None or cell.check.applies_to(target.target)
     )
     results = (result for record in used for result in record.results)
@@ -193,10 +207,8 @@ def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -
     return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown)
 
 
-def _newest_results(
-    records: Sequence[Record], gates: Mapping[str, Gate], wanted: Set[str]
-) -> dict[tuple[str, Evidence], tuple[CheckResult, str]]:
-    found: dict[tuple[str, Evidence], tuple[CheckResult, str]] = {}
+def _newest_results(records: Sequence[Record], gates: Mapping[str, Gate], wanted: Set[str]) -> _Results:
+    found: _Results = {}
     for record in records:
         for result in record.results:
             # the must-pass list promises the embedded model; runs with others are further records
@@ -206,15 +218,14 @@ def _newest_results(
     return found
 
 
-def _cell(
-    check: Check, target: Target, found: dict[tuple[str, Evidence], tuple[CheckResult, str]], wanted: bool
-) -> Cell:
+def _cell(check: Check, target: Target, found: _Results, before: _Results, wanted: bool) -> Cell:
     shown = _AHEAD_OF_TIME if check.spec.ahead_of_time else _EMULATED_ONLY if target is EMULATED else _ON_A_GPU
     for evidence in shown:
         if (check.id, evidence) in found:
             result, run_id = found[check.id, evidence]
             return Cell(check, wanted, result, evidence == shown[0], run_id)
-    return Cell(check, wanted, None, False, None)
+    old = next((before[check.id, evidence][0] for evidence in shown if (check.id, evidence) in before), None)
+    return Cell(check, wanted, None, False, None, old)
 
 
 def _verdict(cells: Sequence[Cell]) -> TargetVerdict:

@@ -182,7 +182,15 @@ def test_reading_works_where_torch_is_not_installed(tree: Path, tmp_path: Path) 
     # these stand before the real packages and fail as an absent one does
     for package in ("torch", "triton", "transformers", "numpy"):
         (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}')")
-    for arguments in (["report"], ["report", "--gpu", "90"], ["gates"], ["explain", "p1.bf16"], ["doctor"]):
+    for arguments in (
+        ["report"],
+        ["report", "--all"],
+        ["report", "--gpu", "90"],
+        ["history"],
+        ["gates"],
+        ["explain", "p1.bf16"],
+        ["doctor"],
+    ):
         done = verify(tree, *arguments, path=str(tmp_path))
         assert (done.returncode, done.stderr) == (0, ""), arguments
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from verify.architectures import find
-from verify.matrix import bound, headroom, rows
+from verify.architectures import EMULATED, find
+from verify.matrix import bound, grid, headroom, rows
 from verify.record import Measurement
 from verify.tests.samples import checks, measured, record, result
 from verify.verdict import assess
@@ -68,3 +68,27 @@ def test_numbers_fit_their_columns(value: float, allowed: float, unit: str, show
     measurement = Measurement(name="x", measured=value, allowed=allowed, unit=unit)
     assert (bound(measurement), headroom(measurement)) == (shown, room)
     assert len(shown) <= 17
+
+
+@pytest.mark.parametrize(
+    ("records", "shown"),
+    [
+        ([], "·"),
+        ([record("sm120", [result("p8.kernel.ms")])], "●P"),
+        ([record("sm120", [result("p8.kernel.ms", "CRASH")])], "●C"),
+        ([record("sm120", [result("p8.kernel.ms", "XFAIL")])], "●w"),
+        ([record("sm120", [result("p8.kernel.ms", evidence="compiled")])], "◆P"),
+        ([record("emulated", [result("p8.kernel.ms", evidence="emulated")])], "·"),
+        ([record("sm120", [result("p8.kernel.ms")]), record("sm120", [], day=2, instrument_sha256="1" * 64)], "●P~"),
+    ],
+)
+def test_a_mark_shows_evidence_by_shape_and_what_is_stale_apart(records: list, shown: str) -> None:
+    marks = {spec.family: found for spec, found in grid([assess(find(120), records, checks())])}
+    assert str(marks["p8.kernel"]["sm120"]) == shown
+
+
+def test_the_grid_has_hard_checks_first_and_no_mark_where_a_check_does_not_apply() -> None:
+    found = grid([assess(target, [], checks()) for target in (find(120), EMULATED)])
+    gates = [spec.gate for spec, _ in found]
+    assert gates == sorted(gates)
+    assert "emulated" not in {spec.family: marks for spec, marks in found}["p1.torch_sees"]

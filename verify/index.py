@@ -1,0 +1,264 @@
+"""An index of the records on disk, so that a report need not read a thousand files to show the newest of each GPU.
+
+It is SQLite, in the cache, made of the records alone: thrown away it comes back, and a file that changed is read again.
+A verdict is never read from it. It says which records hold the newest results, and those are read from their files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sqlite3
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from verify.architectures import Target
+from verify.archive import Entry, digest_of_file, paths, read_finished, settle
+from verify.instrument import digest_of
+from verify.outcome import ConfigurationError
+from verify.record import CheckResult, Record, UnreadableRecord
+from verify.verdict import merged, moment
+
+_TABLES = (
+    """CREATE TABLE record (
+        number INTEGER PRIMARY KEY, path TEXT UNIQUE, size INTEGER, changed INTEGER,
+        problem TEXT, digest TEXT, run_id TEXT, covers TEXT, head TEXT
+    )""",
+    """CREATE TABLE result (
+        record INTEGER, id TEXT, gate TEXT, evidence TEXT, verdict TEXT, code TEXT,
+        measure TEXT, measured REAL, allowed REAL, duration_s REAL,
+        PRIMARY KEY (record, id)
+    ) WITHOUT ROWID""",
+)
+
+_POINTS = """
+SELECT id, gate, verdict, code, evidence, measure, measured, allowed, duration_s FROM result
+WHERE record = :record AND (:name IS NULL OR id = :name OR id BETWEEN :name || '.' AND :name || '/')
+"""
+
+#: How long a call waits for another one that is reading a thousand records.
+_PATIENCE_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One result in the course of time: ``measure`` names its tightest measurement, None where it has none.
+
+    A number that is NaN is None.
+    """
+
+    run_id: str
+    time_utc: str
+    target: str
+    id: str
+    gate: str
+    verdict: str
+    code: str | None
+    evidence: str
+    measure: str | None
+    measured: float | None
+    allowed: float | None
+    duration_s: float
+
+    @property
+    def share(self) -> float | None:
+        """The part of the allowance that was needed, measured / allowed: 1 is the bound."""
+        if self.measured is None or not self.allowed or math.isinf(self.allowed):
+            return None
+        return self.measured / self.allowed
+
+
+@dataclass(slots=True)
+class Index:
+    """The records of some folders, as they are now. ``heads`` are the records without results, by their number."""
+
+    unreadable: tuple[str, ...]
+    heads: dict[int, Record]
+    _database: sqlite3.Connection
+    _paths: dict[int, Path]
+    _covers: dict[int, str]
+    _read: dict[int, Record] = field(default_factory=dict)
+
+    def records(self, target: Target) -> list[Record]:
+        """The records of ``target``: in full where a result is the newest of its kind, else what they are about.
+
+        ``assess`` says the same of them as of all records in full.
+        """
+        own = {number: head for number, head in self.heads.items() if head.target == target.target}
+        numbers = {head.run_id: number for number, head in own.items()}
+        used, stale = merged(target, own.values())
+        needed = {numbers[head.run_id] for head in used if head.ahead_of_time and not head.compilation.gap}
+        known: set[tuple[str, ...]] = set()
+        looked: set[tuple[str, str]] = set()
+        for head in (*used, *stale):
+            number = numbers[head.run_id]
+            # most runs are of the same checks as the one after them
+            if (look := (head.model, self._covers[number])) in looked:
+                continue
+            looked.add(look)
+            query = "SELECT ?, id, gate, evidence FROM result WHERE record = ?"
+            results = set(self._database.execute(query, (head.model, number)))
+            if not results <= known:
+                needed.add(number)
+                known |= results
+        return [self._in_full(number) if number in needed else head for number, head in own.items()]
+
+    def find(self, run_id: str) -> Record | None:
+        """The record of that run, in full."""
+        number = next((number for number, head in self.heads.items() if head.run_id == run_id), None)
+        return None if number is None else self._in_full(number)
+
+    def passed(self, run_id: str) -> set[str]:
+        """The checks that passed in that run."""
+        query = "SELECT id FROM record JOIN result ON record = number WHERE run_id = ? AND verdict = 'PASS'"
+        return {check_id for (check_id,) in self._database.execute(query, (run_id,))}
+
+    def points(self, name: str | None = None, target: str | None = None) -> list[Point]:
+        """Every result, of one check or family and of one target where they are given, oldest first."""
+        return [
+            Point(head.run_id, head.time_utc, head.target, *row)
+            for number, head in sorted(self.heads.items(), key=lambda pair: moment(pair[1]))
+            if target in (None, head.target)
+            for row in self._database.execute(_POINTS, {"record": number, "name": name})
+        ]
+
+    def _in_full(self, number: int) -> Record:
+        if number not in self._read:
+            try:
+                self._read[number] = read_finished(self._paths[number])
+            except UnreadableRecord as error:
+                raise ConfigurationError(f"{error}; it changed while it was read, so call again") from error
+        return self._read[number]
+
+
+@contextmanager
+def open_index(folders: Sequence[Path] = ()) -> Iterator[Index]:
+    """The index of the records under ``folders``, or of the usual ones, brought up to date.
+
+    Where the cache cannot be written it is made in memory, which takes as long as reading every record, and says so.
+    Raises ConfigurationError for a folder that is not there, and where the index is busy or damaged.
+    """
+    found = {os.path.abspath(path): path for path in paths(folders)}
+    database = _connect()
+    try:
+        _refresh(database, found)
+        yield _opened(database, found)
+    except sqlite3.OperationalError as error:
+        raise ConfigurationError(f"the index {_file()} cannot be used ({error}); call again") from error
+    except sqlite3.DatabaseError as error:
+        _file().unlink(missing_ok=True)
+        raise ConfigurationError(f"the index {_file()} was damaged ({error}) and is removed; call again") from error
+    finally:
+        database.close()
+
+
+def _connect() -> sqlite3.Connection:
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        return _with_tables(str(_file()))
+    except (OSError, sqlite3.OperationalError) as error:
+        print(f"verify: the index {_file()} cannot be kept ({error}), so every record is read anew", file=sys.stderr)
+    except sqlite3.DatabaseError:
+        _file().unlink(missing_ok=True)
+        return _with_tables(str(_file()))
+    return _with_tables(":memory:")
+
+
+def _with_tables(place: str) -> sqlite3.Connection:
+    database = sqlite3.connect(place, timeout=_PATIENCE_S, isolation_level=None)
+    version = _version()
+    database.execute("BEGIN IMMEDIATE")
+    if database.execute("PRAGMA user_version").fetchone() != (version,):
+        for table in ("record", "result"):
+            database.execute(f"DROP TABLE IF EXISTS {table}")
+        for statement in _TABLES:
+            database.execute(statement)
+        database.execute(f"PRAGMA user_version = {version}")
+    database.execute("COMMIT")
+    # what is lost with the power is made again
+    database.execute("PRAGMA synchronous = OFF")
+    return database
+
+
+def _refresh(database: sqlite3.Connection, found: Mapping[str, Path]) -> None:
+    """Read the files that are new or changed, one at a time, and forget those that are gone."""
+    known = {path: state for path, *state in database.execute("SELECT path, size, changed FROM record")}
+    states = {path: _state(path) for path in found}
+    changed = [path for path, state in states.items() if known.get(path) != state]
+    if not changed:
+        return
+    database.execute("BEGIN IMMEDIATE")
+    gone = [path for path in known if path not in states and not os.path.exists(path)]
+    for path in (*gone, *changed):
+        database.execute("DELETE FROM result WHERE record IN (SELECT number FROM record WHERE path = ?)", (path,))
+        database.execute("DELETE FROM record WHERE path = ?", (path,))
+    for path in changed:
+        _add(database, path, found[path], states[path])
+    database.execute("COMMIT")
+
+
+def _state(path: str) -> list[int]:
+    # the time of change too: the time of writing can be set back
+    with suppress(OSError):
+        stat = os.stat(path)
+        return [stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)]
+    return [-1, -1]
+
+
+def _add(database: sqlite3.Connection, key: str, path: Path, state: Sequence[int]) -> None:
+    columns = "(path, size, changed, problem, digest, run_id, covers, head)"
+    insert = f"INSERT INTO record {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    try:
+        record = read_finished(path)
+    except UnreadableRecord as error:
+        # without the path, which may be given in another way the next time
+        problem = str(error).removeprefix(f"{path}: ")
+        database.execute(insert, (key, *state, problem, *[None] * 4))
+        return
+    built = record.compilation
+    about = built and built.model_copy(update={"builds": [], "unlaunched": {}})
+    head = record.model_copy(update={"results": [], "compilation": about}).model_dump_json()
+    covers = repr(sorted((one.id, one.gate, one.evidence) for one in record.results))
+    facts = (digest_of_file(path), record.run_id, hashlib.sha256(covers.encode()).hexdigest(), head)
+    number = database.execute(insert, (key, *state, None, *facts)).lastrowid
+    database.executemany(
+        "INSERT INTO result VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (_row(number, one) for one in record.results)
+    )
+
+
+def _row(number: int, result: CheckResult) -> tuple[int | str | float | None, ...]:
+    tight = result.tightest
+    numbers = (tight.name, tight.measured, tight.allowed) if tight else (None, None, None)
+    return (number, result.id, result.gate, result.evidence, result.verdict, result.code, *numbers, result.duration_s)
+
+
+def _opened(database: sqlite3.Connection, found: Mapping[str, Path]) -> Index:
+    query = "SELECT path, number, problem, digest, run_id, covers, head FROM record"
+    rows = {path: row for path, *row in database.execute(query) if path in found}
+    problems = [f"{found[path]}: {rows[path][1]}" for path in found if rows[path][1] is not None]
+    good = {found[path]: rows[path] for path in found if rows[path][1] is None}
+    kept, refused = settle([Entry(path, run_id, digest) for path, (_, _, digest, run_id, _, _) in good.items()])
+    counted = {good[entry.path][0]: (entry.path, *good[entry.path][-2:]) for entry in kept}
+    return Index(
+        unreadable=(*problems, *refused),
+        heads={number: Record.model_validate_json(head) for number, (_, _, head) in counted.items()},
+        _database=database,
+        _paths={number: path for number, (path, _, _) in counted.items()},
+        _covers={number: covers for number, (_, covers, _) in counted.items()},
+    )
+
+
+def _file() -> Path:
+    root = os.environ.get("TRIATTENTION_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "triattention") / "records.sqlite"
+
+
+def _version() -> int:
+    """A number that changes with the rules by which a file is a record, and with the tables."""
+    here = Path(__file__).resolve().parent
+    files = (here / f"{name}.py" for name in ("archive", "builds", "checks", "curves", "index", "record"))
+    return int(digest_of(files, here)[:7], 16)
