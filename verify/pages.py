@@ -164,7 +164,7 @@ def _print_claim(name: str, chosen: Sequence[Check], console: Console) -> None:
         "claim": spec.claim,
         "reason": spec.reason,
         "tolerance": spec.tolerance or "none: pass or fail, no number is compared",
-        "catches": _sharpness(_limit([check.id for check in chosen], recorded_limits())),
+        "sharp to": _sharpness(_limit([check.id for check in chosen], recorded_limits())),
         "if it fails": spec.remedy,
         "source": _source(chosen[0]),
         "gate": f"{spec.gate.upper()}; must-pass on GPUs: {gpus}; emulated: {emulated}",
