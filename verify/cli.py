@@ -35,6 +35,7 @@ examples:
   python -m verify quality                       what the embedded model still knows, beside simple controls
   python -m verify report                        one line for every GPU
   python -m verify report --gpu sm120 --format markdown
+  python -m verify report --format html          pages to look at, from reports/site/index.html on
   python -m verify doctor --expect sm90          is this machine ready, and is it the right one
   python -m verify explain p4.triton_oracle
 
@@ -90,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
     _add_quality(verbs)
     report = _add(verbs, "report", "the gate matrix of a GPU from the records, or one line for every GPU")
     report.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
-    _add_format(report)
+    _add_format(report, *_FORMATS, "html")
+    report.add_argument("--out", metavar="DIR", type=Path, help="where html is put (default: reports/site)")
     _add_records(report)
     doctor = _add(verbs, "doctor", "found and minimum versions, what will be skipped and why, the next step")
     doctor.add_argument("--expect", metavar="GPU", help="the GPU this machine must have")
@@ -133,8 +135,8 @@ def _add(verbs: argparse._SubParsersAction, name: str, claim: str) -> argparse.A
     return verbs.add_parser(name, help=claim, description=claim[0].upper() + claim[1:] + ".", allow_abbrev=False)
 
 
-def _add_format(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--format", choices=_FORMATS, default="terminal")
+def _add_format(verb: argparse.ArgumentParser, *formats: str) -> None:
+    verb.add_argument("--format", choices=formats or _FORMATS, default="terminal")
 
 
 def _add_records(verb: argparse.ArgumentParser) -> None:
@@ -227,7 +229,7 @@ def _run(chosen: argparse.Namespace) -> int:
 def _report(chosen: argparse.Namespace) -> int:
     from verify import report
 
-    return report.report(chosen.gpu, chosen.format, chosen.records)
+    return report.report(chosen.gpu, chosen.format, chosen.records, chosen.out)
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
