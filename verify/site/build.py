@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from verify.verdict import assess, describe_subject, fill_command, missing_by_ph
 
 _STATIC = Path(__file__).parent / "static"
 
-#: What a check's page shows of the past: its results, and the newest records of each target in its chart.
-_LAST, _CHARTED = 12, 30
+#: What a check's page shows of the past: its results, and in its chart the newest records of the tightest targets.
+_LAST, _CHARTED, _TIGHTEST = 12, 12, 5
 
 #: Files of a run that its page points at.
 _LOGS = ("*.log", "events.jsonl")
@@ -57,7 +57,9 @@ class Site:
 
     @cached_property
     def families(self) -> dict[str, CheckSpec]:
-        return {check.spec.family: check.spec for check in self.checks}
+        """By name, in the order of the matrix on a terminal."""
+        specs = {check.spec.family: check.spec for check in self.checks}
+        return {family: specs[family] for family in dict.fromkeys(f for column in self.columns for f in column.rows)}
 
     @cached_property
     def past(self) -> dict[str, list[tuple[Record, CheckResult]]]:
@@ -136,6 +138,9 @@ def _pages(site: Site, out: Path) -> Iterator[tuple[str, str]]:
         "unreadable": site.archive.unreadable,
         "headline": headline(site.columns),
     }
+
+    row_start = cache(environment.get_template("macros.html").module.row_start)
+    environment.globals["start_of"] = lambda line, root: row_start(*line.start, root)
 
     def page(template: str, root: str = "", **facts: Any) -> str:
         return environment.get_template(template).render(root=root, **facts)
@@ -235,8 +240,7 @@ def _check(family: str, site: Site) -> dict[str, Any]:
     cases = [(check, {column.name: column.of_check(check.id) for column in site.columns}) for check in checks]
     past = site.past[family]
     curved = next((result for _, result in past if result.curves), None)
-    trend = site.headroom_over_time.get(family, [])
-    repeated = any(number > 1 for number in Counter(point["target"] for point in trend).values())
+    trend = _tightest(site.headroom_over_time.get(family, []))
     return {
         "spec": site.families[family],
         "node": checks[0].node.partition("[")[0],
@@ -246,8 +250,19 @@ def _check(family: str, site: Site) -> dict[str, Any]:
         "past": past,
         "curved": curved,
         "plot": charts.plot(curved.curves) if curved else "",
-        "trend": charts.over_time(trend, "headroom", log=True) if repeated else "",
+        "trend": charts.over_time(trend, "headroom", log=True) if trend else "",
     }
+
+
+def _tightest(trend: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of the targets that came closest to what is allowed, of those with more than one."""
+    number = Counter(point["target"] for point in trend)
+    least: dict[str, float] = {}
+    for point in trend:
+        if number[point["target"]] > 1:
+            least[point["target"]] = min(point["value"], least.get(point["target"], math.inf))
+    chosen = sorted(least, key=lambda target: least[target])[:_TIGHTEST]
+    return [point for target in chosen for point in trend if point["target"] == target]
 
 
 def _fails(marks: Mapping[str, Any]) -> bool:

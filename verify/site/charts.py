@@ -17,6 +17,7 @@ _CONFIG: Mapping[str, Any] = {
     "font": "system-ui, sans-serif",
     "point": {"color": "var(--series-1)"},
     "background": None,
+    "aria": False,  # the page labels a chart as one image
     "view": {"stroke": None},
     "axis": {
         "labelColor": "var(--muted)",

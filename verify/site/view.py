@@ -153,31 +153,44 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One result, as a row of a table; ``others`` are its further measurements."""
+    """One result, as a row of a table; ``known`` is whether the suite has its check."""
 
     result: CheckResult
-    mark: Mark
-    family: str
+    word: str
+    shape: str
+    tone: str
     known: bool
     bar: Bar | None
-    others: tuple[Measurement, ...]
+
+    @property
+    def phase(self) -> int:
+        return int(self.result.id[1])
+
+    @property
+    def told(self) -> list[str]:
+        """Each measurement in a sentence."""
+        return [one.told for one in self.result.measurements]
+
+    @property
+    def start(self) -> tuple[str | bool, ...]:
+        """What its row says before it comes to numbers."""
+        result, family = self.result, self.result.id.rpartition(".")[0]
+        note = result.code or result.by or ""
+        return result.id, family, result.gate, self.word, note, self.shape, self.tone, self.known
 
 
 def lines(
     results: Iterable[CheckResult], families: Mapping[str, CheckSpec], column: Column | None = None
 ) -> list[Line]:
-    """The rows of ``results`` in the order of the phases, as they count for the target of ``column`` where there is one."""
+    """The rows of ``results``, as they count for the target of ``column`` where there is one."""
     found = []
-    for result in sorted(results, key=lambda one: one.id[1]):
-        family = result.id.rpartition(".")[0]
+    for result in results:
         shape = "none" if result.verdict in (Verdict.SKIP, Verdict.BLOCKED) else result.evidence
         counts = column.of_check(result.id) if column else None
         word = counts.word if counts else str(result.verdict)
-        mark = Mark(shape, tone_of(word, shape), word, result.code or result.by or "")
         tightest = result.tightest
-        others = tuple(one for one in result.measurements if one is not tightest)
-        bar = Bar.of(tightest) if tightest else None
-        found.append(Line(result, mark, family, family in families, bar, others))
+        known = result.id.rpartition(".")[0] in families
+        found.append(Line(result, word, shape, tone_of(word, shape), known, Bar.of(tightest) if tightest else None))
     return found
 
 
@@ -211,15 +224,17 @@ def across(marks: Mapping[str, Mark | None]) -> str:
     failing = [name for name, mark in told.items() if mark.tone == "fail"]
     passing = [name for name, mark in told.items() if mark.tone in ("pass", "emulated")]
     compiled = [name for name, mark in told.items() if mark.tone == "compiled"]
-    if len(failing) == 1 and passing:
-        return f"Fails only on {failing[0]}; passes on {_named(passing)}."
+    parts = []
     if failing:
-        return f"Fails on {_named(failing)}" + (f"; passes on {_named(passing)}." if passing else "; passes nowhere.")
+        parts.append(f"fails {'only ' if len(failing) == 1 and passing else ''}on {_named(failing)}")
     if passing:
-        return f"Passes on {_named(passing)}; no result counts anywhere else."
+        parts.append(f"passes on {_named(passing)}")
+    elif failing:
+        parts.append("passes nowhere")
     if compiled:
-        return f"Compiled for {_named(compiled)}; no GPU has run it."
-    return "No target has a result that counts."
+        parts.append(f"compiled for {_named(compiled)}, which {'has' if len(compiled) == 1 else 'have'} yet to run it")
+    sentence = "; ".join(parts) or "no target has a result that counts"
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def page_name(text: str) -> str:

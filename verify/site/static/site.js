@@ -34,13 +34,16 @@ function startTheme() {
 }
 
 function startCopy() {
-  document.addEventListener("click", async (event) => {
-    const button = event.target.closest("button.copy");
-    if (!button) return;
-    const done = await copy(button.dataset.copy);
-    button.textContent = done ? "Copied" : "Press Ctrl+C";
-    setTimeout(() => { button.textContent = "Copy"; }, 1500);
-  });
+  for (const place of document.querySelectorAll("[data-copy]")) {
+    const button = document.createElement("button");
+    Object.assign(button, { type: "button", className: "copy", textContent: "Copy", title: place.dataset.copy });
+    button.setAttribute("aria-label", `Copy the command ${place.dataset.copy}`);
+    button.addEventListener("click", async () => {
+      button.textContent = (await copy(place.dataset.copy)) ? "Copied" : "Failed";
+      setTimeout(() => { button.textContent = "Copy"; }, 1500);
+    });
+    place.append(button);
+  }
 }
 
 async function copy(text) {
@@ -59,10 +62,10 @@ async function copy(text) {
 
 // The filters live in the hash (#q=oracle&verdict=FAIL): a page on disk may change nothing else of its address.
 function startFilters(form) {
+  const more = (row) => (row.nextElementSibling?.matches(".more") ? row.nextElementSibling : null);
   const rows = [...document.querySelectorAll(".rows tr, .rows article")]
-    .filter((row) => !row.matches(".phase, .more, .inner tr") && !row.closest("thead"))
-    .map((row) => ({ row, text: `${row.textContent} ${row.dataset.text ?? ""}`.toLowerCase() }));
-  const more = new Map([...document.querySelectorAll(".more")].map((row) => [row.dataset.of, row]));
+    .filter((row) => !row.matches(".phase, .more") && !row.closest("thead"))
+    .map((row) => ({ row, text: [row, more(row)].map((one) => `${one?.textContent} ${one?.dataset.text}`).join().toLowerCase() }));
   const fields = [...form.elements].filter((field) => field.name);
 
   const read = () => {
@@ -82,7 +85,7 @@ function startFilters(form) {
         && (!want.phase || row.dataset.phase === want.phase)
         && (!want.gate || row.dataset.gate === want.gate)
         && ((!want.verdict && !want.evidence) || cells.some(fits)));
-      if (more.has(row.id)) more.get(row.id).hidden = row.hidden;
+      if (more(row)) more(row).hidden = row.hidden;
       shown += !row.hidden;
     }
     for (const group of document.querySelectorAll(".rows:is(tbody), .rows tbody, .rows .group")) {
