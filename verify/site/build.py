@@ -167,9 +167,7 @@ def _matrix(site: Site) -> dict[str, Any]:
     for gate in ("hard", "soft"):
         phases = {phase: [spec for spec in specs if spec.gate == gate] for phase, specs in _by_phase(site).items()}
         blocks[gate] = {phase: specs for phase, specs in phases.items() if specs}
-    marks = {
-        family: [(column, column.of_family(family)) for column in site.columns] for family in site.families
-    }
+    marks = {family: [(column, column.of_family(family)) for column in site.columns] for family in site.families}
     shown = [mark for row in marks.values() for _, mark in row if mark is not None]
     return {
         "blocks": blocks,

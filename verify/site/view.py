@@ -27,7 +27,7 @@ _LIMIT, _DECADES = 0.8, 4
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One cell: the ``shape`` of its evidence, the ``tone`` of how it ended, the ``word`` for both, a short ``note``."""
+    """One cell: the ``shape`` of its evidence, the ``tone`` and ``word`` of how it ended, a short ``note``."""
 
     shape: str
     tone: str

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-#: Where Debian, Ubuntu and CI machines have one.
+#: What Debian, Ubuntu and CI machines call one; ci/bootstrap.py installs the first where there is none.
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
 #: A picture of each, by the file that it becomes.
