@@ -15,6 +15,10 @@ verify: setup  ## set up, build for every GPU, verify this machine: make verify 
 test: setup  ## set up, then run the whole test suite: make test ARGS="-k oracle"
 	@$(VENV_PYTHON) -m pytest -m "not slow" $(ARGS)
 
+screenshots: setup  ## pictures of every page of the reports, light and dark, in reports/screenshots
+	@$(VENV_PYTHON) -m verify report --format html --out reports/site || [ $$? -eq 5 ]
+	@$(VENV_PYTHON) -m verify.tests.browser reports/screenshots reports/site
+
 setup:  ## make .venv ready, or repair it; does nothing where it is
 	@for python in $(PYTHONS); do \
 	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
@@ -25,4 +29,4 @@ setup:  ## make .venv ready, or repair it; does nothing where it is
 	    "(or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12)" >&2; \
 	exit 3
 
-.PHONY: help verify test setup
+.PHONY: help verify test screenshots setup

@@ -33,6 +33,9 @@ NVIDIA_SMI_TIMEOUT_S = 30
 #: Where pip looks for packages. A set that had to leave something out is tried again when one of these changes.
 INDEX_VARIABLES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CONFIG_FILE")
 
+#: The browsers that the tests of the HTML reports can use; the first is Debian's package.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
 PackageSet = Literal["cpu", "gpu"]
 
 
@@ -166,8 +169,16 @@ def inputs_hash(root: Path, packages: PackageSet) -> str:
 
 
 def indexes_hash() -> str:
-    """SHA-256 of the package index variables; hashed, because such addresses may carry a password."""
-    return hashlib.sha256(repr([os.environ.get(name) for name in INDEX_VARIABLES]).encode()).hexdigest()
+    """SHA-256 of the package index variables, and of whether there is a browser: what may bring in what was left out.
+
+    Hashed, because such addresses may carry a password.
+    """
+    found = [os.environ.get(name) for name in INDEX_VARIABLES]
+    return hashlib.sha256(repr((found, has_browser())).encode()).hexdigest()
+
+
+def has_browser() -> bool:
+    return any(map(shutil.which, BROWSERS))
 
 
 def is_current(venv: Venv, root: Path, packages: PackageSet) -> bool:
@@ -235,6 +246,9 @@ class Installer:
         # compat puts the folder on the path; the usual way gives another subject our modules for those that it lacks
         project = ["--config-settings", "editable_mode=compat", "--editable", str(self.root)]
         self._core("this project", ["--no-deps", "--no-build-isolation", *project])
+        if not has_browser():
+            self._browser()
+            wanted["indexes"] = indexes_hash()
         installed = {"skips": self.skips, "installed": self.venv.distributions()}
         self.venv.write_stamp({"set": self.packages, **wanted, **installed})
 
@@ -289,6 +303,22 @@ class Installer:
             self._skip(
                 f"{name}: {outcome.reason}; the whole output is in {self.venv.log}; "
                 f"to try again, remove {self.venv.stamp} and run make"
+            )
+
+    def _browser(self) -> None:
+        """A system package, so only root, or sudo that asks nothing, can install it; nothing but tests needs it."""
+        prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
+        outcome = Outcome(1, "there is no apt-get")
+        if shutil.which("apt-get") and (not prefix or shutil.which("sudo")):
+            script = "apt-get install -y --no-install-recommends chromium"
+            script = f"export DEBIAN_FRONTEND=noninteractive; {script} || {{ apt-get update && {script}; }}"
+            outcome = self._step("chromium", [*prefix, "sh", "-c", script])
+        elif prefix:
+            outcome = Outcome(1, "installing it needs root")
+        if outcome.code:
+            self._skip(
+                f"chromium: {outcome.reason}; the tests of the HTML reports fail without it; "
+                f"run: apt-get install {BROWSERS[0]}"
             )
 
     def _skip(self, text: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,10 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+@cache
+def _every_field(model: type[BaseModel]) -> set[str]:
+    return set(model.model_fields)
+
+
 class Strict(BaseModel):
     """The base of everything in a record: no unknown field, NaN and Inf as strings."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    def model_post_init(self, context: Any) -> None:
+        # Which fields were given is never asked, and a set of them for each object is most of what a record takes.
+        object.__setattr__(self, "__pydantic_fields_set__", _every_field(type(self)))
 
 
 #: What an option of a launch, or a constant of a kernel, may be.

@@ -42,6 +42,7 @@ examples:
   python -m verify diff --since last-green       what is worse than in the last run that was green
   python -m verify history --check p4.triton_oracle
   python -m verify check reports/runs/RUN        is a record sound, and nothing missing
+  python -m verify report --format html          pages to look at, from reports/site/index.html on
   python -m verify doctor --expect sm90          is this machine ready, and is it the right one
   python -m verify explain p4.triton_oracle
 
@@ -100,8 +101,8 @@ def parser() -> argparse.ArgumentParser:
     which = report.add_mutually_exclusive_group()
     which.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
     which.add_argument("--all", action="store_true", help="the matrix of every check on every GPU")
-    report.add_argument("--format", choices=(*_FORMATS, "junit", "badge"), default="terminal")
-    report.add_argument("--out", metavar="PATH", type=Path, help="the file to write; of badges the directory")
+    report.add_argument("--format", choices=(*_FORMATS, "html", "junit", "badge"), default="terminal")
+    report.add_argument("--out", metavar="PATH", type=Path, help="the file, or folder, to write")
     _add_records(report)
     export = _add(verbs, "export", "a record as JUnit XML or as an in-toto test result")
     form = export.add_mutually_exclusive_group(required=True)
@@ -166,8 +167,8 @@ def _add(verbs: argparse._SubParsersAction, name: str, claim: str) -> argparse.A
     return verbs.add_parser(name, help=claim, description=claim[0].upper() + claim[1:] + ".", allow_abbrev=False)
 
 
-def _add_format(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--format", choices=_FORMATS, default="terminal")
+def _add_format(verb: argparse.ArgumentParser, *formats: str) -> None:
+    verb.add_argument("--format", choices=formats or _FORMATS, default="terminal")
 
 
 def _add_records(verb: argparse.ArgumentParser) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from verify.builds import Compilation, Sha256, Strict
 from verify.checks import SKIP_CODES, Gate
@@ -84,7 +85,7 @@ class CheckResult(Strict):
     measurements: list[Measurement] = Field(default_factory=list)
     curves: list[Curve] = Field(default_factory=list)
     message: str = ""
-    repeat: str = Field(min_length=1)
+    repeat: Annotated[str, Field(min_length=1), AfterValidator(sys.intern)]  # alike in every run of a machine
 
     @model_validator(mode="after")
     def _consistent(self) -> CheckResult:

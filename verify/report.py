@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verify.architectures import known_targets, parse_target
+from verify.archive import load
 from verify.checks import catalogue
 from verify.index import open_index
+from verify.matrix import count
 from verify.outcome import ConfigurationError
 from verify.record import Record
+from verify.request import repository_root
 from verify.verdict import Assessment, assess
 
 if TYPE_CHECKING:
@@ -31,10 +34,14 @@ def report(
 ) -> int:
     """Print the report on one target, or a line for each where ``gpu`` is None; return 0, or 5 for unreadable records.
 
-    With ``every_check`` it is the matrix of all checks and targets; ``out`` is the file to write instead, and of badges
-    the directory. Raises ConfigurationError for an unknown GPU or a
-    records directory that is not there.
+    With ``every_check`` it is the matrix of all checks and targets. ``out`` is the file to write instead, or the folder
+    of badges and of ``html``, which is the pages of every target. Raises ConfigurationError for an unknown GPU, a
+    records directory that is not there, and options that contradict each other.
     """
+    if form == "html":
+        return _make_site(gpu, folders, out)
+    if form == "terminal" and out is not None:
+        raise ConfigurationError(f"--out {out} is for the other formats; drop it, or give --format")
     targets = [parse_target(gpu)] if gpu is not None else list(known_targets())
     checks = list(catalogue())
     with open_index(folders) as index:
@@ -59,9 +66,7 @@ def report(
         else:
             text = several[form](assessments, unreadable)
         interchange.write_out(text, out)
-    for sentence in unreadable:
-        print(f"verify: unreadable record {sentence}", file=sys.stderr)
-    return EXIT_UNREADABLE if unreadable else 0
+    return _told(unreadable)
 
 
 def assess_record(record: Record) -> Assessment:
@@ -77,6 +82,27 @@ def print_matrix(record: Record, console: Console) -> None:
     from verify import terminal
 
     terminal.print_run(assess_record(record), console)
+
+
+def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None) -> int:
+    from verify.site.build import Site, build
+
+    if gpu is not None:
+        raise ConfigurationError(f"--format html makes the pages of every target; drop --gpu {gpu}")
+    reports = repository_root() / "reports"
+    site = (out or reports / "site").resolve()
+    archive = load(folders)
+    homes = [home.resolve() for folder in folders or [reports] for home in (folder, folder / "runs")]
+    pages = build(Site(archive, list(catalogue()), homes, reports / "selftest"), site)
+    print(f"{site / 'index.html'}: {count(pages, 'page')} from {count(len(archive.records), 'record')}")
+    return _told(archive.unreadable)
+
+
+def _told(unreadable: Sequence[str]) -> int:
+    """Name each record that could not be read; return the exit code that says whether there are any."""
+    for sentence in unreadable:
+        print(f"verify: unreadable record {sentence}", file=sys.stderr)
+    return EXIT_UNREADABLE if unreadable else 0
 
 
 def _print_terminal(assessments: Sequence[Assessment], one: bool, every_check: bool) -> None:

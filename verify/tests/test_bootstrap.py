@@ -89,6 +89,12 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def _browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every machine has a browser, but for the tests that take it away."""
+    monkeypatch.setattr(bootstrap, "has_browser", lambda: True)
+
+
 @pytest.fixture
 def install(root: Path) -> Install:
     def run(failures: dict[str, str] | None = None, packages: str = "cpu") -> tuple[Machine, bootstrap.Installer]:
@@ -174,6 +180,33 @@ def test_a_failing_core_step_is_one_sentence_and_leaves_no_stamp(
     assert message.endswith(f"{root}/.venv/bootstrap.log; mend that and run make again")
     assert "\n" not in message
     assert not bootstrap.is_current(bootstrap.Venv(root / ".venv"), root, "cpu")
+
+
+@pytest.mark.parametrize(("user", "prefix"), [(0, "sh -c"), (1000, "sudo -n sh -c")])
+def test_a_missing_browser_is_installed_from_the_systems_packages(
+    install: Install, monkeypatch: pytest.MonkeyPatch, user: int, prefix: str
+) -> None:
+    monkeypatch.setattr(bootstrap, "has_browser", lambda: False)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(bootstrap.shutil, "which", lambda name: f"/usr/bin/{name}")
+    machine, installer = install()
+    assert machine.asked[-1].startswith(prefix)
+    assert "apt-get update && apt-get install -y --no-install-recommends chromium" in machine.asked[-1]
+    assert installer.skips == []
+
+
+def test_a_browser_that_cannot_be_installed_is_named_until_there_is_one(
+    root: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "has_browser", lambda: False)
+    monkeypatch.setattr(bootstrap.shutil, "which", lambda name: f"/usr/bin/{name}")
+    _, installer = install({"apt-get": "E: Unable to locate package chromium\n"})
+    (skip,) = installer.skips
+    assert skip.startswith("SKIP(PKG_MISSING) chromium: E: Unable to locate package chromium; ")
+    assert skip.endswith("run: apt-get install chromium")
+    assert bootstrap.is_current(installer.venv, root, "cpu")
+    monkeypatch.setattr(bootstrap, "has_browser", lambda: True)
+    assert not bootstrap.is_current(installer.venv, root, "cpu")
 
 
 def _lose_record(venv: bootstrap.Venv) -> None:

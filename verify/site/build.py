@@ -1,0 +1,349 @@
+"""The pages, one function each, and the folder that they make."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from verify.architectures import known_targets
+from verify.archive import Archive
+from verify.checks import PHASES, SKIP_CODES, Check, CheckSpec
+from verify.matrix import bound, built, compiled_words, count, headroom
+from verify.outcome import ConfigurationError
+from verify.record import CheckResult, Record
+from verify.site import charts
+from verify.site.view import SHAPES, Bar, Column, across, headline, lines, page_name
+from verify.verdict import assess, describe_subject, fill_command, missing_by_phase, newest_first
+
+_STATIC = Path(__file__).parent / "static"
+
+#: What a check's page shows of the past: its results, and in its chart the newest records of the tightest targets.
+_LAST, _CHARTED, _TIGHTEST = 12, 12, 5
+
+#: Files of a run that its page points at.
+_LOGS = ("*.log", "events.jsonl")
+
+#: Units of time: what has one is shown with the latencies.
+_TIMES = frozenset({"s", "ms", "us", "ns"})
+
+
+@dataclass(frozen=True)
+class Site:
+    """Everything that the pages are made from; ``homes`` are the folders that runs may have left logs in."""
+
+    archive: Archive
+    checks: Sequence[Check]
+    homes: Sequence[Path]
+    selftest: Path
+
+    @cached_property
+    def columns(self) -> list[Column]:
+        return [Column(assess(target, self.archive.records, self.checks)) for target in known_targets()]
+
+    @cached_property
+    def records(self) -> list[Record]:
+        return newest_first(self.archive.records)
+
+    @cached_property
+    def families(self) -> dict[str, CheckSpec]:
+        """By name, in the order of the matrix on a terminal."""
+        specs = {check.spec.family: check.spec for check in self.checks}
+        return {family: specs[family] for family in dict.fromkeys(f for column in self.columns for f in column.rows)}
+
+    @cached_property
+    def past(self) -> dict[str, list[tuple[Record, CheckResult]]]:
+        """The last results of each family, newest first."""
+        found: dict[str, list[tuple[Record, CheckResult]]] = {family: [] for family in self.families}
+        for record in self.records:
+            for result in record.results:
+                members = found.get(result.id.rpartition(".")[0])
+                if members is not None and len(members) < _LAST:
+                    members.append((record, result))
+        return found
+
+    @cached_property
+    def headroom_over_time(self) -> dict[str, list[dict[str, Any]]]:
+        """The least headroom of each family in each of the newest records, oldest first."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        seen: Counter[str] = Counter()
+        for record in self.records:
+            seen[record.target] += 1
+            if seen[record.target] > _CHARTED:
+                continue
+            least: dict[str, float] = {}
+            for result in record.results:
+                if result.tightest is not None and 0 < result.tightest.headroom < math.inf:
+                    family = result.id.rpartition(".")[0]
+                    least[family] = min(least.get(family, math.inf), result.tightest.headroom)
+            for family, value in least.items():
+                point = {"time": record.time_utc, "target": record.target, "value": value, "allowed": 1}
+                found.setdefault(family, []).insert(0, point)
+        return found
+
+
+def build(site: Site, out: Path) -> int:
+    """Make the folder ``out`` anew, whole or not at all, and return how many pages it has.
+
+    Raises ConfigurationError where ``out`` is a file, or a folder with anything but a site in it.
+    """
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "site.css").is_file())):
+        raise ConfigurationError(f"--out {out} holds something else than a site; name a new folder or an empty one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        made, old = Path(scratch, "new"), Path(scratch, "old")
+        shutil.copytree(_STATIC, made)
+        pages = 0
+        for name, text in _pages(site, out):
+            (made / name).parent.mkdir(exist_ok=True)
+            (made / name).write_text(text, encoding="utf-8")
+            pages += 1
+        if out.exists():
+            os.replace(out, old)
+        os.replace(made, out)
+    return pages
+
+
+def _pages(site: Site, out: Path) -> Iterator[tuple[str, str]]:
+    """The file name and the text of every page."""
+    environment = Environment(
+        loader=PackageLoader("verify.site"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"page": page_name, "bound": bound, "headroom": headroom, "bar": Bar.of}
+    environment.globals |= {
+        "phases": PHASES,
+        "skip_codes": SKIP_CODES,
+        "shapes": (*SHAPES, "none"),
+        "columns": site.columns,
+        "families": site.families,
+        "describe_subject": describe_subject,
+        "built": built,
+        "count": count,
+        "newest": site.records[0] if site.records else None,
+        "records": len(site.records),
+        "unreadable": site.archive.unreadable,
+        "headline": headline(site.columns),
+    }
+
+    row_start = cache(environment.get_template("macros.html").module.row_start)
+    environment.globals["start_of"] = lambda line, root: row_start(*line.start, root)
+
+    def page(template: str, root: str = "", **facts: Any) -> str:
+        return environment.get_template(template).render(root=root, **facts)
+
+    yield "index.html", page("matrix.html", **_matrix(site))
+    yield "runs.html", page("runs.html", runs=[(record, _counts(record)) for record in site.records])
+    yield "catalogue.html", page("catalogue.html", by_phase=_by_phase(site), ids=_ids(site))
+    yield "resources.html", page("resources.html", **_resources(site))
+    yield "latency.html", page("latency.html", **_latency(site))
+    yield "faults.html", page("faults.html", **_faults(site.selftest))
+    for column in site.columns:
+        yield f"gpu/{column.name}.html", page("gpu.html", "../", **_gpu(column, site))
+    for family in site.families:
+        yield f"check/{family}.html", page("check.html", "../", **_check(family, site))
+    for record in site.records:
+        facts = {"record": record, "lines": lines(record.results, site.families), "counts": _counts(record)}
+        facts["logs"] = _logs(record, site.homes, out / "run")
+        facts["curves"] = [(one.id, charts.plot(one.curves)) for one in record.results if one.curves]
+        yield f"run/{page_name(record.run_id)}.html", page("run.html", "../", **facts)
+
+
+def _matrix(site: Site) -> dict[str, Any]:
+    blocks = {}
+    for gate in ("hard", "soft"):
+        phases = {phase: [spec for spec in specs if spec.gate == gate] for phase, specs in _by_phase(site).items()}
+        blocks[gate] = {phase: specs for phase, specs in phases.items() if specs}
+    marks = {family: [(column, column.of_family(family)) for column in site.columns] for family in site.families}
+    shown = [mark for row in marks.values() for _, mark in row if mark is not None]
+    return {
+        "blocks": blocks,
+        "marks": marks,
+        "words": sorted({mark.word for mark in shown}),
+        "versions": _versions(site.columns),
+    }
+
+
+def _versions(columns: Sequence[Column]) -> dict[str, list[str]]:
+    """What each target's newest record was made with, by the name of the software."""
+    found: dict[str, list[str]] = {"driver": [], "torch": [], "triton": [], "ptxas": []}
+    for column in columns:
+        record, compilation = column.newest, column.assessment.compilation
+        environment = record.environment if record else None
+        found["driver"].append(environment.gpu.driver if environment and environment.gpu else "-")
+        found["torch"].append(environment.torch if environment else "-")
+        found["triton"].append(environment.triton if environment else "-")
+        found["ptxas"].append(compilation.ptxas if compilation else "-")
+    return found
+
+
+def _by_phase(site: Site) -> dict[int, list[CheckSpec]]:
+    phases: dict[int, list[CheckSpec]] = {phase: [] for phase in PHASES}
+    for spec in site.families.values():
+        phases[spec.phase].append(spec)
+    return phases
+
+
+def _ids(site: Site) -> dict[str, list[Check]]:
+    found: dict[str, list[Check]] = {}
+    for check in site.checks:
+        found.setdefault(check.spec.family, []).append(check)
+    return found
+
+
+def _counts(record: Record) -> dict[str, int]:
+    return dict(Counter(str(result.verdict) for result in record.results).most_common())
+
+
+def _gpu(column: Column, site: Site) -> dict[str, Any]:
+    assessment = column.assessment
+    runs = {record.run_id: record for record in assessment.used}
+    results = [cell.result for cell in assessment.cells if cell.result is not None]
+    return {
+        "column": column,
+        "lines": lines(results, site.families, column),
+        "absent": _absent(column, site),
+        "failed": [cell for cell in assessment.cells if cell.failed or cell.not_compiled],
+        "missing": missing_by_phase(assessment),
+        "fill": fill_command(assessment) if assessment.missing else "",
+        "compiled": compiled_words(assessment.compilation) if assessment.compilation else "",
+        "runs": runs,
+        "builds": assessment.compilation.builds if assessment.compilation else [],
+        "build_name": charts.build_name,
+        "curves": [(cell.result, charts.plot(cell.result.curves)) for cell in assessment.with_curves],
+    }
+
+
+def _absent(column: Column, site: Site) -> list[tuple[CheckSpec, int]]:
+    """The families with checks that have no result on the target, and how many these are."""
+    absent = Counter(cell.check.spec.family for cell in column.assessment.cells if cell.result is None)
+    return [(site.families[family], number) for family, number in absent.items()]
+
+
+def _check(family: str, site: Site) -> dict[str, Any]:
+    checks = [check for check in site.checks if check.spec.family == family]
+    cases = [(check, {column.name: column.of_check(check.id) for column in site.columns}) for check in checks]
+    past = site.past[family]
+    curved = next((result for _, result in past if result.curves), None)
+    trend = _tightest(site.headroom_over_time.get(family, []))
+    return {
+        "spec": site.families[family],
+        "node": checks[0].node.partition("[")[0],
+        "cases": cases,
+        "sentence": across({column.name: column.of_family(family) for column in site.columns}),
+        "alone": [(check, across(marks)) for check, marks in cases if len(cases) > 1 and _fails(marks)],
+        "past": past,
+        "curved": curved,
+        "plot": charts.plot(curved.curves) if curved else "",
+        "trend": charts.over_time(trend, "headroom", log=True) if trend else "",
+    }
+
+
+def _tightest(trend: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of the targets that came closest to what is allowed, of those with more than one."""
+    number = Counter(point["target"] for point in trend)
+    least: dict[str, float] = {}
+    for point in trend:
+        if number[point["target"]] > 1:
+            least[point["target"]] = min(point["value"], least.get(point["target"], math.inf))
+    chosen = sorted(least, key=lambda target: least[target])[:_TIGHTEST]
+    return [point for target in chosen for point in trend if point["target"] == target]
+
+
+def _fails(marks: Mapping[str, Any]) -> bool:
+    return any(mark is not None and mark.tone == "fail" for mark in marks.values())
+
+
+def _resources(site: Site) -> dict[str, Any]:
+    known = [one for column in site.columns if (one := column.assessment.compilation) is not None]
+    good = [one for one in known if one.builds]
+    names = list(dict.fromkeys(charts.build_name(build) for one in good for build in one.builds))
+    found = {(one.sm, charts.build_name(build)): build for one in good for build in one.builds}
+    metrics = [
+        {
+            "name": metric,
+            "title": title,
+            "spread": charts.spread(good, metric),
+            "multiples": charts.multiples(good, metric),
+            "table": [(name, [_cell(found.get((one.sm, name)), metric) for one in good]) for name in names],
+        }
+        for metric, title in (charts.METRICS.items() if good else ())
+    ]
+    gaps = [(f"sm{one.sm}", one.gap) for one in known if one.gap]
+    return {"metrics": metrics, "sms": [one.sm for one in good], "gaps": gaps, "builds": len(names)}
+
+
+def _cell(build: Any, metric: str) -> str:
+    value = charts.number(build, metric) if build is not None else None
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _latency(site: Site) -> dict[str, Any]:
+    """The measurements of phase 8, and of any check in a unit of time, by family and name."""
+    series: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    codes: Counter[str] = Counter()
+    for record in reversed(site.records):
+        for result in record.results:
+            latency = result.id.startswith("p8.")
+            if latency and result.code:
+                codes[result.code] += 1
+            for one in result.measurements:
+                if (latency or one.unit in _TIMES) and math.isfinite(one.measured):
+                    allowed = one.allowed if math.isfinite(one.allowed) else None
+                    point = {"time": record.time_utc, "target": record.target, "value": one.measured}
+                    series.setdefault((result.id, one.name, one.unit), []).append({**point, "allowed": allowed})
+    shown = [
+        {"id": key[0], "name": key[1], "unit": key[2], "points": points[-1:], "number": len(points)}
+        | {"chart": charts.over_time(points[-_CHARTED * len(site.columns) :], key[2] or key[1])}
+        for key, points in series.items()
+    ]
+    return {
+        "kernel": [one for one in shown if one["id"].startswith("p8.")],
+        "beside": [one for one in shown if not one["id"].startswith("p8.")],
+        "codes": codes,
+        "specs": [spec for spec in site.families.values() if spec.phase == 8],
+    }
+
+
+def _faults(folder: Path) -> dict[str, Any]:
+    """The planted faults of every file in ``folder``: a list of objects, or the first list that an object holds."""
+    faults: list[dict[str, str]] = []
+    wrong: list[str] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            wrong.append(f"{path.name}: {error}")
+            continue
+        lists = [read] if isinstance(read, list) else [one for one in read.values() if isinstance(one, list)]
+        faults += [_fault(one) for one in (lists[0] if lists else []) if isinstance(one, dict)]
+    return {"faults": faults, "wrong": wrong}
+
+
+def _fault(read: Mapping[str, Any]) -> dict[str, str]:
+    def text(*names: str) -> str:
+        value = next((read[name] for name in names if read.get(name)), "")
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return {"id": text("id", "name"), "layer": text("layer"), "what": text("what"), "killed_by": text("killed_by")}
+
+
+def _logs(record: Record, homes: Sequence[Path], page: Path) -> list[tuple[str, str]]:
+    """The name of each log that the run left behind, and the way there from its page."""
+    if Path(record.run_id).name != record.run_id:
+        return []
+    kept = [path for home in homes for pattern in _LOGS for path in sorted((home / record.run_id).glob(pattern))]
+    return [(path.name, Path(os.path.relpath(path, page)).as_posix()) for path in kept]
