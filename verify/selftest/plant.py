@@ -12,7 +12,8 @@ import libcst as cst
 
 from verify.outcome import ConfigurationError
 from verify.selftest.faults import WRAPPERS, Edit, Fault
-from verify.subject import PACKAGE, Subject
+from verify.subject import Subject
+from verify.subject_file import FILE
 
 _PLANTED = "_planted_fault"
 
@@ -22,15 +23,15 @@ def copy_of(subject: Subject, folder: Path, fault: Fault | None = None) -> Path:
 
     Raises ConfigurationError, which says what to edit, for a fault that does not apply to this subject.
     """
-    shutil.copytree(
-        subject.root / PACKAGE, folder / PACKAGE, ignore=shutil.ignore_patterns("tests", "__pycache__")
-    )  # fmt: skip
+    package = folder.joinpath(*subject.package.split("."))
+    shutil.copytree(subject.folder, package, ignore=shutil.ignore_patterns("tests", "__pycache__"))
+    if (names := subject.root / FILE).is_file():
+        shutil.copy(names, folder)
     if fault is not None:
-        package = folder / PACKAGE
         for edit in fault.edits_of(subject_key(subject)):
             _edit(package / edit.file, edit, fault)
         if fault.wrapper is not None:
-            _wrap(package, fault)
+            _wrap(package, subject.package, fault)
     return folder
 
 
@@ -39,7 +40,7 @@ def subject_key(subject: Subject) -> str:
     return subject.name if subject.name == "bundled" else subject.root.name
 
 
-def _wrap(package: Path, fault: Fault) -> None:
+def _wrap(package: Path, name: str, fault: Fault) -> None:
     """Put the wrapper's module beside the subject's, and have the module it is around hand over its names."""
     around = package.joinpath(*fault.wrapper.around.split("."))
     source = around / "__init__.py" if around.is_dir() else around.with_suffix(".py")
@@ -47,7 +48,7 @@ def _wrap(package: Path, fault: Fault) -> None:
         raise _does_not_apply(fault, f"the subject has no module {fault.wrapper.around}", "around")
     shutil.copy(WRAPPERS / f"{fault.wrapper.module}.py", package / f"{_PLANTED}.py")
     with source.open("a", encoding="utf-8") as module:
-        module.write(f"\nfrom {PACKAGE}.{_PLANTED} import plant\n\nplant(globals())\n")
+        module.write(f"\nfrom {name}.{_PLANTED} import plant\n\nplant(globals())\n")
 
 
 def _edit(path: Path, edit: Edit, fault: Fault) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from verify.architectures import find, parse_target
+from verify.checker import examine
 from verify.checks import Check, catalogue
+from verify.device import derive_seed
 from verify.outcome import ConfigurationError
 from verify.record import CheckResult, Environment, Gpu, Measurement, Record, SubjectInfo, UnreadableRecord, read_record
 from verify.selftest.faults import Change, Fault, Tampered
@@ -56,8 +59,15 @@ def _not_green(paths: Sequence[Path]) -> str | None:
     return None if found.verdict in _GREEN else f"{found.verdict}: {found.sentence}"
 
 
+def _unsound(paths: Sequence[Path]) -> str | None:
+    """The problems that the independent checker finds in the files."""
+    return "\n".join(problem.problem for problem in examine(paths, _checks())) or None
+
+
 #: The rules by name: each takes the files and returns its objection, or None.
-JUDGES: dict[str, Callable[[Sequence[Path]], str | None]] = {"read_record": _refused, "assess": _not_green}
+JUDGES: dict[str, Callable[[Sequence[Path]], str | None]] = {
+    "read_record": _refused, "assess": _not_green, "check": _unsound,
+}  # fmt: skip
 
 
 def _judge_named(fault: Fault, name: str) -> Callable[[Sequence[Path]], str | None]:
@@ -75,30 +85,34 @@ def _checks() -> tuple[Check, ...]:
 
 
 def good_record(target: str, day: int = 1, phases: Sequence[int] = tuple(range(1, 9))) -> Record:
-    """A record in which every must-pass check of those phases passed on the target."""
+    """A sound record in which every must-pass check of those phases passed on the target."""
     sm = None if target == "emulated" else int(target.removeprefix("sm"))
+    seed, digest = 0, hashlib.sha256(b"sample").hexdigest()
+    again = f"--device {'cuda' if sm else 'cpu'} --seed {seed}"
     wanted = must_pass(_checks(), find(sm) if sm else parse_target(target))
     results = [
         CheckResult(
-            id=check.id, gate=check.spec.gate, plan=check.spec.plan, verdict="PASS", seed=1, duration_s=0.5,
-            evidence="hardware" if sm else "emulated", repeat=f"python -m pytest '{check.node}'",
+            id=check.id, gate=check.spec.gate, plan=check.spec.plan, verdict="PASS", duration_s=0.5,
+            seed=derive_seed(seed, check.id), evidence="hardware" if sm else "emulated",
+            repeat=f"python -m pytest '{check.node}' {again}",
             measurements=[Measurement(name="error", measured=0.25, allowed=1.0)],
         )
         for check in wanted
         if check.phase in phases
     ]  # fmt: skip
-    gpu = Gpu(name=f"Sample GPU {sm}", uuid_sha256="0" * 64, sm=sm, memory_gib=16, driver="580.1") if sm else None
+    gpu = Gpu(name=f"Sample GPU {sm}", uuid_sha256=digest, sm=sm, memory_gib=16, driver="580.1") if sm else None
     environment = Environment(
         gpu=gpu, cuda_runtime="13.0", cuda_toolkit="13.0", torch="2.13.0", triton="3.7.1", ptxas={},
         flash_attn="not installed", vllm="0.32.0", transformers="5.19.0", python="3.11.7", os="Linux",
-        variables={"TRITON_DEFAULT_FP_FUSION": "1"},
+        variables={"TRITON_DEFAULT_FP_FUSION": "1"} | ({} if sm else {"TRITON_INTERPRET": "1"}),
     )  # fmt: skip
     subject = SubjectInfo(
-        name="sample", version="1.0", source="bundled", git_sha="1234567890", dirty=False, content_sha256="0" * 64
+        name="sample", version="1.0", source="bundled", git_sha=digest[:40], dirty=False, content_sha256=digest
     )
     return Record(
-        run_id=f"sample-{target}-{day}", time_utc=f"2026-11-{day:02d}T00:00:00Z", state="complete", target=target,
-        subject=subject, instrument_sha256="0" * 64, environment=environment, model="embedded", seed=0,
+        run_id=f"202611{day:02d}T000000Z-{target}-0001", time_utc=f"2026-11-{day:02d}T00:00:00Z", target=target,
+        state="complete",
+        subject=subject, instrument_sha256=digest, environment=environment, model="embedded", seed=seed,
         selection="everything", duration_s=1.0, results=results,
     )  # fmt: skip
 

@@ -73,7 +73,7 @@ def test_run_options_that_make_no_sense_are_configuration_errors(options: list[s
         (["run", "--ph", "4"], "unrecognized arguments"),
         (["run", "--device", "cpu", "--expect", "sm120"], "contradict"),
         (["report", "--format", "html", "--gpu", "sm120"], "makes the pages of every target; drop --gpu sm120"),
-        (["report", "--out", "x"], "--out x is where --format html puts its pages; drop it, or ask for html"),
+        (["report", "--out", "x"], "--out x is for the other formats; drop it, or give --format"),
         (["report", "--gpu", "sm999"], "'sm999' is no GPU architecture"),
         (["report", "--gpu", "sm101"], "sm101 was renamed sm110"),
         (["report", "--gpu", "sm90", "--records", "absent"], "absent is not a directory"),
