@@ -207,6 +207,7 @@ _KEEP_SET = {
         "union_raw": {**_EVICT_PROMPT, **_UNION, "normalize_scores": False},
         "per_layer_per_head": {**_EVICT_PROMPT, **_PER_LAYER_PER_HEAD},
         "prompt_protected": {"kv_budget": _BUDGET},
+        "prompt_protected_by_layer": {"kv_budget": _BUDGET, **_PER_LAYER_PER_HEAD},
         "prompt_on_top": {"kv_budget": _BUDGET - _PROMPT, "count_prompt_tokens": False},
         "interval": {**_EVICT_PROMPT, "use_slack_trigger": False},
         "max": {**_EVICT_PROMPT, "score_aggregation": "max"},
