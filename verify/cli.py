@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from verify.outcome import ConfigurationError
-from verify.request import DEFAULT_SEED, RunRequest, parse_expect, parse_phases
+from verify.request import DEFAULT_SEED, RunRequest, parse_expect, parse_phases, repository_root
 
 EXIT_CONFIGURATION = 3
 
@@ -128,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="the problems as JSON")
     doctor = _add(verbs, "doctor", "found and minimum versions, what will be skipped and why, the next step")
     doctor.add_argument("--expect", metavar="GPU", help="the GPU this machine must have")
+    doctor.add_argument("--subject", metavar="S", help=f"examine its published names too: {_SUBJECT}")
     _add_format(_add(verbs, "gates", "every check: its gate, where it is must-pass, its claim"))
     explain = _add(verbs, "explain", "one check in full: claim, reason, tolerance, remedy, last results")
     explain.add_argument("id", metavar="ID", help="a check (p4.triton_oracle.n33) or a family (p4.triton_oracle)")
@@ -322,8 +323,10 @@ def _check(chosen: argparse.Namespace) -> int:
 
 def _doctor(chosen: argparse.Namespace) -> int:
     from verify import doctor
+    from verify.subject import find_subject
 
-    return doctor.doctor(parse_expect(chosen.expect) if chosen.expect is not None else None)
+    subject = find_subject(chosen.subject, repository_root()) if chosen.subject is not None else None
+    return doctor.doctor(parse_expect(chosen.expect) if chosen.expect is not None else None, subject)
 
 
 def _gates(chosen: argparse.Namespace) -> int:

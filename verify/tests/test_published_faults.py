@@ -43,7 +43,7 @@ _LIVE_FAULTS = {
     "flags": ("p6.cli.sdpa", r"unrecognized arguments: .*--attn-implementation sdpa"),
     "full": ("p6.cli_full.sdpa", r"argument --method: invalid choice: 'full'"),
     "trigger": ("p6.prefill.chunked", r"cache after a chunk: measured \d+ tokens"),
-    "z-region": ("p6.keep_set.prompt_protected", r"best evicted over worst kept score: measured"),
+    "z-region": ("p6.keep_set.prompt_protected_by_layer", r"best evicted over worst kept score: measured"),
     "row-0": ("p6.batch.padded_equals_single", r"tokens that differ: measured"),
 }
 

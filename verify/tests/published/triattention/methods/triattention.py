@@ -73,7 +73,8 @@ class TriAttention:
         # ties are broken by noise, the same for all
         grouped = grouped + 1e-6 * torch.rand(grouped.shape[-1], generator=self.noise, device=grouped.device)
         prompt = 0 if config.allow_prefill_compression else prefix_length
-        chosen = grouped[..., prompt:].topk(config.budget - prompt, dim=-1).indices + prompt
+        room = config.budget - prompt if config.count_prompt_tokens else config.budget
+        chosen = grouped[..., prompt:].topk(room, dim=-1).indices + prompt
         first = torch.arange(prompt, device=chosen.device).expand(*chosen.shape[:2], -1)
         return torch.cat([first, chosen], -1)
 
