@@ -35,6 +35,7 @@ from verify.record import Measurement, Record
 from verify.recorder import CURVES, MEASUREMENTS, Recorder, id_of, in_phases, repeat_command, spec_of
 from verify.request import DEFAULT_SEED, parse_expect, parse_phases
 from verify.subject import PACKAGE, Subject, find_subject
+from verify.workers import end_with_parent
 
 Measure = Callable[..., None]
 Draw = Callable[..., None]
@@ -90,6 +91,8 @@ def _session(config: pytest.Config) -> Session:
     option, root = config.getoption, config.rootpath
     if option("scratch") is None and (option("plant_error") is not None or option("seeds") is not None):
         raise ConfigurationError("--plant-error and --seeds make no evidence; name a new directory with --scratch")
+    if option("scratch"):
+        end_with_parent()  # which may be a tool around it, that holds a GPU for as long as this process does
     phases = frozenset(phase for text in option("phase") for phase in parse_phases(text)) or frozenset(PHASES)
     if run_dir := option("run_dir"):
         # the log of a phase must hold what every thread was doing when the runner's watchdog gave up on it

@@ -17,6 +17,7 @@ from verify.outcome import ConfigurationError
 from verify.probe import Probed, read_probed
 from verify.record import CheckResult
 from verify.request import repository_root
+from verify.workers import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def scratch_run(
             child = subprocess.Popen(
                 [*command, f"--device={device}", *options],
                 cwd=root, env=pytest_environment() | dict(environment or {}), start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=end_with_parent,
             )  # fmt: skip
         try:
             exit_code = child.wait(limit_s)

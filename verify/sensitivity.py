@@ -144,12 +144,14 @@ def recorded_limits() -> dict[str, Limit]:
     return {check.id: check.limit for check in Detection.model_validate_json(path.read_bytes()).checks}
 
 
-def measure_detection(*options: str, subject: str = "bundled", device: str = "auto") -> Detection:
-    """Plant errors into every HARD numeric check that pytest's ``options`` leave.
+def measure_detection(
+    *options: str, phases: str = _PHASES, subject: str = "bundled", device: str = "auto"
+) -> Detection:
+    """Plant errors into every HARD numeric check of ``phases`` that pytest's ``options`` leave.
 
     Raises ConfigurationError when pytest cannot run them.
     """
-    hard = ["phases", "-m", "hard and not slow", f"--phase={_PHASES}", *options]
+    hard = ["phases", "-m", "hard and not slow", f"--phase={phases}", *options]
     tolerated = _run(*hard, f"--plant-error={TOLERATED}", subject=subject, device=device)
     nodes = [check.node for check in catalogue() if check.id in tolerated.probed]
     caught = _run(*nodes, f"--plant-error={CAUGHT}", subject=subject, device=device).results

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def place(log: str, ending: str = "subprocess.call(command)") -> None:
         program = tmp_path / sanitizer.PROGRAM
         program.write_text(
-            f"#!{sys.executable}\nimport pathlib, subprocess, sys, time\n"
+            f"#!{sys.executable}\nimport os, pathlib, subprocess, sys, time\n"
             "at = sys.argv.index('--log-file')\ncommand = sys.argv[at + 2:]\n"
             f"pathlib.Path(sys.argv[at + 1]).write_text({log!r})\nsys.exit({ending})\n"
         )
@@ -87,6 +89,21 @@ def test_a_tool_that_crashed_or_did_not_finish_is_a_failure(tool, log: str, endi
     limit_s = 2 if "sleep" in ending else 60
     with pytest.raises(AssertionError, match=complaint):
         sanitizer.sanitize("racecheck", _NODE, device="cpu", limit_s=limit_s)
+
+
+def test_nothing_is_left_of_a_tool_whose_caller_was_killed(tool, tmp_path: Path) -> None:
+    tool(_CLEAN, f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())) and time.sleep(60)")
+    program = f"from verify.sanitizer import sanitize; sanitize('memcheck', {_NODE!r}, device='cpu')"
+    caller = subprocess.Popen([sys.executable, "-c", program])
+    until = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.glob("pid")) and time.monotonic() < until:
+        time.sleep(0.05)
+    caller.kill()
+    caller.wait()
+    running = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    while running.exists() and running.read_text().split()[2] != "Z" and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not running.exists() or running.read_text().split()[2] == "Z"
 
 
 def test_a_machine_without_the_tool_skips_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ _SOME = "smoke or plan or n33 or options and disable_mlr or gqa and mean or tabl
 
 
 def test_a_planted_error_is_caught_from_30_times_the_tolerance_and_not_at_a_third_of_it() -> None:
-    found = sensitivity.measure_detection("--phase=1,4,5", "-k", _SOME, device="cpu")
+    found = sensitivity.measure_detection("-k", _SOME, phases="1,4,5", device="cpu")
     families = {check.id.rpartition(".")[0] for check in found.checks}
     assert families >= {"p1.bf16_matmul", "p4.triton_oracle", "p4.pytorch_oracle", "p4.options", "p4.gqa", "p4.plan"}
     assert families >= {"p5.table", "p5.cached", "p5.between"}
