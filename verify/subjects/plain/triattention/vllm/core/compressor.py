@@ -43,15 +43,12 @@ class TriAttentionCompressor:
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_positions: torch.Tensor | None = None,
         layer_idx: int = 0, *, prefill_length: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-        """Keys and values ``[1, H, K, D]`` and their indices ``[1, H, K]`` among those given, which are N if not due.
+        """Keys and values ``[B, H, K, D]`` and their indices ``[B, H, K]`` among those given, which are N if not due.
 
         The first call of a layer holds its prompt, unless ``prefill_length`` says how long that was. The next token's
-        position is one past the largest of ``cache_positions``, or else the number of tokens ever given. Raises
-        ValueError for more than one row.
+        position is one past the largest of ``cache_positions``, or else the number of tokens ever given.
         """
-        if key_states.shape[0] != 1:
-            raise ValueError(f"{key_states.shape[0]} rows were given; give one at a time")
-        n = key_states.shape[2]
+        rows, kv_heads, n, _ = key_states.shape
         layer = self._layers.setdefault(layer_idx, _Layer(n if prefill_length is None else prefill_length))
         t = n + layer.evicted if cache_positions is None else int(cache_positions.max()) + 1
         rule = self.config.rule()
@@ -60,18 +57,22 @@ class TriAttentionCompressor:
             scores = self._scores(key_states, layer_idx, t)
             evictable = rule.evictable(n, layer.prefill_length, key_states.device)
             mode = "per_layer" if self.config.pruning_mode == "per_layer" else "per_layer_per_head"
-            kept = keep_set(
-                scores, evictable, target, mode=mode, normalize=self.config.sparse_normalize_scores, group="max"
+            normalize = self.config.sparse_normalize_scores
+            kept = torch.cat(
+                [
+                    keep_set(row, evictable, target, mode=mode, normalize=normalize, group="max")
+                    for row in scores[:, None]
+                ]
             )
             layer.rounds, layer.evicted = layer.rounds + 1, layer.evicted + n - target
         else:
-            kept = torch.arange(n, device=key_states.device).expand(1, key_states.shape[1], n)
+            kept = torch.arange(n, device=key_states.device).expand(rows, kv_heads, n)
         layer.held = kept.shape[2]
         keys, values = (x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[3])) for x in (key_states, value_states))
         return keys, values, kept
 
     def _scores(self, keys: torch.Tensor, layer_idx: int, t: int) -> torch.Tensor:
-        """By KV head and query head of it: ``[1, H, G, N]``."""
+        """By row, KV head and query head of it: ``[B, H, G, N]``."""
         config = replace(self.config, pruning_mode="per_head")
         mean, mean_abs, weight, omega = self._statistics.of_layer(layer_idx, keys.device)
         offsets = build_geometric_offsets(config.offset_max_length, keys.device)

@@ -9,10 +9,9 @@ import torch
 
 from ...algorithm import AGGREGATIONS, STYLES, Rule, one_of
 
-#: What says how another implementation computes, and has no counterpart here: nothing but the default is accepted.
+#: What might change a result in another implementation, and has no counterpart here: only the default is accepted.
 _DEFAULT_ONLY = (
-    "sparse_round_window", "disable_top_n_high_freq", "compute_dtype", "position_indices_dtype", "triton_block_size",
-    "trig_cache_max_seq_len", "trig_cache_warn_threshold_mb", "enable_debug_logging",
+    "sparse_round_window", "disable_top_n_high_freq", "compute_dtype", "position_indices_dtype", "enable_debug_logging",
 )  # fmt: skip
 
 
@@ -21,6 +20,7 @@ class TriAttentionConfig:
     """The published options, with an unset ``window_size`` as ``min(128, kv_budget // 2)``.
 
     Scores are computed where the keys are, whatever ``device`` says, and the index decides ties, whatever ``seed`` is.
+    The size of blocks and of tables changes no score, and nothing here.
     Raises ValueError naming an option that cannot be honoured.
     """
 
