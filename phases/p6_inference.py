@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter  # taken here: a subject may put another in its place
 from typing import Any
 
 import pytest
@@ -224,6 +224,7 @@ _KEEP_SET = {
         "prompt_on_top": {"kv_budget": _BUDGET - _PROMPT, "count_prompt_tokens": False},
         "interval": {**_EVICT_PROMPT, "use_slack_trigger": False},
         "max": {**_EVICT_PROMPT, "score_aggregation": "max"},
+        "near_offsets": {**_EVICT_PROMPT, "offset_max_length": 64},
         "no_mlr": {**_EVICT_PROMPT, "disable_mlr": True},
         "no_trig": {**_EVICT_PROMPT, "disable_trig": True},
     },
@@ -248,15 +249,26 @@ def test_keep_set_of_an_unpublished_mode(case: dict[str, Any], model: LiveModel,
     _check_keep_set(case, model, measure)
 
 
-def _check_keep_set(case: dict[str, Any], model: LiveModel, measure) -> None:
-    """The first round: what is held, of keys and of values, and that the oracle would have kept it."""
+def _check_keep_set(
+    case: dict[str, Any],
+    model: LiveModel,
+    measure,
+    *,
+    prompt: int = _PROMPT,
+    layers: Sequence[int] | None = None,
+    oracle: LiveModel | None = None,
+) -> None:
+    """The first round: what is held, of keys and of values, and that the oracle would have kept it.
+
+    ``layers`` are those whose statistics each layer is ranked by, as ``oracle`` has them.
+    """
     import numpy as np
 
     from verify.keep_set import select, sets_of
 
     mode = _mode(case)
     model.patch(**case)
-    rounds = model.rounds(_ids(model), _PROMPT)
+    rounds = model.rounds(_ids(model), prompt)
     first = next(rounds, None)
     assert first is not None, f"no round happened in {_FED} tokens with a budget of {_BUDGET}"
     rounds.close()
@@ -267,8 +279,13 @@ def _check_keep_set(case: dict[str, Any], model: LiveModel, measure) -> None:
     assert (kept.sum(-1) == _BUDGET).all(), (
         f"{kept.sum(-1).tolist()} tokens are held after a round, the budget is {_BUDGET}"
     )
+    numbers = range(len(first.keys)) if layers is None else layers
+    cases = [
+        (oracle or model).oracle_case(number, keys, first.seen, case)
+        for number, keys in zip(numbers, first.keys, strict=True)
+    ]
     selection = select(
-        [model.oracle_case(number, keys, first.seen, case) for number, keys in enumerate(first.keys)], evictable,
+        cases, evictable,
         mode=mode, normalize=case.get("normalize_scores", True), group=case.get("layer_perhead_aggregation", "max"),
     )  # fmt: skip
     measure("best evicted over worst kept score", selection.inversion(kept, evictable), selection.allowed)
@@ -326,26 +343,87 @@ def _sharing(mode: str, n_layers: int, n_heads: int) -> list[tuple[list[int], li
 
 
 @check(
-    "p6.prefill", gate="hard", needs=("p1.identity",), cases="chunked",
-    claim="Prompt chunks that step over the trigger cannot pass the bound by more than themselves.",
+    "p6.prefill", gate="hard", needs=("p1.identity",),
+    # tokens of the first step and of every other, and the options of the patch
+    cases={
+        "chunked": (37, 37, {}),
+        "multi_token_steps": (_PROMPT, 5, {}),
+        "interval_steps": (_PROMPT, 5, {"use_slack_trigger": False}),
+        "one_step": (160, 160, {}),
+    },
+    claim="Prompt chunks and steps of several tokens that step over the trigger cannot pass the bound by more than "
+    "themselves.",
     reason="A trigger that tests for equality is stepped over by every step of several tokens.",
     tolerance="Spec: during a step the bound may be exceeded by the step's own tokens; after it, it holds.",
     remedy="Make the trigger a watermark (>=) and run the round after each chunk.",
     timeout_s=300,
 )  # fmt: skip
-def test_chunked_prefill(case: str, model: LiveModel, measure) -> None:
+def test_chunked_prefill(case: tuple[int, int, dict[str, Any]], model: LiveModel, measure) -> None:
     import torch
 
-    ids = model.tokens(" ".join(_PROMPTS * 4))["input_ids"]
-    model.patch(kv_budget=_BUDGET, allow_prefill_compression=True)
+    prompt, step, options = case
+    ids = model.tokens(" ".join(_PROMPTS * 4))["input_ids"][:, :160]
+    assert ids.shape[1] > 2 * _BUDGET, f"the prompt has {ids.shape[1]} tokens, too few to test anything"
+    model.patch(kv_budget=_BUDGET, allow_prefill_compression=True, **options)
     cache = model.new_cache()
     with torch.inference_mode():
-        for chunk in ids.split(37, dim=1):
+        for chunk in (ids[:, :prompt], *ids[:, prompt:].split(step, dim=1)):
+            if not chunk.shape[1]:
+                continue
             cache = model.model(
                 input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1
             ).past_key_values
             measure("cache after a chunk", physical_length(cache), _BUDGET + _DIVIDE - 1, unit="tokens")
-    assert ids.shape[1] > 2 * _BUDGET, f"the prompt has {ids.shape[1]} tokens, too few to test anything"
+
+
+@check(
+    "p6.long_prompt", gate="hard", needs=("p1.identity",),
+    cases={"per_head": _EVICT_PROMPT, "max": {**_EVICT_PROMPT, "score_aggregation": "max"}},
+    **{**_KEEP_SET, "claim": "A prompt beyond the trigger is compressed after its one step, to what the oracle keeps."},
+)  # fmt: skip
+def test_long_prompt(case: dict[str, Any], model: LiveModel, measure) -> None:
+    _check_keep_set(case, model, measure, prompt=_FED)
+
+
+@check(
+    "p6.layer_statistics", gate="hard", needs=("p1.identity",), cases={"in_place": False, "exchanged": True},
+    **{**_KEEP_SET, "claim": "Each layer is ranked by its own statistics: exchanging those of two layers in the file "
+    "changes the keep sets as the oracle says."},
+)  # fmt: skip
+def test_statistics_of_each_layer(case: bool, model: LiveModel, tmp_path: Path, measure) -> None:
+    # near offsets: far ones let honest fp32 phases blur the gaps between scores
+    options = {**_EVICT_PROMPT, **_PER_LAYER_PER_HEAD, "offset_max_length": 64}
+    layers = [*range(model.model.config.num_hidden_layers)]
+    if case:
+        layers[0], layers[-1] = layers[-1], layers[0]
+    restated = model.restated(tmp_path / "statistics.pt", layers)
+    _check_keep_set(options, restated, measure, prompt=_FED, layers=layers, oracle=model)
+
+
+@check(
+    "p6.statistics", gate="hard", needs=("p1.identity",),
+    cases={name: name for name in ("layer_absent", "head_absent", "fewer_layers", "expectation")},
+    claim="Statistics that lack a layer or head, are of a model with other layers, or are not what was expected of "
+    "them, are refused.",
+    reason="A substitute ranks every key by what another head asks for, and no number looks wrong.",
+    remedy="Compare the file with the model when the patch is applied, and name what is absent.",
+    timeout_s=300,
+)  # fmt: skip
+def test_statistics_of_another_model(case: str, model: LiveModel, tmp_path: Path) -> None:
+    layers = range(model.model.config.num_hidden_layers - (case == "fewer_layers"))
+    heads = {
+        "layer_absent": {(3, head) for head in range(model.model.config.num_attention_heads)}, "head_absent": {(3, 1)}
+    }  # fmt: skip
+    expected = {"metadata_expectations": {"head_dim": 48}} if case == "expectation" else {}
+    restated = model.restated(tmp_path / "statistics.pt", layers, heads.get(case, ()))
+    try:
+        restated.patch(**_EVICT_PROMPT, **expected)
+        next(restated.rounds(_ids(model), _FED), None)
+    except (AssertionError, TypeError):  # a subject that lacks the entry point, or an argument of it
+        raise
+    except Exception:  # any refusal will do: a subject has errors of its own
+        return
+    raise AssertionError("the model was patched, and compressed its cache")
 
 
 @check(
@@ -616,12 +694,12 @@ def test_throughput(case: tuple[int, int, float], model: LiveModel, measure) -> 
 
 def _timed_steps(model: LiveModel, ids: Any, steps: int) -> list[tuple[float, int]]:
     """Seconds of each greedy step, the prefill first, and the physical length after it."""
-    found, started = [], time.perf_counter()
+    found, started = [], perf_counter()
     for _, cache in model.decode({"input_ids": ids}, steps):
         if ids.is_cuda:
             import torch
 
             torch.cuda.synchronize()
-        found.append((time.perf_counter() - started, physical_length(cache)))
-        started = time.perf_counter()
+        found.append((perf_counter() - started, physical_length(cache)))
+        started = perf_counter()
     return found

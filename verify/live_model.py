@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import io
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verify import oracle
+from verify.caches import write_statistics
 from verify.problems import OFFSETS_17
 from verify.record import write_atomic
 from verify.subject import Subject
@@ -93,7 +94,7 @@ def scoring_problem(
         a=norm,
         w=np.full(norm.shape, scaling),
         omega=omega,
-        offsets=np.array(OFFSETS_17),
+        offsets=np.array([o for o in OFFSETS_17 if o <= options.get("offset_max_length", OFFSETS_17[-1])]),
         t=t,
         s=scaling,
         aggregation=options.get("score_aggregation", "mean"),
@@ -175,6 +176,18 @@ class LiveModel:
         self.subject.attribute("methods.triattention", "apply_triattention_patch")(
             self.model, stats_path=str(self._given), model_path=self.location, **{**self.defaults, **options}
         )
+
+    def restated(self, path: Path, layers: Sequence[int], without: Collection[tuple[int, int]] = ()) -> LiveModel:
+        """The same model with statistics in the published layout at ``path``: layer i there is ``layers[i]`` here.
+
+        Those of each (layer, query head) in ``without`` are left out. The oracle's view stays that of this model.
+        """
+        import torch
+
+        mine, order = self._statistics, list(layers)
+        m = torch.complex(mine["q_mean_real"], mine["q_mean_imag"])[order]
+        write_statistics(path, m, mine["q_abs_mean"][order], without)
+        return replace(self, statistics=path)
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
