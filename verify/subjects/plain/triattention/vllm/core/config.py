@@ -12,7 +12,7 @@ from ...algorithm import AGGREGATIONS, STYLES, Rule, one_of
 #: What says how another implementation computes, and has no counterpart here: nothing but the default is accepted.
 _DEFAULT_ONLY = (
     "sparse_round_window", "disable_top_n_high_freq", "compute_dtype", "position_indices_dtype", "triton_block_size",
-    "trig_cache_max_seq_len", "trig_cache_warn_threshold_mb", "enable_debug_logging",
+    "enable_debug_logging",
 )  # fmt: skip
 
 

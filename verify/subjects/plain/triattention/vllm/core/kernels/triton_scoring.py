@@ -78,7 +78,8 @@ class TrigTableCache:
         if not 1 <= compress_interval <= max_seq_len:
             raise ValueError(f"compress_interval is {compress_interval}; use 1 to max_seq_len, {max_seq_len}")
         self.compress_interval, self.device = compress_interval, torch.device(device)
-        self.offsets, self.omega = offsets.to(device), omega.to(device)
+        # copies, so that a call can tell that its tensors have other numbers by now
+        self.offsets, self.omega = offsets.to(device, copy=True), omega.to(device, copy=True)
         self.num_positions = max_seq_len // compress_interval
         self.num_offsets, self.freq_count = len(offsets), len(omega)
         rows = compress_interval * torch.arange(1, self.num_positions + 1, device=device)
