@@ -78,7 +78,7 @@ class TrigTableCache:
         if not 1 <= compress_interval <= max_seq_len:
             raise ValueError(f"compress_interval is {compress_interval}; use 1 to max_seq_len, {max_seq_len}")
         self.compress_interval, self.device = compress_interval, torch.device(device)
-        # copies, so that a table knows what it was made of when the tensors hold something else
+        # copies, so that a call can tell that its tensors have other numbers by now
         self.offsets, self.omega = offsets.to(device, copy=True), omega.to(device, copy=True)
         self.num_positions = max_seq_len // compress_interval
         self.num_offsets, self.freq_count = len(offsets), len(omega)
