@@ -11,7 +11,7 @@ from ...algorithm import AGGREGATIONS, STYLES, Rule, one_of
 
 #: What might change a result in another implementation, and has no counterpart here: only the default is accepted.
 _DEFAULT_ONLY = (
-    "sparse_round_window", "disable_top_n_high_freq", "compute_dtype", "position_indices_dtype", "triton_block_size",
+    "sparse_round_window", "disable_top_n_high_freq", "compute_dtype", "position_indices_dtype",
     "enable_debug_logging",
 )  # fmt: skip
 
