@@ -2,7 +2,7 @@
 
 Each check is run with an error planted into one element of what it judges: 30 times what is allowed must fail it, 0.3
 times must pass. The smallest error that it catches is its detection limit. And right subjects must pass with many
-seeds and room to spare. Both are kept in ``reports/selftest/``.
+seeds and room to spare. Both are kept in ``reports/sensitivity/``.
 """
 
 from __future__ import annotations
@@ -129,11 +129,11 @@ class Headrooms(Strict):
 
 
 def detection_file() -> Path:
-    return repository_root() / "reports" / "selftest" / "detection.json"
+    return repository_root() / "reports" / "sensitivity" / "detection.json"
 
 
 def headroom_file() -> Path:
-    return repository_root() / "reports" / "selftest" / "headroom.json"
+    return repository_root() / "reports" / "sensitivity" / "headroom.json"
 
 
 def recorded_limits() -> dict[str, Limit]:

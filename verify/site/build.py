@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ from verify.checks import PHASES, SKIP_CODES, Check, CheckSpec
 from verify.matrix import bound, built, compiled_words, count, headroom
 from verify.outcome import ConfigurationError
 from verify.record import CheckResult, Record
+from verify.selftest import matrix
 from verify.site import charts
 from verify.site.view import SHAPES, Bar, Column, across, headline, lines, page_name
 from verify.verdict import assess, describe_subject, fill_command, missing_by_phase, newest_first
@@ -319,26 +319,14 @@ def _latency(site: Site) -> dict[str, Any]:
 
 
 def _faults(folder: Path) -> dict[str, Any]:
-    """The planted faults of every file in ``folder``: a list of objects, or the first list that an object holds."""
-    faults: list[dict[str, str]] = []
-    wrong: list[str] = []
+    """The kill matrices of ``folder`` by name, and a sentence for each file that is none."""
+    matrices, wrong = {}, []
     for path in sorted(folder.glob("*.json")):
         try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            wrong.append(f"{path.name}: {error}")
-            continue
-        lists = [read] if isinstance(read, list) else [one for one in read.values() if isinstance(one, list)]
-        faults += [_fault(one) for one in (lists[0] if lists else []) if isinstance(one, dict)]
-    return {"faults": faults, "wrong": wrong}
-
-
-def _fault(read: Mapping[str, Any]) -> dict[str, str]:
-    def text(*names: str) -> str:
-        value = next((read[name] for name in names if read.get(name)), "")
-        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-    return {"id": text("id", "name"), "layer": text("layer"), "what": text("what"), "killed_by": text("killed_by")}
+            matrices[path.stem] = matrix.read(path)
+        except ConfigurationError as error:
+            wrong.append(str(error))
+    return {"matrices": matrices, "wrong": wrong}
 
 
 def _logs(record: Record, homes: Sequence[Path], page: Path) -> list[tuple[str, str]]:

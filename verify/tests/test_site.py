@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from verify.archive import Archive
 from verify.outcome import ConfigurationError
 from verify.record import Record
+from verify.selftest import matrix
 from verify.site.build import Site, build
 from verify.site.view import Bar, across, page_name
 from verify.tests import samples
@@ -58,8 +58,22 @@ def records() -> list[Record]:
 def made(folder: Path, found: list[Record], unreadable: tuple[str, ...] = ()) -> Path:
     selftest = folder / "selftest"
     selftest.mkdir(parents=True, exist_ok=True)
-    fault = {"id": "scoring/sign", "layer": "scoring", "what": HOSTILE, "killed_by": ["p4.oracle.n1", "p4.oracle.n33"]}
-    (selftest / "faults.json").write_text(json.dumps({"faults": [fault, fault | {"id": "survivor", "killed_by": []}]}))
+    cells = [
+        matrix.Cell(check=f"p4.oracle.{case}", outcome=outcome, verdict="FAIL")
+        for case, outcome in (("n1", "killed"), ("n2", "survived"), ("n33", "killed"))
+    ]
+    rows = [
+        matrix.Row(id="scoring.sign", what=HOSTILE, cells=cells, duration_s=1),
+        matrix.Row(id="scoring.survivor", what="x", cells=cells[1:2], duration_s=1),
+    ]
+    one = records()[0]
+    matrix.write(
+        matrix.Matrix(
+            time_utc=one.time_utc, subject=one.subject, instrument_sha256=one.instrument_sha256, versions={},
+            selection="everything", seed=0, rows=rows, idle=[],
+        ),
+        selftest / "bundled.json",
+    )  # fmt: skip
     build(Site(Archive(tuple(found), unreadable), checks(), [folder / "runs"], selftest), folder / "site")
     return folder / "site"
 
