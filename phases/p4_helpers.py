@@ -137,6 +137,7 @@ def test_offsets(case: int, subject: Subject, device: str, seed: int) -> None:
     remedy="Square the rotary module's attention_scaling; cached keys, which carry one factor, need it once.",
 )  # fmt: skip
 def test_frequency_scaling(case: float, subject: Subject, device: str, seed: int, measure) -> None:
+    import numpy as np
     import torch
 
     class Rotary(torch.nn.Module):
@@ -155,8 +156,8 @@ def test_frequency_scaling(case: float, subject: Subject, device: str, seed: int
 
     found = subject.attribute(_UTILITIES, "compute_frequency_scaling")(Rotary(), 64, torch.float32, device)
     assert tuple(found.shape) == (32,), f"the scaling has shape {tuple(found.shape)}, expected (32,)"
-    error = abs(found.double().cpu().numpy() - case**2).max()
-    measure("error over 8 x 2^-24", error / (CLASS_A_UNITS * UNIT * case**2), 1.0)
+    error = found.double().cpu().numpy() - case**2
+    measure("error over 8 x 2^-24", over(error, np.full(32, CLASS_A_UNITS * UNIT * case**2)), 1.0)
 
 
 @check(
