@@ -256,11 +256,10 @@ def _check_keep_set(
     *,
     prompt: int = _PROMPT,
     layers: Sequence[int] | None = None,
-    oracle: LiveModel | None = None,
 ) -> None:
     """The first round: what is held, of keys and of values, and that the oracle would have kept it.
 
-    ``layers`` are those whose statistics each layer is ranked by, as ``oracle`` has them.
+    ``layers`` are those whose statistics each layer is ranked by.
     """
     import numpy as np
 
@@ -281,8 +280,7 @@ def _check_keep_set(
     )
     numbers = range(len(first.keys)) if layers is None else layers
     cases = [
-        (oracle or model).oracle_case(number, keys, first.seen, case)
-        for number, keys in zip(numbers, first.keys, strict=True)
+        model.oracle_case(number, keys, first.seen, case) for number, keys in zip(numbers, first.keys, strict=True)
     ]
     selection = select(
         cases, evictable,
@@ -397,7 +395,7 @@ def test_statistics_of_each_layer(case: bool, model: LiveModel, tmp_path: Path, 
     if case:
         layers[0], layers[-1] = layers[-1], layers[0]
     restated = model.restated(tmp_path / "statistics.pt", layers)
-    _check_keep_set(options, restated, measure, prompt=_FED, layers=layers, oracle=model)
+    _check_keep_set(options, restated, measure, prompt=_FED, layers=layers)
 
 
 @check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from verify import oracle
 from verify.guarded import Call, call
 from verify.keep_set import Selection, select
 from verify.problems import OFFSETS_17
+from verify.record import write_atomic
 from verify.subject import Subject
 
 if TYPE_CHECKING:
@@ -109,7 +111,9 @@ _MODEL = {
 }  # fmt: skip
 
 
-def write_statistics(path: Path, m: torch.Tensor, a: torch.Tensor, without: Collection[tuple[int, int]] = ()) -> None:
+def write_statistics(
+    path: Path, m: torch.Tensor, a: torch.Tensor, without: Collection[tuple[int, int]] = (), style: str = "half"
+) -> None:
     """A statistics file in the published layout, in float32, ``without`` some (layer, head)."""
     import torch
 
@@ -122,8 +126,10 @@ def write_statistics(path: Path, m: torch.Tensor, a: torch.Tensor, without: Coll
         }
         for i, j in heads
     }
-    metadata = {"sampled_heads": [list(head) for head in heads], "head_dim": 2 * m.shape[-1], "rope_style": "half"}
-    torch.save({"metadata": metadata, "stats": stats}, path)
+    metadata = {"sampled_heads": [list(head) for head in heads], "head_dim": 2 * m.shape[-1], "rope_style": style}
+    buffer = io.BytesIO()
+    torch.save({"metadata": metadata, "stats": stats}, buffer)
+    write_atomic(path, buffer.getvalue())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from verify import oracle
 from verify.caches import write_statistics
 from verify.problems import OFFSETS_17
-from verify.record import write_atomic
 from verify.subject import Subject
 
 if TYPE_CHECKING:
@@ -58,7 +56,9 @@ def load(location: str, statistics: Path, subject: Subject, device: str, default
     tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LiveModel(model.to(device).eval(), tokenizer, location, statistics, subject, defaults)
+    return LiveModel(
+        model.to(device).eval(), tokenizer, location, statistics, subject, defaults, published_layout(statistics)
+    )
 
 
 def scoring_problem(
@@ -127,19 +127,8 @@ def published_layout(statistics: Path) -> Path:
     found = torch.load(statistics, weights_only=True)
     if found["q_pass_mean"].shape[-1]:
         return statistics
-    here, names = found["architecture"], ("q_mean_real", "q_mean_imag", "q_abs_mean")
-    heads = [[layer, head] for layer in range(here["num_layers"]) for head in range(here["num_query_heads"])]
-    content = {
-        "metadata": {"sampled_heads": heads, "head_dim": here["head_dim"], "rope_style": here["rope_style"]},
-        "stats": {
-            f"layer{layer:02d}_head{head:02d}": {name: found[name][layer, head].float().clone() for name in names}
-            for layer, head in heads
-        },
-    }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    path = statistics.with_suffix(".published.pt")
-    write_atomic(path, buffer.getvalue())
+    path, m = statistics.with_suffix(".published.pt"), torch.complex(found["q_mean_real"], found["q_mean_imag"])
+    write_statistics(path, m, found["q_abs_mean"], style=found["architecture"]["rope_style"])
     return path
 
 
@@ -160,8 +149,8 @@ class Round:
 class LiveModel:
     """A model loaded in float32 with its tokenizer, the directory it came from and its statistics file.
 
-    The oracle reads that file, a subject the same numbers in the published layout. ``defaults`` are the options of a
-    patch that does not say otherwise.
+    The oracle reads that file, a subject the same numbers in the published layout, or the file ``given`` to it.
+    ``defaults`` are the options of a patch that does not say otherwise.
     """
 
     model: Any
@@ -170,24 +159,25 @@ class LiveModel:
     statistics: Path
     subject: Subject
     defaults: Mapping[str, Any]
+    given: Path
 
     def patch(self, **options: Any) -> None:
         """Patch the model with the subject's published entry point."""
         self.subject.attribute("methods.triattention", "apply_triattention_patch")(
-            self.model, stats_path=str(self._given), model_path=self.location, **{**self.defaults, **options}
+            self.model, stats_path=str(self.given), model_path=self.location, **{**self.defaults, **options}
         )
 
     def restated(self, path: Path, layers: Sequence[int], without: Collection[tuple[int, int]] = ()) -> LiveModel:
-        """The same model with statistics in the published layout at ``path``: layer i there is ``layers[i]`` here.
+        """The same model, whose subject is given the file ``path``: layer i there is ``layers[i]`` of the statistics.
 
-        Those of each (layer, query head) in ``without`` are left out. The oracle's view stays that of this model.
+        Those of each (layer, query head) in ``without`` are left out. The oracle reads the same file as before.
         """
         import torch
 
         mine, order = self._statistics, list(layers)
         m = torch.complex(mine["q_mean_real"], mine["q_mean_imag"])[order]
-        write_statistics(path, m, mine["q_abs_mean"][order], without)
-        return replace(self, statistics=path)
+        write_statistics(path, m, mine["q_abs_mean"][order], without, mine["architecture"]["rope_style"])
+        return replace(self, given=path)
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
@@ -289,10 +279,6 @@ class LiveModel:
             if physical_length(after) < int(before[0, 0].sum()):
                 held = torch.stack([_held(*pair, n) for n, pair in enumerate(zip(layers, after.layers, strict=True))])
                 yield Round(seen, [keys for keys, _ in layers], before.numpy(), held.numpy())
-
-    @cached_property
-    def _given(self) -> Path:
-        return published_layout(self.statistics)
 
     @cached_property
     def _statistics(self) -> dict[str, Any]:
