@@ -15,6 +15,18 @@ from verify.record import CheckResult, Environment, Gpu, Measurement, Record, Su
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+#: ``verify report`` for ``python -c``: its exit code, processor time and peak memory in MiB end what it says on stderr.
+#: The peak is that of its own address space; getrusage would hand down that of the process that started it.
+MEASURED_REPORT = """
+import sys, time
+from pathlib import Path
+from verify.cli import main
+
+code = main(["report", *sys.argv[1:]])
+peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+print(code, time.process_time(), int(peak) / 1024, file=sys.stderr)
+"""
+
 #: A phases package with one family of each kind: plan table hard, beyond it, GPU only, soft with several cases.
 TREE = {
     "p1_environment.py": """

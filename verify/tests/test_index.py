@@ -17,7 +17,18 @@ from verify.archive import load
 from verify.checks import catalogue
 from verify.index import open_index
 from verify.record import Record
-from verify.tests.samples import REPOSITORY, checks, compiled, measured, passing, record, result, write, write_many
+from verify.tests.samples import (
+    MEASURED_REPORT,
+    REPOSITORY,
+    checks,
+    compiled,
+    measured,
+    passing,
+    record,
+    result,
+    write,
+    write_many,
+)
 from verify.verdict import assess
 
 
@@ -120,13 +131,11 @@ def test_a_thousand_records_are_reported_in_time_and_memory(tmp_path: Path) -> N
 def measure(words: list[str], cache: Path) -> tuple[float, float, str]:
     """The processor time, the memory in MiB and the output of one report."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TRIATTENTION_CACHE": str(cache)}
-    command = [sys.executable, "-m", "verify", "report", *words]
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as child:
-        out = child.stdout.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, out
+    command = [sys.executable, "-c", MEASURED_REPORT, *words]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    code, seconds, mebibytes = map(float, done.stderr.splitlines()[-1].split())
+    assert code == 0
+    return seconds, mebibytes, done.stdout
 
 
 def test_each_record_that_does_not_count_is_named_with_its_reason(reports: Path) -> None:
