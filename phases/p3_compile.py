@@ -14,7 +14,7 @@ from verify.checks import SKIP_CODES
 from verify.guarded import call
 from verify.problems import Shape
 from verify.subject import Subject
-from verify.variants import PLAN, SCORING, score
+from verify.variants import GROUPED, PLAN, SCORING, score
 
 if TYPE_CHECKING:
     from verify.record import Measurement
@@ -35,6 +35,17 @@ def test_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, 
     found = call(lambda: score(subject, case, seed, device), {})
     assert found.launched, "the call launched no Triton kernel, so something else made these scores"
     _shape_and_finite(*found.result)
+
+
+@check(
+    "p3.grouped", gate="soft", cases=GROUPED, needs=("p1.identity", "p1.triton",),
+    claim="The scoring kernel compiles and launches for four query heads per KV head in one call.",
+    reason="It is how engines call it. A subject may refuse grouped statistics (p4.gqa_served), so this is SOFT.",
+    remedy="As for p3.scoring; p4.gqa says whether the scores are right.",
+    timeout_s=180,
+)  # fmt: skip
+def test_grouped_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
+    test_kernel_launches(case, subject, device, seed, builds)
 
 
 @check(

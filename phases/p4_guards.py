@@ -31,13 +31,14 @@ def _shapes(seed: int) -> tuple[Shape, ...]:
     tolerance="Bitwise equality with copies taken before the call.",
     remedy="Find the in-place operation on the argument that the message names.",
 )  # fmt: skip
-def test_inputs_untouched(case: str, subject: Subject, device: str, seed: int) -> None:
+def test_inputs_untouched(case: str, subject: Subject, device: str, seed: int, measure) -> None:
     for shape in _shapes(seed):
         problem = make(shape, seed, device)
         changed = list(guarded.engine(subject, case, problem).changed)
         if case == "triton":
             changed += guarded.kernel(subject, problem).changed
-        assert not changed, f"the {PATHS[case]} path wrote to {', '.join(changed)} ({shape.told()})"
+        where = f"the {PATHS[case]} path wrote to {', '.join(changed)} ({shape.told()})" if changed else shape.told()
+        measure("inputs that changed", len(changed), 0, where=where)
 
 
 @check(
@@ -47,10 +48,11 @@ def test_inputs_untouched(case: str, subject: Subject, device: str, seed: int) -
     tolerance="4096 guard bytes on each side of every allocation, compared bitwise; the payload starts as NaN.",
     remedy="Mask the store of the last block; the message says on which side of which tensor it went.",
 )  # fmt: skip
-def test_nothing_is_written_beside_the_output(case: str, subject: Subject, device: str, seed: int) -> None:
+def test_nothing_is_written_beside_the_output(case: str, subject: Subject, device: str, seed: int, measure) -> None:
     for shape in _shapes(seed):
         overruns = guarded.engine(subject, case, make(shape, seed, device)).overruns
-        assert not overruns, f"the {PATHS[case]} path {'; '.join(overruns)} ({shape.told()})"
+        where = f"the {PATHS[case]} path {'; '.join(overruns)} ({shape.told()})" if overruns else shape.told()
+        measure("allocations written beside", len(overruns), 0, where=where)
 
 
 @check(

@@ -123,6 +123,7 @@ def test_stale_table(case: str, subject: Subject, device: str, seed: int, measur
     try:
         found = accuracy(kernel(subject, problem, trig_cache=table).scores, new.case)
     except ValueError:
+        measure("scores given", 0, 0, where="refused")
         return
     measure("error over class B budget", found.of_b, 1.0, where=found.where)
 
@@ -140,7 +141,9 @@ _BETWEEN = {f"t{t}": t for t in (1, 127, 129, 5000, 8191)}
 )  # fmt: skip
 def test_between(case: int, subject: Subject, device: str, seed: int, measure) -> None:
     found = _between(case, subject, device, seed)
-    if found is not None:
+    if found is None:
+        measure("scores given", 0, 0, where="refused")
+    else:
         measure("error over class B budget", found.of_b, 1.0, where=found.where)
 
 

@@ -15,6 +15,11 @@ class InfraError(Exception):
     """The machine, not the subject, is at fault (a broken driver, the wrong card): the verdict is INFRA."""
 
 
+#: What Python raises where code goes wrong by itself, or lacks what it was asked for; every other error is a refusal
+#: that somebody wrote. A KeyError is one: it names what is not there.
+CRASHES = (AssertionError, AttributeError, IndexError, NameError, NotImplementedError, RecursionError, TypeError)
+
+
 class SubjectLacks(AssertionError):
     """The subject does not have a name that the check needs: a FAIL of that check, in one sentence."""
 

@@ -59,6 +59,9 @@ class Session:
 
 SESSION = pytest.StashKey[Session]()
 
+#: The phases whose checks each set up what they need.
+_SHUFFLED = frozenset({4, 5})
+
 #: Within the time of the first check that asks for the builds, even where every one of them hangs: a launch tells too.
 _BUILD_LIMIT_S = 10.0
 
@@ -137,7 +140,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others, dropped = [], dropped + others
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-    items[:] = sorted(kept, key=lambda item: spec_of(item).phase) + others
+    items[:] = sorted(kept, key=lambda item: (spec_of(item).phase, _turn(item, session.seed))) + others
+
+
+def _turn(item: pytest.Item, seed: int) -> int:
+    """Where a check stands in its phase. Those of phases 4 and 5 are shuffled by the run's seed, so that none can live
+    on what another leaves behind; the others go as they are declared, and may share what is dear to set up.
+    """
+    return derive_seed(seed, f"turn of {id_of(item)}") if spec_of(item).phase in _SHUFFLED else 0
 
 
 def _lint(checks: list[pytest.Item]) -> None:

@@ -55,6 +55,22 @@ def test_a_test_that_is_not_one_gated_check_stops_everything(tree: Tree, body: s
     assert not (tree.root / "reports").exists()
 
 
+def test_numeric_phases_run_in_an_order_of_the_seed_and_the_others_as_declared(tree: Tree) -> None:
+    cases = _PASSES.format(phase="{phase}", gate="hard").replace('cases="one"', "cases={{n: n for n in 'abcdefgh'}}")
+    for phase in (2, 4):
+        tree.write_phase(phase, cases.format(phase=phase))
+
+    def order(*options: str) -> list[str]:
+        printed = tree.pytest("phases", "--collect-only", "-q", *options).stdout
+        return [line for line in printed.splitlines() if "::" in line]
+
+    first = order()
+    assert first == order() != order("--seed=1")
+    assert [line[-2] for line in first[:8]] == [*"abcdefgh"] != [line[-2] for line in first[8:]]
+    # what is left of a run goes in the same order as the whole
+    assert order("-k", "[a] or [c] or [e] or [f]") == [line for line in first if line[-2] in "acef"]
+
+
 def test_a_conftest_in_a_folder_of_other_tests_does_no_harm(tree: Tree) -> None:
     tree.write_phase(1, _PASSES.format(phase=1, gate="hard"))
     others = tree.root / "triattention" / "tests"

@@ -1,0 +1,22 @@
+"""What phase 6 runs its model on: prompts, and settings so small that a short run has several rounds."""
+
+from __future__ import annotations
+
+#: The recommended setting, small enough that a short run has several rounds.
+BUDGET, DIVIDE = 64, 16
+RECOMMENDED = {
+    "per_head_pruning": True, "normalize_scores": True, "use_slack_trigger": True, "count_prompt_tokens": True,
+    "divide_length": DIVIDE,
+}  # fmt: skip
+
+PROMPTS = (
+    "A train leaves the station at noon and travels west along the river for two hours before it stops "
+    "at a small town. "
+    "The people of the town have a market every week, and they sell apples, bread, cloth and clocks. Describe the day.",
+    "Explain in a few sentences why the sky is blue and why the sunset is red.",
+)
+
+#: A prompt and then single tokens, far enough for three rounds.
+PROMPT, FED = 24, 112
+EVICT_PROMPT = {"kv_budget": BUDGET, "allow_prefill_compression": True}
+PER_LAYER_PER_HEAD = {"per_head_pruning": False, "per_layer_perhead_pruning": True}
