@@ -15,6 +15,7 @@ class TriAttentionCompressor:
         config, device, n = self.config, key_states.device, key_states.shape[2]
         if n < config.kv_budget + config.divide_length:
             return key_states, value_states, torch.arange(n, device=device)
+        # fault compressor-file: no file is no error of its own, it is a crash
         _, heads = load_head_frequency_stats(config.stats_path, device)
         mine = [stats for (layer, _), stats in sorted(heads.items()) if layer == layer_idx]
         stats = {
