@@ -8,10 +8,11 @@ import random
 import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
+from threading import Event, Lock
 from typing import TypeVar
 
 from verify.checks import Check, catalogue
@@ -179,17 +180,32 @@ def _side_by_side(
     function: Callable[..., T], calls: Sequence[tuple], jobs: int, alone: Sequence[bool],
     done: Callable[[T], None] = lambda result: None,
 ) -> list[T]:  # fmt: skip
-    """The results of the calls in their order, ``jobs`` at a time; then those that must be ``alone``, one by one."""
+    """The results of the calls in their order, ``jobs`` at a time, of which one at most is of those that are ``alone``.
+
+    Raises what a call raises, once those that run are done; no other begins.
+    """
     results: dict[int, T] = {}
-    for one_by_one in (False, True):
-        numbers = [number for number, lonely in enumerate(alone) if lonely is one_by_one]
-        with ThreadPoolExecutor(1 if one_by_one else jobs) as pool:
-            futures = {pool.submit(function, *calls[number]): number for number in numbers}
-            try:
-                for future in as_completed(futures):
-                    results[futures[future]] = future.result()
-                    done(future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    waiting = {kind: [number for number, lonely in enumerate(alone) if lonely is kind][::-1] for kind in (True, False)}
+    telling, broken = Lock(), Event()
+
+    def work(*kinds: bool) -> None:
+        for kind in kinds:
+            while not broken.is_set():
+                try:
+                    number = waiting[kind].pop()
+                except IndexError:
+                    break
+                try:
+                    result = function(*calls[number])
+                except BaseException:
+                    broken.set()
+                    raise
+                with telling:
+                    results[number] = result
+                    done(result)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        workers = [pool.submit(work, True, False), *(pool.submit(work, False) for _ in range(jobs - 1))]
+        for one in workers:
+            one.result()
     return [results[number] for number in range(len(calls))]

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from verify.outcome import ConfigurationError
 from verify.record import Verdict
 from verify.request import repository_root
 from verify.selftest import LAYERS, Fault, load_faults
-from verify.selftest.bench import caught
+from verify.selftest.bench import Interrupted, caught
 from verify.selftest.matrix import FOLDER, Cell, Outcome, Row, caught_by, read
 from verify.selftest.plant import copy_of, edited
 from verify.selftest.records import good_record, judge
-from verify.selftest.verb import Choice, chosen
+from verify.selftest.verb import Choice, _side_by_side, chosen
 from verify.subject import PACKAGE, find_subject
 
 _SOURCE = """\
@@ -165,3 +166,32 @@ def test_a_sample_of_the_quick_layers_is_caught_and_kept(tmp_path: Path) -> None
     took = {row["id"]: row["duration_s"] for row in json.loads(again.stdout)["rows"]}
     # what was planted in a subject was not tried again
     assert all(took[row.id] == row.duration_s for row in matrix.rows if row.id.startswith(("kernel", "scoring")))
+
+
+def test_calls_run_side_by_side_but_for_those_that_are_to_be_alone() -> None:
+    running, most = Counter(), Counter()
+
+    def call(number: int, lonely: bool) -> int:
+        running[lonely] += 1
+        most[lonely] = max(most[lonely], running[lonely])
+        time.sleep(0.02)
+        running[lonely] -= 1
+        return number
+
+    alone = [number % 3 == 0 for number in range(12)]
+    told: list[int] = []
+    assert _side_by_side(call, [*enumerate(alone)], 3, alone, told.append) == [*range(12)]
+    assert (most[True], most[False] > 1, sorted(told)) == (1, True, [*range(12)])
+
+
+def test_a_call_that_raises_ends_those_that_have_not_begun() -> None:
+    begun: list[int] = []
+
+    def call(number: int) -> None:
+        begun.append(number)
+        if number == 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        _side_by_side(call, [(number,) for number in range(50)], 1, [False] * 50)
+    assert begun == [0, 1]
