@@ -33,6 +33,8 @@ _BUDGET, _DIVIDE, _WINDOW, _CHUNK, _LONGEST = 256, 64, 32, 128, 1536
 
 _STORY = "Tell me a long story about a train that travels west along the river, and about the people of the town. "
 _SHORT, _BESIDE = 100, 200
+#: A prompt, and how many tokens are generated after it: past the budget, twice.
+_DECODED = (_STORY * 8, 260)
 _ASKED = ("a dog", "a boat", "an old clock", "a girl who could not sleep", "the market", "a letter that came late")
 
 _PLUGIN = ("p1.identity", "p7.plugin")
@@ -45,22 +47,6 @@ _REPLAYED = (
     "Greedy tokens are equal, but where the oracle's logit of the served token is within 1e-3 of its best (counted); "
     "log-probabilities of the served tokens are within 1e-3 (ATTENTION_LOG_PROB)."
 )
-
-
-@dataclass(frozen=True)
-class Served:
-    """What three servers answered: ``plain`` vLLM, one with the plugin switched ``off``, and one with it ``on``.
-
-    ``same`` is one request to each; ``answers`` are those of ``on`` by name, with its ``trace`` and ``metrics``
-    afterwards; ``grown`` is the trace of ``off``.
-    """
-
-    on: Server
-    same: dict[str, Answer]
-    answers: dict[str, Answer]
-    trace: Trace
-    grown: Trace
-    metrics: dict[str, float]
 
 
 @pytest.fixture(scope="module")
@@ -97,42 +83,96 @@ def _server(
     return Server(located[0], env, folder / "server.log", *usual, *flags, device=device)
 
 
+class Servers:
+    """Three servers: ``plain`` vLLM, one with the plugin switched ``off``, and one with it ``on``.
+
+    Those that a check asks for first are started together; what runs stays until the last check.
+    """
+
+    def __init__(self, made: Mapping[str, Server], stack: ExitStack, *, one_by_one: bool) -> None:
+        self._made, self._stack, self._one_by_one = made, stack, one_by_one
+        self._launched: set[str] = set()
+
+    def launched(self, name: str) -> bool:
+        return name in self._launched
+
+    def __call__(self, *names: str) -> list[Server]:
+        """The servers of these names, healthy. Raises AssertionError, again and again, for one that is not."""
+        asked = [self._made[name] for name in names]
+        for name in names:
+            if name not in self._launched:
+                self._launched.add(name)
+                self._stack.callback(self._made[name].stop)
+                self._made[name].launch()
+                if self._one_by_one:  # each measures the whole card's free memory when it starts
+                    self._made[name].await_health()
+        for server in asked:
+            server.await_health()
+        return asked
+
+
 @pytest.fixture(scope="module")
 def servers(
     located: tuple[str, Path], subject: Subject, device: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Server, Server, Server]]:
-    """Three servers that are started together and stopped whatever happens: plain, off, on."""
+) -> Iterator[Servers]:
+    """The servers, of which none runs yet; they are stopped whatever happens."""
     folder = tmp_path_factory.mktemp("servers")
     # the least pool that vLLM starts with, so that six requests at once do not fit
     pool = ("--num-gpu-blocks-override", str(_LONGEST // block_size(device) + 1))
     flags = ("--max-model-len", str(_LONGEST), "--max-num-batched-tokens", str(_CHUNK), *pool)
-    three = (
-        _server(located, subject, device, folder / "plain", *flags, VLLM_PLUGINS=""),
-        _server(located, subject, device, folder / "off", *flags, ENABLE_TRIATTENTION="0"),
-        _server(located, subject, device, folder / "on", *flags),
-    )
+    environments = {"plain": {"VLLM_PLUGINS": ""}, "off": {"ENABLE_TRIATTENTION": "0"}, "on": {}}
+    made = {
+        name: _server(located, subject, device, folder / name, *flags, **environment)
+        for name, environment in environments.items()
+    }
     with ExitStack() as stack:
-        for server in three:
-            stack.callback(server.stop)
-            server.launch()
-            if device != "cpu":  # each measures the whole card's free memory when it starts
-                stack.enter_context(server)
-        for server in three if device == "cpu" else ():
-            stack.enter_context(server)
-        yield three
+        yield Servers(made, stack, one_by_one=device != "cpu")
 
 
 @pytest.fixture(scope="module")
-def served(servers: tuple[Server, Server, Server]) -> Served:
-    """Ask the servers everything that the checks below judge."""
-    off, on = servers[1:]
+def on(servers: Servers) -> Server:
+    """The server with the plugin on."""
+    return servers("on")[0]
+
+
+@pytest.fixture(scope="module")
+def same(servers: Servers) -> dict[str, Answer]:
+    """One short request to each server, by its name."""
+    names = ("plain", "off", "on")
+    with ThreadPoolExecutor(len(names)) as pool:
+        return dict(zip(names, pool.map(lambda one: _complete(one, _STORY, _SHORT), servers(*names)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def decode(servers: Servers, on: Server) -> dict[str, Answer]:
+    """One request of few prompt tokens, which passes the budget while it is generated.
+
+    ``grown`` is the same without the plugin, asked at the same time where that server runs already.
+    """
+    asked = {"decode": on, **({"grown": servers("off")[0]} if servers.launched("off") else {})}
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = pool.map(lambda server: _complete(server, *_DECODED), asked.values())
+        return dict(zip(asked, answers, strict=True))
+
+
+@pytest.fixture(scope="module")
+def grown(servers: Servers, decode: dict[str, Answer]) -> list[Step]:
+    """The steps of that request without the plugin."""
+    (off,) = servers("off")
+    answer = decode.get("grown") or _complete(off, *_DECODED)
+    off.idle()
+    return _trace_of(off).steps(answer.id)
+
+
+@pytest.fixture(scope="module")
+def busy(on: Server) -> dict[str, Answer]:
+    """Requests in a pool that is too small for them: long prompts, shared prefixes, several at once, one that hangs up.
+
+    ``beside`` is one that was not preempted, and ``alone`` is the same request afterwards.
+    """
     long = " ".join(_STORY + f"It has {n} wagons." for n in range(24))
+    answers = {"chunked_prefill": _complete(on, long, 40)}
     with ThreadPoolExecutor(8) as pool:
-        short = list(pool.map(lambda server: _complete(server, _STORY, _SHORT), servers))
-        grown = pool.submit(_complete, off, _STORY * 8, 260)
-        answers = {"decode": _complete(on, _STORY * 8, 260)}
-        grown.result()
-        answers["chunked_prefill"] = _complete(on, long, 40)
         # the second finds the first one's prompt in the prefix cache while it is compressed, the third afterwards
         shared = [pool.submit(_complete, on, long[:1800] + what, 60) for what in _ASKED[:2]]
         answers |= {f"shared_prefix_{n}": each.result() for n, each in enumerate(shared)}
@@ -147,11 +187,9 @@ def served(servers: tuple[Server, Server, Server]) -> Served:
         answer for name, answer in answers.items()
         if name.startswith("concurrent") and not any(step.preempted for step in calm.steps(answer.id))
     )  # fmt: skip
-    answers |= {"beside": beside, "alone": _complete(on, beside.prompt, _BESIDE)}
-    metrics = on.idle()
-    off.idle()
-    traces = [_trace_of(server) for server in (on, off)]
-    return Served(on, dict(zip(("plain", "off", "on"), short, strict=True)), answers, *traces, metrics)
+    on_its_own = _complete(on, beside.prompt, _BESIDE)
+    on.idle()
+    return answers | {"beside": beside, "alone": on_its_own}
 
 
 def _complete(server: Server, prompt: str, new: int) -> Answer:
@@ -195,11 +233,13 @@ def test_engine(case: str, subject: Subject) -> None:
     claim="After installation vLLM finds the plugin by itself, and every process of a server activates it.",
     tolerance="No process activates it where it is switched off.",
 )  # fmt: skip
-def test_plugin(case: str, servers: tuple[Server, Server, Server], measure) -> None:
-    said = [[line for line in server.text().splitlines() if _ACTIVATED in line] for server in servers]
-    assert said[2], f"the log has no activation line; it ends: {telling(servers[2].text())}"
+def test_plugin(case: str, servers: Servers, measure) -> None:
+    logs = [server.text() for server in servers("plain", "off", "on")]
+    said = [[line for line in log.splitlines() if _ACTIVATED in line] for log in logs]
+    text = logs[2]
+    assert said[2], f"the log has no activation line; it ends: {telling(text)}"
     for process in ("EngineCore", "Worker"):
-        there = f"({process}" in servers[2].text() or f"(Vllm{process}" in servers[2].text()
+        there = f"({process}" in text or f"(Vllm{process}" in text
         activated = any(process in line for line in said[2])
         assert activated or not there, f"the process {process} did not activate it: {said[2]}"
     measure("processes that activate it though switched off", len(said[0]) + len(said[1]), 0)
@@ -209,8 +249,7 @@ def test_plugin(case: str, servers: tuple[Server, Server, Server], measure) -> N
     "p7.server", plan="5.3", cases={"models": "models", "chat": "chat"}, **_COMMON,
     claim="The server lists its model, and answers What is 2+2? with 4.",
 )  # fmt: skip
-def test_server(case: str, servers: tuple[Server, Server, Server]) -> None:
-    on = servers[2]
+def test_server(case: str, on: Server) -> None:
     if case == "models":
         listed = on.models()
         assert listed == ["model"], f"/v1/models lists {listed}"
@@ -226,8 +265,8 @@ def test_server(case: str, servers: tuple[Server, Server, Server]) -> None:
     claim="A streamed answer is the same as one that is not, and usage counts every token, evicted ones included.",
     tolerance="Token ids and counts are equal: the same greedy request twice, from a cache that is hit or not.",
 )  # fmt: skip
-def test_stream(case: str, servers: tuple[Server, Server, Server], measure) -> None:
-    on, new = servers[2], 60
+def test_stream(case: str, on: Server, measure) -> None:
+    new = 60
     if case == "chat":
         path, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": _STORY * 16}]}
     else:
@@ -257,8 +296,8 @@ def _differing(one: list[int], other: list[int]) -> int:
     claim="Switched off, or below the budget, the tokens are those of vLLM without the plugin.",
     tolerance="Token ids are equal: nothing was evicted, so the arithmetic is the same.",
 )  # fmt: skip
-def test_untouched(case: str, served: Served, measure) -> None:
-    plain, here = served.same["plain"], served.same[case]
+def test_untouched(case: str, same: dict[str, Answer], measure) -> None:
+    plain, here = same["plain"], same[case]
     assert len(plain.tokens) == _SHORT, f"{len(plain.tokens)} tokens came back for {_SHORT}"
     measure("tokens that differ", _differing(plain.tokens, here.tokens), 0, where=f"{_SHORT} tokens, greedy, float32")
 
@@ -323,11 +362,13 @@ _ANSWERS = {
     "the chunks, rounds and preemptions that the scheduler made.",
     tolerance=_REPLAYED,
 )  # fmt: skip
-def test_replay(case: list[str], served: Served, judge: Judge, measure) -> None:
+def test_replay(case: list[str], on: Server, judge: Judge, measure, request: pytest.FixtureRequest) -> None:
     rounds = anew = 0
+    answers = request.getfixturevalue("decode" if case == ["decode"] else "busy")
+    on.idle()
+    trace = _trace_of(on)
     for name in case:
-        answer = served.answers[name]
-        found = judge(answer, served.trace.steps(answer.id), measure, name)
+        found = judge(answers[name], trace.steps(answers[name].id), measure, name)
         rounds, anew = rounds + found.rounds, anew + found.preemptions
     assert rounds >= len(case), f"{rounds} rounds happened in {len(case)} answers, so nothing was compressed"
     if len(case) == len(_ASKED):
@@ -339,9 +380,10 @@ def test_replay(case: list[str], served: Served, judge: Judge, measure) -> None:
     claim="A request that is served beside others, and not preempted, has the tokens that it has alone.",
     tolerance="Token ids are equal; batches of another size round otherwise, which near ties show (p7.replay counts).",
 )  # fmt: skip
-def test_together(case: str, served: Served, judge: Judge, measure) -> None:
-    beside, alone = served.answers["beside"], served.answers["alone"]
-    replays = [judge.replay(answer, served.trace.steps(answer.id)) for answer in (beside, alone)]
+def test_together(case: str, on: Server, busy: dict[str, Answer], judge: Judge, measure) -> None:
+    beside, alone = busy["beside"], busy["alone"]
+    trace = _trace_of(on)
+    replays = [judge.replay(answer, trace.steps(answer.id)) for answer in (beside, alone)]
     ties = sum(found.near_ties for found in replays)
     measure("near ties that went the other way", ties, math.inf)
     if not ties:
@@ -353,9 +395,12 @@ def test_together(case: str, served: Served, judge: Judge, measure) -> None:
     claim="The KV blocks of a request stay bounded while it generates; without the plugin they grow with every token.",
     tolerance="Blocks of budget + interval + one step, and one block that is begun (spec: physical length).",
 )  # fmt: skip
-def test_blocks(case: str, served: Served, judge: Judge, measure, curve) -> None:
-    answer, grown = served.answers["decode"], max(served.grown.requests.values(), key=len)
-    _bounded(answer, served.trace.steps(answer.id), grown, judge.rule, measure, curve)
+def test_blocks(
+    case: str, on: Server, decode: dict[str, Answer], grown: list[Step], judge: Judge, measure, curve
+) -> None:
+    on.idle()
+    answer = decode["decode"]
+    _bounded(answer, _trace_of(on).steps(answer.id), grown, judge.rule, measure, curve)
 
 
 def _bounded(answer: Answer, steps: Sequence[Step], grown: Sequence[Step], rule: Rule, measure, curve) -> None:
@@ -374,13 +419,13 @@ def _bounded(answer: Answer, steps: Sequence[Step], grown: Sequence[Step], rule:
     claim="After preemptions, shared prefixes and a client that hung up, every block is back in the pool.",
     tolerance="No block may be missing.",
 )  # fmt: skip
-def test_leaks(case: str, served: Served, measure) -> None:
+def test_leaks(case: str, on: Server, busy: dict[str, Answer], measure) -> None:
     # a scheduler that is idle makes no step: one more request shows what those before it left
-    _complete(served.on, "What is left?", 2)
-    last = _trace_of(served.on).records[-1]
+    _complete(on, "What is left?", 2)
+    last = _trace_of(on).records[-1]
     missing = last.pool - last.free - sum(last.held.values())
     measure("blocks that nobody holds and that are not free, or free twice", abs(missing), 0, unit="blocks")
-    idle = served.on.idle()
+    idle = on.idle()
     measure("KV cache usage of an idle server", idle["vllm:kv_cache_usage_perc"], 0)
     assert idle["vllm:num_preemptions_total"] > 0, "no request was preempted"
 
@@ -390,18 +435,19 @@ def test_leaks(case: str, served: Served, measure) -> None:
     claim="The plugin's counters in /metrics tell what the scheduler did, and no round was missed.",
     tolerance="Counts are equal to those of the block tables.",
 )  # fmt: skip
-def test_counters(case: str, served: Served, measure) -> None:
+def test_counters(case: str, on: Server, busy: dict[str, Answer], measure) -> None:
     rounds = evicted = 0
-    for steps in served.trace.requests.values():
+    metrics = on.idle()
+    for steps in _trace_of(on).requests.values():
         for before, step in zip([None, *steps[:-1]], steps, strict=True):
             more = step.evicted - (0 if _admitted(before, step) else before.evicted)
             rounds, evicted = rounds + (more > 0), evicted + more
     for name, count in (("rounds_total", rounds), ("evicted_tokens_total", evicted), ("rounds_missed_total", 0)):
-        measure(f"{name}: difference from the trace", abs(served.metrics[f"triattention:{name}"] - count), 0)
-    carried_out = served.metrics["triattention:round_seconds_count"]
+        measure(f"{name}: difference from the trace", abs(metrics[f"triattention:{name}"] - count), 0)
+    carried_out = metrics["triattention:round_seconds_count"]
     measure("rounds that the worker did not carry out", abs(rounds - carried_out), 0)
-    assert served.metrics["triattention:blocks_freed_total"] > 0, "blocks_freed_total is 0"
-    assert served.metrics["triattention:round_seconds_sum"] > 0, "round_seconds is 0"
+    assert metrics["triattention:blocks_freed_total"] > 0, "blocks_freed_total is 0"
+    assert metrics["triattention:round_seconds_sum"] > 0, "round_seconds is 0"
 
 
 @check(
@@ -409,12 +455,12 @@ def test_counters(case: str, served: Served, measure) -> None:
     claim="A conversation in the wire form of an agent's client, with a tool call, is served above the budget.",
     tolerance=_REPLAYED,
 )  # fmt: skip
-def test_chat(case: str, servers: tuple[Server, Server, Server], judge: Judge, measure) -> None:
+def test_chat(case: str, on: Server, judge: Judge, measure) -> None:
     rounds = 0
-    for number, answer in enumerate(converse(servers[2], 96)):
+    for number, answer in enumerate(converse(on, 96)):
         assert answer.usage["prompt_tokens"] == len(answer.prompt), f"usage says {answer.usage}"
         assert answer.usage["completion_tokens"] == len(answer.tokens), f"usage says {answer.usage}"
-        steps = _trace_of(servers[2]).steps(answer.id)
+        steps = _trace_of(on).steps(answer.id)
         rounds += judge(answer, steps, measure, f"turn {number + 1}, ended by {answer.finish_reason}").rounds
     assert rounds, "the conversation stayed below the budget"
 

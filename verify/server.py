@@ -85,10 +85,9 @@ class Server:
         ]  # fmt: skip
 
     def __enter__(self) -> Self:
-        if self._process is None:
-            self.launch()
+        self.launch()
         try:
-            self._await_health()
+            self.await_health()
         except BaseException:
             self.stop()
             raise
@@ -107,7 +106,8 @@ class Server:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
-    def _await_health(self) -> None:
+    def await_health(self) -> None:
+        """Wait until the launched server answers. Raises AssertionError, with the end of the log, if it does not."""
         import httpx
 
         until = time.monotonic() + START_LIMIT_S

@@ -33,7 +33,10 @@ _FAULTS = {
     "table-row": ("p5.between.t129", r"error over class B budget: measured \d{2,}"),
     "table-errors": ("p5.errors.off_interval", r"get_trig_values\(200\) returned a row"),
     "eps": ("p4.zero.triton", r"largest score: measured 0\.\d+, allowed 0 at Triton path"),
-    "compressor-z": ("p4.compressor_protects.prompt", r"best evicted over worst kept score: measured 0\.\d+, allowed 0"),
+    "compressor-z": (
+        "p4.compressor_protects.prompt",
+        r"best evicted over worst kept score: measured 0\.\d+, allowed 0",
+    ),
     "ties": ("p4.compressor_order.ties", r"indices that do not ascend: measured \d+, allowed 0"),
     "compressor-file": ("p4.compressor_statistics.no_file", r"raised AttributeError at triattention/"),
     "table-end": ("p5.beyond_table.scoring", r"a round at 8320 was scored"),
