@@ -31,7 +31,7 @@ from verify.launches import Exchanged, Launch, Tensor
 from verify.outcome import ConfigurationError
 from verify.problems import Shape
 from verify.record import write_atomic
-from verify.request import repository_root
+from verify.request import cache_folder, repository_root
 from verify.subject import Subject
 from verify.variants import widened
 from verify.workers import Pool, Worker, WorkerDied, WorkerHung
@@ -271,7 +271,7 @@ class _Compiling:
 
     def _place(self, kind: str, *parts: Any) -> Path:
         identity = json.dumps([parts, self._toolchain], sort_keys=True, default=str)
-        return cache_folder() / kind / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+        return cache_folder() / "compile" / kind / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
 
     def _read(self, place: Path, kind: type[Any]) -> Any | None:
         """What is kept at ``place``; None where nothing is, or nothing that can be read."""
@@ -286,12 +286,6 @@ class _Compiling:
         # what cannot be kept is built again the next time
         with suppress(OSError):
             write_atomic(place, value.model_dump_json() + "\n")
-
-
-def cache_folder() -> Path:
-    """Where builds are kept, below ``TRIATTENTION_CACHE`` or the user's cache."""
-    root = os.environ.get("TRIATTENTION_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "triattention") / "compile"
 
 
 def _environment(subject: Subject, **own: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from verify.archive import Entry, digest_of_file, paths, read_finished, settle
 from verify.instrument import digest_of
 from verify.outcome import ConfigurationError
 from verify.record import CheckResult, Record, UnreadableRecord
+from verify.request import cache_folder
 from verify.verdict import merged, moment
 
 _TABLES = (
@@ -253,8 +254,7 @@ def _opened(database: sqlite3.Connection, found: Mapping[str, Path]) -> Index:
 
 
 def _file() -> Path:
-    root = os.environ.get("TRIATTENTION_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "triattention") / "records.sqlite"
+    return cache_folder() / "records.sqlite"
 
 
 def _version() -> int:

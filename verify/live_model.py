@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from verify import oracle
 from verify.caches import write_statistics
 from verify.problems import OFFSETS_17
+from verify.record import write_atomic
+from verify.request import cache_folder
 from verify.subject import Subject
 
 if TYPE_CHECKING:
@@ -108,13 +111,26 @@ def scoring_problem(
 def locate(bundled: Subject, model: str, device: str) -> tuple[str, Path]:
     """The directory of ``model``, and its statistics in float32, both by the bundled command line.
 
-    The embedded model is converted, and either is calibrated, once; both are kept in the cache.
+    The embedded model is converted, and either is calibrated, once; both are kept in the cache, and where they lie is
+    noted there, for as long as the command line is the same.
     """
-    location = model
-    if model == "embedded":
-        location = bundled.run("download-models", "--model", "embedded").strip().splitlines()[-1]
+    if model != "embedded":
+        return model, _calibrated(bundled, model, device)
+    note = cache_folder() / "located" / f"{bundled.content_sha256()}-{device}.json"
+    with suppress(OSError, ValueError):  # not there, or not whole: it is asked again
+        location, statistics = json.loads(note.read_bytes())
+        if Path(location).is_dir() and Path(statistics).is_file():
+            return location, Path(statistics)
+    location = bundled.run("download-models", "--model", "embedded").strip().splitlines()[-1]
+    statistics = _calibrated(bundled, location, device)
+    with suppress(OSError):
+        write_atomic(note, json.dumps([location, str(statistics)]))
+    return location, statistics
+
+
+def _calibrated(bundled: Subject, location: str, device: str) -> Path:
     printed = bundled.run("build-stats", "--model", location, "--dtype", "float32", "--device", device)
-    return location, Path(printed.strip().splitlines()[-1])
+    return Path(printed.strip().splitlines()[-1])
 
 
 def published_layout(statistics: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,12 @@ def repository_root() -> Path:
         if (folder / "phases" / "__init__.py").is_file():
             return folder
     return Path(__file__).resolve().parents[1]
+
+
+def cache_folder() -> Path:
+    """Where everything is kept that can be made again: ``TRIATTENTION_CACHE``, or a folder of the user's cache."""
+    root = os.environ.get("TRIATTENTION_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "triattention"
 
 
 def default_out() -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 import time
@@ -20,6 +19,7 @@ from verify.child import PhaseProcess
 from verify.instrument import digest_of
 from verify.manifest import Selected, Surroundings, freeze
 from verify.record import CheckResult, Verdict, write_atomic
+from verify.request import cache_folder
 from verify.selftest.faults import WRAPPERS, Fault
 from verify.selftest.matrix import Cell, Outcome, Row
 from verify.selftest.plant import copy_of
@@ -51,12 +51,6 @@ class _Quiet:
     def note(self, sentence: str) -> None: ...
 
 
-def cache_folder() -> Path:
-    """Where results are kept, below ``TRIATTENTION_CACHE`` or the user's cache."""
-    root = os.environ.get("TRIATTENTION_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "triattention") / "selftest"
-
-
 @dataclass(frozen=True)
 class Bench:
     """One subject, and how checks are run against copies of it on the CPU.
@@ -70,7 +64,7 @@ class Bench:
     model: str
     seed: int
     stopping: Callable[[], int]
-    cache: Path = field(default_factory=cache_folder)
+    cache: Path = field(default_factory=lambda: cache_folder() / "selftest")
 
     @property
     def versions(self) -> dict[str, str]:

@@ -17,8 +17,9 @@ import pytest
 from verify import compiler, resources
 from verify.architectures import find
 from verify.builds import Build, BuildVerdict, Compilation
-from verify.compilation import Order, Progress, cache_folder, compile_ahead, failed
+from verify.compilation import Order, Progress, compile_ahead, failed
 from verify.outcome import ConfigurationError
+from verify.request import cache_folder
 from verify.tests.kernels import GOOD, HELD, TEMPERS, order, write_subject
 from verify.tests.tree import REPOSITORY
 
@@ -157,7 +158,7 @@ def test_an_infinite_argument_is_the_same_when_kept(tmp_path: Path) -> None:
     first, _ = built(order(subject))
     assert verdicts(first[0]) == {"low": "OK"}
     # the launch is kept and its build is not
-    for file in (cache_folder() / "built").iterdir():
+    for file in (cache_folder() / "compile" / "built").iterdir():
         file.unlink()
     assert verdicts(built(order(subject))[0][0]) == {"low": "OK"}
 
@@ -324,7 +325,7 @@ def test_a_subject_may_print_when_it_ends(tmp_path: Path) -> None:
 def test_what_is_kept_and_damaged_is_built_again(tmp_path: Path) -> None:
     subject = write_subject(tmp_path / "theirs")
     first, _ = built(order(subject))
-    for file in cache_folder().rglob("*.json"):
+    for file in (cache_folder() / "compile").rglob("*.json"):
         file.write_text(file.read_text()[:-20])
     again, made = built(order(subject))
     assert made == 2
