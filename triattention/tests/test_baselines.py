@@ -57,7 +57,8 @@ def _view(cache: DynamicCache, live: Architecture, queries: torch.Tensor, valid:
 @pytest.mark.parametrize("method", BASELINES)
 @pytest.mark.parametrize("kind", ["llama", "phi3", "glm"])
 def test_padded_rows_equal_their_single_runs(method: str, kind: str) -> None:
-    model = tiny.make(kind)
+    # a batch of another size rounds otherwise, and a hundred steps of so small a model may meet a tie of float32
+    model = tiny.make(kind).double()
     a, b = tiny.tokens(40), tiny.tokens(25, seed=2)
     ids = torch.cat([a, torch.nn.functional.pad(b, (15, 0))])
     options = {"max_new_tokens": 100, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

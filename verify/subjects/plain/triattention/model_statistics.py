@@ -28,7 +28,9 @@ class ModelStatistics:
     kv_heads: int
 
     def of_layer(self, layer: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Mean, mean length, weight and omega for one layer, on ``device``."""
+        """Mean, mean length, weight and omega of one layer, on ``device``. Raises ValueError where it has none."""
+        if not 0 <= layer < len(self.mean):
+            raise ValueError(f"layer {layer} has no statistics; there are some of layers 0 to {len(self.mean) - 1}")
         return tuple(x.to(device) for x in (self.mean[layer], self.mean_abs[layer], self.weight, self.omega))
 
 
