@@ -31,10 +31,7 @@ if TYPE_CHECKING:
     timeout_s=180,
 )  # fmt: skip
 def test_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
-    _all_built(builds)
-    found = call(lambda: score(subject, case, seed, device), {})
-    assert found.launched, "the call launched no Triton kernel, so something else made these scores"
-    _shape_and_finite(*found.result)
+    _launches(case, subject, device, seed, builds)
 
 
 @check(
@@ -45,7 +42,7 @@ def test_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, 
     timeout_s=180,
 )  # fmt: skip
 def test_grouped_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
-    test_kernel_launches(case, subject, device, seed, builds)
+    _launches(case, subject, device, seed, builds)
 
 
 @check(
@@ -103,6 +100,13 @@ def test_resources(
         skip("NO_BASELINE", SKIP_CODES["NO_BASELINE"])
     for one in found:
         measure(one.name, one.measured, one.allowed, unit=one.unit, where=one.where)
+
+
+def _launches(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
+    _all_built(builds)
+    found = call(lambda: score(subject, case, seed, device), {})
+    assert found.launched, "the call launched no Triton kernel, so something else made these scores"
+    _shape_and_finite(*found.result)
 
 
 def _all_built(builds: list[Build]) -> None:

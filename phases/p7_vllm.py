@@ -17,13 +17,13 @@ import pytest
 
 from verify import check, skip
 from verify.chat import assembled, converse
-from verify.live_model import LiveModel, load, locate
+from verify.live_model import LiveModel, load
 from verify.load import run
 from verify.observer import VARIABLE, Step, Trace, read_trace
 from verify.published import PLUGIN, optional
 from verify.replay import Replay, Rule, replay
 from verify.server import Answer, Server, answer_of, block_size, telling
-from verify.subject import Subject, find_subject
+from verify.subject import Subject
 from verify.tolerance import ATTENTION_LOG_PROB
 
 _ACTIVATED = "[TriAttention] Runtime (V2) plugin activated: patch_scheduler=True patch_worker=True"
@@ -50,23 +50,23 @@ _REPLAYED = (
 
 
 @pytest.fixture(scope="module")
-def located(subject: Subject, model_name: str, device: str, pytestconfig: pytest.Config) -> tuple[str, Path]:
-    """The directory of the model and its statistics, by the bundled command line, whatever the subject is."""
+def served(subject: Subject, request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """The directory of the model and its statistics, where there are an engine and a plugin to serve it."""
     if importlib.util.find_spec("vllm") is None:
         skip("PKG_MISSING", "vllm is not installed")
     optional(subject, "vllm.plugin", "register_triattention_backend")
     if (place := ":".join(subject.place("vllm.plugin", "register_triattention_backend"))) != PLUGIN:
         skip("PKG_MISSING", f"vLLM's processes load the plugin as {PLUGIN}, and the subject's is {place}")
-    return locate(find_subject("bundled", pytestconfig.rootpath), model_name, device)
+    return request.getfixturevalue("located")
 
 
 def _server(
-    located: tuple[str, Path], subject: Subject, device: str, folder: Path, *flags: str, dtype: str = "float32",
+    served: tuple[str, Path], subject: Subject, device: str, folder: Path, *flags: str, dtype: str = "float32",
     **environment: str,
 ) -> Server:  # fmt: skip
     """A server of the model, with the plugin on at a small budget unless the environment says otherwise."""
     folder.mkdir()
-    settings = {"KV_BUDGET": _BUDGET, "DIVIDE_LENGTH": _DIVIDE, "WINDOW_SIZE": _WINDOW, "SPARSE_STATS_PATH": located[1]}
+    settings = {"KV_BUDGET": _BUDGET, "DIVIDE_LENGTH": _DIVIDE, "WINDOW_SIZE": _WINDOW, "SPARSE_STATS_PATH": served[1]}
     named = {f"TRIATTN_RUNTIME_{name}": str(value) for name, value in settings.items()}
     usual = [
         "--dtype",
@@ -80,7 +80,7 @@ def _server(
     if device != "cpu":
         usual += ["--gpu-memory-utilization", "0.2"]  # three servers share the card
     env = {**subject.environment(), **named, VARIABLE: str(folder / "trace.jsonl"), **environment}
-    return Server(located[0], env, folder / "server.log", *usual, *flags, device=device)
+    return Server(served[0], env, folder / "server.log", *usual, *flags, device=device)
 
 
 class Servers:
@@ -116,7 +116,7 @@ class Servers:
 
 @pytest.fixture(scope="module")
 def servers(
-    located: tuple[str, Path], subject: Subject, device: str, tmp_path_factory: pytest.TempPathFactory
+    served: tuple[str, Path], subject: Subject, device: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Servers]:
     """The servers, of which none runs yet; they are stopped whatever happens."""
     folder = tmp_path_factory.mktemp("servers")
@@ -124,10 +124,8 @@ def servers(
     pool = ("--num-gpu-blocks-override", str(_LONGEST // block_size(device) + 1))
     flags = ("--max-model-len", str(_LONGEST), "--max-num-batched-tokens", str(_CHUNK), *pool)
     environments = {"plain": {"VLLM_PLUGINS": ""}, "off": {"ENABLE_TRIATTENTION": "0"}, "on": {}}
-    # three servers on a few cores: threads of one that wait for each other's cost more than they save
-    threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
     made = {
-        name: _server(located, subject, device, folder / name, *flags, **threads, **environment)
+        name: _server(served, subject, device, folder / name, *flags, **environment)
         for name, environment in environments.items()
     }
     with ExitStack() as stack:
@@ -347,11 +345,11 @@ def _admitted(before: Step | None, step: Step) -> bool:
 
 
 @pytest.fixture(scope="module")
-def judge(located: tuple[str, Path], subject: Subject, device: str) -> Judge:
+def judge(served: tuple[str, Path], subject: Subject, device: str) -> Judge:
     import torch
 
-    model = load(*located, subject, device, {})
-    return Judge(model, torch.load(located[1], weights_only=True), Rule(_BUDGET, _DIVIDE, _WINDOW, block_size(device)))
+    model = load(*served, subject, device, {})
+    return Judge(model, torch.load(served[1], weights_only=True), Rule(_BUDGET, _DIVIDE, _WINDOW, block_size(device)))
 
 
 _ANSWERS = {
@@ -471,24 +469,24 @@ def test_chat(case: str, on: Server, judge: Judge, measure) -> None:
 
 
 def _alone(
-    located: tuple[str, Path], subject: Subject, device: str, folder: Path, blocks_of_32: int, *flags: str, dtype: str,
+    served: tuple[str, Path], subject: Subject, device: str, folder: Path, blocks_of_32: int, *flags: str, dtype: str,
     **environment: str,
 ) -> Server:  # fmt: skip
     """A server that has the machine to itself, with a pool of as many tokens as that many blocks of 32 hold."""
     blocks = blocks_of_32 * 32 // block_size(device)
     pool = ("--num-gpu-blocks-override", str(blocks + 1))  # one is the null block
-    return _server(located, subject, device, folder, *pool, *flags, dtype=dtype, **environment)
+    return _server(served, subject, device, folder, *pool, *flags, dtype=dtype, **environment)
 
 
 def _off_and_on(
-    located: tuple[str, Path], subject: Subject, device: str, folder: Path, ask: Callable[[str, Server], Any],
+    served: tuple[str, Path], subject: Subject, device: str, folder: Path, ask: Callable[[str, Server], Any],
     *, dtype: str,
 ) -> dict[str, Any]:  # fmt: skip
     """What ``ask`` finds of plain vLLM and of one with the plugin: warm, with a pool of 128 blocks of 32 to itself."""
     found = {}
     for name, environment in (("plain", {"ENABLE_TRIATTENTION": "0"}), ("on", {})):
         flags = ("--max-model-len", "2048")
-        with _alone(located, subject, device, folder / name, 128, *flags, dtype=dtype, **environment) as server:
+        with _alone(served, subject, device, folder / name, 128, *flags, dtype=dtype, **environment) as server:
             _complete(server, _STORY, 8)
             found[name] = ask(name, server)
     return found
@@ -508,7 +506,7 @@ _SPEED = {
     tolerance="At least plain vLLM's tokens per second in the same run; rounds at most 5 % of the time.",
 )  # fmt: skip
 def test_long(
-    case: str, located: tuple[str, Path], subject: Subject, device: str, judge: Judge, tmp_path: Path, measure, curve
+    case: str, served: tuple[str, Path], subject: Subject, device: str, judge: Judge, tmp_path: Path, measure, curve
 ) -> None:
     new = 1500
 
@@ -519,7 +517,7 @@ def test_long(
         measure(f"seconds, {name}", seconds, math.inf, unit="s", where=f"{new / seconds:.2f} tokens/s")
         return answer, _trace_of(server).steps(answer.id), seconds, server.idle()
 
-    found = _off_and_on(located, subject, device, tmp_path, ask, dtype="float32")
+    found = _off_and_on(served, subject, device, tmp_path, ask, dtype="float32")
     answer, steps, seconds, metrics = found["on"]
     _bounded(answer, steps, found["plain"][1], judge.rule, measure, curve)
     judge(answer, steps, measure, "alone")
@@ -535,7 +533,7 @@ def test_long(
     tolerance="No preemption, where plain vLLM has several; 1.6 times its tokens per second in the same run.",
 )  # fmt: skip
 def test_pool(
-    case: str, located: tuple[str, Path], subject: Subject, device: str, tmp_path: Path, measure
+    case: str, served: tuple[str, Path], subject: Subject, device: str, tmp_path: Path, measure
 ) -> None:  # fmt: skip
     new = 1200
     prompts = [f"Tell me a long story about {what} and {other}." for what in _ASKED[:4] for other in _ASKED[4:]]
@@ -551,7 +549,7 @@ def test_pool(
         measure(f"seconds, {name}", seconds, math.inf, unit="s", where=rate)
         return seconds, again
 
-    found = _off_and_on(located, subject, device, tmp_path, ask, dtype="bfloat16")
+    found = _off_and_on(served, subject, device, tmp_path, ask, dtype="bfloat16")
     assert found["plain"][1] >= 2, f"plain vLLM preempted {found['plain'][1]:g} times, so the pool is no test"
     measure("preemptions with the plugin", found["on"][1], 0)
     measure("time with the plugin over without", found["on"][0] / found["plain"][0], 1 / 1.6)
@@ -565,12 +563,12 @@ def test_pool(
     tolerance=_REPLAYED + " Memory of all processes: 5 % between the first minute and the last.",
 )  # fmt: skip
 def test_load(
-    case: str, located: tuple[str, Path], subject: Subject, device: str, judge: Judge, seed: int, tmp_path: Path,
+    case: str, served: tuple[str, Path], subject: Subject, device: str, judge: Judge, seed: int, tmp_path: Path,
     measure,
 ) -> None:  # fmt: skip
     flags = ("--max-model-len", str(_LONGEST), "--max-num-batched-tokens", str(_CHUNK))
     memory: list[int] = []
-    with _alone(located, subject, device, tmp_path / "on", 96, *flags, dtype="float32") as server:
+    with _alone(served, subject, device, tmp_path / "on", 96, *flags, dtype="float32") as server:
 
         def each_s() -> None:
             memory.append(server.memory_bytes())

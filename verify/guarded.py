@@ -72,6 +72,11 @@ def kernel(subject: Subject, problem: Problem, **more: Any) -> Call:
 
 def engine(subject: Subject, path: str, problem: Problem, *, through: str | None = None) -> Call:
     """A guarded call of ``compute_scores_triton`` or ``compute_scores_pytorch``, or ``through`` another name there."""
+    return call(engine_call(subject, path, problem, through=through), problem.tensors())
+
+
+def engine_call(subject: Subject, path: str, problem: Problem, *, through: str | None = None) -> Callable[[], Any]:
+    """The call that ``engine`` guards, for a check that times it."""
     shape = problem.shape
     config = subject.attribute("vllm.core.config", "TriAttentionConfig")(
         kv_budget=256, pruning_mode="per_head", score_aggregation=shape.aggregation, rope_style=shape.style,
@@ -83,7 +88,7 @@ def engine(subject: Subject, path: str, problem: Problem, *, through: str | None
         "key_states": problem.keys, "cache_positions": None, "head_stats": problem.head_stats, "omega": problem.omega,
         "offsets": problem.offsets, "freq_scale_sq": problem.freq_weight, "config": config, "round_start": shape.t,
     }  # fmt: skip
-    return call(lambda: compute(**arguments), problem.tensors())
+    return lambda: compute(**arguments)
 
 
 @dataclass(frozen=True)

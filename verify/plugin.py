@@ -140,14 +140,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others, dropped = [], dropped + others
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-    items[:] = sorted(kept, key=lambda item: (spec_of(item).phase, _turn(item, session.seed))) + others
+    items[:] = sorted(kept, key=lambda item: (spec_of(item).phase, *_turn(item, session.seed))) + others
 
 
-def _turn(item: pytest.Item, seed: int) -> int:
-    """Where a check stands in its phase. Those of phases 4 and 5 are shuffled by the run's seed, so that none can live
-    on what another leaves behind; the others go as they are declared, and may share what is dear to set up.
+def _turn(item: pytest.Item, seed: int) -> tuple[int, int]:
+    """Where a check stands in its phase. The files of phases 4 and 5, and the checks in each, are shuffled by the run's
+    seed, so that none can live on what another leaves behind; the others go as they are declared, and may share what is
+    dear to set up.
     """
-    return derive_seed(seed, f"turn of {id_of(item)}") if spec_of(item).phase in _SHUFFLED else 0
+    if spec_of(item).phase not in _SHUFFLED:
+        return 0, 0
+    return derive_seed(seed, f"turn of {item.path.name}"), derive_seed(seed, f"turn of {id_of(item)}")
 
 
 def _lint(checks: list[pytest.Item]) -> None:

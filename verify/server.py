@@ -26,8 +26,9 @@ _POLL_S = 0.2
 _TAIL_LINES = 8
 _HOST = "127.0.0.1"
 _OFFLINE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": _HOST}
-#: A KV cache of 1 GiB, no core set aside, and no core that spins while another server has work for it.
-_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "passive"}
+#: A KV cache of 1 GiB, no core set aside, and one thread: where servers share a few cores, threads that wait for each
+#: other cost more than they save.
+_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 #: What a process of vLLM puts before its lines; what no line about a problem has in it; a frame of a traceback.
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(ERROR [\d-]+ [\d:]+ \[[^]]*\] ?)?")
 _USUAL = re.compile(r"^(INFO|WARNING|DEBUG) |Warning: |warnings\.warn\(|^Traceback |^\s*[\^~]*$")
