@@ -1,13 +1,17 @@
-"""What the checks of phase 6 share: the model, its statistics, and the subject's patch on it."""
+"""What the checks of phases 6 and 7 share: the model, its statistics, the patch on it, the judge of what is served."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from verify import skip
 from verify.live_model import LiveModel, load, locate, published_layout
+from verify.published import PLUGIN, optional
+from verify.serving import Judge, rule
 from verify.short_runs import RECOMMENDED
 from verify.subject import Subject, find_subject
 
@@ -45,3 +49,22 @@ def model(loaded: LiveModel) -> Iterator[LiveModel]:
     if loaded.model.forward != original:
         loaded.model.forward = original
     loaded.model.set_attn_implementation("sdpa")
+
+
+@pytest.fixture(scope="module")
+def served(subject: Subject, request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """The directory of the model and its statistics, where there are an engine and a plugin to serve it."""
+    if importlib.util.find_spec("vllm") is None:
+        skip("PKG_MISSING", "vllm is not installed")
+    optional(subject, "vllm.plugin", "register_triattention_backend")
+    if (place := ":".join(subject.place("vllm.plugin", "register_triattention_backend"))) != PLUGIN:
+        skip("PKG_MISSING", f"vLLM's processes load the plugin as {PLUGIN}, and the subject's is {place}")
+    return request.getfixturevalue("located")
+
+
+@pytest.fixture(scope="module")
+def judge(served: tuple[str, Path], subject: Subject, device: str) -> Judge:
+    import torch
+
+    model = load(*served, subject, device, {})
+    return Judge(model, torch.load(served[1], weights_only=True), rule(device))
