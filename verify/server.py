@@ -26,9 +26,8 @@ _POLL_S = 0.2
 _TAIL_LINES = 8
 _HOST = "127.0.0.1"
 _OFFLINE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": _HOST}
-#: A KV cache of 1 GiB, no core set aside, and one thread: where servers share a few cores, threads that wait for each
-#: other cost more than they save.
-_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+#: A KV cache of 1 GiB, and no core set aside.
+_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 #: What a process of vLLM puts before its lines; what no line about a problem has in it; a frame of a traceback.
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(ERROR [\d-]+ [\d:]+ \[[^]]*\] ?)?")
 _USUAL = re.compile(r"^(INFO|WARNING|DEBUG) |Warning: |warnings\.warn\(|^Traceback |^\s*[\^~]*$")
@@ -71,13 +70,21 @@ class Server:
     """``python -m vllm.entrypoints.openai.api_server`` for the model in ``location``, within a ``with`` statement.
 
     ``env`` is the whole environment to start from, to which is added what keeps the server offline and, on a ``cpu``,
-    small. ``log`` is the file that everything printed goes to. Raises AssertionError, with the end of the log, for a
+    small. There it has one thread, because those of servers that share a few cores wait for each other; one that is
+    ``alone`` has every core, and its scheduler no process beside the worker's, which would take one by polling. ``log``
+    is the file that everything printed goes to. Raises AssertionError, with the end of the log, for a
     server that is not healthy within START_LIMIT_S, or that leaves a process behind.
     """
 
-    def __init__(self, location: str, env: Mapping[str, str], log: Path, *flags: str, device: str = "cpu") -> None:
+    def __init__(
+        self, location: str, env: Mapping[str, str], log: Path, *flags: str, device: str = "cpu", alone: bool = False
+    ) -> None:
         self.log = log
-        self._env = {**env, **_OFFLINE, **(_ON_CPU if device == "cpu" else {})}
+        self._env = {**env, **_OFFLINE}
+        if device == "cpu":
+            cores = len(os.sched_getaffinity(0)) if alone else 1
+            self._env |= {**_ON_CPU, "OMP_NUM_THREADS": str(cores)}
+            flags += ("--distributed-executor-backend", "uni") if alone else ()
         self._port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._command = [
