@@ -82,7 +82,7 @@ def servers(
     flags = ("--max-model-len", str(LONGEST), "--max-num-batched-tokens", str(CHUNK), *pool)
     environments = {"plain": {"VLLM_PLUGINS": ""}, "off": {"ENABLE_TRIATTENTION": "0"}, "on": {}}
     made = {
-        name: server_of(served, subject, device, folder / name, *flags, **environment)
+        name: server_of(served, subject, device, folder / name, *flags, worker=name == "on", **environment)
         for name, environment in environments.items()
     }
     with ExitStack() as stack:

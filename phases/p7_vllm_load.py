@@ -39,7 +39,8 @@ def _alone(
     """A server that has the machine to itself, with a pool of as many tokens as that many blocks of 32 hold."""
     blocks = blocks_of_32 * 32 // block_size(device)
     pool = ("--num-gpu-blocks-override", str(blocks + 1))  # one is the null block
-    return server_of(served, subject, device, folder, *pool, *flags, dtype=dtype, alone=True, **environment)
+    shares = {"alone": True, "worker": False}
+    return server_of(served, subject, device, folder, *pool, *flags, dtype=dtype, **shares, **environment)
 
 
 def _off_and_on(

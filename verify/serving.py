@@ -35,7 +35,7 @@ REPLAYED = (
 
 def server_of(
     served: tuple[str, Path], subject: Subject, device: str, folder: Path, *flags: str, dtype: str = "float32",
-    alone: bool = False, **environment: str,
+    alone: bool = False, worker: bool = True, **environment: str,
 ) -> Server:  # fmt: skip
     """A server of the model, with the plugin on at a small budget unless the environment says otherwise."""
     folder.mkdir()
@@ -46,7 +46,7 @@ def server_of(
     if device != "cpu":
         usual += ["--gpu-memory-utilization", "0.2"]  # three servers share the card
     env = {**subject.environment(), **named, VARIABLE: str(folder / "trace.jsonl"), **environment}
-    return Server(served[0], env, folder / "server.log", *usual, *flags, device=device, alone=alone)
+    return Server(served[0], env, folder / "server.log", *usual, *flags, device=device, alone=alone, worker=worker)
 
 
 def complete(server: Server, prompt: str, new: int) -> Answer:
