@@ -21,6 +21,7 @@ from verify.serving import (
     CHUNK,
     COMMON,
     LONGEST,
+    ONE_PROCESS,
     REPLAYED,
     STORY,
     Judge,
@@ -80,10 +81,13 @@ def servers(
     # the least pool that vLLM starts with, so that six requests at once do not fit
     pool = ("--num-gpu-blocks-override", str(LONGEST // block_size(device) + 1))
     flags = ("--max-model-len", str(LONGEST), "--max-num-batched-tokens", str(CHUNK), *pool)
-    environments = {"plain": {"VLLM_PLUGINS": ""}, "off": {"ENABLE_TRIATTENTION": "0"}, "on": {}}
     made = {
-        name: server_of(served, subject, device, folder / name, *flags, worker=name == "on", **environment)
-        for name, environment in environments.items()
+        name: server_of(served, subject, device, folder / name, *flags, *more, **environment)
+        for name, more, environment in (
+            ("plain", ONE_PROCESS, {"VLLM_PLUGINS": ""}),
+            ("off", ONE_PROCESS, {"ENABLE_TRIATTENTION": "0"}),
+            ("on", (), {}),  # as users have it
+        )
     }
     with ExitStack() as stack:
         yield Servers(made, stack, one_by_one=device != "cpu")

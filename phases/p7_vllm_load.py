@@ -20,6 +20,7 @@ from verify.serving import (
     CHUNK,
     COMMON,
     LONGEST,
+    ONE_PROCESS,
     REPLAYED,
     STORY,
     Judge,
@@ -39,8 +40,8 @@ def _alone(
     """A server that has the machine to itself, with a pool of as many tokens as that many blocks of 32 hold."""
     blocks = blocks_of_32 * 32 // block_size(device)
     pool = ("--num-gpu-blocks-override", str(blocks + 1))  # one is the null block
-    shares = {"alone": True, "worker": False}
-    return server_of(served, subject, device, folder, *pool, *flags, dtype=dtype, **shares, **environment)
+    flags = (*ONE_PROCESS, *pool, *flags)
+    return server_of(served, subject, device, folder, *flags, dtype=dtype, alone=True, **environment)
 
 
 def _off_and_on(

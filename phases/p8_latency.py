@@ -5,35 +5,31 @@ from __future__ import annotations
 import math
 
 from verify import check
-from verify.guarded import KERNELS, engine_call
+from verify.guarded import engine_call
 from verify.problems import Shape, make
 from verify.subject import Subject
+from verify.variants import scoring_call
 
 #: The plan's sizes: 8 MiB of keys, which are read once.
-_SHAPE = Shape(n=4096, h=8)
+_SHAPES = {"latency": Shape(n=4096, h=8), "cached": Shape(n=4096, h=8, cached=True)}
 
 #: ``do_bench`` empties the L2 cache before each of its calls and takes their times from the GPU.
 _QUANTILES = (0.5, 0.2, 0.8)
 
 
 @check(
-    "p8.kernel", gate="soft", cases={"latency": False, "cached": True}, plan="6.1", needs_gpu=True,
+    "p8.kernel", gate="soft", cases=_SHAPES, plan="6.1", needs_gpu=True,
     needs=("p1.identity", "p3.plan"), timeout_s=180,
     claim="Scoring 4,096 keys of 8 heads with 17 offsets is at least as fast by the kernel as by the PyTorch path.",
     reason="A correct kernel that falls back to something slow is a bug report, not a blocker.",
     tolerance="Medians of one run, cold L2: time at most the PyTorch path's, keys read at most at memory bandwidth.",
     remedy="Compare with the same measurement on another GPU, on a machine that does nothing else.",
 )  # fmt: skip
-def test_latency(case: bool, subject: Subject, device: str, seed: int, measure) -> None:
+def test_latency(case: Shape, subject: Subject, device: str, seed: int, measure) -> None:
     from triton.testing import do_bench, get_dram_gbps
 
-    problem = make(_SHAPE, seed, device)
-    arguments = problem.scoring_arguments()
-    if case:
-        create = subject.attribute(KERNELS, "create_trig_cache")
-        arguments["trig_cache"] = create(2 * _SHAPE.t, 128, problem.offsets, problem.omega, device)
-    scoring = subject.attribute(KERNELS, "triattention_scoring")
-    ms, fast, slow = do_bench(lambda: scoring(**arguments), quantiles=_QUANTILES)
+    problem = make(case, seed, device)
+    ms, fast, slow = do_bench(scoring_call(subject, problem, device), quantiles=_QUANTILES)
     spread = f"20 to 80 % of the calls: {1e3 * fast:.1f} to {1e3 * slow:.1f} us"
     measure("time per call", 1e3 * ms, math.inf, unit="us", where=spread)
     plainly, *_ = do_bench(engine_call(subject, "pytorch", problem), quantiles=_QUANTILES)

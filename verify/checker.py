@@ -223,9 +223,9 @@ def _declared(result: Json, one: Check, record: Json) -> Iterator[str]:
     if result["seed"] != seed:
         yield f"seed is {result['seed']}, and seed {record['seed']} of the run makes it {seed}"
     words = shlex.split(result["repeat"])
-    # a check may move from file to file, and what ran it then is no less true
-    test = one.node.partition("::")[2]
-    node = next((word for word in words if word.startswith("phases/") and word.endswith(f"::{test}")), one.node)
+    # a check may move from file to file of its phase, and what ran it then is no less true
+    moved = re.compile(rf"phases/p{one.phase}_\w+\.py{re.escape(one.node[one.node.index('::') :])}")
+    node = next(filter(moved.fullmatch, words), one.node)
     needed = ["verify", "compile", "--sm", record["target"].removeprefix("sm")] if ahead else ["pytest", node]
     device = [] if ahead else ["--device", "cpu" if ran == "emulated" else "cuda", "--seed", str(record["seed"])]
     if any(word not in words for word in (*needed, *device)):

@@ -71,21 +71,18 @@ class Server:
 
     ``env`` is the whole environment to start from, to which is added what keeps the server offline and, on a ``cpu``,
     small. There it has one thread, because those of servers that share a few cores wait for each other, or all of them
-    where it is ``alone``. A ``worker`` in a process of its own is vLLM's rule on a CPU; the scheduler polls while that
-    computes, which takes a core. ``log`` is the file that everything printed goes to. Raises AssertionError, with the
-    end of the log, for a server that is not healthy within START_LIMIT_S, or that leaves a process behind.
+    where it is ``alone``. ``log`` is the file that everything printed goes to. Raises AssertionError, with the end of
+    the log, for a server that is not healthy within START_LIMIT_S, or that leaves a process behind.
     """
 
     def __init__(
-        self, location: str, env: Mapping[str, str], log: Path, *flags: str, device: str = "cpu",
-        alone: bool = False, worker: bool = True,
-    ) -> None:  # fmt: skip
+        self, location: str, env: Mapping[str, str], log: Path, *flags: str, device: str = "cpu", alone: bool = False
+    ) -> None:
         self.log = log
         self._env = {**env, **_OFFLINE}
         if device == "cpu":
             cores = len(os.sched_getaffinity(0)) if alone else 1
             self._env |= {**_ON_CPU, "OMP_NUM_THREADS": str(cores)}
-            flags += () if worker else ("--distributed-executor-backend", "uni")
         self._port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._command = [

@@ -21,6 +21,10 @@ BUDGET, DIVIDE, WINDOW, CHUNK, LONGEST = 256, 64, 32, 128, 1536
 STORY = "Tell me a long story about a train that travels west along the river, and about the people of the town. "
 ASKED = ("a dog", "a boat", "an old clock", "a girl who could not sleep", "the market", "a letter that came late")
 
+#: No process of its own for the worker. On a CPU vLLM has one, and its scheduler, which polls while that computes,
+#: takes a core; on one GPU there is none anyway.
+ONE_PROCESS = ("--distributed-executor-backend", "uni")
+
 #: What the declarations of the checks have in common.
 COMMON: dict[str, Any] = {
     "gate": "soft", "needs": ("p1.identity", "p7.plugin"), "timeout_s": 600,
@@ -35,7 +39,7 @@ REPLAYED = (
 
 def server_of(
     served: tuple[str, Path], subject: Subject, device: str, folder: Path, *flags: str, dtype: str = "float32",
-    alone: bool = False, worker: bool = True, **environment: str,
+    alone: bool = False, **environment: str,
 ) -> Server:  # fmt: skip
     """A server of the model, with the plugin on at a small budget unless the environment says otherwise."""
     folder.mkdir()
@@ -46,7 +50,7 @@ def server_of(
     if device != "cpu":
         usual += ["--gpu-memory-utilization", "0.2"]  # three servers share the card
     env = {**subject.environment(), **named, VARIABLE: str(folder / "trace.jsonl"), **environment}
-    return Server(served[0], env, folder / "server.log", *usual, *flags, device=device, alone=alone, worker=worker)
+    return Server(served[0], env, folder / "server.log", *usual, *flags, device=device, alone=alone)
 
 
 def complete(server: Server, prompt: str, new: int) -> Answer:

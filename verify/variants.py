@@ -7,12 +7,14 @@ each built as it meets it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from verify.problems import OFFSETS_17, Shape, make
+from verify.problems import OFFSETS_17, Problem, Shape, make
 
 if TYPE_CHECKING:
     import torch
@@ -90,13 +92,17 @@ def score(subject: Subject, shape: Shape, seed: int, device: str) -> tuple[torch
     A cached variant scores with a trig table of the subject's own. Raises SubjectLacks when the subject has no such
     call, and whatever the call raises.
     """
-    module = "vllm.core.kernels.triton_scoring"
-    problem = make(shape, seed, device)
+    return scoring_call(subject, make(shape, seed, device), device)(), (shape.b, shape.h * shape.g, shape.n)
+
+
+def scoring_call(subject: Subject, problem: Problem, device: str) -> Callable[[], torch.Tensor]:
+    """The call that ``score`` makes, with its trig table, for a check that times it. Raises SubjectLacks as there."""
+    module, shape = "vllm.core.kernels.triton_scoring", problem.shape
     arguments = problem.scoring_arguments()
     if shape.cached:
         create = subject.attribute(module, "create_trig_cache")
         arguments["trig_cache"] = create(2 * shape.t, 128, problem.offsets, problem.omega, device)
-    return subject.attribute(module, "triattention_scoring")(**arguments), (shape.b, shape.h * shape.g, shape.n)
+    return partial(subject.attribute(module, "triattention_scoring"), **arguments)
 
 
 def widened(shape: Shape) -> Shape:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from phases.p8_latency import test_latency as latency
+from verify.problems import Shape
 from verify.subject import find_subject
 
 _BUNDLED = find_subject("bundled", Path(__file__).parents[2])
@@ -28,7 +29,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, tuple[floa
 
         monkeypatch.setattr("triton.testing.do_bench", do_bench)
         monkeypatch.setattr("triton.testing.get_dram_gbps", lambda: gbps)
-        latency(cached, _BUNDLED, "cpu", 0, measure)
+        latency(Shape(n=4096, h=8, cached=cached), _BUNDLED, "cpu", 0, measure)
         return found
 
     return timed
