@@ -3,6 +3,7 @@
 # PYTHON, from the environment or the command line, names the interpreter; without it the first of these that is new enough.
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 VENV_PYTHON := .venv/bin/python
+PYTEST := $(VENV_PYTHON) -m pytest -m "not slow"
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' Makefile | expand -t 16
@@ -12,8 +13,10 @@ verify: setup  ## set up, build for every GPU, verify this machine: make verify 
 	@built=0; $(if $(ARGS),:,$(VENV_PYTHON) -m verify compile) || built=$$?; \
 	    $(VENV_PYTHON) -m verify run $(ARGS) && exit $$built
 
+# Without ARGS: the checks, which have every core, and then the other tests, one on each core.
 test: setup  ## set up, then run the whole test suite: make test ARGS="-k oracle"
-	@$(VENV_PYTHON) -m pytest -m "not slow" $(ARGS)
+	@checked=0; $(if $(ARGS),:,$(PYTEST) phases) || checked=$$?; \
+	    $(if $(ARGS),$(PYTEST) $(ARGS),OMP_NUM_THREADS=1 $(PYTEST) -n auto verify/tests triattention/tests) && exit $$checked
 
 screenshots: setup  ## pictures of every page of the reports, light and dark, in reports/screenshots
 	@$(VENV_PYTHON) -m verify report --format html --out reports/site || [ $$? -eq 5 ]

@@ -83,11 +83,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    _one_process(config)
     try:
         config.stash[SESSION] = session = _session(config)
         prepare(session.device.name, session.model)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def _one_process(config: pytest.Config) -> None:
+    """Raise UsageError where pytest-xdist would spread checks over processes, of which each would make a record."""
+    phases = config.rootpath / "phases"
+    places = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
+    if config.getoption("dist", "no") != "no" and any(p.is_relative_to(phases) or p in phases.parents for p in places):
+        raise pytest.UsageError(
+            "-n spreads the checks of phases/ over processes, and a run of them is one; leave it out, or name other "
+            "tests: pytest -n auto verify/tests triattention/tests"
+        )
 
 
 def _session(config: pytest.Config) -> Session:

@@ -220,6 +220,7 @@ def test_a_record_names_neither_the_subject_s_place_nor_the_model_s_nor_the_host
         (["--phase", "9"], "'9' is not a phase"),
         (["--subject=nowhere"], "subject 'nowhere': there is no directory"),
         (["--device=cpu", "--expect", "sm120"], "--expect sm120, but this machine has no GPU that torch can use"),
+        (["-p", "xdist", "-n", "2"], "-n spreads the checks of phases/ over processes, and a run of them is one"),
     ],
 )
 def test_options_that_cannot_be_met_are_usage_errors(mixed: Tree, arguments: list[str], complaint: str) -> None:
