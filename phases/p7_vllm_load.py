@@ -20,7 +20,6 @@ from verify.serving import (
     CHUNK,
     COMMON,
     LONGEST,
-    ONE_PROCESS,
     REPLAYED,
     STORY,
     Judge,
@@ -40,8 +39,7 @@ def _alone(
     """A server that has the machine to itself, with a pool of as many tokens as that many blocks of 32 hold."""
     blocks = blocks_of_32 * 32 // block_size(device)
     pool = ("--num-gpu-blocks-override", str(blocks + 1))  # one is the null block
-    flags = (*ONE_PROCESS, *pool, *flags)
-    return server_of(served, subject, device, folder, *flags, dtype=dtype, alone=True, **environment)
+    return server_of(served, subject, device, folder, *pool, *flags, dtype=dtype, alone=True, **environment)
 
 
 def _off_and_on(

@@ -21,10 +21,6 @@ BUDGET, DIVIDE, WINDOW, CHUNK, LONGEST = 256, 64, 32, 128, 1536
 STORY = "Tell me a long story about a train that travels west along the river, and about the people of the town. "
 ASKED = ("a dog", "a boat", "an old clock", "a girl who could not sleep", "the market", "a letter that came late")
 
-#: No process of its own for the worker. On a CPU vLLM has one, and its scheduler, which polls while that computes,
-#: takes a core; on one GPU there is none anyway.
-ONE_PROCESS = ("--distributed-executor-backend", "uni")
-
 #: What the declarations of the checks have in common.
 COMMON: dict[str, Any] = {
     "gate": "soft", "needs": ("p1.identity", "p7.plugin"), "timeout_s": 600,
