@@ -8,22 +8,25 @@ seeds and room to spare. Both are kept in ``reports/sensitivity/``.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from verify.builds import Sha256, Strict
-from verify.checks import catalogue
+from verify.checks import Check, catalogue
 from verify.instrument import instrument_sha256
 from verify.manifest import utc_now
 from verify.outcome import ConfigurationError
 from verify.planted import CAUGHT, TOLERATED, Limit
 from verify.record import CheckResult, Measurement, SubjectInfo, Verdict, write_atomic
-from verify.request import repository_root
+from verify.request import cache_folder, repository_root
 from verify.scratch import Scratch, scratch_run
 from verify.subject import find_subject
 
@@ -35,9 +38,12 @@ SEEDS = 100
 _PHASES = "1-6"
 
 #: The checks of these draw their inputs from the seed; what phase 6 compares, a model decides.
-_SEEDED = "4,5"
+_SEEDED = (4, 5)
 
 _LIMIT_S = 3 * 3600
+
+#: pytest's exit code where it ran no test.
+_NONE_SELECTED = 5
 
 
 class Measured(Strict):
@@ -102,6 +108,9 @@ class Room(Strict):
     @property
     def enough(self) -> bool:
         return self.headroom >= HEADROOM  # False for NaN
+
+
+_ROOMS = TypeAdapter(list[Room])
 
 
 class Headroom(Strict):
@@ -173,26 +182,39 @@ def measure_detection(
     return Detection(measured=_measured(subject, device), checks=checks, unseen=unseen)
 
 
-def measure_headroom(*options: str, subject: str = "bundled", device: str = "auto", seeds: int = SEEDS) -> Headroom:
+def measure_headroom(subject: str = "bundled", device: str = "auto", seeds: int = SEEDS) -> Headroom:
     """Run the numeric checks of phases 4 and 5 with many seeds, and those of phase 6 once, which draw nothing.
 
-    Those of phase 6 are the ones whose detection limit is recorded; with ``options`` of pytest they are left out.
-    Raises ConfigurationError when pytest cannot run them.
+    Those of phase 6 are the ones whose detection limit is recorded. What was found is kept family by family, so that
+    a measurement of an hour, once stopped, goes on where it was. Raises ConfigurationError when pytest cannot run them.
     """
-    run = _run("phases", f"--phase={_SEEDED}", f"--seeds={seeds}", *options, subject=subject, device=device)
-    results, probed = run.results, run.probed
-    known = recorded_limits()
-    nodes = [check.node for check in catalogue() if check.phase == 6 and check.id in known]
-    if nodes and not options:
-        run = _run(*nodes, f"--seeds={seeds}", subject=subject, device=device)
-        results, probed = results | run.results, probed | run.probed
-    checks = [
-        _room(results[name], found.seeds)
-        for name, found in probed.items()
+    measured, known = _measured(subject, device), recorded_limits()
+    families: dict[str, list[Check]] = {}
+    for check in catalogue():
+        if check.phase in _SEEDED or (check.phase == 6 and check.id in known):
+            families.setdefault(check.spec.family, []).append(check)
+    rooms = [room for checks in families.values() for room in _rooms(checks, measured, subject, seeds)]
+    return Headroom(measured=measured, seeds=seeds, checks=rooms)
+
+
+def _rooms(checks: Sequence[Check], measured: Measured, subject: str, seeds: int) -> list[Room]:
+    """The room of the numeric ones of ``checks``, now or from an earlier run of the same suite on the same subject."""
+    nodes = [check.node for check in checks]
+    what = [measured.instrument_sha256, measured.subject.content_sha256, measured.device, str(seeds), *nodes]
+    place = cache_folder() / "headroom" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.json"
+    with suppress(OSError, ValueError):  # not there, or not whole
+        return _ROOMS.validate_json(place.read_bytes())
+    run = scratch_run(*nodes, f"--seeds={seeds}", subject=subject, device=measured.device, limit_s=_LIMIT_S)
+    if run.exit_code != _NONE_SELECTED:  # those under the sanitizer are not
+        run = run.finished()
+    found = [
+        _room(run.results[name], probed.seeds)
+        for name, probed in run.probed.items()
         # whether a round is served is no number, though it is scored and compared on the way
-        if results[name].measurements or results[name].verdict is not Verdict.PASS
+        if run.results[name].measurements or run.results[name].verdict is not Verdict.PASS
     ]
-    return Headroom(measured=_measured(subject, device), seeds=seeds, checks=checks)
+    write_atomic(place, _ROOMS.dump_json(found, indent=1).decode() + "\n")
+    return found
 
 
 def _fractional(measurement: Measurement) -> bool:

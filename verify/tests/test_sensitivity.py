@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from verify import oracle, pages, sensitivity
-from verify.checks import catalogue
+from verify.checks import Check, CheckSpec, catalogue
 from verify.keep_set import Selection
 from verify.planted import CAUGHT, TOLERATED, Limit, Plant, element, judged, planting
 from verify.problems import Shape, make
@@ -121,6 +121,13 @@ def test_many_seeds_give_the_least_headroom_of_what_is_numeric(tmp_path: Path, m
     tree.write_phase(4, _NUMERIC.replace("p1", "p4"))
     monkeypatch.chdir(tree.root)
     monkeypatch.setenv("PYTHONPATH", tree.environment()["PYTHONPATH"])
+    monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path / "cache"))
+    words = {word: word for word in ("claim", "reason", "remedy")}
+    specs = [CheckSpec(f"p4.{name}", gate="hard", cases={"one": "one"}, **words) for name in ("numeric", "count")]
+    checks = [
+        Check(f"{spec.family}.one", "one", spec, f"phases/p4_tiny.py::test_{spec.family[3:]}[one]") for spec in specs
+    ]
+    monkeypatch.setattr(sensitivity, "catalogue", lambda: checks)
     found = sensitivity.measure_headroom(device="cpu", seeds=9)
     (room,) = found.checks
     assert (room.id, room.seeds, room.enough) == ("p4.numeric.one", 9, False)
@@ -129,6 +136,8 @@ def test_many_seeds_give_the_least_headroom_of_what_is_numeric(tmp_path: Path, m
     sensitivity.keep_headroom(found)
     kept = sensitivity.Headrooms.model_validate_json(sensitivity.headroom_file().read_bytes())
     assert kept.subjects == {"bundled": found}
+    monkeypatch.setattr(sensitivity, "scratch_run", None)  # what was found is not measured again
+    assert sensitivity.measure_headroom(device="cpu", seeds=9).checks == found.checks
 
 
 def test_every_recorded_limit_is_of_a_check_and_finite() -> None:
