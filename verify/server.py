@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from verify.workers import end_with_parent
+
 #: Two cores take 25 s; the rest is for a machine that is busy, and for a GPU that compiles.
 START_LIMIT_S = 180.0
 _REQUEST_LIMIT_S = 300.0
@@ -109,7 +111,7 @@ class Server:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command, env={**self._env, "VLLM_RPC_BASE_PATH": self._sockets}, start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent,
             )  # fmt: skip
 
     def await_health(self) -> None:
@@ -263,6 +265,10 @@ def telling(log: str) -> str:
         if not (source or after_frame or _USUAL.search(line)):
             lines[line.strip()] = None
     return "\n".join(list(lines)[-_TAIL_LINES:]) or "nothing"
+
+
+def _end_with_parent() -> None:
+    end_with_parent(signal.SIGTERM)  # at which a server ends its own processes, as it does not at SIGKILL
 
 
 def _free_port() -> int:

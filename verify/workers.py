@@ -30,9 +30,9 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _TAIL_BYTES = 8_000
 
 
-def end_with_parent() -> None:
-    """Have this process killed when the one that started it ends, in whatever way."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
+    """Have this process sent a signal when the thread that started it ends, in whatever way."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
 
 
 class WorkerDied(Exception):

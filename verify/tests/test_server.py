@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,11 +86,32 @@ def test_a_server_answers_and_leaves_nothing_behind(env: dict[str, str], tmp_pat
         child = server._answer("GET", "/v1/models")["child"]
         sockets = Path(server._sockets)
         os.kill(child, 0)
-    until = time.monotonic() + 5
-    while Path(f"/proc/{child}/stat").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
-        assert time.monotonic() < until, "the child is still there"
-        time.sleep(0.05)
+    assert _ends(child)
     assert not sockets.exists()
+
+
+def test_a_server_does_not_outlive_who_started_it(env: dict[str, str], tmp_path: Path) -> None:
+    starts = (
+        "import os, sys, time; from pathlib import Path; from verify.server import Server\n"
+        "server = Server('m', os.environ, Path(sys.argv[1])); server.launch(); server.await_health()\n"
+        "print(server._process.pid, flush=True); time.sleep(60)"
+    )
+    paths = {"PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], str(Path(__file__).parents[2])])}
+    command = [sys.executable, "-c", starts, str(tmp_path / "log")]
+    with subprocess.Popen(command, env=env | paths, stdout=subprocess.PIPE) as parent:
+        started = int(parent.stdout.readline())
+        parent.kill()
+    assert _ends(started)
+
+
+def _ends(pid: int) -> bool:
+    """Whether the process ends within five seconds."""
+    until, stat = time.monotonic() + 5, Path(f"/proc/{pid}/stat")
+    while stat.exists() and " Z " not in stat.read_text():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_a_server_that_dies_tells_why(env: dict[str, str], tmp_path: Path) -> None:
