@@ -343,7 +343,7 @@ def test_counters(case: str, on: Server, busy: dict[str, Answer], measure) -> No
 )  # fmt: skip
 def test_chat(case: str, on: Server, judge: Judge, measure) -> None:
     rounds = 0
-    for number, answer in enumerate(converse(on, 96)):
+    for number, answer in enumerate(converse(on, 64)):
         assert answer.usage["prompt_tokens"] == len(answer.prompt), f"usage says {answer.usage}"
         assert answer.usage["completion_tokens"] == len(answer.tokens), f"usage says {answer.usage}"
         steps = trace_of(on).steps(answer.id)
