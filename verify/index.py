@@ -127,13 +127,21 @@ class Index:
             for row in self._database.execute(_POINTS, {"record": number, "name": name})
         ]
 
+    def each(self) -> Iterator[Record]:
+        """Every record in full, newest first; none of them is kept."""
+        for number, _ in sorted(self.heads.items(), key=lambda pair: moment(pair[1]), reverse=True):
+            yield self._read.get(number) or self._from_file(number)
+
     def _in_full(self, number: int) -> Record:
         if number not in self._read:
-            try:
-                self._read[number] = read_finished(self._paths[number])
-            except UnreadableRecord as error:
-                raise ConfigurationError(f"{error}; it changed while it was read, so call again") from error
+            self._read[number] = self._from_file(number)
         return self._read[number]
+
+    def _from_file(self, number: int) -> Record:
+        try:
+            return read_finished(self._paths[number])
+        except UnreadableRecord as error:
+            raise ConfigurationError(f"{error}; it changed while it was read, so call again") from error
 
 
 @contextmanager

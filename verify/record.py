@@ -70,6 +70,11 @@ class Measurement(Strict):
         return f"{self.name}: measured {self.measured:.6g}{unit}, allowed {self.allowed:.6g}{unit}{place}"
 
 
+def _room(one: Measurement) -> float:
+    room = one.headroom
+    return room if room == room else -math.inf  # NaN
+
+
 class CheckResult(Strict):
     """One check on one target. Raises ValidationError when the verdict and the other fields contradict each other."""
 
@@ -114,8 +119,7 @@ class CheckResult(Strict):
         """The measurement with the least headroom (NaN first), for the one number a matrix cell can show."""
         if len(self.measurements) < 2:  # most results, and an index asks a thousand records
             return self.measurements[0] if self.measurements else None
-        order = lambda m: -math.inf if math.isnan(m.headroom) else m.headroom  # noqa: E731 - a key, used once
-        return min(self.measurements, key=order, default=None)
+        return min(self.measurements, key=_room)
 
 
 class Gpu(Strict):

@@ -7,16 +7,14 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from verify.architectures import known_targets
-from verify.archive import Archive
 from verify.checks import PHASES, SKIP_CODES, Check, CheckSpec
 from verify.matrix import bound, built, compiled_words, count, headroom
 from verify.outcome import ConfigurationError
@@ -24,7 +22,7 @@ from verify.record import CheckResult, Record
 from verify.selftest import matrix
 from verify.site import charts
 from verify.site.view import SHAPES, Bar, Column, across, headline, lines, page_name
-from verify.verdict import assess, describe_subject, fill_command, missing_by_phase, newest_first
+from verify.verdict import Assessment, describe_subject, fill_command, missing_by_phase
 
 _STATIC = Path(__file__).parent / "static"
 
@@ -38,22 +36,37 @@ _LOGS = ("*.log", "events.jsonl")
 _TIMES = frozenset({"s", "ms", "us", "ns"})
 
 
-@dataclass(frozen=True)
+@dataclass
 class Site:
-    """Everything that the pages are made from; ``homes`` are the folders that runs may have left logs in."""
+    """Everything that the pages are made from.
 
-    archive: Archive
+    ``heads`` are the records without results, newest first, and ``records`` the same in full, of which one is held at a
+    time: a thousand take most of a gigabyte. ``homes`` are the folders that runs may have left logs in. The rest is
+    what ``take`` noted of the records that were gone through.
+    """
+
+    assessments: Sequence[Assessment]
+    heads: Sequence[Record]
+    records: Iterable[Record]
+    unreadable: Sequence[str]
     checks: Sequence[Check]
     homes: Sequence[Path]
     selftest: Path
+    #: The number of results by verdict of each record.
+    counts: list[dict[str, int]] = field(default_factory=list)
+    #: The last results of each family, newest first.
+    past: dict[str, list[tuple[Record, CheckResult]]] = field(default_factory=dict)
+    #: The least headroom of each family in each of the newest records, oldest first.
+    headroom_over_time: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    #: The measurements of phase 8 and those in a unit of time, by check, name and unit, oldest first.
+    times: dict[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=dict)
+    #: How often a check of phase 8 was skipped with a code.
+    codes: Counter[str] = field(default_factory=Counter)
+    _seen: Counter[str] = field(default_factory=Counter)
 
     @cached_property
     def columns(self) -> list[Column]:
-        return [Column(assess(target, self.archive.records, self.checks)) for target in known_targets()]
-
-    @cached_property
-    def records(self) -> list[Record]:
-        return newest_first(self.archive.records)
+        return [Column(assessment) for assessment in self.assessments]
 
     @cached_property
     def families(self) -> dict[str, CheckSpec]:
@@ -61,35 +74,41 @@ class Site:
         specs = {check.spec.family: check.spec for check in self.checks}
         return {family: specs[family] for family in dict.fromkeys(f for column in self.columns for f in column.rows)}
 
-    @cached_property
-    def past(self) -> dict[str, list[tuple[Record, CheckResult]]]:
-        """The last results of each family, newest first."""
-        found: dict[str, list[tuple[Record, CheckResult]]] = {family: [] for family in self.families}
-        for record in self.records:
-            for result in record.results:
-                members = found.get(result.id.rpartition(".")[0])
-                if members is not None and len(members) < _LAST:
-                    members.append((record, result))
-        return found
+    def take(self, head: Record, record: Record) -> None:
+        """Note what the pages of several runs show of this record; older ones follow."""
+        self.counts.append(dict(Counter(str(result.verdict) for result in record.results).most_common()))
+        for result in record.results:
+            family = result.id.rpartition(".")[0]
+            if family in self.families and len(members := self.past.setdefault(family, [])) < _LAST:
+                members.append((head, result))
+        self._seen[record.target] += 1
+        if self._seen[record.target] <= _CHARTED:
+            self._take_headroom(record)
+        self._take_times(record)
 
-    @cached_property
-    def headroom_over_time(self) -> dict[str, list[dict[str, Any]]]:
-        """The least headroom of each family in each of the newest records, oldest first."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        seen: Counter[str] = Counter()
-        for record in self.records:
-            seen[record.target] += 1
-            if seen[record.target] > _CHARTED:
-                continue
-            least: dict[str, float] = {}
-            for result in record.results:
-                if result.tightest is not None and 0 < result.tightest.headroom < math.inf:
-                    family = result.id.rpartition(".")[0]
-                    least[family] = min(least.get(family, math.inf), result.tightest.headroom)
-            for family, value in least.items():
-                point = {"time": record.time_utc, "target": record.target, "value": value, "allowed": 1}
-                found.setdefault(family, []).insert(0, point)
-        return found
+    def _take_headroom(self, record: Record) -> None:
+        least: dict[str, float] = {}
+        for result in record.results:
+            if result.tightest is not None and 0 < result.tightest.headroom < math.inf:
+                family = result.id.rpartition(".")[0]
+                least[family] = min(least.get(family, math.inf), result.tightest.headroom)
+        for family, value in least.items():
+            point = {"time": record.time_utc, "target": record.target, "value": value, "allowed": 1}
+            self.headroom_over_time.setdefault(family, []).insert(0, point)
+
+    def _take_times(self, record: Record) -> None:
+        found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for result in record.results:
+            latency = result.id.startswith("p8.")
+            if latency and result.code:
+                self.codes[result.code] += 1
+            for one in result.measurements:
+                if (latency or one.unit in _TIMES) and math.isfinite(one.measured):
+                    allowed = one.allowed if math.isfinite(one.allowed) else None
+                    point = {"time": record.time_utc, "target": record.target, "value": one.measured}
+                    found.setdefault((result.id, one.name, one.unit), []).append({**point, "allowed": allowed})
+        for key, points in found.items():
+            self.times[key] = points + self.times.get(key, [])
 
 
 def build(site: Site, out: Path) -> int:
@@ -133,9 +152,9 @@ def _pages(site: Site, out: Path) -> Iterator[tuple[str, str]]:
         "describe_subject": describe_subject,
         "built": built,
         "count": count,
-        "newest": site.records[0] if site.records else None,
-        "records": len(site.records),
-        "unreadable": site.archive.unreadable,
+        "newest": site.heads[0] if site.heads else None,
+        "records": len(site.heads),
+        "unreadable": site.unreadable,
         "headline": headline(site.columns),
     }
 
@@ -145,8 +164,14 @@ def _pages(site: Site, out: Path) -> Iterator[tuple[str, str]]:
     def page(template: str, root: str = "", **facts: Any) -> str:
         return environment.get_template(template).render(root=root, **facts)
 
+    for head, record in zip(site.heads, site.records, strict=True):
+        site.take(head, record)
+        facts = {"record": record, "lines": lines(record.results, site.families), "counts": site.counts[-1]}
+        facts["logs"] = _logs(record, site.homes, out / "run")
+        facts["curves"] = [(one.id, charts.plot(one.curves)) for one in record.results if one.curves]
+        yield f"run/{page_name(record.run_id)}.html", page("run.html", "../", **facts)
     yield "index.html", page("matrix.html", **_matrix(site))
-    yield "runs.html", page("runs.html", runs=[(record, _counts(record)) for record in site.records])
+    yield "runs.html", page("runs.html", runs=list(zip(site.heads, site.counts, strict=True)))
     yield "catalogue.html", page("catalogue.html", by_phase=_by_phase(site), ids=_ids(site))
     yield "resources.html", page("resources.html", **_resources(site))
     yield "latency.html", page("latency.html", **_latency(site))
@@ -155,11 +180,6 @@ def _pages(site: Site, out: Path) -> Iterator[tuple[str, str]]:
         yield f"gpu/{column.name}.html", page("gpu.html", "../", **_gpu(column, site))
     for family in site.families:
         yield f"check/{family}.html", page("check.html", "../", **_check(family, site))
-    for record in site.records:
-        facts = {"record": record, "lines": lines(record.results, site.families), "counts": _counts(record)}
-        facts["logs"] = _logs(record, site.homes, out / "run")
-        facts["curves"] = [(one.id, charts.plot(one.curves)) for one in record.results if one.curves]
-        yield f"run/{page_name(record.run_id)}.html", page("run.html", "../", **facts)
 
 
 def _matrix(site: Site) -> dict[str, Any]:
@@ -204,10 +224,6 @@ def _ids(site: Site) -> dict[str, list[Check]]:
     return found
 
 
-def _counts(record: Record) -> dict[str, int]:
-    return dict(Counter(str(result.verdict) for result in record.results).most_common())
-
-
 def _gpu(column: Column, site: Site) -> dict[str, Any]:
     assessment = column.assessment
     runs = {record.run_id: record for record in assessment.used}
@@ -236,7 +252,7 @@ def _absent(column: Column, site: Site) -> list[tuple[CheckSpec, int]]:
 def _check(family: str, site: Site) -> dict[str, Any]:
     checks = [check for check in site.checks if check.spec.family == family]
     cases = [(check, {column.name: column.of_check(check.id) for column in site.columns}) for check in checks]
-    past = site.past[family]
+    past = site.past.get(family, [])
     curved = next((result for _, result in past if result.curves), None)
     trend = _tightest(site.headroom_over_time.get(family, []))
     return {
@@ -293,27 +309,15 @@ def _cell(build: Any, metric: str) -> str:
 
 def _latency(site: Site) -> dict[str, Any]:
     """The measurements of phase 8, and of any check in a unit of time, by family and name."""
-    series: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    codes: Counter[str] = Counter()
-    for record in reversed(site.records):
-        for result in record.results:
-            latency = result.id.startswith("p8.")
-            if latency and result.code:
-                codes[result.code] += 1
-            for one in result.measurements:
-                if (latency or one.unit in _TIMES) and math.isfinite(one.measured):
-                    allowed = one.allowed if math.isfinite(one.allowed) else None
-                    point = {"time": record.time_utc, "target": record.target, "value": one.measured}
-                    series.setdefault((result.id, one.name, one.unit), []).append({**point, "allowed": allowed})
     shown = [
         {"id": key[0], "name": key[1], "unit": key[2], "points": points[-1:], "number": len(points)}
         | {"chart": charts.over_time(points[-_CHARTED * len(site.columns) :], key[2] or key[1])}
-        for key, points in series.items()
+        for key, points in site.times.items()
     ]
     return {
         "kernel": [one for one in shown if one["id"].startswith("p8.")],
         "beside": [one for one in shown if not one["id"].startswith("p8.")],
-        "codes": codes,
+        "codes": site.codes,
         "specs": [spec for spec in site.families.values() if spec.phase == 8],
     }
 
