@@ -72,7 +72,7 @@ class Measurement(Strict):
 
 def _room(one: Measurement) -> float:
     room = one.headroom
-    return room if room == room else -math.inf  # NaN
+    return -math.inf if math.isnan(room) else room
 
 
 class CheckResult(Strict):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 from verify.architectures import known_targets
 from verify.builds import Compilation
@@ -15,9 +18,9 @@ from verify.record import CheckResult, Environment, Gpu, Measurement, Record, Su
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-#: ``verify report`` for ``python -c``: its exit code, processor time and peak memory in MiB end what it says on stderr.
+#: What measures ``verify report``: its exit code, processor time and peak memory in MiB end what it says on stderr.
 #: The peak is that of its own address space; getrusage would hand down that of the process that started it.
-MEASURED_REPORT = """
+_MEASURED_REPORT = """
 import sys, time
 from pathlib import Path
 from verify.cli import main
@@ -26,6 +29,25 @@ code = main(["report", *sys.argv[1:]])
 peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
 print(code, time.process_time(), int(peak) / 1024, file=sys.stderr)
 """
+
+
+class MeasuredReport(NamedTuple):
+    """A report that was made in a process of its own: how it ended, what it took, and what it printed and said."""
+
+    exit_code: float
+    seconds: float
+    mebibytes: float
+    printed: str
+    said: str
+
+
+def measure_report(*words: str, cwd: Path, cache: Path) -> MeasuredReport:
+    """``verify report`` with these words, its processor time and its memory."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TRIATTENTION_CACHE": str(cache)}
+    command = [sys.executable, "-c", _MEASURED_REPORT, *words]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    return MeasuredReport(*map(float, done.stderr.splitlines()[-1].split()), done.stdout, done.stderr)
+
 
 #: A phases package with one family of each kind: plan table hard, beyond it, GPU only, soft with several cases.
 TREE = {
