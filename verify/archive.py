@@ -66,6 +66,14 @@ def read_finished(path: Path) -> Record:
     return record
 
 
+def read_again(path: Path) -> Record:
+    """``read_finished`` of a record that has been counted. Raises ConfigurationError where it is one no more."""
+    try:
+        return read_finished(path)
+    except UnreadableRecord as error:
+        raise ConfigurationError(f"{error}; it changed while it was read, so call again") from error
+
+
 def settle(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     """The files that count, and a sentence for each that does not: the second copy of a run, and runs that disagree.
 

@@ -11,13 +11,14 @@ import math
 import os
 import sqlite3
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from verify.architectures import Target
-from verify.archive import Entry, digest_of_file, paths, read_finished, settle
+from verify.archive import Entry, digest_of_file, paths, read_again, read_finished, settle
 from verify.instrument import digest_of
 from verify.outcome import ConfigurationError
 from verify.record import CheckResult, Record, UnreadableRecord
@@ -118,30 +119,34 @@ class Index:
         query = "SELECT id FROM record JOIN result ON record = number WHERE run_id = ? AND verdict = 'PASS'"
         return {check_id for (check_id,) in self._database.execute(query, (run_id,))}
 
-    def points(self, name: str | None = None, target: str | None = None) -> list[Point]:
-        """Every result, of one check or family and of one target where they are given, oldest first."""
+    def points(self, name: str | None = None, target: str | None = None, last: int | None = None) -> list[Point]:
+        """Every result, of one check or family and of one target where they are given, oldest first.
+
+        With ``last``, those of the newest so many records of each target.
+        """
+        seen: Counter[str] = Counter()
+        chosen: list[tuple[int, Record]] = []
+        for number, head in self._newest_first():
+            seen[head.target] += 1
+            if target in (None, head.target) and (last is None or seen[head.target] <= last):
+                chosen.append((number, head))
         return [
             Point(head.run_id, head.time_utc, head.target, *row)
-            for number, head in sorted(self.heads.items(), key=lambda pair: moment(pair[1]))
-            if target in (None, head.target)
+            for number, head in reversed(chosen)
             for row in self._database.execute(_POINTS, {"record": number, "name": name})
         ]
 
-    def each(self) -> Iterator[Record]:
-        """Every record in full, newest first; none of them is kept."""
-        for number, _ in sorted(self.heads.items(), key=lambda pair: moment(pair[1]), reverse=True):
-            yield self._read.get(number) or self._from_file(number)
+    def files(self) -> list[Path]:
+        """What the records are in, newest first."""
+        return [self._paths[number] for number, _ in self._newest_first()]
+
+    def _newest_first(self) -> list[tuple[int, Record]]:
+        return sorted(self.heads.items(), key=lambda pair: moment(pair[1]), reverse=True)
 
     def _in_full(self, number: int) -> Record:
         if number not in self._read:
-            self._read[number] = self._from_file(number)
+            self._read[number] = read_again(self._paths[number])
         return self._read[number]
-
-    def _from_file(self, number: int) -> Record:
-        try:
-            return read_finished(self._paths[number])
-        except UnreadableRecord as error:
-            raise ConfigurationError(f"{error}; it changed while it was read, so call again") from error
 
 
 @contextmanager

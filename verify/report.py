@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +84,7 @@ def print_matrix(record: Record, console: Console) -> None:
 
 
 def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None) -> int:
-    from verify.site.build import Site, build
+    from verify.site.build import CHARTED, Site, build
 
     if gpu is not None:
         raise ConfigurationError(f"--format html makes the pages of every target; drop --gpu {gpu}")
@@ -96,10 +95,8 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None) -> in
     with open_index(folders) as index:
         assessments = [assess(target, index.records(target), checks) for target in known_targets()]
         heads = newest_first(index.heads.values())
-        gc.freeze()  # what there is stays until the end: to look through it again and again is a tenth of the time
-        pages = build(
-            Site(assessments, heads, index.each(), index.unreadable, checks, homes, reports / "selftest"), site
-        )
+        points, faults = index.points(last=CHARTED), reports / "selftest"
+        pages = build(Site(assessments, heads, index.files(), points, index.unreadable, checks, homes, faults), site)
     print(f"{site / 'index.html'}: {count(pages, 'page')} from {count(len(heads), 'record')}")
     return _told(index.unreadable)
 

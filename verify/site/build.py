@@ -5,64 +5,57 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from verify.checks import PHASES, SKIP_CODES, Check, CheckSpec
-from verify.matrix import bound, built, compiled_words, count, headroom
+from verify.checks import PHASES, Check, CheckSpec
+from verify.index import Point
+from verify.matrix import compiled_words
 from verify.outcome import ConfigurationError
-from verify.record import CheckResult, Record
+from verify.record import Record
 from verify.selftest import matrix
 from verify.site import charts
-from verify.site.view import SHAPES, Bar, Column, across, headline, lines, page_name
-from verify.verdict import Assessment, describe_subject, fill_command, missing_by_phase
+from verify.site.page import Frame
+from verify.site.runs import Notes, Past, write_runs
+from verify.site.view import Column, across, headline, lines
+from verify.verdict import Assessment, fill_command, missing_by_phase
 
 _STATIC = Path(__file__).parent / "static"
 
-#: What a check's page shows of the past: its results, and in its chart the newest records of the tightest targets.
-_LAST, _CHARTED, _TIGHTEST = 12, 12, 5
+#: What the chart of a check's page shows of the past: the newest records of the tightest targets.
+CHARTED, _TIGHTEST = 12, 5
 
-#: Files of a run that its page points at.
-_LOGS = ("*.log", "events.jsonl")
-
-#: Units of time: what has one is shown with the latencies.
-_TIMES = frozenset({"s", "ms", "us", "ns"})
+#: The processes beside, which take 170 MiB each, and how many runs are worth one: it takes half a second to start.
+_PROCESSES, _WORTH = 2, 50
 
 
 @dataclass
 class Site:
     """Everything that the pages are made from.
 
-    ``heads`` are the records without results, newest first, and ``records`` the same in full, of which one is held at a
-    time: a thousand take most of a gigabyte. ``homes`` are the folders that runs may have left logs in. The rest is
-    what ``take`` noted of the records that were gone through.
+    ``heads`` are the records without results, newest first, and ``files`` what they are read from in full.
+    ``homes`` are the folders that runs may have left logs in. ``points`` are the results of the newest records of each
+    target, oldest first, for the charts of headroom.
     """
 
     assessments: Sequence[Assessment]
     heads: Sequence[Record]
-    records: Iterable[Record]
+    files: Sequence[Path]
+    points: Sequence[Point]
     unreadable: Sequence[str]
     checks: Sequence[Check]
     homes: Sequence[Path]
     selftest: Path
-    #: The number of results by verdict of each record.
-    counts: list[dict[str, int]] = field(default_factory=list)
-    #: The last results of each family, newest first.
-    past: dict[str, list[tuple[Record, CheckResult]]] = field(default_factory=dict)
-    #: The least headroom of each family in each of the newest records, oldest first.
-    headroom_over_time: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    #: The measurements of phase 8 and those in a unit of time, by check, name and unit, oldest first.
-    times: dict[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=dict)
-    #: How often a check of phase 8 was skipped with a code.
-    codes: Counter[str] = field(default_factory=Counter)
-    _seen: Counter[str] = field(default_factory=Counter)
 
     @cached_property
     def columns(self) -> list[Column]:
@@ -73,42 +66,6 @@ class Site:
         """By name, in the order of the matrix on a terminal."""
         specs = {check.spec.family: check.spec for check in self.checks}
         return {family: specs[family] for family in dict.fromkeys(f for column in self.columns for f in column.rows)}
-
-    def take(self, head: Record, record: Record) -> None:
-        """Note what the pages of several runs show of this record; older ones follow."""
-        self.counts.append(dict(Counter(str(result.verdict) for result in record.results).most_common()))
-        for result in record.results:
-            family = result.id.rpartition(".")[0]
-            if family in self.families and len(members := self.past.setdefault(family, [])) < _LAST:
-                members.append((head, result))
-        self._seen[record.target] += 1
-        if self._seen[record.target] <= _CHARTED:
-            self._take_headroom(record)
-        self._take_times(record)
-
-    def _take_headroom(self, record: Record) -> None:
-        least: dict[str, float] = {}
-        for result in record.results:
-            if result.tightest is not None and 0 < result.tightest.headroom < math.inf:
-                family = result.id.rpartition(".")[0]
-                least[family] = min(least.get(family, math.inf), result.tightest.headroom)
-        for family, value in least.items():
-            point = {"time": record.time_utc, "target": record.target, "value": value, "allowed": 1}
-            self.headroom_over_time.setdefault(family, []).insert(0, point)
-
-    def _take_times(self, record: Record) -> None:
-        found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-        for result in record.results:
-            latency = result.id.startswith("p8.")
-            if latency and result.code:
-                self.codes[result.code] += 1
-            for one in result.measurements:
-                if (latency or one.unit in _TIMES) and math.isfinite(one.measured):
-                    allowed = one.allowed if math.isfinite(one.allowed) else None
-                    point = {"time": record.time_utc, "target": record.target, "value": one.measured}
-                    found.setdefault((result.id, one.name, one.unit), []).append({**point, "allowed": allowed})
-        for key, points in found.items():
-            self.times[key] = points + self.times.get(key, [])
 
 
 def build(site: Site, out: Path) -> int:
@@ -122,64 +79,56 @@ def build(site: Site, out: Path) -> int:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         made, old = Path(scratch, "new"), Path(scratch, "old")
         shutil.copytree(_STATIC, made)
-        pages = 0
-        for name, text in _pages(site, out):
-            (made / name).parent.mkdir(exist_ok=True)
-            (made / name).write_text(text, encoding="utf-8")
-            pages += 1
+        for folder in ("run", "gpu", "check"):
+            (made / folder).mkdir()
+        with _processes() as beside:
+            for name, text in _pages(site, beside, made, out):
+                (made / name).write_text(text, encoding="utf-8")
+        pages = sum(1 for _ in made.rglob("*.html"))
         if out.exists():
             os.replace(out, old)
         os.replace(made, out)
     return pages
 
 
-def _pages(site: Site, out: Path) -> Iterator[tuple[str, str]]:
-    """The file name and the text of every page."""
-    environment = Environment(
-        loader=PackageLoader("verify.site"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"page": page_name, "bound": bound, "headroom": headroom, "bar": Bar.of}
-    environment.globals |= {
-        "phases": PHASES,
-        "skip_codes": SKIP_CODES,
-        "shapes": (*SHAPES, "none"),
-        "columns": site.columns,
-        "families": site.families,
-        "describe_subject": describe_subject,
-        "built": built,
-        "count": count,
-        "newest": site.heads[0] if site.heads else None,
-        "records": len(site.heads),
-        "unreadable": site.unreadable,
-        "headline": headline(site.columns),
+@contextmanager
+def _processes() -> Iterator[Executor]:
+    """Processes beside this one. When this one is interrupted, they end what they are at and begin no more."""
+    pool = ProcessPoolExecutor(_PROCESSES, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tuple[str, str]]:
+    """The file name and the text of every page but those of the runs, which are written into ``made``.
+
+    Most of the work is in those and in drawing, which holds Python's lock: both are done ``beside``.
+    """
+    frame = Frame(len(site.heads), site.heads[0] if site.heads else None, site.unreadable)
+    write = partial(write_runs, frame, frozenset(site.families), homes=site.homes, made=made / "run", out=out / "run")
+    share = max(_WORTH, math.ceil(len(site.files) / _PROCESSES))
+    runs = [beside.submit(write, site.files[start : start + share]) for start in range(0, len(site.files), share)]
+    trends = {
+        family: beside.submit(charts.over_time, trend, "headroom", log=True)
+        for family, trend in _trends(site.points).items()
     }
-
-    row_start = cache(environment.get_template("macros.html").module.row_start)
-    environment.globals["start_of"] = lambda line, root: row_start(*line.start, root)
-
-    def page(template: str, root: str = "", **facts: Any) -> str:
-        return environment.get_template(template).render(root=root, **facts)
-
-    for head, record in zip(site.heads, site.records, strict=True):
-        site.take(head, record)
-        facts = {"record": record, "lines": lines(record.results, site.families), "counts": site.counts[-1]}
-        facts["logs"] = _logs(record, site.homes, out / "run")
-        facts["curves"] = [(one.id, charts.plot(one.curves)) for one in record.results if one.curves]
-        yield f"run/{page_name(record.run_id)}.html", page("run.html", "../", **facts)
+    page = frame.renderer(columns=site.columns, families=site.families, headline=headline(site.columns))
     yield "index.html", page("matrix.html", **_matrix(site))
-    yield "runs.html", page("runs.html", runs=list(zip(site.heads, site.counts, strict=True)))
     yield "catalogue.html", page("catalogue.html", by_phase=_by_phase(site), ids=_ids(site))
     yield "resources.html", page("resources.html", **_resources(site))
-    yield "latency.html", page("latency.html", **_latency(site))
     yield "faults.html", page("faults.html", **_faults(site.selftest))
     for column in site.columns:
         yield f"gpu/{column.name}.html", page("gpu.html", "../", **_gpu(column, site))
+    notes = Notes()
+    for some in runs:
+        notes.add(some.result())
+    yield "runs.html", page("runs.html", runs=list(zip(site.heads, notes.counts, strict=True)))
+    yield "latency.html", page("latency.html", **_latency(site, notes))
     for family in site.families:
-        yield f"check/{family}.html", page("check.html", "../", **_check(family, site))
+        trend = trends[family].result() if family in trends else ""
+        yield f"check/{family}.html", page("check.html", "../", trend=trend, **_check(family, site, notes.past))
 
 
 def _matrix(site: Site) -> dict[str, Any]:
@@ -249,12 +198,11 @@ def _absent(column: Column, site: Site) -> list[tuple[CheckSpec, int]]:
     return [(site.families[family], number) for family, number in absent.items()]
 
 
-def _check(family: str, site: Site) -> dict[str, Any]:
+def _check(family: str, site: Site, noted: Mapping[str, Sequence[Past]]) -> dict[str, Any]:
     checks = [check for check in site.checks if check.spec.family == family]
     cases = [(check, {column.name: column.of_check(check.id) for column in site.columns}) for check in checks]
-    past = site.past.get(family, [])
-    curved = next((result for _, result in past if result.curves), None)
-    trend = _tightest(site.headroom_over_time.get(family, []))
+    past = noted.get(family, ())
+    curved = next((one.result for one in past if one.result.curves), None)
     return {
         "spec": site.families[family],
         "node": checks[0].node.partition("[")[0],
@@ -264,8 +212,19 @@ def _check(family: str, site: Site) -> dict[str, Any]:
         "past": past,
         "curved": curved,
         "plot": charts.plot(curved.curves) if curved else "",
-        "trend": charts.over_time(trend, "headroom", log=True) if trend else "",
     }
+
+
+def _trends(points: Sequence[Point]) -> dict[str, list[dict[str, Any]]]:
+    """By family, the least headroom of each record of the targets that a chart of it shows, oldest first."""
+    least: dict[str, dict[str, dict[str, Any]]] = {}
+    for one in points:
+        if one.share:
+            of_runs = least.setdefault(one.id.rpartition(".")[0], {})
+            point = {"time": one.time_utc, "target": one.target, "value": 1 / one.share, "allowed": 1}
+            of_runs[one.run_id] = min(of_runs.get(one.run_id, point), point, key=itemgetter("value"))
+    shown = {family: _tightest(list(of_runs.values())) for family, of_runs in least.items()}
+    return {family: trend for family, trend in shown.items() if trend}
 
 
 def _tightest(trend: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -307,17 +266,17 @@ def _cell(build: Any, metric: str) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _latency(site: Site) -> dict[str, Any]:
+def _latency(site: Site, notes: Notes) -> dict[str, Any]:
     """The measurements of phase 8, and of any check in a unit of time, by family and name."""
     shown = [
         {"id": key[0], "name": key[1], "unit": key[2], "points": points[-1:], "number": len(points)}
-        | {"chart": charts.over_time(points[-_CHARTED * len(site.columns) :], key[2] or key[1])}
-        for key, points in site.times.items()
+        | {"chart": charts.over_time(points[-CHARTED * len(site.columns) :], key[2] or key[1])}
+        for key, points in notes.times.items()
     ]
     return {
         "kernel": [one for one in shown if one["id"].startswith("p8.")],
         "beside": [one for one in shown if not one["id"].startswith("p8.")],
-        "codes": site.codes,
+        "codes": notes.codes,
         "specs": [spec for spec in site.families.values() if spec.phase == 8],
     }
 
@@ -331,11 +290,3 @@ def _faults(folder: Path) -> dict[str, Any]:
         except ConfigurationError as error:
             wrong.append(str(error))
     return {"matrices": matrices, "wrong": wrong}
-
-
-def _logs(record: Record, homes: Sequence[Path], page: Path) -> list[tuple[str, str]]:
-    """The name of each log that the run left behind, and the way there from its page."""
-    if Path(record.run_id).name != record.run_id:
-        return []
-    kept = [path for home in homes for pattern in _LOGS for path in sorted((home / record.run_id).glob(pattern))]
-    return [(path.name, Path(os.path.relpath(path, page)).as_posix()) for path in kept]

@@ -6,12 +6,11 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from verify.architectures import EMULATED, Architecture, Target
-from verify.checks import CheckSpec
 from verify.matrix import COMPILED, NOT_RUN, Row, bound, headroom, rows
 from verify.record import FAILING, CheckResult, Measurement, Record, Verdict
 from verify.verdict import Assessment, TargetVerdict
@@ -179,9 +178,7 @@ class Line:
         return result.id, family, result.gate, self.word, note, self.shape, self.tone, self.known
 
 
-def lines(
-    results: Iterable[CheckResult], families: Mapping[str, CheckSpec], column: Column | None = None
-) -> list[Line]:
+def lines(results: Iterable[CheckResult], families: Container[str], column: Column | None = None) -> list[Line]:
     """The rows of ``results``, as they count for the target of ``column`` where there is one."""
     found = []
     for result in results:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -18,35 +23,47 @@ from verify.record import CheckResult, Environment, Gpu, Measurement, Record, Su
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-#: What measures ``verify report``: its exit code, processor time and peak memory in MiB end what it says on stderr.
-#: The peak is that of its own address space; getrusage would hand down that of the process that started it.
-_MEASURED_REPORT = """
-import sys, time
-from pathlib import Path
-from verify.cli import main
-
-code = main(["report", *sys.argv[1:]])
-peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
-print(code, time.process_time(), int(peak) / 1024, file=sys.stderr)
-"""
-
 
 class MeasuredReport(NamedTuple):
-    """A report that was made in a process of its own: how it ended, what it took, and what it printed and said."""
+    """A report as a user calls it, and what it took: all its processes together, their memory every 50 ms."""
 
-    exit_code: float
-    seconds: float
+    exit_code: int
+    processor_s: float
+    wall_s: float
     mebibytes: float
     printed: str
     said: str
 
 
 def measure_report(*words: str, cwd: Path, cache: Path) -> MeasuredReport:
-    """``verify report`` with these words, its processor time and its memory."""
+    """``verify report`` with these words. A page of memory that processes share counts once."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TRIATTENTION_CACHE": str(cache)}
-    command = [sys.executable, "-c", _MEASURED_REPORT, *words]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    return MeasuredReport(*map(float, done.stderr.splitlines()[-1].split()), done.stdout, done.stderr)
+    before, start, peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
+        command = [sys.executable, "-m", "verify", "report", *words]
+        with subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=printed, stderr=said, start_new_session=True
+        ) as report:
+            while report.poll() is None:
+                if time.monotonic() - start > 120:
+                    os.killpg(report.pid, signal.SIGKILL)
+                peak_kib = max(peak_kib, _memory_kib(report.pid))
+                time.sleep(0.05)
+        wall_s, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        for stream in (printed, said):
+            stream.seek(0)
+        return MeasuredReport(report.returncode, processor_s, wall_s, peak_kib / 1024, printed.read(), said.read())
+
+
+def _memory_kib(session: int) -> int:
+    """The proportional set size of every process of a session."""
+    found = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):  # gone meanwhile
+            if os.getsid(int(process.name)) == session:
+                found += int((process / "smaps_rollup").read_text().partition("\nPss:")[2].split()[0])
+    return found
 
 
 #: A phases package with one family of each kind: plan table hard, beyond it, GPU only, soft with several cases.
