@@ -7,6 +7,7 @@ of each may be its class B budget, so a fault has to be the same in both to hide
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from verify import check, oracle, skip
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 _CASES = dict(zip(PATHS, PATHS, strict=True))
 _EXAMPLES = 8
+
+#: A score that ignores phases is off by more than so many times what is allowed; the turn that shows it best is taken
+#: of so many, because one may leave the score of an only key nearly where it was.
+_NOT_LITTLE, _TURNS = 10, 4
 
 _BOTH = "The sum of the class B budgets of the scores compared"
 _FAMILY: dict[str, Any] = {"gate": "hard", "needs": ("p1.identity", "p1.triton"), "timeout_s": 180}
@@ -37,6 +42,20 @@ def _draw(seed: int) -> np.random.Generator:
     import numpy as np
 
     return np.random.default_rng(seed)
+
+
+def _turned(problem: Problem, random: np.random.Generator) -> tuple[float, Problem, np.ndarray, np.ndarray]:
+    """How often what is allowed goes into the most that a score changes, when the phases of the keys are turned; the
+    problem with turned keys; the change of its scores; and what is allowed.
+    """
+    import numpy as np
+
+    case = problem.case
+    turn = np.exp(1j * random.uniform(0.5, 2.5, case.k0.shape))
+    turned = _rekeyed(problem, oracle.rotated(case.k0 * turn, case.positions, case.omega, problem.shape.style))
+    change = oracle.scores(turned.case) - oracle.scores(case)
+    allowed = budget_b(case) + budget_b(turned.case)
+    return (abs(change) / allowed).max(), turned, change, allowed
 
 
 def _rekeyed(problem: Problem, keys: np.ndarray, **parts: Any) -> Problem:
@@ -84,21 +103,15 @@ def test_shift(case: str, subject: Subject, device: str, seed: int, measure) -> 
     "p4.key_phase", cases=_CASES, **_FAMILY,
     claim="Turning the phase of the keys changes the scores by what the oracle predicts, which is not little.",
     reason="A score of norms alone is plausible, and it is not this method.",
-    tolerance=f"{_BOTH}, for the change; the predicted change is at least 1 % of T for some key.",
+    tolerance=f"{_BOTH}, for the change; for some key the predicted change is 10 times that.",
     remedy="Check that the two parts of a pair are paired as rope_style says, and the sign of the phase.",
 )  # fmt: skip
 def test_key_phase(case: str, subject: Subject, device: str, seed: int, measure) -> None:
-    import numpy as np
-
     for shape in drawn(seed, _EXAMPLES, dtype=("float32",)):
-        here = make(shape, seed, device)
-        turn = np.exp(1j * _draw(seed).uniform(0.5, 2.5, here.case.k0.shape))
-        keys = oracle.rotated(here.case.k0 * turn, here.case.positions, here.case.omega, shape.style)
-        there = _rekeyed(here, keys)
-        predicted = oracle.scores(there.case) - oracle.scores(here.case)
-        assert (abs(predicted) > 0.01 * oracle.term_sum(here.case)).any(), "the turn is too small to test anything"
+        here, random = make(shape, seed, device), _draw(seed)
+        times, there, predicted, allowed = max((_turned(here, random) for _ in range(_TURNS)), key=itemgetter(0))
+        assert times > _NOT_LITTLE, f"no turn of the keys of {shape.told()} can be told from none; draw more turns"
         change = _scores(subject, case, there) - _scores(subject, case, here)
-        allowed = budget_b(here.case) + budget_b(there.case)
         measure("change off the predicted one", over(change - predicted, allowed), 1.0, where=_where(case, shape))
 
 
