@@ -137,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code; a ConfigurationError is one line on stderr and exit 3."""
+    """Run one verb and return its exit code; one line on stderr for a ConfigurationError, 3, and an interruption, 2."""
     chosen = parser().parse_args(arguments)
     try:
         code = _VERBS[chosen.verb](chosen)
@@ -146,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"verify: {error}", file=sys.stderr)
         return EXIT_CONFIGURATION
+    except KeyboardInterrupt:
+        print(f"verify: {chosen.verb} was interrupted; call it again", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # the reader (head, less) left; point stdout at nothing so that the interpreter's last flush is silent
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

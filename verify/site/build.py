@@ -13,7 +13,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,15 @@ def build(site: Site, out: Path) -> int:
 
 @contextmanager
 def _processes() -> Iterator[Executor]:
-    """Processes beside this one. When this one is interrupted, they end what they are at and begin no more."""
+    """Processes beside this one, which end when it is interrupted."""
+    # a key of the terminal interrupts them too, and this one speaks for all
     pool = ProcessPoolExecutor(_PROCESSES, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield pool
+    except BaseException:
+        for process in active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

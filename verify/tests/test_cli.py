@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,21 @@ def test_a_reader_who_leaves_early_is_no_failure(tree: Path, form: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(samples.REPOSITORY)}
     done = subprocess.run(["bash", "-c", line], cwd=tree, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_interrupted_it_says_so_and_leaves_nothing_behind(tree: Path) -> None:
+    command = [sys.executable, "-m", "verify", "report", "--format", "html", "--out", "pages/site"]
+    with subprocess.Popen(
+        command, cwd=tree, env=os.environ | {"PYTHONPATH": str(samples.REPOSITORY)}, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    ) as report:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not list(tree.glob("pages/.site.*/new/gpu")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(report.pid, signal.SIGINT)  # as a terminal does
+        told = report.communicate(timeout=60)[1]
+    assert (report.returncode, told) == (2, "verify: report was interrupted; call it again\n")
+    assert not list((tree / "pages").iterdir())
 
 
 def test_gates_lists_every_family(tree: Path) -> None:
