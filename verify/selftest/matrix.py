@@ -54,6 +54,14 @@ class Row(Strict):
     def killers(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.outcome is Outcome.KILLED]
 
+    @property
+    def caught_by(self) -> list[str]:
+        """The checks that killed it, where several are of one family that with their number: ``p4.gqa (2)``."""
+        families: dict[str, list[str]] = {}
+        for cell in self.killers:
+            families.setdefault(cell.check.rpartition(".")[0], []).append(cell.check)
+        return [ids[0] if len(ids) == 1 else f"{family} ({len(ids)})" for family, ids in families.items()]
+
 
 class Matrix(Strict):
     """Every row of one selftest; ``idle`` are the families of checks that killed nothing in it."""
@@ -68,8 +76,8 @@ class Matrix(Strict):
     rows: list[Row]
     idle: list[str]
 
-    def of(self, outcome: Outcome) -> list[Row]:
-        return [row for row in self.rows if row.outcome is outcome]
+    def of(self, outcome: Outcome | str) -> list[Row]:
+        return [row for row in self.rows if row.outcome == outcome]
 
 
 def write(matrix: Matrix, path: Path) -> None:

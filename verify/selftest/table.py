@@ -97,7 +97,7 @@ def _table(matrix: Matrix, width: int) -> Table:
 
 def _killers(row: Row) -> str:
     if row.killers:
-        return ", ".join(cell.check for cell in row.killers)
+        return ", ".join(row.caught_by)
     return ", ".join(f"{cell.check}: {cell.verdict}" for cell in row.cells)
 
 
