@@ -168,6 +168,7 @@ def test_interrupted_it_says_so_and_leaves_nothing_behind(tree: Path) -> None:
     with subprocess.Popen(
         command, cwd=tree, env=os.environ | {"PYTHONPATH": str(samples.REPOSITORY)}, stderr=subprocess.PIPE,
         text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts with & ignores it
     ) as report:  # fmt: skip
         deadline = time.monotonic() + 60
         while not list(tree.glob("pages/.site.*/new/gpu")) and time.monotonic() < deadline:
