@@ -35,12 +35,23 @@ class Cell(Strict):
 
 
 class Row(Strict):
-    """One fault, with a cell for each check that it was tried against."""
+    """One fault, with a cell for each check that it was tried against.
+
+    Where one of them caught it, checks that passed and claim nothing of the kind are a number: ``passed``.
+    """
 
     id: str
     what: str
     cells: list[Cell]
     duration_s: float = Field(ge=0)
+    passed: int = 0
+
+    def without_bystanders(self, claims: Set[str]) -> Row:
+        """The same with those that passed, and whose ids are not in ``claims``, counted. One not caught is as it is."""
+        if self.outcome is not Outcome.KILLED:
+            return self
+        cells = [cell for cell in self.cells if cell.outcome is not Outcome.SURVIVED or cell.check in claims]
+        return self.model_copy(update={"cells": cells, "passed": len(self.cells) - len(cells)})
 
     @property
     def outcome(self) -> Outcome:

@@ -84,6 +84,9 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
             rows = _tried(bench, plan, jobs or len(os.sched_getaffinity(0)))
         except Interrupted:
             return EXIT_INTERRUPTED
+    if choice.full is not None:
+        claims = [{check.id for check in fault.claimed(checks)} for fault, _ in plan]
+        rows = [row.without_bystanders(claimed) for row, claimed in zip(rows, claims, strict=True)]
     matrix = Matrix(
         time_utc=utc_now(), subject=bench.surroundings.subject_info,
         instrument_sha256=bench.surroundings.instrument_sha256, versions=bench.versions,

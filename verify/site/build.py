@@ -116,8 +116,7 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     share = max(_WORTH, math.ceil(len(site.files) / _PROCESSES))
     runs = [beside.submit(write, site.files[start : start + share]) for start in range(0, len(site.files), share)]
     trends = {
-        family: beside.submit(charts.over_time, trend, "headroom", log=True)
-        for family, trend in _trends(site.points).items()
+        family: beside.submit(charts.over_time, trend, "headroom", log=True) for family, trend in _trends(site).items()
     }
     page = frame.renderer(columns=site.columns, families=site.families, headline=headline(site.columns))
     yield "index.html", page("matrix.html", **_matrix(site))
@@ -129,7 +128,7 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     notes = Notes()
     for some in runs:
         notes.add(some.result())
-    yield "runs.html", page("runs.html", runs=list(zip(site.heads, notes.counts, strict=True)))
+    yield "runs.html", page("runs.html", runs=[(head, notes.counts[head.run_id]) for head in site.heads])
     yield "latency.html", page("latency.html", **_latency(site, notes))
     for family in site.families:
         trend = trends[family].result() if family in trends else ""
@@ -220,13 +219,14 @@ def _check(family: str, site: Site, noted: Mapping[str, Sequence[Past]]) -> dict
     }
 
 
-def _trends(points: Sequence[Point]) -> dict[str, list[dict[str, Any]]]:
+def _trends(site: Site) -> dict[str, list[dict[str, Any]]]:
     """By family, the least headroom of each record of the targets that a chart of it shows, oldest first."""
     least: dict[str, dict[str, dict[str, Any]]] = {}
-    for one in points:
-        if one.share:
-            of_runs = least.setdefault(one.id.rpartition(".")[0], {})
-            point = {"time": one.time_utc, "target": one.target, "value": 1 / one.share, "allowed": 1}
+    for one in site.points:
+        family, room = one.id.rpartition(".")[0], 1 / one.share if one.share else math.inf
+        if family in site.families and 0 < room < math.inf:  # a log scale has no other
+            of_runs = least.setdefault(family, {})
+            point = {"time": one.time_utc, "target": one.target, "value": room, "allowed": 1}
             of_runs[one.run_id] = min(of_runs.get(one.run_id, point), point, key=itemgetter("value"))
     shown = {family: _tightest(list(of_runs.values())) for family, of_runs in least.items()}
     return {family: trend for family, trend in shown.items() if trend}

@@ -24,10 +24,10 @@ class Frame:
     newest: Record | None
     unreadable: Sequence[str]
 
-    def renderer(self, **facts: Any) -> Callable[..., str]:
+    def renderer(self, **common: Any) -> Callable[..., str]:
         """What makes the text of a page of a template's name, the way to the site's root, and the facts it tells.
 
-        ``facts`` are for every page.
+        Every page knows ``common``, too.
         """
         environment = Environment(
             loader=PackageLoader("verify.site"),
@@ -47,7 +47,7 @@ class Frame:
             "newest": self.newest,
             "records": self.records,
             "unreadable": self.unreadable,
-            **facts,
+            **common,
         }
         row_start = cache(environment.get_template("macros.html").module.row_start)
         environment.globals["start_of"] = lambda line, root: row_start(*line.start, root)

@@ -39,8 +39,8 @@ class Past(NamedTuple):
 class Notes:
     """What the pages of several runs show of them; the runs are taken newest first."""
 
-    #: The number of results by verdict of each.
-    counts: list[dict[str, int]] = field(default_factory=list)
+    #: The number of results by verdict of each, by its id.
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
     #: The last results of each family, newest first.
     past: dict[str, list[Past]] = field(default_factory=dict)
     #: The measurements of phase 8 and those in a unit of time, by check, name and unit, oldest first.
@@ -50,7 +50,7 @@ class Notes:
 
     def add(self, older: Notes) -> None:
         """Go on with runs that are older than all that were taken."""
-        self.counts += older.counts
+        self.counts |= older.counts
         for family, members in older.past.items():
             own = self.past.setdefault(family, [])
             own += members[: LAST - len(own)]
@@ -76,7 +76,7 @@ def write_runs(
             "../",
             record=record,
             lines=lines(record.results, families),
-            counts=noted.counts[0],
+            counts=noted.counts[record.run_id],
             logs=_logs(record, homes, out),
             curves=[(one.id, charts.plot(one.curves)) for one in record.results if one.curves],
         )
@@ -87,7 +87,7 @@ def write_runs(
 
 def _noted(record: Record, families: Set[str]) -> Notes:
     counts = Counter(str(result.verdict) for result in record.results)
-    notes = Notes([dict(counts.most_common())])
+    notes = Notes({record.run_id: dict(counts.most_common())})
     for result in record.results:
         family, latency = result.id.rpartition(".")[0], result.id.startswith("p8.")
         if family in families:

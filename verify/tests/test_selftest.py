@@ -168,6 +168,16 @@ def test_a_sample_of_the_quick_layers_is_caught_and_kept(tmp_path: Path) -> None
     assert all(took[row.id] == row.duration_s for row in matrix.rows if row.id.startswith(("kernel", "scoring")))
 
 
+def test_bystanders_of_a_fault_that_was_caught_are_counted() -> None:
+    outcomes = {"p4.a.one": "killed", "p4.b.one": "survived", "p4.c.one": "survived", "p4.d.one": "not run"}
+    cells = [Cell(check=check, outcome=outcome, verdict="PASS") for check, outcome in outcomes.items()]
+    row = Row(id="scoring.sample", what="A sample.", cells=cells, duration_s=0)
+    short = row.without_bystanders({"p4.b.one"})
+    assert ([cell.check for cell in short.cells], short.passed) == (["p4.a.one", "p4.b.one", "p4.d.one"], 1)
+    uncaught = row.model_copy(update={"cells": cells[1:]})
+    assert uncaught.without_bystanders(set()) == uncaught
+
+
 def test_calls_run_side_by_side_but_for_those_that_are_to_be_alone() -> None:
     running, most = Counter(), Counter()
 

@@ -163,6 +163,15 @@ def test_a_check_that_fails_on_one_gpu_only_says_so(site: Path) -> None:
     assert across({}) == "No target has a result that counts."
 
 
+def test_a_chart_of_headroom_has_what_a_log_scale_can_show(site: Path, tmp_path: Path) -> None:
+    assert "Least headroom over time" in text(site, "check/p4.oracle.html")
+    wrong = [measured(float("inf"), 1), measured(-1, 1)]
+    failed = [result("p4.oracle.n1", "FAIL", message="x", measurements=one) for one in wrong]
+    found = [record("sm90", [one], day=day) for one in failed for day in (1, 2)]
+    found = [one.model_copy(update={"run_id": f"run-{number}"}) for number, one in enumerate(found)]
+    assert "Least headroom over time" not in text(made(tmp_path, found), "check/p4.oracle.html")
+
+
 def test_a_run_shows_its_logs_and_how_to_repeat_a_failure(site: Path) -> None:
     told = text(site, "run/run-sm120-3.html")
     assert '<a href="../../runs/run-sm120-3/server.log">server.log</a>' in told
