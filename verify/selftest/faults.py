@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -24,6 +24,12 @@ LAYERS = (
 FAULTS, WRAPPERS = (Path(__file__).with_name(name) for name in ("faults", "wrappers"))
 
 _END = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT})
+
+
+class _File(Strict):
+    """One file of faults before they are read: ``[[fault]]`` tables, and nothing beside them."""
+
+    fault: list[dict[str, Any]] = Field(default_factory=list)
 
 
 class Edit(Strict):
@@ -104,7 +110,10 @@ class Fault(Strict):
             raise ValueError("plant it by edits, by a wrapper or in records, and only by one of them")
         if not self.verdicts <= _END:
             raise ValueError(f"verdicts may be {', '.join(sorted(_END))}")
-        re.compile(self.says)
+        try:
+            re.compile(self.says)
+        except re.error as error:
+            raise ValueError(f"says is no regular expression ({error})") from error
         return self
 
     def edits_of(self, subject: str) -> tuple[Edit, ...]:
@@ -131,6 +140,8 @@ def load_faults(folder: Path = FAULTS) -> tuple[Fault, ...]:
 
     Raises ConfigurationError naming the file and the fault that breaks a rule, or whose id is taken.
     """
+    if strays := sorted({path.stem for path in folder.glob("*.toml")} - {*LAYERS}):
+        raise ConfigurationError(f"{strays[0]}.toml is the file of no layer; name it after one: {', '.join(LAYERS)}")
     faults: dict[str, Fault] = {}
     for layer in LAYERS:
         path = folder / f"{layer}.toml"
@@ -138,20 +149,25 @@ def load_faults(folder: Path = FAULTS) -> tuple[Fault, ...]:
             try:
                 fault = Fault.model_validate({"layer": layer, **entry})
             except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(str(part) for part in first["loc"]) or "fault"
-                name = entry.get("name", f"number {number}")
-                raise ConfigurationError(f"{path.name}, {name}: {place}: {first['msg']}; correct it there") from error
+                raise _wrong(f"{path.name}, {entry.get('name', f'number {number}')}", error) from error
             if fault.id in faults:
                 raise ConfigurationError(f"{path.name} has two faults named {fault.name}; rename one")
             faults[fault.id] = fault
     return tuple(faults.values())
 
 
-def _entries(path: Path) -> list[Mapping[str, object]]:
+def _entries(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return tomllib.loads(path.read_text("utf-8")).get("fault", [])
-    except tomllib.TOMLDecodeError as error:
+        return _File.model_validate(tomllib.loads(path.read_text("utf-8"))).fault
+    except ValidationError as error:
+        raise _wrong(path.name, error) from error
+    except ValueError as error:  # bytes that are no UTF-8, or a text that is no TOML
         raise ConfigurationError(f"{path.name} is no TOML ({error}); correct it there") from error
+
+
+def _wrong(what: str, error: ValidationError) -> ConfigurationError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "fault"
+    return ConfigurationError(f"{what}: {place}: {first['msg']}; correct it there")

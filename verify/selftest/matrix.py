@@ -92,7 +92,11 @@ class Matrix(Strict):
 
 
 def write(matrix: Matrix, path: Path) -> None:
-    write_atomic(path, matrix.model_dump_json(indent=1) + "\n")
+    """Raises ConfigurationError where the file cannot be written."""
+    try:
+        write_atomic(path, matrix.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written ({error.strerror}); choose another --out") from error
 
 
 def read(path: Path) -> Matrix:

@@ -59,7 +59,8 @@ def print_matrix(matrix: Matrix, form: str, path: Path | None) -> None:
         from verify.exports import markdown_table
 
         body = [[f"`{row.id}`", row.what, row.outcome, _killers(row)] for row in matrix.rows]
-        print(markdown_table(["fault", "what", "outcome", "by"], body), end="")
+        print(markdown_table(["fault", "what", "outcome", "by"], body))
+        print("\n".join(f"* {sentence}" for sentence in _sentences(matrix)))
         return
     from verify.terminal import PipeConsole
 
@@ -109,12 +110,12 @@ def _sentences(matrix: Matrix) -> list[str]:
     lines += [f"not tried {row.id}: {_killers(row)}" for row in unrun]
     lines += [f"claims too much: {claim} does not catch {fault}" for fault, claim in false_claims(matrix)]
     if matrix.selection == "everything" and matrix.idle:
-        lines.append(f"Checks that catch none of them: {', '.join(matrix.idle)}.")
+        lines.append(f"Caught none of them, or met none: {', '.join(matrix.idle)}.")
     return lines
 
 
 def false_claims(matrix: Matrix) -> list[tuple[str, str]]:
-    """Pairs of a fault and a check or family that says it catches it, and was tried, and does not."""
+    """Pairs of a fault and a check, or a family, that claims to catch it, met it, and did not."""
     faults, found = {fault.id: fault for fault in load_faults()}, []
     for row in matrix.rows:
         for claim in faults[row.id].kills:

@@ -6,6 +6,7 @@ import importlib
 import os
 import random
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,10 @@ _MODEL = "embedded"
 #: The checks of these phases start several servers; two such faults side by side would starve each other.
 _ALONE = frozenset({7})
 
+#: What a sample is drawn from where no layer is named. A fault of the vLLM plugin needs servers with it and without it,
+#: which takes the three minutes that a whole sample may.
+_SAMPLED = tuple(layer for layer in LAYERS if layer != "vllm")
+
 T = TypeVar("T")
 
 
@@ -63,16 +68,20 @@ class Choice:
 def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out: Path | None) -> int:
     """Try the chosen faults, write the matrix, print it, and return the exit code.
 
-    0 every fault that could be tried was caught; 1 one was not, or a check that should catch it fails without it; 2
-    interrupted, and what was tried is kept. Raises ConfigurationError for a selection that names nothing, and for a
-    fault that no longer applies.
+    0 every fault that could be tried was caught, by all that claim it; 1 one was not, or a check that should catch it
+    fails without it; 2 interrupted, and what was tried is kept. Raises ConfigurationError for a subject that is no
+    checkout, a selection that names nothing, a fault that no longer applies, and an ``out`` that cannot be written.
     """
-    from verify.selftest.table import print_matrix
+    from verify.selftest.table import false_claims, print_matrix
 
     if jobs is not None and jobs < 1:
         raise ConfigurationError(f"--jobs {jobs} tries nothing; give 1 or more")
+    if out is not None and out.is_dir():
+        raise ConfigurationError(f"--out {out} is a folder; name a file")
     root = repository_root()
     subject = find_subject(subject_name, root)
+    if not (subject.name == "bundled" or subject.source.startswith("checkout:")):
+        raise ConfigurationError(f"--subject {subject_name} cannot be copied; give bundled, or the path of a checkout")
     faults = chosen(choice, [fault for fault in load_faults() if fault.fits(subject_key(subject))])
     checks = list(catalogue())
     plan = [(fault, _checks_for(fault, choice, checks)) for fault in faults]
@@ -83,6 +92,7 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
         try:
             rows = _tried(bench, plan, jobs or len(os.sched_getaffinity(0)))
         except Interrupted:
+            print("verify: interrupted; what was tried is kept, and the same command goes on from it", file=sys.stderr)
             return EXIT_INTERRUPTED
     if choice.full is not None:
         claims = [{check.id for check in fault.claimed(checks)} for fault, _ in plan]
@@ -93,10 +103,11 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
         selection=choice.words, seed=choice.seed, rows=rows, idle=_idle(rows, checks),
     )  # fmt: skip
     path = out or root / FOLDER / f"{subject_key(subject)}{'.full' if choice.full is not None else ''}.json"
-    if out is not None or not choice.partial:
+    kept = out is not None or not choice.partial
+    if kept:
         write(matrix, path)
-    print_matrix(matrix, form, path if path.exists() and (out or not choice.partial) else None)
-    return EXIT_SURVIVED if any(map(_uncaught, rows)) else EXIT_OK
+    print_matrix(matrix, form, path if kept else None)
+    return EXIT_SURVIVED if any(map(_uncaught, rows)) or false_claims(matrix) else EXIT_OK
 
 
 def _uncaught(row: Row) -> bool:
@@ -109,16 +120,20 @@ def _uncaught(row: Row) -> bool:
 def chosen(choice: Choice, faults: Sequence[Fault]) -> list[Fault]:
     """The faults that ``only`` names by id or layer, and of those a seeded sample that is spread over the layers.
 
+    A sample has faults of the vLLM plugin only where ``only`` names them.
     Raises ConfigurationError for a name that is neither, and for a selection without a fault.
     """
     known = {*LAYERS, *(fault.id for fault in faults)}
     if unknown := [name for name in choice.only if name not in known]:
+        meant = "".join(f", such as {fault.id}" for fault in faults if fault.name == unknown[0])
         raise ConfigurationError(
-            f"--only {unknown[0]} is no planted fault of this subject; give an id, or a layer: {', '.join(LAYERS)}"
+            f"--only {unknown[0]} is no planted fault of this subject; give an id{meant}, or a layer: "
+            f"{', '.join(LAYERS)}"
         )
     if choice.sample is not None and choice.sample < 1:
         raise ConfigurationError(f"--sample {choice.sample} is no fault; give 1 or more")
-    found = [fault for fault in faults if not choice.only or {fault.id, fault.layer} & {*choice.only}]
+    wanted = {*(choice.only or (LAYERS if choice.sample is None else _SAMPLED))}
+    found = [fault for fault in faults if {fault.id, fault.layer} & wanted]
     if not found:
         raise ConfigurationError("no fault can be planted in this subject; give it edits in verify/selftest/faults/")
     if choice.sample is None:

@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 
 from verify.checks import catalogue
+from verify.manifest import utc_now
 from verify.outcome import ConfigurationError
 from verify.record import Verdict
 from verify.request import repository_root
 from verify.selftest import LAYERS, Fault, load_faults
 from verify.selftest.bench import Interrupted, caught
-from verify.selftest.matrix import FOLDER, Cell, Outcome, Row, caught_by, read
+from verify.selftest.matrix import FOLDER, Cell, Matrix, Outcome, Row, caught_by, read
 from verify.selftest.plant import copy_of, edited
 from verify.selftest.records import good_record, judge
+from verify.selftest.table import false_claims
 from verify.selftest.verb import Choice, _side_by_side, chosen
 from verify.subject import PACKAGE, find_subject
 
@@ -115,6 +117,54 @@ def test_the_record_that_is_tampered_with_is_good_itself(target: str) -> None:
     assert good_record(target).target == target
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("kernel.toml", b"fault = 3", "kernel.toml: fault: Input should be a valid list"),
+        ("kernel.toml", b"[[faults]]", "kernel.toml: faults: Extra inputs are not permitted"),
+        ("kernel.toml", b"fault =", "kernel.toml is no TOML"),
+        ("kernel.toml", b"fault = '\xff'", "kernel.toml is no TOML"),
+        ("kernels.toml", b"", "kernels.toml is the file of no layer; name it after one: kernel, scoring"),
+        ("kernel.toml", b"[[fault]]\nname = 'a'", "kernel.toml, a: what: Field required"),
+        (
+            "kernel.toml",
+            b"[[fault]]\nname = 'a'\nwhat = 'b'\nkills = ['c']\nsays = '('\nrecords = [{target = 'd'}]",
+            r"kernel.toml, a: fault: Value error, says is no regular expression \(missing \)",
+        ),
+    ],
+)
+def test_a_mistake_in_a_file_of_faults_is_one_sentence(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=message):
+        load_faults(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--subject", "module:json"], "--subject module:json cannot be copied; give bundled, or the path of"),
+        (["--out", "."], "--out . is a folder; name a file"),
+    ],
+)
+def test_what_cannot_be_tried_or_kept_is_said_at_once(tmp_path: Path, words: list[str], sentence: str) -> None:
+    run = _selftest(tmp_path, *words)
+    assert run.returncode == 3
+    assert sentence in run.stderr
+
+
+def test_a_claim_that_does_not_hold_is_found_beside_one_that_does() -> None:
+    fault = next(fault for fault in load_faults() if len(fault.kills) > 1 and not fault.records)
+    holds, fails = fault.kills[:2]
+    cells = [Cell(check=holds, outcome="killed", verdict="FAIL"), Cell(check=fails, outcome="survived", verdict="PASS")]
+    row = Row(id=fault.id, what=fault.what, cells=cells, duration_s=0)
+    matrix = Matrix(
+        time_utc=utc_now(), subject=good_record("sm120").subject, instrument_sha256="0" * 64, versions={},
+        selection="everything", seed=0, rows=[row], idle=[],
+    )  # fmt: skip
+    assert row.outcome is Outcome.KILLED
+    assert false_claims(matrix) == [(fault.id, fails)]
+
+
 def test_a_fault_is_caught_by_a_failure_that_says_the_right_thing() -> None:
     fault = Fault.model_validate(_fault().model_dump() | {"says": "Triton path"})
     assert caught(fault, Verdict.FAIL, "Triton path: error")
@@ -126,13 +176,16 @@ def test_a_sample_is_seeded_and_spread_over_the_layers() -> None:
     faults = load_faults()
     sample = chosen(Choice(sample=len(LAYERS), seed=3), faults)
     assert sample == chosen(Choice(sample=len(LAYERS), seed=3), faults)
-    assert {fault.layer for fault in sample} == {*LAYERS}
+    assert {fault.layer for fault in sample} == {*LAYERS} - {"vllm"}, "those that need servers take minutes"
     assert sample != chosen(Choice(sample=len(LAYERS), seed=4), faults)
+    assert {fault.layer for fault in chosen(Choice(sample=2, only=["vllm"]), faults)} == {"vllm"}
 
 
 def test_a_selection_that_names_nothing_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="--only kernels is no planted fault"):
         chosen(Choice(only=["kernels"]), load_faults())
+    with pytest.raises(ConfigurationError, match=r"an id, such as kernel\.norm_of_re, or a layer"):
+        chosen(Choice(only=["norm_of_re"]), load_faults())
 
 
 def test_a_row_is_killed_by_any_check_and_not_run_only_where_none_ran() -> None:
