@@ -20,9 +20,11 @@ from typing import Any
 
 from verify.checks import PHASES, Check, CheckSpec
 from verify.index import Point
+from verify.instrument import instrument_sha256
 from verify.matrix import compiled_words
 from verify.outcome import ConfigurationError
 from verify.record import Record
+from verify.request import repository_root
 from verify.selftest import matrix
 from verify.site import charts
 from verify.site.page import Frame
@@ -71,16 +73,20 @@ class Site:
 def build(site: Site, out: Path) -> int:
     """Make the folder ``out`` anew, whole or not at all, and return how many pages it has.
 
-    Raises ConfigurationError where ``out`` is a file, or a folder with anything but a site in it.
+    Raises ConfigurationError where ``out`` is a file, a folder with anything but a site in it, or cannot be made.
     """
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "site.css").is_file())):
         raise ConfigurationError(f"--out {out} holds something else than a site; name a new folder or an empty one")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        made, old = Path(scratch, "new"), Path(scratch, "old")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+    except OSError as error:
+        raise ConfigurationError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from error
+    with scratch as folder:
+        made, old = Path(folder, "new"), Path(folder, "old")
         shutil.copytree(_STATIC, made)
-        for folder in ("run", "gpu", "check"):
-            (made / folder).mkdir()
+        for kind in ("run", "gpu", "check"):
+            (made / kind).mkdir()
         with _processes() as beside:
             for name, text in _pages(site, beside, made, out):
                 (made / name).write_text(text, encoding="utf-8")
@@ -122,7 +128,7 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     yield "index.html", page("matrix.html", **_matrix(site))
     yield "catalogue.html", page("catalogue.html", by_phase=_by_phase(site), ids=_ids(site))
     yield "resources.html", page("resources.html", **_resources(site))
-    yield "faults.html", page("faults.html", **_faults(site.selftest))
+    yield "faults.html", page("faults.html", **_faults(site.selftest), instrument=instrument_sha256(repository_root()))
     for column in site.columns:
         yield f"gpu/{column.name}.html", page("gpu.html", "../", **_gpu(column, site))
     notes = Notes()

@@ -33,7 +33,7 @@ _CONFIG: Mapping[str, Any] = {
     "header": {"labelColor": "var(--muted)", "labelFontSize": 10, "title": None, "labelLimit": 0},
 }
 
-#: What a chart of builds can show: the axis title, the unit and the number of a build, None where it is not known.
+#: What a chart of builds can show, by the title of its axis.
 METRICS = {
     "registers": "registers per thread",
     "instructions": "warp instructions per key",

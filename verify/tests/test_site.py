@@ -181,6 +181,7 @@ def test_a_run_shows_its_logs_and_how_to_repeat_a_failure(site: Path) -> None:
 def test_faults_name_what_killed_them_and_survivors_stand_out(site: Path, tmp_path: Path) -> None:
     told = text(site, "faults.html")
     assert "1 of 2 mistakes planted in a subject or in a record were caught; " in told
+    assert ", with another state of the suite than this one." in told
     assert "<td>p4.oracle (2)</td>" in told
     assert '<span class="v fail">survived</span>' in told
     build(site_of(tmp_path, [], []), tmp_path / "site")
@@ -219,6 +220,8 @@ def test_a_site_is_made_anew_and_replaces_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="thesis holds something else than a site; name a new folder"):
         build(site_of(tmp_path, [], []), mine)
     assert (mine / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(ConfigurationError, match="below cannot be made"):
+        build(site_of(tmp_path, [], []), mine / "thesis.tex" / "below")
 
 
 def test_a_thousand_records_make_a_site_in_half_a_minute_and_half_a_gigabyte(tmp_path: Path) -> None:
