@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from verify.builds import Sha256, Strict
 from verify.outcome import ConfigurationError
-from verify.record import SubjectInfo, write_atomic
+from verify.record import SubjectInfo
 
 #: Below the repository.
 FOLDER = Path("reports") / "selftest"
@@ -93,10 +93,9 @@ class Matrix(Strict):
 
 def write(matrix: Matrix, path: Path) -> None:
     """Raises ConfigurationError where the file cannot be written."""
-    try:
-        write_atomic(path, matrix.model_dump_json(indent=1) + "\n")
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written ({error.strerror}); choose another --out") from error
+    from verify.interchange import write_out  # here, as most who import this module only read
+
+    write_out(matrix.model_dump_json(indent=1) + "\n", path)
 
 
 def read(path: Path) -> Matrix:
