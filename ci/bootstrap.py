@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from typing import IO, Any, Literal
 
 TORCH = "2.13.0"
 NVIDIA_SMI_TIMEOUT_S = 30
+HEARTBEAT_S = 30.0
 #: Where pip looks for packages. A set that had to leave something out is tried again when one of these changes.
 INDEX_VARIABLES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CONFIG_FILE")
 
@@ -337,7 +339,8 @@ class Installer:
     def _step(self, title: str, command: Sequence[str]) -> Outcome:
         print(f"setup: {title} ... ", end="", flush=True)
         start = time.monotonic()
-        outcome = self.run(command)
+        with heartbeat():
+            outcome = self.run(command)
         print(f"{'' if outcome.code == 0 else 'not installed, '}{time.monotonic() - start:.1f} s", flush=True)
         return outcome
 
@@ -346,6 +349,24 @@ class Installer:
             f"{title} could not be installed: {outcome.reason}; the whole output is in {self.venv.log}; "
             "mend that and run make setup"
         )
+
+
+@contextlib.contextmanager
+def heartbeat() -> Iterator[None]:
+    """Within it the line that was begun goes on every half a minute, so that nobody takes the set-up for dead."""
+    ended, start = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_S):
+            print(f"{time.monotonic() - start:.0f} s ... ", end="", flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -137,10 +137,12 @@ def _interruptible() -> Iterator[None]:
 
 
 def _with_progress(order: Order) -> list[Compilation]:
-    """Compile, with a bar on a terminal, and elsewhere a line before and after; both on stderr."""
+    """Compile, with a bar on a terminal, and elsewhere a heartbeat, and a line at the end; all on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
+
+    from verify.heartbeat import Heartbeat
 
     console = Console(stderr=True, highlight=False)
     columns = (
@@ -151,7 +153,13 @@ def _with_progress(order: Order) -> list[Compilation]:
         TextColumn("{task.fields[last]}"),
     )
     begun, made = time.monotonic(), 0
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+    def told() -> str:
+        shown = bar.tasks[task]
+        return f"{made} of {shown.total or 'some'} builds for {len(order.architectures)} GPUs, {shown.fields['last']}"
+
+    bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar, Heartbeat(console, told):
         task = bar.add_task("building", total=None, last="asking the subject what it launches")
 
         def planned(number: int) -> None:

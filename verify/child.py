@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from verify import events
+from verify import events, machine
 from verify.device import derive_seed
 from verify.environment import localise
 from verify.manifest import Manifest, Selected
@@ -58,10 +58,14 @@ class PhaseProcess:
         self._limits = {check.id: check.timeout_s for check in checks}
         self._current: str | None = None
         self._current_since = 0.0
+        self._watch: machine.Watch | None = None
+        self._busy: str | None = None
         self._deadline = time.monotonic() + IDLE_LIMIT_S
+        events.append_machine(run_dir, self._phase, "start", machine.state())
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command(), cwd=root, env=pytest_environment(), pass_fds=(held,), start_new_session=True,
+                self._command(), cwd=root, env={**pytest_environment(), machine.RUN_VARIABLE: manifest.run_id},
+                pass_fds=(held,), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
@@ -81,23 +85,28 @@ class PhaseProcess:
                     self._end((signal.SIGINT, 5.0), (signal.SIGTERM, 3.0))
                 elif time.monotonic() > self._deadline:
                     hung = True
+                    # asked while every process of the run is still there
+                    self._busy = self._watch.busy() if self._current else None
                     # the first signal makes the child write every thread's stack into its log
                     self._end((signal.SIGUSR1, 1.0), (signal.SIGTERM, 3.0))
                 else:
                     time.sleep(_POLL_S)
         finally:
             self._kill_group()
+            events.append_machine(self._run_dir, self._phase, "end", machine.state())
         self._follow(progress)
         if not self._stopping():
             self._settle(hung, progress)
 
     def _follow(self, progress: PhaseProgress) -> None:
         for event in self._events.new():
-            if event["event"] == "start":
+            # of phases that run beside this one, other processes tell
+            if event["event"] == "start" and event["id"] in self._limits:
                 self._current, self._current_since = event["id"], time.monotonic()
+                self._watch = machine.Watch.begin(os.getpid(), self._manifest.run_id)
                 self._deadline = self._current_since + self._limits[event["id"]] + GRACE_S
                 progress.started(event["id"])
-            elif event["event"] == "result":
+            elif event["event"] == "result" and event["result"]["id"] in self._limits:
                 self._current = None
                 self._deadline = time.monotonic() + IDLE_LIMIT_S
                 progress.finished(CheckResult.model_validate(event["result"]))
@@ -134,6 +143,8 @@ class PhaseProcess:
                 message = f"the process {how} during this check; {self._log.name} ends: {self._tail()}"
                 if hung:
                     message = f"no end within {check.timeout_s:g} s + {GRACE_S:g} s; {message}"
+                if self._busy:
+                    verdict, message = Verdict.INFRA, f"{self._busy}; {message}"
             elif culprit:
                 verdict, by, message = Verdict.BLOCKED, culprit, f"blocked by {culprit}, which ended the process"
             else:

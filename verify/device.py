@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from verify.machine import use_one_thread
 from verify.outcome import ConfigurationError
 
 DeviceName = Literal["cpu", "cuda"]
@@ -52,9 +53,10 @@ def resolve(choice: str) -> Device:
 
 
 def prepare(device: DeviceName, model: str) -> None:
-    """Set the variables of this process and its children that decide how kernels run; call before triton is imported.
+    """Set the variables of this process and its children that decide how kernels run, and on how many threads.
 
-    Raises ConfigurationError when TRITON_INTERPRET would turn a GPU run into an emulated one, or the reverse.
+    Call before triton or torch is imported. Raises ConfigurationError when TRITON_INTERPRET would turn a GPU run into
+    an emulated one, or the reverse.
     """
     interpret = os.environ.get("TRITON_INTERPRET", "")
     if device == "cuda" and interpret not in ("", "0"):
@@ -69,6 +71,7 @@ def prepare(device: DeviceName, model: str) -> None:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if model == "embedded":
         os.environ["HF_HUB_OFFLINE"] = "1"
+    use_one_thread()
 
 
 def derive_seed(run_seed: int, check_id: str) -> int:

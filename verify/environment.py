@@ -39,6 +39,7 @@ _NAMES = (
     "DISABLE_MMA_V5",
     "ALLOW_LHS_TMEM_LAYOUT_CONVERSION",
     "LLVM_PASS_PLUGIN_PATH",
+    "OMP_NUM_THREADS",
 )
 #: The fused multiply-add default is about to change in triton, so a record says which one it had even if nobody set it.
 _ALWAYS = ("TRITON_DEFAULT_FP_FUSION",)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -16,12 +17,21 @@ from pydantic import ValidationError
 
 from verify.manifest import Manifest, utc_now
 from verify.outcome import ConfigurationError
-from verify.record import FAILING, CheckResult, Record, Verdict, write_atomic, write_record
+from verify.record import (
+    FAILING,
+    CheckResult,
+    MachineState,
+    Record,
+    Sitting,
+    Verdict,
+    write_atomic,
+    write_record,
+)
 
 MANIFEST, EVENTS, RECORD, LOCK = "run.json", "events.jsonl", "record.json", "lock"
 
 #: The kinds of event, with what each has.
-_FIELDS = {"start": {"id"}, "result": {"result"}, "elapsed": {"seconds"}}
+_FIELDS = {"start": {"id"}, "result": {"result"}, "elapsed": {"seconds"}, "machine": {"phase", "at", "state"}}
 
 
 def create(run_dir: Path, manifest: Manifest) -> None:
@@ -64,6 +74,11 @@ def append_elapsed(run_dir: Path, seconds: float) -> None:
     append(run_dir, {"event": "elapsed", "seconds": seconds})
 
 
+def append_machine(run_dir: Path, phase: int, at: Literal["start", "end"], state: MachineState) -> None:
+    """How busy the machine is when a phase starts or ends."""
+    append(run_dir, {"event": "machine", "phase": phase, "at": at, "state": state.model_dump(mode="json")})
+
+
 class Follower:
     """Reads the events that were appended since it last looked, first of all since it was made."""
 
@@ -98,6 +113,8 @@ def _event(line: bytes, path: Path, number: int) -> dict[str, Any]:
             raise ValueError("not an event")
         if event["event"] == "result":
             CheckResult.model_validate(event["result"])
+        if event["event"] == "machine":
+            MachineState.model_validate(event["state"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"{path}, line {number}, is damaged; start a new run") from error
     return event
@@ -112,6 +129,27 @@ def read_results(run_dir: Path) -> dict[str, CheckResult]:
     """The final result of every check that has one. Raises ConfigurationError for a damaged file."""
     results = (CheckResult.model_validate(e["result"]) for e in read_events(run_dir) if e["event"] == "result")
     return {result.id: result for result in results}
+
+
+def judged(results: Mapping[str, CheckResult]) -> set[str]:
+    """The ids of the checks that need no other try: all but those that the machine kept from a verdict.
+
+    INFRA is no judgement of the subject, and what it blocked was not tried.
+    """
+    unjudged = {result.id for result in results.values() if result.verdict is Verdict.INFRA}
+    return {result.id for result in results.values() if not {result.id, result.by} & unjudged}
+
+
+def _sittings(found: Iterable[dict[str, Any]]) -> list[Sitting]:
+    sittings: list[Sitting] = []
+    for event in found:
+        state, phase = MachineState.model_validate(event["state"]), event["phase"]
+        opened = next((n for n, one in enumerate(sittings) if one.phase == phase and one.end is None), None)
+        if event["at"] == "start":
+            sittings.append(Sitting(phase=phase, start=state))
+        elif opened is not None:
+            sittings[opened] = sittings[opened].model_copy(update={"end": state})
+    return sittings
 
 
 def drop_torn_line(run_dir: Path) -> None:
@@ -145,7 +183,7 @@ def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"])
     Results stand in the order of the selection.
     """
     manifest = read_manifest(run_dir)
-    found = read_results(run_dir)
+    found, happened = read_results(run_dir), read_events(run_dir)
     record = Record(
         run_id=manifest.run_id,
         time_utc=manifest.time_utc,
@@ -157,8 +195,9 @@ def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"])
         model=manifest.model_id,
         seed=manifest.seed,
         selection=manifest.selection,
-        duration_s=sum(event["seconds"] for event in read_events(run_dir) if event["event"] == "elapsed"),
+        duration_s=sum(event["seconds"] for event in happened if event["event"] == "elapsed"),
         results=[found[check.id] for check in manifest.selected if check.id in found],
+        machine=_sittings(event for event in happened if event["event"] == "machine"),
     )
     write_record(record, run_dir / RECORD)
     return record

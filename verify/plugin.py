@@ -27,7 +27,9 @@ from verify.builds import Build, Compilation
 from verify.checks import PHASES
 from verify.curves import Curve, clash
 from verify.device import Device, derive_seed, prepare, resolve
+from verify.durations import Timekeeper
 from verify.environment import localise
+from verify.machine import RUN_VARIABLE
 from verify.manifest import Manifest, Selected, freeze, survey
 from verify.outcome import ConfigurationError
 from verify.probe import Probe
@@ -75,6 +77,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seed", type=int, default=DEFAULT_SEED, help="the run's seed; each check derives its own")
     group.addoption("--expect", metavar="SM", help="refuse to run on any other GPU: sm120")
     group.addoption("--sanitize", action="store_true", help="run the kernel checks under compute-sanitizer as well")
+    group.addoption("--durations-to", metavar="FILE", type=Path, help="write how long each test took, name the slowest")
     group.addoption("--run-dir", type=Path, help="internal: the prepared run whose remaining checks this process runs")
     group.addoption("--select-to", type=Path, help="internal: with --collect-only, the file for the selected checks")
     group.addoption("--scratch", type=Path, help="internal: the directory of a run that leaves no record")
@@ -89,6 +92,9 @@ def pytest_configure(config: pytest.Config) -> None:
         prepare(session.device.name, session.model)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from error
+    watched = config.getoption("run_dir") or config.getoption("scratch") or config.option.collectonly
+    if not watched and not hasattr(config, "workerinput"):  # of those, the process that started them tells
+        config.pluginmanager.register(Timekeeper(config.rootpath, config.getoption("durations_to")), "verify-durations")
 
 
 def _one_process(config: pytest.Config) -> None:
@@ -145,7 +151,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if session.manifest is None and not config.getoption("sanitize"):
         wanted -= {id_of(item) for item in checks if item.get_closest_marker("sanitize")}
     if session.manifest is not None:
-        wanted &= {check.id for check in session.manifest.selected} - events.read_results(session.run_dir).keys()
+        wanted &= {one.id for one in session.manifest.selected} - events.judged(events.read_results(session.run_dir))
     kept = [item for item in checks if id_of(item) in wanted]
     dropped = [item for item in checks if id_of(item) not in wanted]
     if config.getoption("phase"):
@@ -210,7 +216,9 @@ def pytest_runtestloop(session: pytest.Session) -> None:
             probe = Probe(scratch, config.getoption("plant_error") or 0.0, config.getoption("seeds"), current.seed)
             config.pluginmanager.register(probe, "verify-probe")
         config.add_cleanup(events.lock(current.run_dir).close)
-    recorder = Recorder(current.run_dir, current.manifest, current.root, current.subject.folder.resolve())
+    os.environ[RUN_VARIABLE] = current.manifest.run_id
+    runner = os.getppid() if config.getoption("run_dir") else None
+    recorder = Recorder(current.run_dir, current.manifest, current.root, current.subject.folder.resolve(), runner)
     config.pluginmanager.register(recorder, "verify-recorder")
 
 
@@ -252,6 +260,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("scratch"):
         (current.run_dir / events.RECORD).unlink()
         return
+    session.config.pluginmanager.get_plugin("verify-recorder").end_phase()
     events.append_elapsed(current.run_dir, time.perf_counter() - current.begun)
     finished = events.read_results(current.run_dir).keys() >= {check.id for check in current.manifest.selected}
     current.record = events.compose(current.run_dir, "complete" if finished else "interrupted")
@@ -264,6 +273,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     from rich.console import Console
 
     from verify.report import print_matrix
+    from verify.runner import unjudged
 
     text = io.StringIO()
     console = Console(file=text, width=shutil.get_terminal_size().columns, force_terminal=terminalreporter.hasmarkup)
@@ -271,6 +281,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.ensure_newline()
     terminalreporter.write(text.getvalue())
     terminalreporter.write_line(f"record: {os.path.relpath(session.run_dir / events.RECORD)}")
+    if told := unjudged(session.record, session.run_dir):
+        terminalreporter.write_line(told)
 
 
 @pytest.fixture(scope="session")

@@ -147,6 +147,28 @@ class Environment(Strict):
     variables: dict[str, str]
 
 
+class MachineState(Strict):
+    """The machine at one moment, by the ``cores`` that the run may use: the load average of the last minute, and the
+    processor seconds since it was started that they computed (``busy_s``) or lost to a hypervisor (``steal_s``).
+    """
+
+    cores: int = Field(ge=1)
+    load_average: float = Field(ge=0)
+    busy_s: float = Field(ge=0)
+    steal_s: float = Field(ge=0)
+
+
+class Sitting(Strict):
+    """The machine at the ``start`` and the ``end`` of one phase; a resumed run may have several of a phase.
+
+    Without an ``end`` the process of the phase was ended together with the run.
+    """
+
+    phase: int = Field(ge=1, le=8)
+    start: MachineState
+    end: MachineState | None = None
+
+
 class SubjectInfo(Strict):
     """The implementation under test; ``git_sha`` is ``none`` where the source is not a git checkout.
 
@@ -164,8 +186,9 @@ class SubjectInfo(Strict):
 class Record(Strict):
     """One run on one target (``emulated`` or ``sm<NN>``).
 
-    ``instrument_sha256`` is the digest of the suite's own sources. A record with a ``compilation`` was made without the
-    target's GPU, and has compiled evidence only. Raises ValidationError when the parts contradict each other.
+    ``instrument_sha256`` is the digest of the suite's own sources, ``machine`` how busy the machine was while each
+    phase ran (older records do not have it). A record with a ``compilation`` was made without the target's GPU, and has
+    compiled evidence only. Raises ValidationError when the parts contradict each other.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -181,6 +204,7 @@ class Record(Strict):
     selection: str
     duration_s: float = Field(ge=0)
     results: list[CheckResult]
+    machine: list[Sitting] = Field(default_factory=list)
     compilation: Compilation | None = None
 
     @property

@@ -6,14 +6,14 @@ import os
 import shlex
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
 
 import pytest
 
-from verify import events
+from verify import events, machine
 from verify.checks import SKIP_CODES, CheckSpec
 from verify.curves import Curve
 from verify.device import derive_seed
@@ -140,7 +140,8 @@ def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
 class Recorder:
     """The pytest plugin of one run: gates each check before setup, times it, and appends its result.
 
-    ``subject`` is the directory of the package under test.
+    ``subject`` is the directory of the package under test. ``runner`` is the process that runs the other phases, None
+    where this one runs them all, and then notes itself how busy the machine is.
 
     The record on disk is brought up to date when a check fails and when the next phase begins, so that a process that
     is aborted leaves one with the results so far.
@@ -150,31 +151,47 @@ class Recorder:
     manifest: Manifest
     root: Path
     subject: Path
+    runner: int | None = None
     _ending: Ending | None = field(default=None, init=False)
     _phase: int | None = field(default=None, init=False)
     _results: dict[str, CheckResult] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._results = events.read_results(self.run_dir)  # of earlier phases; nobody else writes while this runs
+        # of earlier phases; one that runs beside this one has no check that another needs
+        self._results = events.read_results(self.run_dir)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         spec = spec_of(item)
         if spec is None:
             return (yield)
-        if self._phase not in (None, spec.phase):
-            events.compose(self.run_dir, "running")
+        if self._phase != spec.phase:
+            self.end_phase()
+            if self.runner is None:
+                events.append_machine(self.run_dir, spec.phase, "start", machine.state())
         self._phase, self._ending = spec.phase, None
         item.stash[MEASUREMENTS], item.stash[CURVES] = [], []
         events.append_start(self.run_dir, id_of(item))
+        watch = machine.Watch.begin(self.runner or os.getpid(), self.manifest.run_id)
         begun = time.perf_counter()
         handled = yield  # an interrupt leaves from here, and the check stays without a result
-        result = self._result(item, time.perf_counter() - begun)
+        duration_s = time.perf_counter() - begun
+        if self._ending and self._ending.verdict is Verdict.TIMEOUT and (busy := watch.busy()):
+            self._ending = replace(self._ending, verdict=Verdict.INFRA, message=f"{busy}; {self._ending.message}")
+        result = self._result(item, duration_s)
         self._results[result.id] = result
         events.append_result(self.run_dir, result)
         if result.verdict in FAILING:
             events.compose(self.run_dir, "running")
         return handled
+
+    def end_phase(self) -> None:
+        """Bring the record up to date when the last check of a phase has ended; nothing before the first phase."""
+        if self._phase is None:
+            return
+        if self.runner is None:
+            events.append_machine(self.run_dir, self._phase, "end", machine.state())
+        events.compose(self.run_dir, "running")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verify.architectures import known_targets, parse_target
 from verify.checks import catalogue
+from verify.heartbeat import Heartbeat
 from verify.index import open_index
 from verify.matrix import count
 from verify.outcome import ConfigurationError
@@ -84,6 +86,8 @@ def print_matrix(record: Record, console: Console) -> None:
 
 
 def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None) -> int:
+    from rich.console import Console
+
     from verify.site.build import CHARTED, Site, build
 
     if gpu is not None:
@@ -92,7 +96,11 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None) -> in
     site = (out or reports / "site").resolve()
     checks = list(catalogue())
     homes = [home.resolve() for folder in folders or [reports] for home in (folder, folder / "runs")]
-    with open_index(folders) as index:
+    began = time.monotonic()
+    with (
+        Heartbeat(Console(stderr=True), lambda: f"making the pages for {time.monotonic() - began:.0f} s"),
+        open_index(folders) as index,
+    ):
         assessments = [assess(target, index.records(target), checks) for target in known_targets()]
         heads = newest_first(index.heads.values())
         points, faults = index.points(last=CHARTED), reports / "selftest"

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
@@ -22,8 +24,7 @@ from verify.child import PhaseProcess, pytest_command, pytest_environment
 from verify.device import prepare, resolve
 from verify.manifest import Manifest, Selected, freeze, survey
 from verify.outcome import ConfigurationError
-from verify.progress import PhaseProgress
-from verify.record import FAILING, CheckResult, Verdict
+from verify.record import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
 from verify.request import RunRequest, default_out, repository_root
 from verify.subject import find_subject
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_HARD, EXIT_INTERRUPTED, EXIT_CONFIGURATION, EXIT_SOFT = range(5)
 
 _COLLECTION_LIMIT_S = 180
+
+#: The phase whose checks others need, and those that run beside the rest where there are cores for it.
+_FIRST, _BESIDE = 1, frozenset({6})
 
 #: What is selected on a CPU where no marker expression is given: slow checks, soft ones all, take minutes each there.
 _ON_CPU = "not slow"
@@ -64,7 +68,10 @@ def run(request: RunRequest) -> int:
 
 
 def exit_code(results: Iterable[CheckResult], *, strict_soft: bool = False) -> int:
-    """The exit code that these results mean; a HARD check that is blocked failed with its blocker."""
+    """The exit code that these results mean; a HARD check that is blocked failed with its blocker.
+
+    Where the machine kept any check from its verdict, HARD or not, the run has no answer.
+    """
     by_id = {result.id: result for result in results}
     soft_failed = any(result.gate == "soft" and result.verdict in FAILING for result in by_id.values())
     hard = [result for result in by_id.values() if result.gate == "hard"]
@@ -72,7 +79,7 @@ def exit_code(results: Iterable[CheckResult], *, strict_soft: bool = False) -> i
     verdicts = {result.verdict for result in failed} & (FAILING | {Verdict.BLOCKED})
     if verdicts - {Verdict.INFRA}:
         return EXIT_HARD
-    if verdicts:
+    if any(result.verdict is Verdict.INFRA for result in by_id.values()):
         return EXIT_CONFIGURATION
     return EXIT_SOFT if soft_failed and strict_soft else EXIT_OK
 
@@ -185,6 +192,18 @@ def _find_run(request: RunRequest) -> Path:
     raise ConfigurationError(f"there is no run {request.resume!r} in {request.out}; {latest}")
 
 
+def unjudged(record: Record, run_dir: Path) -> str:
+    """A sentence on the checks that the machine kept from a verdict, with what repeats them; empty without any."""
+    found = [result for result in record.results if result.verdict is Verdict.INFRA]
+    if not found:
+        return ""
+    checks = f"{len(found)} checks have" if len(found) > 1 else "1 check has"
+    return (
+        f"INFRA: {checks} no verdict because of the machine, not of the subject, the first of them {found[0].id}; "
+        f"repeat {'them' if len(found) > 1 else 'it'} with: python -m verify run --resume {_resume_name(run_dir)}"
+    )
+
+
 def _resume_name(run_dir: Path) -> str:
     """What to give ``--resume``: the id, or the directory of a run that is not where runs are looked for."""
     usual = run_dir.resolve().parent == default_out().resolve()
@@ -214,27 +233,74 @@ def _check_resumable(manifest: Manifest, run_dir: Path, root: Path, console: Con
 
 
 def _missing(manifest: Manifest, run_dir: Path) -> list[Selected]:
-    done = events.read_results(run_dir)
+    done = events.judged(events.read_results(run_dir))
     return [check for check in manifest.selected if check.id not in done]
 
 
 def _run_phases(
     run_dir: Path, root: Path, manifest: Manifest, interruption: Interruption, held: int, console: Console
 ) -> bool:
-    """Run what is left, phase by phase; True when every selected check has its result."""
+    """Run what is left, phase by phase in each lane; True when every selected check has been tried."""
+    from verify.progress import RunProgress
+
     missing = _missing(manifest, run_dir)
-    begun = time.monotonic()
-    for phase in sorted({check.phase for check in missing}):
-        if interruption.count():
-            break
-        checks = [check for check in missing if check.phase == phase]
-        with PhaseProgress(console, phase, len(checks)) as progress:
-            process = PhaseProcess(run_dir, root, manifest, checks, stopping=interruption.count, held=held)
-            process.run(progress)
-        events.compose(run_dir, "running")
+    lanes = lanes_of(missing, manifest.device, len(os.sched_getaffinity(0)))
+    begun, broken, may_begin = time.monotonic(), Event(), Event()
+
+    def carry_out(lane: Sequence[int], progress: RunProgress) -> None:
+        for phase in lane:
+            checks = [check for check in missing if check.phase == phase]
+            if phase != _FIRST:
+                may_begin.wait()
+            if stopping():
+                break
+            with progress.phase(phase, len(checks)) as shown:
+                PhaseProcess(run_dir, root, manifest, checks, stopping=stopping, held=held).run(shown)
+            events.compose(run_dir, "running")
+            may_begin.set()
+        may_begin.set()
+
+    def stopping() -> int:
+        return interruption.count() + 2 * broken.is_set()
+
+    if all(check.phase != _FIRST for check in missing):
+        may_begin.set()
+    left = [[check for check in missing if check.phase in lane] for lane in lanes]
+    with RunProgress(console, left, _earlier_durations(run_dir, manifest)) as progress:
+        with ThreadPoolExecutor(max(len(lanes), 1)) as pool:
+            running = [pool.submit(carry_out, lane, progress) for lane in lanes]
+            for lane in as_completed(running):
+                if lane.exception() is not None:  # of one that cannot go on, the others end as well
+                    broken.set()
+                    may_begin.set()
+        for lane in running:
+            lane.result()
     if missing:
         events.append_elapsed(run_dir, time.monotonic() - begun)
-    return not _missing(manifest, run_dir)
+    return {check.id for check in manifest.selected} <= events.read_results(run_dir).keys()
+
+
+def lanes_of(checks: Iterable[Selected], device: str, cores: int) -> list[list[int]]:
+    """The phases that run one after the other, in lists that run side by side.
+
+    A CPU of several cores has two, of a process of one thread each. One GPU is shared by nothing: what checks measure
+    of its memory and its time would be another's.
+    """
+    phases = sorted({check.phase for check in checks})
+    beside = [phase for phase in phases if phase in _BESIDE] if device == "cpu" and cores > 1 else []
+    return [lane for lane in ([phase for phase in phases if phase not in beside], beside) if lane]
+
+
+def _earlier_durations(run_dir: Path, manifest: Manifest) -> dict[str, float] | None:
+    """Seconds that each check took in the last complete run of this machine that had them all; None without one."""
+    wanted = {check.id for check in manifest.selected}
+    for path in sorted(run_dir.parent.glob(f"*/{events.RECORD}"), reverse=True):
+        with suppress(UnreadableRecord):
+            record = read_record(path)
+            found = {result.id: result.duration_s for result in record.results}
+            if (record.target, record.model) == (manifest.target, manifest.model_id) and wanted <= found.keys():
+                return found
+    return None
 
 
 def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console) -> int:
@@ -246,6 +312,7 @@ def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console
     with suppress(OSError):
         print_matrix(record, console)
         lines = [f"record: {os.path.relpath(run_dir / events.RECORD)}"]
+        lines += [told] if (told := unjudged(record, run_dir)) else []
         if not finished:
             lines.append(f"interrupted; resume with: python -m verify run --resume {_resume_name(run_dir)}")
         console.print("\n".join(lines), markup=False, soft_wrap=True)

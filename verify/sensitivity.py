@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import Field, TypeAdapter
 
 from verify.builds import Sha256, Strict
 from verify.checks import Check, catalogue
+from verify.heartbeat import Heartbeat
 from verify.instrument import instrument_sha256
 from verify.manifest import utc_now
 from verify.outcome import ConfigurationError
@@ -277,8 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of headroom; default: {SEEDS}")
     chosen = parser.parse_args(arguments)
+    from rich.console import Console
+
+    began = time.monotonic()
     try:
-        return {"detection": _detection, "headroom": _headroom}[chosen.what](chosen)
+        with Heartbeat(Console(stderr=True), lambda: f"{chosen.what} for {(time.monotonic() - began) / 60:.0f} min"):
+            return {"detection": _detection, "headroom": _headroom}[chosen.what](chosen)
     except ConfigurationError as error:
         print(f"verify: {error}", file=sys.stderr)
         return 3

@@ -72,9 +72,10 @@ class Server:
     """``python -m vllm.entrypoints.openai.api_server`` for the model in ``location``, within a ``with`` statement.
 
     ``env`` is the whole environment to start from, to which is added what keeps the server offline and, on a ``cpu``,
-    small. There it has one thread, because those of servers that share a few cores wait for each other, or all of them
-    where it is ``alone``. ``log`` is the file that everything printed goes to. Raises AssertionError, with the end of
-    the log, for a server that is not healthy within START_LIMIT_S, or that leaves a process behind.
+    small. There it has one thread, or as many as ``env`` says, because those of servers that share a few cores wait for
+    each other, or one for each core where it is ``alone``. ``log`` is the file that everything printed goes to. Raises
+    AssertionError, with the end of the log, for a server that is not healthy within START_LIMIT_S, or that leaves a
+    process behind.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class Server:
         self.log = log
         self._env = {**env, **_OFFLINE}
         if device == "cpu":
-            cores = len(os.sched_getaffinity(0)) if alone else 1
-            self._env |= {**_ON_CPU, "OMP_NUM_THREADS": str(cores)}
+            threads = str(len(os.sched_getaffinity(0))) if alone else env.get("OMP_NUM_THREADS", "1")
+            self._env |= {**_ON_CPU, "OMP_NUM_THREADS": threads}
         self._port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._command = [

@@ -26,13 +26,19 @@ from triattention.cli import (
     run_sweep,
     vllm_check,
 )
+from triattention.cli.heartbeat import signs_of_life
 from triattention.errors import TriAttentionError
 
 _VERBS = (run_one, run_default, run_sweep, compare, build_stats, calibrate, download_models, vllm_check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code; argparse exits with 2 on a usage error, vllm-check with 3."""
+    """Run one command line and return its exit code; argparse exits with 2 on a usage error, vllm-check with 3.
+
+    On a CPU it computes with one thread, unless OMP_NUM_THREADS says otherwise: threads spin while they wait for each
+    other, which beside other work takes many times as long.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     return guarded(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
 
 
@@ -72,7 +78,8 @@ def _run(argv: list[str]) -> None:
     if args.verb is None:
         parser.print_help()
     else:
-        args.run(args)
+        with signs_of_life(args.verb):
+            args.run(args)
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

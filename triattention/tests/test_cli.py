@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 
 import pytest
 
-from triattention.cli import main
+from triattention.cli import heartbeat, main
 
 VERBS = ("run-one", "run-default", "run-sweep", "compare", "build-stats", "calibrate", "download-models")
 
@@ -30,11 +31,36 @@ def test_every_verb_has_a_help(verb: str, capsys: pytest.CaptureFixture[str]) ->
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
     script = (
-        "import sys; from triattention.cli import main\n"
+        "from triattention.cli import main\n"
         "try: main(['run-one', '--help'])\n"
         "finally: print(sorted({'torch', 'transformers', 'sympy', 'vllm', 'yaml', 'tqdm'} & set(sys.modules)))"
     )
-    started = time.monotonic()
-    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    printed, seconds = _processor_s(script)
     assert printed.endswith("[]\n")
-    assert time.monotonic() - started < 5  # 0.2 s alone; torch takes longer than this on a busy machine
+    assert seconds < 0.5 * _processor_s("import torch")[1]
+
+
+def _processor_s(script: str) -> tuple[str, float]:
+    """What a new interpreter prints, and the processor seconds that it takes."""
+    script = f"import atexit, sys, time; atexit.register(lambda: print(time.process_time(), file=sys.stderr)); {script}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return done.stdout, float(done.stderr.splitlines()[-1])
+
+
+def test_a_command_whose_output_is_no_terminal_shows_signs_of_life(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(heartbeat, "EVERY_S", 0.05)
+    with heartbeat.signs_of_life("calibrate"):
+        time.sleep(0.3)
+    assert set(capsys.readouterr().err.splitlines()) == {"note: calibrate has been running for 0 s"}
+
+
+def test_the_command_line_computes_with_one_thread_unless_told_otherwise() -> None:
+    script = "import os; from triattention.cli import main; main([]); print(os.environ['OMP_NUM_THREADS'])"
+    without = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for environment, threads in ((without, "1"), (without | {"OMP_NUM_THREADS": "3"}, "3")):
+        printed = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        assert printed.splitlines()[-1] == threads

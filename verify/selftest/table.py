@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from verify.heartbeat import Heartbeat
 from verify.matrix import count
 from verify.selftest.faults import LAYERS, load_faults
 from verify.selftest.matrix import Matrix, Outcome, Row
@@ -21,7 +22,7 @@ _STYLE = {Outcome.KILLED: "green", Outcome.SURVIVED: "bold red", Outcome.NOT_RUN
 
 
 class Progress:
-    """A bar on a terminal, and a line for what is not killed; all on stderr."""
+    """A bar on a terminal, elsewhere a heartbeat, and a line for what is not killed; all on stderr."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
@@ -32,15 +33,28 @@ class Progress:
         columns = ("{task.description}", BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("planting", total=total)
+        self._total, self._tried, self._doing = total, 0, "starting"
+        self._heartbeat = Heartbeat(self._console, self._told)
 
     def __enter__(self) -> Progress:
         self._bar.start()
+        self._heartbeat.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._heartbeat.__exit__(kind, error, at)
         self._bar.stop()
 
+    def doing(self, what: str) -> None:
+        """Note, and keep for the heartbeat, what goes on from here."""
+        self._doing = what
+        self.note(what)
+
+    def _told(self) -> str:
+        return f"{self._doing}; {self._tried} of {self._total} tried"
+
     def finished(self, row: Row) -> None:
+        self._tried += 1
         self._bar.update(self._task, advance=1)
         if row.outcome is not Outcome.KILLED:
             told = "; ".join(f"{cell.check} {cell.verdict}" for cell in row.cells)

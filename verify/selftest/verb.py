@@ -86,7 +86,6 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
     checks = list(catalogue())
     plan = [(fault, _checks_for(fault, choice, checks)) for fault in faults]
     prepare("cpu", _MODEL)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fault per core, and not each on all of them
     with Interruption() as interruption:
         bench = Bench(root, subject, survey("cpu", subject, root), _MODEL, 0, interruption.count)
         try:
@@ -180,10 +179,10 @@ def _tried(bench: Bench, plan: Sequence[tuple[Fault, list[Check]]], jobs: int) -
     parts = [[check for check in needed if check.phase == phase] for phase in sorted({c.phase for c in needed})]
     begun = time.monotonic()
     with Progress(len(plan)) as progress:
-        progress.note(f"without a fault: {len(needed)} checks")
+        progress.doing(f"without a fault: {len(needed)} checks")
         found = _side_by_side(bench.baseline, [(part,) for part in parts], jobs, [_alone(part) for part in parts])
         baseline = {name: verdict for part in found for name, verdict in part.items()}
-        progress.note(f"with one: {len(plan)} faults")
+        progress.doing(f"with one: {len(plan)} faults")
         calls = [(fault, checks, baseline) for fault, checks in plan]
         rows = _side_by_side(bench.row, calls, jobs, [_alone(checks) for _, checks in plan], progress.finished)
     progress.note(f"{time.monotonic() - begun:.0f} s")

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -363,3 +364,10 @@ def test_every_required_package_is_pinned_once() -> None:
         wanted |= {normal(re.split(r"[ ;<>=]", line)[0]) for line in lines(path)}
     assert wanted <= set(names)
     assert f"torch=={bootstrap.TORCH}" in pins
+
+
+def test_a_long_step_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bootstrap, "HEARTBEAT_S", 0.05)
+    with bootstrap.heartbeat():
+        time.sleep(0.3)
+    assert re.fullmatch(r"(0 s \.\.\. ){2,}", capsys.readouterr().out)

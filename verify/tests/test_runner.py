@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from verify.checks import catalogue
+from verify.manifest import Selected
 from verify.record import CheckResult, Verdict
-from verify.runner import exit_code
+from verify.runner import exit_code, lanes_of
 from verify.tests.tree import Tree, make_tree
 
 _VERDICTS = """
@@ -255,8 +260,8 @@ def _interrupt_twice(tree: Tree, *arguments: str) -> str:
         time.sleep(0.4)
     printed, _ = running.communicate(timeout=30)
     assert running.returncode == 2, printed
-    # being asked twice, it did not try the gentle ways for as long as they may take
-    assert time.monotonic() - begun < 4
+    # being asked twice, it did not try the gentle ways for the 8 s that they may take
+    assert time.monotonic() - begun < 7
     return printed
 
 
@@ -303,6 +308,135 @@ def test_a_subject_that_does_not_import_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "reports").exists()
 
 
+#: Both wait for each other: only where they run at the same time do they end.
+_MEETS = """
+@check("p{phase}.meets", gate="hard", cases="other", timeout_s=20, **WORDS)
+def test_meets(case):
+    Path("here{phase}").touch()
+    while not Path("here{other}").exists(): time.sleep(0.05)
+    assert Path("first").exists(), "a phase began before the first one had ended"
+"""
+
+_FIRST = """
+@check("p1.first", gate="hard", cases="one", **WORDS)
+def test_first(case):
+    time.sleep(0.5)
+    Path("first").touch()
+"""
+
+
+def test_phase_6_runs_beside_the_others_after_the_first(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    tree.write_phase(1, _FIRST)
+    tree.write_phase(5, _MEETS.format(phase=5, other=6))
+    tree.write_phase(6, _MEETS.format(phase=6, other=5))
+    done = tree.verify("run", "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = tree.records()
+    assert [result.id for result in record.results] == ["p1.first.one", "p5.meets.other", "p6.meets.other"]
+    assert sorted((one.phase, one.end is not None) for one in record.machine) == [(1, True), (5, True), (6, True)]
+    for one in record.machine:
+        assert one.end.busy_s >= one.start.busy_s
+        assert one.start.cores == len(os.sched_getaffinity(0))
+
+
+def test_lanes() -> None:
+    checks = [Selected(id=f"p{n}.a.x", node="n", gate="hard", plan=None, timeout_s=1) for n in (7, 1, 6, 4)]
+    assert lanes_of(checks, "cpu", 2) == [[1, 4, 7], [6]]
+    assert lanes_of(checks, "cpu", 1) == [[1, 4, 6, 7]]
+    assert lanes_of(checks, "cuda", 16) == [[1, 4, 6, 7]]
+    assert lanes_of([one for one in checks if one.phase == 6], "cpu", 2) == [[6]]
+    assert lanes_of([], "cpu", 2) == []
+
+
+def test_no_check_needs_one_of_a_phase_that_runs_beside_its_own() -> None:
+    by_id = {check.id: check for check in catalogue()}
+    families = {check.spec.family: check.phase for check in by_id.values()}
+    for check in by_id.values():
+        needed = {families.get(need) or by_id[need].phase for need in check.spec.needs}
+        if check.phase == 6:
+            assert needed <= {1, 6}, check.id
+        else:
+            assert 6 not in needed, check.id
+
+
+#: Hangs until a file says that nothing is wrong any more; with ``spin`` on every core.
+_HANGS_ONCE = """
+@check("p1.hangs", gate="soft", cases={"python": 0, "native": 1}, timeout_s=1.5, **WORDS)
+def test_hangs(case):
+    if Path("mended").exists(): return
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(int(SPIN))]
+    if case: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    try:
+        while True: time.sleep(60)
+    finally:
+        for process in spinning: process.kill()
+
+@check("p1.needs", gate="hard", cases="it", needs=("p1.hangs.python",), **WORDS)
+def test_needs(case): pass
+"""
+
+
+def _spinners(count: int) -> list[subprocess.Popen[bytes]]:
+    return [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+
+
+def test_what_hangs_while_others_take_the_machine_is_not_judged_and_can_be_repeated(tmp_path: Path) -> None:
+    tree, busy = make_tree(tmp_path), {"TREE_BUSY_SHARE": "0.5"}
+    tree.write_phase(1, "import subprocess, sys\nSPIN = 0\n" + _HANGS_ONCE)
+    others = _spinners(2 * len(os.sched_getaffinity(0)))
+    try:
+        done = tree.verify("run", "--device", "cpu", **busy)
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
+    results = tree.results()
+    assert done.returncode == 3, done.stdout + done.stderr
+    for name in ("p1.hangs.python", "p1.hangs.native"):
+        assert results[name].verdict is Verdict.INFRA, results[name].message
+        assert "the machine was busy: processes outside this run took" in results[name].message
+    assert (results["p1.needs.it"].verdict, results["p1.needs.it"].by) == (Verdict.BLOCKED, "p1.hangs.native")
+    command = f"python -m verify run --resume {tree.records()[-1].run_id}"
+    assert done.stdout.rstrip().splitlines()[-1] == (
+        "INFRA: 2 checks have no verdict because of the machine, not of the subject, the first of them "
+        f"p1.hangs.python; repeat them with: {command}"
+    )
+    (tree.root / "mended").touch()
+    again = tree.verify(*command.split()[3:])
+    assert (again.returncode, "3 of 3 checks are left" in again.stdout) == (0, True), again.stdout
+    assert {result.verdict for result in tree.results().values()} == {Verdict.PASS}
+
+
+def test_a_subject_that_spins_on_every_core_hangs_by_itself(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    spin = 8 * len(os.sched_getaffinity(0))  # so many that other tests beside this one get little
+    tree.write_phase(1, f"import subprocess, sys\nSPIN = {spin}\n" + _HANGS_ONCE)
+    done = tree.verify("run", "--device", "cpu", TREE_BUSY_SHARE="0.5")
+    results = tree.results()
+    assert results["p1.hangs.python"].verdict is Verdict.TIMEOUT, results["p1.hangs.python"].message
+    assert results["p1.hangs.native"].verdict is Verdict.TIMEOUT, results["p1.hangs.native"].message
+    assert done.returncode == 1
+
+
+_SLOW = """
+@check("p1.slow", gate="hard", cases={"a": 0, "b": 1}, **WORDS)
+def test_slow(case): time.sleep(1.2)
+"""
+
+
+def test_a_log_has_a_sign_of_life_with_the_check_and_what_is_left(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    tree.write_phase(1, _SLOW)
+    first = tree.verify("run", "--device", "cpu", TREE_HEARTBEAT_S="0.3").stdout
+    assert re.search(r"^phase 1 environment: 2 checks$", first, re.MULTILINE)
+    assert re.search(r"^  \.\.\. phase 1 environment 0 of 2, p1\.slow\.a for \d s$", first, re.MULTILINE), first
+    assert re.search(r"^  \.\.\. phase 1 environment 1 of 2, p1\.slow\.b for \d s$", first, re.MULTILINE)
+    # the second time it is known how long they take here
+    second = tree.verify("run", "--device", "cpu", TREE_HEARTBEAT_S="0.3").stdout
+    assert re.search(r"p1\.slow\.a for \d s; about 10 s left$", second, re.MULTILINE), second
+
+
 def _result(number: int, gate: str, verdict: Verdict, by: int | None = None) -> CheckResult:
     return CheckResult(
         id=f"p1.made.c{number}", gate=gate, verdict=verdict, by=None if by is None else f"p1.made.c{by}",
@@ -321,7 +455,9 @@ def _result(number: int, gate: str, verdict: Verdict, by: int | None = None) -> 
         ([("hard", "INFRA"), ("hard", "CRASH")], False, 1),
         ([("soft", "CRASH"), ("hard", "BLOCKED", 0)], False, 1),
         ([("hard", "BLOCKED", 9)], False, 1),
-        ([("soft", "INFRA"), ("soft", "BLOCKED", 0)], False, 0),
+        ([("soft", "INFRA"), ("soft", "BLOCKED", 0)], False, 3),
+        ([("soft", "INFRA"), ("soft", "FAIL")], True, 3),
+        ([("soft", "INFRA"), ("hard", "FAIL")], False, 1),
     ],
 )
 def test_exit_code(results: list[tuple], strict_soft: bool, code: int) -> None:

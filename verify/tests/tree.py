@@ -24,8 +24,19 @@ from verify.outcome import InfraError
 WORDS = dict(claim="It holds.", reason="It matters.", remedy="Mend it.")
 """
 
-#: Starts the CLI with a watchdog that does not wait as long as it does for real checks.
-_IMPATIENT = "import sys, verify.child, verify.cli; verify.child.GRACE_S = 0.5; sys.exit(verify.cli.main(sys.argv[1:]))"
+#: Other tests run beside this one: only where one says so is the machine ever busy.
+_NEVER_BUSY = """
+import os, verify.machine
+verify.machine.BUSY_SHARE = float(os.environ.get("TREE_BUSY_SHARE", "inf"))
+"""
+
+#: Starts the CLI with a watchdog that does not wait as long as it does for real checks, and with a quick heartbeat.
+_IMPATIENT = f"""{_NEVER_BUSY}
+import sys, verify.child, verify.cli, verify.heartbeat
+verify.child.GRACE_S = 0.5
+verify.heartbeat.EVERY_S = float(os.environ.get("TREE_HEARTBEAT_S", 30))
+sys.exit(verify.cli.main(sys.argv[1:]))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,8 @@ def make_tree(root: Path) -> Tree:
     """A repository with this one's configuration, an importable subject and no phases yet."""
     for name in ("conftest.py", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, root / name)
+    with (root / "conftest.py").open("a") as conftest:
+        conftest.write(_NEVER_BUSY)
     subject = '__version__ = "9.9"\nimport json\ndef parse(text): return json.loads(text)\ndef call(back): back()\n'
     for package, text in (("phases", ""), ("triattention", subject)):
         (root / package).mkdir()

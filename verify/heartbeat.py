@@ -1,0 +1,42 @@
+"""A sign of life for whoever reads a log: what is going on, every half a minute, where output is no terminal."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: A reader of a log that grows by nothing for a minute takes it for dead.
+EVERY_S = 30.0
+
+
+class Heartbeat:
+    """A context, in which ``console`` prints what ``tell`` answers every EVERY_S seconds; never on a terminal."""
+
+    def __init__(self, console: Console, tell: Callable[[], str]) -> None:
+        self._console, self._tell = console, tell
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        if not self._console.is_terminal:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._ended.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(EVERY_S):
+            self._console.print(f"  ... {self._tell()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def about(seconds: float) -> str:
+    """A duration as a reader wants it: ``about 4 min left``."""
+    return f"about {max(round(seconds / 10), 1) * 10} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
