@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from verify.interpreter import quicken
 from verify.launches import counted
 from verify.problems import Problem
 from verify.subject import Subject
@@ -52,6 +53,7 @@ class Call:
 
 def call(function: Callable[[], Any], inputs: Mapping[str, torch.Tensor]) -> Call:
     """Run ``function``, which reads ``inputs`` and may write nothing but what it allocates. Raises what it raises."""
+    quicken()
     before = {name: tensor.clone() for name, tensor in inputs.items()}
     with counted() as launched, poisoned() as allocations:
         result = function()
@@ -83,6 +85,7 @@ def engine_call(subject: Subject, path: str, problem: Problem, *, through: str |
         use_triton_scoring=path == "triton", head_dim=shape.d, num_kv_heads=shape.h,
         disable_mlr=shape.disable_mlr, disable_trig=shape.disable_trig,
     )  # fmt: skip
+    quicken()
     compute = subject.attribute(SCORING, through or f"compute_scores_{path}")
     arguments = {
         "key_states": problem.keys, "cache_positions": None, "head_stats": problem.head_stats, "omega": problem.omega,

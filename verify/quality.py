@@ -7,20 +7,26 @@ cache, at the same moments, down to the same budget, and protect the same window
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import importlib
 import inspect
 import json
 import math
+import os
+import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verify.environment import version_of
 from verify.outcome import ConfigurationError
 from verify.record import write_atomic
-from verify.request import repository_root
+from verify.request import cache_folder, repository_root
 
 if TYPE_CHECKING:
     import torch
@@ -58,25 +64,26 @@ class Setting:
         }  # fmt: skip
 
 
-#: Scores ``[H, N]``, or ``[1, N]`` for all heads, of one layer's keys ``[H, N, D]``; the best stay.
-Control = Callable[["torch.Tensor", random.Random], "torch.Tensor"]
+#: Scores ``[B, H, N]``, or ``[B, 1, N]`` for all heads, of one layer's keys ``[B, H, N, D]``; the best stay. Each row
+#: has its own generator.
+Control = Callable[["torch.Tensor", Sequence[random.Random]], "torch.Tensor"]
 
 
-def _recent(keys: torch.Tensor, rng: random.Random) -> torch.Tensor:
+def _recent(keys: torch.Tensor, rngs: Sequence[random.Random]) -> torch.Tensor:
     import torch
 
-    order = torch.arange(keys.shape[1], dtype=torch.float32)
+    order = torch.arange(keys.shape[2], dtype=torch.float32)
     order[:_SINKS] = math.inf
-    return order[None]
+    return order.expand(keys.shape[0], 1, -1).clone()
 
 
-def _random(keys: torch.Tensor, rng: random.Random) -> torch.Tensor:
+def _random(keys: torch.Tensor, rngs: Sequence[random.Random]) -> torch.Tensor:
     import torch
 
-    return torch.tensor([[rng.random() for _ in range(keys.shape[1])]])
+    return torch.tensor([[[rng.random() for _ in range(keys.shape[2])]] for rng in rngs])
 
 
-def _knorm(keys: torch.Tensor, rng: random.Random) -> torch.Tensor:
+def _knorm(keys: torch.Tensor, rngs: Sequence[random.Random]) -> torch.Tensor:
     return -keys.norm(dim=-1)
 
 
@@ -108,50 +115,103 @@ class Margin:
         return self.mean - self.half_width > 0
 
 
-def _fed(
-    live: LiveModel, ids: torch.Tensor, setting: Setting, control: str | None, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Feed ``ids`` ``[1, T]``: log-probability of each but the first, and whether it was the likeliest, ``[T - 1]``.
+@dataclass(frozen=True)
+class _Asked:
+    """A text that is fed: its token ids ``[T]``, the first position whose prediction of the next token counts, and the
+    seed that it is of.
+    """
 
-    ``control`` None is the model as it is, patched or not; a control evicts from an unpatched one.
+    ids: torch.Tensor
+    first: int
+    seed: int
+
+
+#: Of each text the log-probabilities of the tokens after ``first``, and whether each was the likeliest.
+_Answers = list[tuple["torch.Tensor", "torch.Tensor"]]
+
+
+def _batch(texts: Sequence[_Asked]) -> torch.Tensor:
+    """Token ids ``[B, T]``; a shorter text goes on with its last token, which changes nothing before its end."""
+    import torch
+
+    longest = max(len(text.ids) for text in texts)
+    return torch.stack([torch.cat([one.ids, one.ids[-1:].expand(longest - len(one.ids))]) for one in texts])
+
+
+def _begin(live: LiveModel, texts: Sequence[_Asked], setting: Setting) -> Any:
+    """The cache of an unpatched model when the first round is due, which is the same for every control."""
+    import torch
+
+    cache, ids = live.new_cache(), _batch(texts)[:, : setting.budget + setting.divide_length]
+    with torch.inference_mode():
+        for step in ids.split(setting.step, dim=1):
+            cache = live.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    return cache
+
+
+def _fed(
+    live: LiveModel, texts: Sequence[_Asked], setting: Setting, control: str | None, begun: Any = None
+) -> _Answers:
+    """Feed all texts as one batch, whose rows do not depend on each other.
+
+    ``control`` None is the model as it is, patched or not; a control evicts from an unpatched one, and goes on with the
+    cache ``begun`` by ``_begin``, which it changes.
     """
     import torch
 
-    cache, rng, parts, fed = live.new_cache(), random.Random(seed), [], 0
+    cache, rngs = live.new_cache() if begun is None else begun, [random.Random(text.seed) for text in texts]
+    ids, parts, fed = _batch(texts), [[] for _ in texts], cache.get_seq_length()
+    if begun is not None:
+        _evict(cache, setting, control, rngs)
     with torch.inference_mode():
-        for step in ids.split(setting.step, dim=1):
+        for start in range(fed, ids.shape[1], setting.step):
+            step = ids[:, start : start + setting.step]
+            end = start + step.shape[1]
             given = {}
             if control is not None:  # the cache forgets how many tokens it has seen
-                given["position_ids"] = torch.arange(fed, fed + step.shape[1], device=ids.device)[None]
-            out = live.model(input_ids=step, past_key_values=cache, use_cache=True, **given)
+                given["position_ids"] = torch.arange(start, end, device=ids.device).expand(len(texts), -1)
+            # the logits take a fifth of the time, and most of the memory
+            counts = [range(max(text.first, start), min(len(text.ids) - 1, end)) for text in texts]
+            first = min((some[0] for some in counts if some), default=end - 1)
+            out = live.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=end - first, **given)
             cache = out.past_key_values
-            parts.append(out.logits[0])
-            fed += step.shape[1]
+            for row, some in enumerate(counts):
+                if some:
+                    predicted = out.logits[row, some.start - first : some.stop - first].float().log_softmax(-1)
+                    targets = ids[row, some.start + 1 : some.stop + 1]
+                    given_to = predicted.gather(-1, targets[:, None])[:, 0]
+                    parts[row].append((given_to.cpu(), (predicted.argmax(-1) == targets).cpu()))
             if control is not None and cache.layers[0].keys.shape[2] >= setting.budget + setting.divide_length:
-                _evict(cache, setting, control, rng)
-    predicted, targets = torch.cat(parts)[:-1].float().log_softmax(-1), ids[0, 1:]
-    return predicted.gather(-1, targets[:, None])[:, 0].cpu(), (predicted.argmax(-1) == targets).cpu()
+                _evict(cache, setting, control, rngs)
+    return [tuple(map(torch.cat, zip(*part, strict=True))) for part in parts]
 
 
-def _evict(cache: Any, setting: Setting, control: str, rng: random.Random) -> None:
+def _evict(cache: Any, setting: Setting, control: str, rngs: Sequence[random.Random]) -> None:
     kept = None
     for layer in cache.layers:
-        keys = layer.keys[0].float().cpu()
+        keys = layer.keys.float().cpu()
         if kept is None or control not in _SHARED:
-            scores = CONTROLS[control](keys, rng)
-            scores[:, keys.shape[1] - setting.window :] = math.inf
-            kept = scores.argsort(descending=True, stable=True)[:, : setting.budget].sort().values
-        rows = kept.expand(keys.shape[0], -1).to(layer.keys.device)[None, :, :, None]
+            scores = CONTROLS[control](keys, rngs)
+            scores[..., keys.shape[2] - setting.window :] = math.inf
+            kept = scores.argsort(descending=True, stable=True)[..., : setting.budget].sort().values
+        rows = kept.expand(-1, keys.shape[1], -1).to(layer.keys.device)[..., None]
         layer.keys = layer.keys.gather(2, rows.expand(-1, -1, -1, layer.keys.shape[-1]))
         layer.values = layer.values.gather(2, rows.expand(-1, -1, -1, layer.values.shape[-1]))
 
 
-def perplexity_loss(live: LiveModel, setting: Setting, control: str | None, seed: int) -> float:
-    """Mean negative log-likelihood in nats per token, over the text of ``seed`` after the first round is due."""
-    source = inspect.getsource(importlib.import_module(_TEXTS[seed]))
-    ids = live.tokens(source)["input_ids"][:, : setting.text]
-    log_probs, _ = _fed(live, ids, setting, control, seed)
-    return -float(log_probs[setting.budget + setting.divide_length :].mean())
+def _sources(live: LiveModel, setting: Setting) -> list[_Asked]:
+    """For each seed a text, of which the tokens after the first round are asked for."""
+    first = setting.budget + setting.divide_length
+    sources = [inspect.getsource(importlib.import_module(name)) for name in _TEXTS]
+    return [
+        _Asked(live.tokens(source)["input_ids"][0, : setting.text], first, seed)
+        for seed, source in zip(SEEDS, sources, strict=True)
+    ]
+
+
+def _losses(answers: _Answers) -> list[float]:
+    """For each seed the mean negative log-likelihood in nats per token."""
+    return [-float(log_probs.mean()) for log_probs, _ in answers]
 
 
 #: Depths of the needle in the haystack of one seed, as a share of it.
@@ -172,39 +232,76 @@ def needle(seed: int, depth: float, sentences: int = 40) -> tuple[str, str]:
     return f"{' '.join(lines)} Do you remember it? {told}", f" {code}"
 
 
-def needle_recall(live: LiveModel, setting: Setting, control: str | None, seed: int) -> float:
-    """Share of the digits of the codes that get the highest probability, over the depths of ``seed``."""
-    found = total = 0
-    for depth in _DEPTHS:
-        text, code = needle(seed, depth)
-        prompt = live.tokens(text)["input_ids"]
-        ids = live.tokens(text + code)["input_ids"]
-        _, hits = _fed(live, ids, setting, control, seed)
-        answer = hits[prompt.shape[1] - 1 :]
-        found, total = found + int(answer.sum()), total + len(answer)
-    return found / total
+def _needles(live: LiveModel, setting: Setting) -> list[_Asked]:
+    """For each seed a text for each depth, of which the digits of the code are asked for."""
+    texts = []
+    for seed in SEEDS:
+        for depth in _DEPTHS:
+            text, code = needle(seed, depth)
+            prompt = live.tokens(text)["input_ids"]
+            texts.append(_Asked(live.tokens(text + code)["input_ids"][0], prompt.shape[1] - 1, seed))
+    return texts
 
 
-#: What is measured: how, the sign that makes more of it better, and the unit of a difference.
-MEASURES: dict[str, tuple[Callable[[LiveModel, Setting, str | None, int], float], int, str]] = {
-    "perplexity": (perplexity_loss, -1, "nats"),
-    "needle": (needle_recall, 1, "recall"),
+def _recalls(answers: _Answers) -> list[float]:
+    """For each seed the share of the digits of its codes that get the highest probability."""
+    hits = [hit for _, hit in answers]
+    of_seeds = [hits[start : start + len(_DEPTHS)] for start in range(0, len(hits), len(_DEPTHS))]
+    return [sum(int(hit.sum()) for hit in some) / sum(map(len, some)) for some in of_seeds]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is fed, the value for each seed, the ``sign`` that makes more of it better, and the unit of a difference."""
+
+    texts: Callable[[LiveModel, Setting], list[_Asked]]
+    values: Callable[[_Answers], list[float]]
+    sign: int
+    unit: str
+
+
+MEASURES = {
+    "perplexity": Measure(_sources, _losses, -1, "nats"),
+    "needle": Measure(_needles, _recalls, 1, "recall"),
 }
 NAMES = tuple(f"{measure}_{control}" for measure in MEASURES for control in CONTROLS)
 
 
 class Measured:
-    """Values by measure and by who was measured: ``full``, a control or ``subject``; one for each seed."""
+    """Values by measure and by who was measured: ``full``, a control or ``subject``; one for each seed.
 
-    def __init__(self, values: dict[str, dict[str, list[float]]] | None = None) -> None:
+    With ``keep``, what was measured of the controls is kept in the cache, for as long as it would come out the same: no
+    subject takes part in it.
+    """
+
+    def __init__(self, values: dict[str, dict[str, list[float]]] | None = None, *, keep: bool = False) -> None:
         self.values = {measure: {} for measure in MEASURES} if values is None else values
+        self._begun: dict[str, Any] = {}
+        self._keep = keep
+
+    @property
+    def count(self) -> int:
+        """How many have been measured."""
+        return sum(map(len, self.values.values()))
 
     def take(self, live: LiveModel, measure: str, who: str) -> None:
         """Measure now, unless that was done; the model must be patched for ``subject``, and unpatched for others."""
-        if who not in self.values[measure]:
-            control = who if who in CONTROLS else None
-            run = MEASURES[measure][0]
-            self.values[measure][who] = [run(live, Setting(), control, seed) for seed in SEEDS]
+        if who in self.values[measure]:
+            return
+        asked, setting, control = MEASURES[measure], Setting(), who if who in CONTROLS else None
+        place = _place(live, measure, who) if self._keep and control is not None else None
+        if place and (kept := _kept(place)):
+            self.values[measure][who] = kept
+            return
+        texts, begun = asked.texts(live, setting), None
+        if control is not None:
+            if measure not in self._begun:
+                self._begun[measure] = _begin(live, texts, setting)
+            begun = copy.deepcopy(self._begun[measure])
+        found = self.values[measure][who] = asked.values(_fed(live, texts, setting, control, begun))
+        if place:
+            with suppress(OSError):  # what cannot be kept is measured again the next time
+                write_atomic(place, json.dumps(found) + "\n")
 
     def margin(self, live: LiveModel, name: str) -> Margin:
         """One of NAMES, measured now where it was not; takes an unpatched model and leaves it patched."""
@@ -217,9 +314,30 @@ class Measured:
 
     def of(self, name: str) -> Margin:
         measure, control = name.split("_")
-        _, sign, unit = MEASURES[measure]
+        asked = MEASURES[measure]
         pairs = zip(self.values[measure]["subject"], self.values[measure][control], strict=True)
-        return Margin(tuple(sign * (subject - other) for subject, other in pairs), unit)
+        return Margin(tuple(asked.sign * (subject - other) for subject, other in pairs), asked.unit)
+
+
+def _place(live: LiveModel, measure: str, control: str) -> Path:
+    """A file named by everything that the values of a control depend on: this module, the model, the software, and the
+    texts, which are the standard library's.
+    """
+    what = [
+        measure, control, hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), Path(live.location).name,
+        str(live.model.device), platform.processor(), platform.python_version(), os.environ.get("OMP_NUM_THREADS"),
+        *(version_of(name) for name in ("torch", "transformers", "tokenizers")),
+    ]  # fmt: skip
+    return cache_folder() / "quality" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.json"
+
+
+def _kept(place: Path) -> list[float] | None:
+    """The values that are kept there, one for each seed; None where none can be read."""
+    with suppress(OSError, ValueError):  # not there, or not whole: it is measured again
+        values = json.loads(place.read_bytes())
+        if isinstance(values, list) and len(values) == len(SEEDS) and all(isinstance(one, float) for one in values):
+            return values
+    return None
 
 
 def recorded() -> Path:
@@ -253,6 +371,7 @@ def quality_verb(subject_name: str, device: str, out: Path | None) -> int:
 
     from verify.device import prepare, resolve
     from verify.environment import capture
+    from verify.heartbeat import Heartbeat
     from verify.live_model import load, locate
     from verify.subject import find_subject
 
@@ -267,14 +386,17 @@ def quality_verb(subject_name: str, device: str, out: Path | None) -> int:
             f"the patch of subject {subject.source!r} has no {absent[0]}, and the controls protect a window; "
             "give it one to compare them"
         )
-    measured = Measured()
-    for measure in MEASURES:
-        for who in ("full", *CONTROLS):
-            measured.take(live, measure, who)
-    live.patch(**Setting().patch)
-    for measure in MEASURES:
-        measured.take(live, measure, "subject")
-    _print(measured, Console(highlight=False))
+    measured, console = Measured(), Console(highlight=False)
+    whole = len(MEASURES) * (len(CONTROLS) + 2)
+    log = Console(stderr=True)
+    with Heartbeat(log, lambda: f"{measured.count} of {whole} measurements, each over {len(SEEDS)} seeds"):
+        for measure in MEASURES:
+            for who in ("full", *CONTROLS):
+                measured.take(live, measure, who)
+        live.patch(**Setting().patch)
+        for measure in MEASURES:
+            measured.take(live, measure, "subject")
+    _print(measured, console)
     if out is not None:
         content = {
             "subject": subject.source, "model": "embedded", "device": chosen.name, "dtype": "float32",
@@ -286,10 +408,12 @@ def quality_verb(subject_name: str, device: str, out: Path | None) -> int:
 
 
 def _print(measured: Measured, console: Console) -> None:
-    for measure, (_, _, unit) in MEASURES.items():
+    for measure, asked in MEASURES.items():
         for who, values in measured.values[measure].items():
             by_seed = "  ".join(f"{value:.4f}" for value in values)
-            console.print(f"{measure:<11} {who:<8} mean {sum(values) / len(values):.4f} {unit:<7} by seed {by_seed}")
+            console.print(
+                f"{measure:<11} {who:<8} mean {sum(values) / len(values):.4f} {asked.unit:<7} by seed {by_seed}"
+            )
     for name in NAMES:
         margin = measured.of(name)
         verdict = f"gate at {margin.mean / 2:.4f}" if margin.proven else "no margin"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +71,19 @@ def rule(device: str) -> Rule:
 
 @dataclass(frozen=True)
 class Judge:
-    """Replays what a server answered, and asks of the result what holds for every answer."""
+    """Replays what a server answered, once for each answer, and asks of the result what holds for all of them."""
 
     model: LiveModel
     statistics: Mapping[str, Any]
     rule: Rule
+    _replayed: dict[str, Replay] = field(default_factory=dict)
 
     def replay(self, answer: Answer, steps: Sequence[Step]) -> Replay:
-        return replay(
-            self.model.model, self.statistics, self.rule, answer.prompt, answer.tokens, steps, answer.log_probs
-        )
+        if answer.id not in self._replayed:
+            self._replayed[answer.id] = replay(
+                self.model.model, self.statistics, self.rule, answer.prompt, answer.tokens, steps, answer.log_probs
+            )
+        return self._replayed[answer.id]
 
     def __call__(self, answer: Answer, steps: Sequence[Step], measure, where: str) -> Replay:
         found = self.replay(answer, steps)

@@ -16,7 +16,8 @@ PROMPTS = (
     "Explain in a few sentences why the sky is blue and why the sunset is red.",
 )
 
-#: A prompt and then single tokens, far enough for three rounds.
-PROMPT, FED = 24, 112
+#: Tokens of a prompt that fits into the budget, and of one that nearly makes a round due; single ones follow, until
+#: there were three rounds.
+PROMPT, NEAR, FED = 48, 72, 112
 EVICT_PROMPT = {"kv_budget": BUDGET, "allow_prefill_compression": True}
 PER_LAYER_PER_HEAD = {"per_head_pruning": False, "per_layer_perhead_pruning": True}

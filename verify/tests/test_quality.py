@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch
 from verify import quality
 from verify.quality import CONTROLS, NAMES, SEEDS, Margin, Measured, Setting
 
-_SETTING = Setting(budget=16, divide_length=8, window=4)
+_SETTING = Setting(budget=16, divide_length=8, window=4, step=8)
 
 
 def _cache(layers: int = 3, tokens: int = 24) -> SimpleNamespace:
@@ -26,7 +29,7 @@ def _cache(layers: int = 3, tokens: int = 24) -> SimpleNamespace:
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_control_keeps_the_budget_and_the_window_and_moves_values_with_keys(control: str) -> None:
     cache, before = _cache(), _cache()
-    quality._evict(cache, _SETTING, control, random.Random(1))
+    quality._evict(cache, _SETTING, control, [random.Random(1)])
     kept = []
     for layer, was in zip(cache.layers, before.layers, strict=True):
         assert layer.keys.shape == layer.values.shape == (1, 2, 16, 8)
@@ -44,6 +47,69 @@ def test_a_control_keeps_the_budget_and_the_window_and_moves_values_with_keys(co
     else:
         norms = before.layers[1].keys[0, 1, :20].norm(dim=-1)
         assert kept[3][:12] == norms.argsort()[:12].sort().values.tolist()
+
+
+@pytest.mark.parametrize("control", [None, *CONTROLS])
+def test_a_text_has_in_a_batch_what_it_has_alone(control: str | None) -> None:
+    live = _tiny()
+    texts = [
+        quality._Asked(torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(length)), first, seed)
+        for seed, (length, first) in enumerate([(61, 24), (40, 30), (33, 0), (61, 59)])
+    ]
+    together = quality._fed(live, texts, _SETTING, control)
+    for text, (log_probs, hits) in zip(texts, together, strict=True):
+        ((alone, alone_hits),) = quality._fed(live, [text], _SETTING, control)
+        assert len(log_probs) == len(hits) == len(text.ids) - 1 - text.first
+        torch.testing.assert_close(log_probs, alone, rtol=1e-4, atol=1e-4)
+        assert torch.equal(hits, alone_hits)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_that_goes_on_with_a_cache_has_what_it_has_from_the_start(control: str) -> None:
+    live, ids = _tiny(), torch.randint(0, 96, (70,), generator=torch.Generator().manual_seed(1))
+    texts = [quality._Asked(ids, _SETTING.budget + _SETTING.divide_length, seed=4)]
+    ((whole, _),) = quality._fed(live, texts, _SETTING, control)
+    ((resumed, _),) = quality._fed(live, texts, _SETTING, control, quality._begin(live, texts, _SETTING))
+    assert len(resumed) == 70 - 1 - 24
+    torch.testing.assert_close(resumed, whole, rtol=1e-4, atol=1e-4)
+
+
+def _tiny() -> Any:
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=96,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    return SimpleNamespace(model=model, location="tiny", new_cache=lambda: DynamicCache(config=config))
+
+
+def test_what_was_measured_of_a_control_is_kept_and_of_the_subject_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path))
+    ids = torch.arange(70) % 96
+    texts = [quality._Asked(ids, 24, seed) for seed in SEEDS]
+    monkeypatch.setattr(quality, "Setting", lambda: _SETTING)
+    monkeypatch.setitem(quality.MEASURES, "perplexity", replace(quality.MEASURES["perplexity"], texts=lambda *_: texts))
+    live, fed = _tiny(), []
+    real = quality._fed
+    monkeypatch.setattr(quality, "_fed", lambda *given: fed.append(given[3]) or real(*given))
+    values = []
+    for _ in range(2):
+        measured = Measured(keep=True)
+        measured.take(live, "perplexity", "knorm")
+        measured.take(live, "perplexity", "subject")
+        values.append(measured.values["perplexity"])
+    assert fed == ["knorm", None, None]
+    assert values[0] == values[1]
+    (kept,) = tmp_path.glob("quality/*.json")
+    kept.write_text("[1.0, 2")
+    Measured(keep=True).take(live, "perplexity", "knorm")
+    Measured().take(live, "perplexity", "knorm")
+    assert fed[3:] == ["knorm", "knorm"]
 
 
 def test_a_margin_is_students() -> None:
