@@ -149,7 +149,8 @@ class _Compiling:
         self._toolchain = {
             "triton": version_of("triton"),
             "ptxas": ptxas_versions(),
-            "variables": {name: os.environ.get(name) for name in variables() if not name.startswith("CUDA_")},
+            # neither a card nor a number of threads decides what is built
+            "variables": {name: os.environ.get(name) for name in variables() if not name.startswith(("CUDA_", "OMP_"))},
             "own": digest_of([Path(__file__).with_name(f"{name}.py") for name in _OWN], Path(__file__).parent),
         }
 

@@ -106,14 +106,17 @@ def test_our_layout_round_trips(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["stats.pt"]
 
 
-def test_the_published_layout_of_a_large_model_loads_in_a_second(tmp_path: Path) -> None:
+def test_the_published_layout_of_a_large_model_loads_as_fast_as_its_file_is_read(tmp_path: Path) -> None:
     m = torch.randn(64, dtype=torch.complex64)
     by_head = {(layer, head): HeadFrequencyStats(m, m.abs() + 1) for layer in range(36) for head in range(32)}
     path = tmp_path / "published.pt"
     save_head_frequency_stats(path, list(by_head), by_head, {"head_dim": 128, "rope_style": "half"})
-    began = time.perf_counter()
+    began = time.process_time()
+    torch.load(path, weights_only=True)
+    bare_s = time.process_time() - began
+    began = time.process_time()
     metadata, loaded = load_head_frequency_stats(path, "cpu")
-    assert time.perf_counter() - began < 2, "loading waits for something"
+    assert time.process_time() - began < 4 * bare_s, "loading does something else than to read the file"
     assert metadata["head_dim"] == 128
     assert torch.equal(loaded[35, 31].q_mean_complex, m)
 

@@ -95,14 +95,16 @@ def test_the_installed_vllm_is_what_its_entry_says() -> None:
 
 
 @needs_vllm
-def test_the_check_imports_nothing_and_takes_less_than_a_second() -> None:
+def test_the_check_imports_nothing_and_takes_less_than_importing_torch() -> None:
     code = (
         "import sys, time; from triattention.vllm.runtime.hook_targets import require_supported\n"
-        "require_supported(); print(time.process_time(), *({'vllm', 'torch'} & set(sys.modules)))"
+        "require_supported(); print(time.process_time(), *({'vllm', 'torch'} & set(sys.modules)))\n"
+        "import torch; print(time.process_time())"
     )
-    seconds, *imported = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    first, last = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+    seconds, *imported = first.split()
     assert imported == []
-    assert float(seconds) < 1
+    assert float(seconds) < float(last) - float(seconds)
 
 
 @needs_vllm

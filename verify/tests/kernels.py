@@ -10,7 +10,7 @@ from verify.problems import Shape
 from verify.subject import Subject, find_subject
 
 _HEADER = """
-import torch, triton
+import triton
 import triton.language as tl
 
 
@@ -34,6 +34,8 @@ def triattention_scoring(
     K_rot, position_indices, q_mean_real, q_mean_imag, q_abs_mean, freq_scale_sq, omega, offsets, round_start,
     aggregation="max", trig_cache=None, trig_values=None, rope_style="interleaved", disable_mlr=False,
 ):
+    import torch  # whoever builds a kernel has no need of it, and it takes seconds to import
+
     keys = K_rot.shape[0] * K_rot.shape[1] * K_rot.shape[2]
     out = torch.empty(K_rot.shape[0], q_mean_real.shape[0], K_rot.shape[2])
     launch(K_rot, out, keys, (triton.cdiv(keys, 256),))

@@ -19,7 +19,17 @@ from verify.architectures import known_targets
 from verify.builds import Compilation
 from verify.checks import Check, CheckSpec
 from verify.curves import Curve, Point
-from verify.record import CheckResult, Environment, Gpu, Measurement, Record, SubjectInfo, write_record
+from verify.record import (
+    CheckResult,
+    Environment,
+    Gpu,
+    Measurement,
+    Record,
+    SubjectInfo,
+    UnreadableRecord,
+    read_record,
+    write_record,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -54,6 +64,17 @@ def measure_report(*words: str, cwd: Path, cache: Path) -> MeasuredReport:
         for stream in (printed, said):
             stream.seek(0)
         return MeasuredReport(report.returncode, processor_s, wall_s, peak_kib / 1024, printed.read(), said.read())
+
+
+def reading_s(folder: Path) -> float:
+    """Processor seconds that reading every record under ``folder`` takes here and now, judged by a hundred of them."""
+    files = sorted(folder.rglob("*.json"))
+    some = files[:: max(len(files) // 100, 1)]
+    begun = time.process_time()
+    for file in some:
+        with suppress(UnreadableRecord):
+            read_record(file)
+    return (time.process_time() - begun) * len(files) / len(some)
 
 
 def _memory_kib(session: int) -> int:

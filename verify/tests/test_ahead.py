@@ -44,6 +44,7 @@ def verify(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(600)
 def test_the_reference_builds_for_every_gpu_that_the_toolchain_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # with the cache of the user: what it has of this source and toolchain need not be built again
     # what prepare takes away, the tests of other files still need
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     prepare()

@@ -60,7 +60,7 @@ def until(answer: Callable[[], object], limit_s: float = 60.0) -> bool:
 
 def test_a_build_that_dies_or_never_ends_costs_its_own_place_only(tmp_path: Path) -> None:
     subject = write_subject(tmp_path / "theirs", TEMPERS)
-    found = compile_ahead(order(subject, "90,120", limit_s=5.0))
+    found = compile_ahead(order(subject, "90,120", limit_s=10.0))  # a build takes one second, or some on a busy machine
     assert [verdicts(one) for one in found] == 2 * [
         {
             "good": "OK",
@@ -78,7 +78,7 @@ def test_a_build_that_dies_or_never_ends_costs_its_own_place_only(tmp_path: Path
     assert "couldn't allocate output register" in said["aborts_in_llvm"]
     assert said["dies_silently"] == "the compiler's process ended with exit code 1 and said nothing"
     assert "died of signal 9" in said["is_killed"]
-    assert said["never_ends"] == "no answer within 5 s"
+    assert said["never_ends"] == "no answer within 10 s"
     assert str(tmp_path) not in " ".join(said.values())
     assert failed(found)
     assert workers(tmp_path) == []

@@ -21,6 +21,7 @@ from verify.tests.samples import (
     measure_report,
     measured,
     passing,
+    reading_s,
     record,
     result,
     write,
@@ -116,18 +117,16 @@ def test_the_course_of_a_check_is_told_oldest_first(reports: Path) -> None:
 
 def test_a_thousand_records_are_reported_in_time_and_memory(tmp_path: Path) -> None:
     write_many(tmp_path, 1000, list(catalogue()))
-    # of the processor, so that a busy machine is no failure
-    limits_s = {"cold": (10, ["--all"]), "warm": (2, ["--all"]), "one": (1, ["--gpu", "sm90"])}
-    for name, (limit_s, words) in limits_s.items():
+    # of the processor, and in times that merely reading all of them takes now, so that no machine is too slow or busy
+    limits = {"cold": (3.5, ["--all"]), "warm": (0.7, ["--all"]), "one": (0.5, ["--gpu", "sm90"])}
+    for name, (limit, words) in limits.items():
         words += ["--records", str(tmp_path / "evidence")]
-        caches = [tmp_path / "cache"]
-        if name == "cold":  # the less of two: what else a machine does makes it slower, and never faster
-            caches.append(tmp_path / "another")
-        made = [measure_report(*words, cwd=REPOSITORY, cache=cache) for cache in caches]
-        assert [one.exit_code for one in made] == [0] * len(made)
-        assert ("VERIFIED" if name == "one" else "●P") in made[0].printed
-        assert min(one.processor_s for one in made) < limit_s, name
-        assert made[0].mebibytes < 500, name
+        made = measure_report(*words, cwd=REPOSITORY, cache=tmp_path / "cache")
+        assert made.exit_code == 0
+        assert ("VERIFIED" if name == "one" else "●P") in made.printed
+        allowed_s = limit * reading_s(tmp_path / "evidence")
+        assert made.processor_s < allowed_s, f"{name}: {made.processor_s:.1f} s, {allowed_s:.1f} s allowed"
+        assert made.mebibytes < 500, name
 
 
 def test_each_record_that_does_not_count_is_named_with_its_reason(reports: Path) -> None:
