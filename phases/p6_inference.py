@@ -19,8 +19,8 @@ from verify.subject import Subject
 from verify.tolerance import ATTENTION_LOG_PROB
 
 _MAX_QUESTIONS = 2
-#: The shorter prompt passes its trigger three times.
-_NEW_TOKENS = 40
+#: So many that what a round took away shows in the text after it.
+_NEW_TOKENS = 48
 
 #: Greedy steps by hand, the first of a prompt that just fits into the budget: they pass the trigger three times.
 _STEPS = 56

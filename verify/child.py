@@ -60,6 +60,7 @@ class PhaseProcess:
         self._current_since = 0.0
         self._watch: machine.Watch | None = None
         self._busy: str | None = None
+        self._finished: set[str] = set()
         self._deadline = time.monotonic() + IDLE_LIMIT_S
         events.append_machine(run_dir, self._phase, "start", machine.state())
         with self._log.open("ab") as log:
@@ -108,6 +109,7 @@ class PhaseProcess:
                 progress.started(event["id"])
             elif event["event"] == "result" and event["result"]["id"] in self._limits:
                 self._current = None
+                self._finished.add(event["result"]["id"])
                 self._deadline = time.monotonic() + IDLE_LIMIT_S
                 progress.finished(CheckResult.model_validate(event["result"]))
 
@@ -129,8 +131,7 @@ class PhaseProcess:
 
     def _settle(self, hung: bool, progress: PhaseProgress) -> None:
         """Give the checks that the process left without a result the one that its end implies."""
-        done = events.read_results(self._run_dir)
-        missing = [check for check in self._checks if check.id not in done]
+        missing = [check for check in self._checks if check.id not in self._finished]
         how = "was killed because it hung" if hung else _ending(self._process.returncode)
         culprit = self._current
         if not missing:

@@ -32,6 +32,7 @@ class Timekeeper:
         self._root, self._out = root, out
         self._durations_s: dict[str, float] = {}
         self._running: dict[str, float] = {}
+        self._count = 0
         self._session: pytest.Session | None = None
         # a copy: while a test runs, what is written to the original is captured
         self._stream = os.fdopen(os.dup(1), "w")
@@ -64,6 +65,7 @@ class Timekeeper:
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self._running.pop(nodeid, None)
+        self._count += 1
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._out is None:
@@ -91,7 +93,7 @@ class Timekeeper:
     def _told(self) -> str:
         now, total = time.monotonic(), self._session.testscollected
         running = sorted(self._running.items(), key=lambda one: one[1])
-        told = f"{len(self._durations_s) - len(running)} of {total} tests"
+        told = f"{self._count} of {total} tests"
         return f"{told}, {running[0][0]} for {now - running[0][1]:.0f} s" if running else told
 
 

@@ -134,21 +134,27 @@ def read_results(run_dir: Path) -> dict[str, CheckResult]:
 def judged(results: Mapping[str, CheckResult]) -> set[str]:
     """The ids of the checks that need no other try: all but those that the machine kept from a verdict.
 
-    INFRA is no judgement of the subject, and what it blocked was not tried.
+    INFRA is no judgement of the subject, and what it blocked was not tried; a check stays BLOCKED only as long as what
+    blocks it has failed.
     """
-    unjudged = {result.id for result in results.values() if result.verdict is Verdict.INFRA}
-    return {result.id for result in results.values() if not {result.id, result.by} & unjudged}
+    failed = {result.id for result in results.values() if result.verdict in FAILING - {Verdict.INFRA}}
+    return {
+        result.id
+        for result in results.values()
+        if result.verdict is not Verdict.INFRA and (result.verdict is not Verdict.BLOCKED or result.by in failed)
+    }
 
 
 def _sittings(found: Iterable[dict[str, Any]]) -> list[Sitting]:
     sittings: list[Sitting] = []
     for event in found:
         state, phase = MachineState.model_validate(event["state"]), event["phase"]
-        opened = next((n for n, one in enumerate(sittings) if one.phase == phase and one.end is None), None)
         if event["at"] == "start":
             sittings.append(Sitting(phase=phase, start=state))
-        elif opened is not None:
-            sittings[opened] = sittings[opened].model_copy(update={"end": state})
+            continue
+        last = next((n for n in reversed(range(len(sittings))) if sittings[n].phase == phase), None)
+        if last is not None and sittings[last].end is None:
+            sittings[last] = sittings[last].model_copy(update={"end": state})
     return sittings
 
 

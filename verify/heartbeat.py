@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -33,6 +34,8 @@ class Heartbeat:
             self._thread.join()
 
     def _beat(self) -> None:
+        # signals are the main thread's: one that it blocks must not arrive by way of this one
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while not self._ended.wait(EVERY_S):
             self._console.print(f"  ... {self._tell()}", markup=False, highlight=False, soft_wrap=True)
 

@@ -22,13 +22,15 @@ def quicken() -> None:
         return
     from triton.runtime import interpreter
 
-    patch = getattr(interpreter, "_patch_builtin", None)
-    if patch is None or "getmembers" not in patch.__code__.co_names:
+    patch, counterpart = (getattr(interpreter, name, None) for name in ("_patch_builtin", "_get_np_dtype"))
+    if patch is None or counterpart is None or "getmembers" not in patch.__code__.co_names:
         return
     is_builtin = interpreter.tl.core.is_builtin
     names: dict[Any, tuple[str, ...]] = {}
 
-    def getmembers(package: Any) -> list[tuple[str, Any]]:
+    def getmembers(package: Any, *asked: Any) -> list[tuple[str, Any]]:
+        if asked:
+            return inspect.getmembers(package, *asked)
         if package not in names:
             # what is patched at this moment is no builtin any more, and would be missed
             names[package] = tuple(name for name, _ in inspect.getmembers(package, _was_builtin))
@@ -40,7 +42,7 @@ def quicken() -> None:
 
     # the module's own name for inspect, of which it uses more than this
     interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": getmembers})
-    counterpart, of_name = interpreter._get_np_dtype, {}
+    of_name: dict[str, Any] = {}
 
     def numpy_dtype(dtype: Any) -> Any:
         if dtype.name not in of_name:

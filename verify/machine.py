@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from verify.record import MachineState
@@ -35,11 +35,18 @@ def use_one_thread() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def cores() -> set[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def state() -> MachineState:
     """The machine now, by the cores that this process may use."""
-    cores = os.sched_getaffinity(0)
-    busy_s, steal_s = _processor_seconds(cores)
-    return MachineState(cores=len(cores), load_average=os.getloadavg()[0], busy_s=busy_s, steal_s=steal_s)
+    usable = cores()
+    busy_s, steal_s = _processor_seconds(usable)
+    return MachineState(cores=len(usable), load_average=os.getloadavg()[0], busy_s=busy_s, steal_s=steal_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +62,15 @@ class Watch:
     begun: float
     before: MachineState
     own: dict[tuple[int, str], float]
+    seen: dict[tuple[int, str], float] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, root: int, run: str) -> Watch:
         return cls(root, run, time.monotonic(), state(), dict(_tree(root)))
+
+    def look(self) -> None:
+        """Note what the run's processes took so far: one that ends without its parents leaves no other trace."""
+        self.seen.update(_tree(self.root))
 
     def outside_cores(self) -> float:
         """How many cores the processes of others, and a hypervisor that gave the time away, took on average.
@@ -66,8 +78,8 @@ class Watch:
         What cannot be told apart counts as the run's own, so that the machine is never blamed for it.
         """
         now, seconds = state(), time.monotonic() - self.begun
-        own = {**dict(_marked(self.run)), **dict(_tree(self.root))}
-        # a process that was waited for has its time in its parent's; what it had before is then counted twice
+        own = {**self.seen, **dict(_marked(self.run)), **dict(_tree(self.root))}
+        # a process that was waited for has its time in its parent's; what is known of it besides is then counted twice
         ours = sum(own.values()) - sum(self.own[one] for one in self.own.keys() & own.keys())
         theirs = now.busy_s - self.before.busy_s - ours + now.steal_s - self.before.steal_s
         return max(theirs, 0.0) / max(seconds, 1e-3)
@@ -100,8 +112,8 @@ def _tree(root: int) -> Iterator[tuple[tuple[int, str], float]]:
         pid = waiting.pop()
         if found := _process(pid):
             yield found
-        for children in _PROC.glob(f"{pid}/task/*/children"):
-            with suppress(OSError):
+        with suppress(OSError):  # a process or a thread that ends meanwhile
+            for children in (_PROC / str(pid) / "task").glob("*/children"):
                 waiting += map(int, children.read_text().split())
 
 
@@ -117,6 +129,6 @@ def _marked(run: str) -> Iterator[tuple[tuple[int, str], float]]:
 def _process(pid: int) -> tuple[tuple[int, str], float] | None:
     with suppress(OSError):
         # the name stands in parentheses, and may hold some
-        fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
         return (pid, fields[_STARTED]), sum(map(int, fields[_TIMES])) / os.sysconf("SC_CLK_TCK")
     return None

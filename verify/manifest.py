@@ -29,6 +29,7 @@ class Selected(BaseModel):
     gate: Gate
     plan: str | None
     timeout_s: float = Field(gt=0)
+    slow: bool = False
 
     @property
     def phase(self) -> int:

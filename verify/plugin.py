@@ -224,7 +224,10 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 def _selected(item: pytest.Item) -> Selected:
     spec = spec_of(item)
-    return Selected(id=id_of(item), node=item.nodeid, gate=spec.gate, plan=spec.plan, timeout_s=spec.timeout_s)
+    slow = item.get_closest_marker("slow") is not None
+    return Selected(
+        id=id_of(item), node=item.nodeid, gate=spec.gate, plan=spec.plan, timeout_s=spec.timeout_s, slow=slow
+    )
 
 
 def _manifest(config: pytest.Config, checks: list[pytest.Item]) -> Manifest:

@@ -45,7 +45,8 @@ class RunProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.console, self._lanes, self._durations_s = console, lanes, durations_s
-        self._finished: set[str] = set()
+        #: The ids of the checks that have ended.
+        self.finished: set[str] = set()
         self._running: dict[int, PhaseProgress] = {}
         columns = (
             TextColumn("{task.description}"),
@@ -69,7 +70,7 @@ class RunProgress:
     @contextmanager
     def phase(self, phase: int, total: int) -> Iterator[PhaseProgress]:
         """The display of one phase: failures are printed as they happen, a summary at the end."""
-        shown = self._running[phase] = PhaseProgress(self, phase, total, self._finished.add)
+        shown = self._running[phase] = PhaseProgress(self, phase, total, self.finished.add)
         try:
             yield shown
         finally:
@@ -85,7 +86,7 @@ class RunProgress:
         if self._durations_s is None:
             return None
         left = (
-            sum(self._durations_s.get(check.id, 0.0) for check in lane if check.id not in self._finished)
+            sum(self._durations_s.get(check.id, 0.0) for check in lane if check.id not in self.finished)
             for lane in self._lanes
         )
         return max(left, default=0.0)

@@ -270,8 +270,7 @@ NAMES = tuple(f"{measure}_{control}" for measure in MEASURES for control in CONT
 class Measured:
     """Values by measure and by who was measured: ``full``, a control or ``subject``; one for each seed.
 
-    With ``keep``, what was measured of the controls is kept in the cache, for as long as it would come out the same: no
-    subject takes part in it.
+    With ``keep``, what was measured of the controls is kept in the cache, for as long as it would come out the same.
     """
 
     def __init__(self, values: dict[str, dict[str, list[float]]] | None = None, *, keep: bool = False) -> None:
@@ -320,12 +319,16 @@ class Measured:
 
 
 def _place(live: LiveModel, measure: str, control: str) -> Path:
-    """A file named by everything that the values of a control depend on: this module, the model, the software, and the
-    texts, which are the standard library's.
+    """A file named by everything that the values of a control depend on: this module, the model, the software, the
+    texts, which are the standard library's, and the subject, which may leave something behind in the process.
     """
+    import torch
+
+    device = live.model.device
     what = [
         measure, control, hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), Path(live.location).name,
-        str(live.model.device), platform.processor(), platform.python_version(), os.environ.get("OMP_NUM_THREADS"),
+        live.subject.content_sha256(), torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        platform.processor(), platform.python_version(), os.environ.get("OMP_NUM_THREADS"),
         *(version_of(name) for name in ("torch", "transformers", "tokenizers")),
     ]  # fmt: skip
     return cache_folder() / "quality" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.json"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
+import threading
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +32,9 @@ CURVES = pytest.StashKey[list[Curve]]()
 
 
 _SUITE = Path(__file__).resolve().parent
+
+#: Between two looks at what the processes of a check have taken.
+_LOOK_S = 5.0
 
 
 def in_phases(item: pytest.Item) -> bool:
@@ -140,8 +145,8 @@ def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
 class Recorder:
     """The pytest plugin of one run: gates each check before setup, times it, and appends its result.
 
-    ``subject`` is the directory of the package under test. ``runner`` is the process that runs the other phases, None
-    where this one runs them all, and then notes itself how busy the machine is.
+    ``subject`` is the directory of the package under test. ``runner`` is the process that started this one for
+    one phase and notes how busy the machine is; None where this process runs every phase, and notes it itself.
 
     The record on disk is brought up to date when a check fails and when the next phase begins, so that a process that
     is aborted leaves one with the results so far.
@@ -154,11 +159,22 @@ class Recorder:
     runner: int | None = None
     _ending: Ending | None = field(default=None, init=False)
     _phase: int | None = field(default=None, init=False)
+    _watch: machine.Watch | None = field(default=None, init=False)
     _results: dict[str, CheckResult] = field(init=False)
 
     def __post_init__(self) -> None:
         # of earlier phases; one that runs beside this one has no check that another needs
         self._results = events.read_results(self.run_dir)
+        threading.Thread(target=self._look, name="machine", daemon=True).start()
+
+    def _look(self) -> None:
+        """Keep an eye on the processes of the check that runs, while they are there."""
+        # signals are the main thread's: one that it blocks must not arrive by way of this one
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while True:
+            time.sleep(_LOOK_S)
+            if self._watch is not None:
+                self._watch.look()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -167,18 +183,18 @@ class Recorder:
             return (yield)
         if self._phase != spec.phase:
             self.end_phase()
+            for again in self._results.keys() - events.judged(self._results):
+                if again.startswith(f"p{spec.phase}."):  # tried again here, and until then it blocks nothing
+                    del self._results[again]
             if self.runner is None:
                 events.append_machine(self.run_dir, spec.phase, "start", machine.state())
         self._phase, self._ending = spec.phase, None
         item.stash[MEASUREMENTS], item.stash[CURVES] = [], []
         events.append_start(self.run_dir, id_of(item))
-        watch = machine.Watch.begin(self.runner or os.getpid(), self.manifest.run_id)
+        self._watch = machine.Watch.begin(self.runner or os.getpid(), self.manifest.run_id)
         begun = time.perf_counter()
         handled = yield  # an interrupt leaves from here, and the check stays without a result
-        duration_s = time.perf_counter() - begun
-        if self._ending and self._ending.verdict is Verdict.TIMEOUT and (busy := watch.busy()):
-            self._ending = replace(self._ending, verdict=Verdict.INFRA, message=f"{busy}; {self._ending.message}")
-        result = self._result(item, duration_s)
+        result = self._result(item, time.perf_counter() - begun)
         self._results[result.id] = result
         events.append_result(self.run_dir, result)
         if result.verdict in FAILING:
@@ -215,6 +231,9 @@ class Recorder:
         report = yield
         if spec_of(item) is not None and call.excinfo is not None:
             ending = ending_of(call.excinfo, call.when, self.root, self.manifest.places, self.subject)
+            # asked before the fixtures end what the check has started
+            if ending.verdict is Verdict.TIMEOUT and (busy := self._watch.busy()):
+                ending = replace(ending, verdict=Verdict.INFRA, message=f"{busy}; {ending.message}")
             if self._ending is None or self._ending.verdict in (Verdict.SKIP, Verdict.BLOCKED):
                 self._ending = ending
             if report.skipped and ending.verdict is Verdict.ERROR:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
@@ -22,6 +22,7 @@ from verify import events
 from verify.checks import PHASES
 from verify.child import PhaseProcess, pytest_command, pytest_environment
 from verify.device import prepare, resolve
+from verify.machine import cores
 from verify.manifest import Manifest, Selected, freeze, survey
 from verify.outcome import ConfigurationError
 from verify.record import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_HARD, EXIT_INTERRUPTED, EXIT_CONFIGURATION, EXIT_SOFT = range(5)
 
 _COLLECTION_LIMIT_S = 180
+
+#: How many of the newest records are looked at for how long checks take here.
+_LOOKED_AT = 10
 
 #: The phase whose checks others need, and those that run beside the rest where there are cores for it.
 _FIRST, _BESIDE = 1, frozenset({6})
@@ -75,13 +79,19 @@ def exit_code(results: Iterable[CheckResult], *, strict_soft: bool = False) -> i
     by_id = {result.id: result for result in results}
     soft_failed = any(result.gate == "soft" and result.verdict in FAILING for result in by_id.values())
     hard = [result for result in by_id.values() if result.gate == "hard"]
-    failed = [by_id.get(result.by, result) if result.verdict is Verdict.BLOCKED else result for result in hard]
+    failed = [_blocker(result, by_id) if result.verdict is Verdict.BLOCKED else result for result in hard]
     verdicts = {result.verdict for result in failed} & (FAILING | {Verdict.BLOCKED})
     if verdicts - {Verdict.INFRA}:
         return EXIT_HARD
     if any(result.verdict is Verdict.INFRA for result in by_id.values()):
         return EXIT_CONFIGURATION
     return EXIT_SOFT if soft_failed and strict_soft else EXIT_OK
+
+
+def _blocker(blocked: CheckResult, by_id: Mapping[str, CheckResult]) -> CheckResult:
+    """What blocks a check, or itself where that has not failed."""
+    blocker = by_id.get(blocked.by, blocked)
+    return blocker if blocker.verdict in FAILING else blocked
 
 
 class Interruption:
@@ -244,7 +254,7 @@ def _run_phases(
     from verify.progress import RunProgress
 
     missing = _missing(manifest, run_dir)
-    lanes = lanes_of(missing, manifest.device, len(os.sched_getaffinity(0)))
+    lanes = lanes_of(missing, manifest.device, len(cores()))
     begun, broken, may_begin = time.monotonic(), Event(), Event()
 
     def carry_out(lane: Sequence[int], progress: RunProgress) -> None:
@@ -277,28 +287,30 @@ def _run_phases(
             lane.result()
     if missing:
         events.append_elapsed(run_dir, time.monotonic() - begun)
-    return {check.id for check in manifest.selected} <= events.read_results(run_dir).keys()
+    return {check.id for check in missing} <= progress.finished
 
 
-def lanes_of(checks: Iterable[Selected], device: str, cores: int) -> list[list[int]]:
+def lanes_of(checks: Sequence[Selected], device: str, cores: int) -> list[list[int]]:
     """The phases that run one after the other, in lists that run side by side.
 
-    A CPU of several cores has two, of a process of one thread each. One GPU is shared by nothing: what checks measure
-    of its memory and its time would be another's.
+    A CPU of several cores has two, of a process of one thread each. Slow checks compare times, so nothing runs beside
+    them, and one GPU is shared by nothing: what checks measure of its memory and its time would be another's.
     """
     phases = sorted({check.phase for check in checks})
-    beside = [phase for phase in phases if phase in _BESIDE] if device == "cpu" and cores > 1 else []
+    alone = device != "cpu" or cores < 2 or any(check.slow for check in checks)
+    beside = [] if alone else [phase for phase in phases if phase in _BESIDE]
     return [lane for lane in ([phase for phase in phases if phase not in beside], beside) if lane]
 
 
 def _earlier_durations(run_dir: Path, manifest: Manifest) -> dict[str, float] | None:
     """Seconds that each check took in the last complete run of this machine that had them all; None without one."""
     wanted = {check.id for check in manifest.selected}
-    for path in sorted(run_dir.parent.glob(f"*/{events.RECORD}"), reverse=True):
+    for path in sorted(run_dir.parent.glob(f"*/{events.RECORD}"), reverse=True)[:_LOOKED_AT]:
         with suppress(UnreadableRecord):
             record = read_record(path)
             found = {result.id: result.duration_s for result in record.results}
-            if (record.target, record.model) == (manifest.target, manifest.model_id) and wanted <= found.keys():
+            same = (record.state, record.target, record.model) == ("complete", manifest.target, manifest.model_id)
+            if same and wanted <= found.keys():
                 return found
     return None
 

@@ -77,7 +77,8 @@ class Bench:
         if missing := [check for check in checks if check.id not in results]:
             for result in self._run(None, missing):
                 results[result.id] = result
-                _write(places[result.id], _Kept(results=[result], duration_s=result.duration_s))
+                if result.verdict is not Verdict.INFRA:
+                    _write(places[result.id], _Kept(results=[result], duration_s=result.duration_s))
         return {name: result.verdict for name, result in results.items()}
 
     def row(self, fault: Fault, checks: Sequence[Check], baseline: dict[str, Verdict]) -> Row:
@@ -98,7 +99,8 @@ class Bench:
             begun = time.monotonic()
             results = self._run(fault, checks)
             kept = _Kept(results=results, duration_s=time.monotonic() - begun)
-            _write(place, kept)
+            if all(result.verdict is not Verdict.INFRA for result in results):  # which says nothing of the fault
+                _write(place, kept)
         return kept
 
     def _place(self, fault: Fault | None, checks: Iterable[Check]) -> Path:

@@ -370,4 +370,4 @@ def test_a_long_step_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(bootstrap, "HEARTBEAT_S", 0.05)
     with bootstrap.heartbeat():
         time.sleep(0.3)
-    assert re.fullmatch(r"(0 s \.\.\. ){2,}", capsys.readouterr().out)
+    assert re.fullmatch(r"(\d s \.\.\. ){2,}", capsys.readouterr().out)

@@ -83,7 +83,8 @@ def _tiny() -> Any:
         head_dim=8, vocab_size=96,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    return SimpleNamespace(model=model, location="tiny", new_cache=lambda: DynamicCache(config=config))
+    subject = SimpleNamespace(content_sha256=lambda: "0" * 64)
+    return SimpleNamespace(model=model, location="tiny", subject=subject, new_cache=lambda: DynamicCache(config=config))
 
 
 def test_what_was_measured_of_a_control_is_kept_and_of_the_subject_is_not(

@@ -325,6 +325,7 @@ def test_first(case):
 """
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has one lane")
 def test_phase_6_runs_beside_the_others_after_the_first(tmp_path: Path) -> None:
     tree = make_tree(tmp_path)
     tree.write_phase(1, _FIRST)
@@ -347,6 +348,7 @@ def test_lanes() -> None:
     assert lanes_of(checks, "cuda", 16) == [[1, 4, 6, 7]]
     assert lanes_of([one for one in checks if one.phase == 6], "cpu", 2) == [[6]]
     assert lanes_of([], "cpu", 2) == []
+    assert lanes_of([*checks[:3], checks[3].model_copy(update={"slow": True})], "cpu", 2) == [[1, 4, 6, 7]]
 
 
 def test_no_check_needs_one_of_a_phase_that_runs_beside_its_own() -> None:
@@ -377,6 +379,12 @@ def test_needs(case): pass
 """
 
 
+_NEEDS_FIRST = """
+@check("p2.needs", gate="hard", cases="it", needs=("p1.hangs.python",), **WORDS)
+def test_needs(case): pass
+"""
+
+
 def _spinners(count: int) -> list[subprocess.Popen[bytes]]:
     return [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
 
@@ -384,6 +392,7 @@ def _spinners(count: int) -> list[subprocess.Popen[bytes]]:
 def test_what_hangs_while_others_take_the_machine_is_not_judged_and_can_be_repeated(tmp_path: Path) -> None:
     tree, busy = make_tree(tmp_path), {"TREE_BUSY_SHARE": "0.5"}
     tree.write_phase(1, "import subprocess, sys\nSPIN = 0\n" + _HANGS_ONCE)
+    tree.write_phase(2, _NEEDS_FIRST)
     others = _spinners(2 * len(os.sched_getaffinity(0)))
     try:
         done = tree.verify("run", "--device", "cpu", **busy)
@@ -397,6 +406,7 @@ def test_what_hangs_while_others_take_the_machine_is_not_judged_and_can_be_repea
         assert results[name].verdict is Verdict.INFRA, results[name].message
         assert "the machine was busy: processes outside this run took" in results[name].message
     assert (results["p1.needs.it"].verdict, results["p1.needs.it"].by) == (Verdict.BLOCKED, "p1.hangs.native")
+    assert (results["p2.needs.it"].verdict, results["p2.needs.it"].by) == (Verdict.BLOCKED, "p1.hangs.python")
     command = f"python -m verify run --resume {tree.records()[-1].run_id}"
     assert done.stdout.rstrip().splitlines()[-1] == (
         "INFRA: 2 checks have no verdict because of the machine, not of the subject, the first of them "
@@ -404,8 +414,21 @@ def test_what_hangs_while_others_take_the_machine_is_not_judged_and_can_be_repea
     )
     (tree.root / "mended").touch()
     again = tree.verify(*command.split()[3:])
-    assert (again.returncode, "3 of 3 checks are left" in again.stdout) == (0, True), again.stdout
+    assert (again.returncode, "4 of 4 checks are left" in again.stdout) == (0, True), again.stdout
     assert {result.verdict for result in tree.results().values()} == {Verdict.PASS}
+
+
+def test_what_hangs_again_on_a_quiet_machine_is_a_timeout(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    tree.write_phase(1, "import subprocess, sys\nSPIN = 0\n" + _HANGS_ONCE)
+    first = tree.verify("run", "--device", "cpu", TREE_BUSY_SHARE="-1")  # any machine is busy then
+    assert first.returncode == 3, first.stdout
+    again = tree.verify("run", "--resume", tree.records()[-1].run_id)
+    assert again.returncode == 1, again.stdout
+    (record,) = tree.records()
+    verdicts = {result.id: result.verdict for result in record.results}
+    assert verdicts["p1.hangs.python"] is verdicts["p1.hangs.native"] is Verdict.TIMEOUT
+    assert [(one.phase, one.end is not None) for one in record.machine] == [(1, True)] * 2
 
 
 def test_a_subject_that_spins_on_every_core_hangs_by_itself(tmp_path: Path) -> None:
