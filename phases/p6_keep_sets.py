@@ -64,9 +64,9 @@ def three_rounds() -> dict[str, _Taken]:
 
 def _rounds(model: LiveModel, options: dict[str, Any], taken: dict[str, _Taken]) -> Iterator[Round]:
     """The rounds that the patch with ``options`` makes of a prompt and single tokens, from ``taken`` where they are."""
+    model.patch(**options)
     name = next((name for name, one in _THREE_ROUNDS.items() if one == options), None)
     if name not in taken:
-        model.patch(**options)
         rounds = model.rounds(_ids(model), _prompt(options))
         if name is None:
             return rounds
@@ -273,10 +273,7 @@ def test_statistics_of_another_model(case: str, model: LiveModel, tmp_path: Path
 def test_keep_sets_do_not_depend_on_the_attention(
     case: str, model: LiveModel, three_rounds: dict[str, _Taken], measure
 ) -> None:
-    unpatched = "per_head" in three_rounds
     kept = {"sdpa": [round_.kept for round_ in _rounds(model, EVICT_PROMPT, three_rounds)]}
-    if unpatched:
-        model.patch(**EVICT_PROMPT)
     model.model.set_attn_implementation("eager")
     kept["eager"] = [round_.kept for round_ in model.rounds(_ids(model), NEAR)]
     for number, (eager, sdpa) in enumerate(zip(kept["eager"], kept["sdpa"], strict=True), start=1):

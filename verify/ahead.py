@@ -18,6 +18,7 @@ from verify.compilation import LIMIT_S, Order, Progress, compile_ahead, failed, 
 from verify.compiler import Answer
 from verify.environment import capture
 from verify.instrument import instrument_sha256
+from verify.machine import cores
 from verify.manifest import new_run_id, utc_now
 from verify.outcome import ConfigurationError
 from verify.record import CheckResult, Record, SubjectInfo, Verdict, write_record
@@ -106,7 +107,7 @@ def _order(
         architectures=architectures,
         variants=FULL if full else DEFAULT,
         kernels=names,
-        jobs=jobs or len(os.sched_getaffinity(0)),
+        jobs=jobs or len(cores()),
         limit_s=limit_s or LIMIT_S,
         fresh=fresh,
     )

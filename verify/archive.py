@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def read_again(path: Path) -> Record:
         return read_finished(path)
     except UnreadableRecord as error:
         raise ConfigurationError(f"{error}; it changed while it was read, so call again") from error
+
+
+def newest_runs(folder: Path) -> Iterator[Record]:
+    """The records of the runs in ``folder`` that can be read, ended or not, newest first."""
+    for path in sorted(folder.glob(f"*/{RECORD}"), reverse=True):
+        with suppress(UnreadableRecord):
+            yield read_record(path)
 
 
 def settle(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:

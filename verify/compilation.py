@@ -6,14 +6,12 @@ them, keeps what they answer by source and toolchain, and puts the answers toget
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,8 +28,7 @@ from verify.instrument import digest_of
 from verify.launches import Exchanged, Launch, Tensor
 from verify.outcome import ConfigurationError
 from verify.problems import Shape
-from verify.record import write_atomic
-from verify.request import cache_folder, repository_root
+from verify.request import cache_folder, keep, kept_place, repository_root
 from verify.subject import Subject
 from verify.variants import widened
 from verify.workers import Pool, Worker, WorkerDied, WorkerHung
@@ -271,8 +268,7 @@ class _Compiling:
         return localise(message, repository_root(), {self._order.subject.root: "<subject>"})
 
     def _place(self, kind: str, *parts: Any) -> Path:
-        identity = json.dumps([parts, self._toolchain], sort_keys=True, default=str)
-        return cache_folder() / "compile" / kind / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+        return kept_place(cache_folder() / "compile" / kind, parts, self._toolchain)
 
     def _read(self, place: Path, kind: type[Any]) -> Any | None:
         """What is kept at ``place``; None where nothing is, or nothing that can be read."""
@@ -284,9 +280,7 @@ class _Compiling:
             return None
 
     def _write(self, place: Path, value: Strict) -> None:
-        # what cannot be kept is built again the next time
-        with suppress(OSError):
-            write_atomic(place, value.model_dump_json() + "\n")
+        keep(place, value.model_dump_json() + "\n")
 
 
 def _environment(subject: Subject, **own: str) -> dict[str, str]:

@@ -6,13 +6,14 @@ import json
 import os
 import time
 import tomllib
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 
-from verify import events
+from verify.archive import newest_runs
 from verify.heartbeat import Heartbeat
-from verify.record import UnreadableRecord, read_record, write_atomic
+from verify.record import write_atomic
 
 #: How many of the slowest are named.
 _NAMED = 10
@@ -51,7 +52,7 @@ class Timekeeper:
         if self._heartbeat is not None:
             self._heartbeat.__exit__(None, None, None)
         if self._out is not None:
-            found = {"tests": self._durations_s, "checks": self._checks()}
+            found = {"tests": self._durations_s, "checks": self._checks_s}
             write_atomic(self._out, json.dumps(found, indent=1) + "\n")
 
     def pytest_unconfigure(self) -> None:
@@ -70,8 +71,8 @@ class Timekeeper:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._out is None:
             return
-        everything = self._durations_s | self._checks()
-        terminalreporter.write_line(f"the slowest of {len(everything)} tests and checks; all are in {self._shown()}:")
+        everything, place = self._durations_s | self._checks_s, os.path.relpath(self._out)
+        terminalreporter.write_line(f"the slowest of {len(everything)} tests and checks; all are in {place}:")
         for name, seconds in sorted(everything.items(), key=lambda one: -one[1])[:_NAMED]:
             terminalreporter.write_line(f"{seconds:7.1f} s  {name}")
         for name in too_long(self._durations_s):
@@ -79,16 +80,10 @@ class Timekeeper:
                 f"{name} took more than {LONG_S:g} s: make it shorter, or give its reason in {_LONG_TESTS.name}"
             )
 
-    def _shown(self) -> str:
-        return os.path.relpath(self._out)
-
-    def _checks(self) -> dict[str, float]:
-        for path in sorted(self._root.glob(f"reports/runs/*/{events.RECORD}"), reverse=True):
-            try:
-                return {result.id: result.duration_s for result in read_record(path).results}
-            except UnreadableRecord:
-                continue
-        return {}
+    @cached_property
+    def _checks_s(self) -> dict[str, float]:
+        newest = next(newest_runs(self._root / "reports" / "runs"), None)
+        return {result.id: result.duration_s for result in newest.results} if newest else {}
 
     def _told(self) -> str:
         now, total = time.monotonic(), self._session.testscollected

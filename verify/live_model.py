@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from verify import oracle
 from verify.caches import write_statistics
 from verify.problems import OFFSETS_17
-from verify.record import write_atomic
-from verify.request import cache_folder
+from verify.request import cache_folder, keep
 from verify.subject import Subject
 
 if TYPE_CHECKING:
@@ -123,8 +122,7 @@ def locate(bundled: Subject, model: str, device: str) -> tuple[str, Path]:
             return location, Path(statistics)
     location = bundled.run("download-models", "--model", "embedded").strip().splitlines()[-1]
     statistics = _calibrated(bundled, location, device)
-    with suppress(OSError):
-        write_atomic(note, json.dumps([location, str(statistics)]))
+    keep(note, json.dumps([location, str(statistics)]))
     return location, statistics
 
 

@@ -29,7 +29,7 @@ from verify.curves import Curve, clash
 from verify.device import Device, derive_seed, prepare, resolve
 from verify.durations import Timekeeper
 from verify.environment import localise
-from verify.machine import RUN_VARIABLE
+from verify.machine import RUN_VARIABLE, cores
 from verify.manifest import Manifest, Selected, freeze, survey
 from verify.outcome import ConfigurationError
 from verify.probe import Probe
@@ -333,7 +333,7 @@ def compilation(pytestconfig: pytest.Config) -> Compilation | None:
         session.subject,
         (parse_target(manifest.target),),
         DEFAULT,
-        jobs=len(os.sched_getaffinity(0)),
+        jobs=len(cores()),
         limit_s=_BUILD_LIMIT_S,
     )
     found = compile_ahead(order)

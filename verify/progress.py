@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -70,7 +70,7 @@ class RunProgress:
     @contextmanager
     def phase(self, phase: int, total: int) -> Iterator[PhaseProgress]:
         """The display of one phase: failures are printed as they happen, a summary at the end."""
-        shown = self._running[phase] = PhaseProgress(self, phase, total, self.finished.add)
+        shown = self._running[phase] = PhaseProgress(self, phase, total)
         try:
             yield shown
         finally:
@@ -98,10 +98,10 @@ class RunProgress:
 
 
 class PhaseProgress:
-    """The display of one phase; ``finish`` is told the id of every check that has ended."""
+    """The display of one phase of ``run``, which has ``total`` checks."""
 
-    def __init__(self, run: RunProgress, phase: int, total: int, finish: Callable[[str], None]) -> None:
-        self._run, self._total, self._finish = run, total, finish
+    def __init__(self, run: RunProgress, phase: int, total: int) -> None:
+        self._run, self._total = run, total
         self._title = f"phase {phase} {PHASES[phase]}"
         self._counts: Counter[Verdict] = Counter()
         self._begun = self._since = time.monotonic()
@@ -116,7 +116,7 @@ class PhaseProgress:
 
     def finished(self, result: CheckResult) -> None:
         self._counts[result.verdict] += 1
-        self._finish(result.id)
+        self._run.finished.add(result.id)
         self._run.bar.update(self._task, advance=1)
         if result.verdict in FAILING:
             gate = "" if result.gate == "hard" else " (soft)"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from verify.environment import version_of
 from verify.outcome import ConfigurationError
 from verify.record import write_atomic
-from verify.request import cache_folder, repository_root
+from verify.request import cache_folder, keep, kept_place, repository_root
 
 if TYPE_CHECKING:
     import torch
@@ -299,8 +299,7 @@ class Measured:
             begun = copy.deepcopy(self._begun[measure])
         found = self.values[measure][who] = asked.values(_fed(live, texts, setting, control, begun))
         if place:
-            with suppress(OSError):  # what cannot be kept is measured again the next time
-                write_atomic(place, json.dumps(found) + "\n")
+            keep(place, json.dumps(found) + "\n")
 
     def margin(self, live: LiveModel, name: str) -> Margin:
         """One of NAMES, measured now where it was not; takes an unpatched model and leaves it patched."""
@@ -331,7 +330,7 @@ def _place(live: LiveModel, measure: str, control: str) -> Path:
         platform.processor(), platform.python_version(), os.environ.get("OMP_NUM_THREADS"),
         *(version_of(name) for name in ("torch", "transformers", "tokenizers")),
     ]  # fmt: skip
-    return cache_folder() / "quality" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.json"
+    return kept_place(cache_folder() / "quality", *what)
 
 
 def _kept(place: Path) -> list[float] | None:

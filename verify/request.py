@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from verify.architectures import EMULATED, parse_target
 from verify.checks import PHASES
 from verify.outcome import ConfigurationError
+from verify.record import write_atomic
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -34,6 +38,18 @@ def cache_folder() -> Path:
     """Where everything is kept that can be made again: ``TRIATTENTION_CACHE``, or a folder of the user's cache."""
     root = os.environ.get("TRIATTENTION_CACHE")
     return Path(root) if root else Path.home() / ".cache" / "triattention"
+
+
+def kept_place(folder: Path, *what: Any) -> Path:
+    """The file of ``folder`` for something that depends on all of ``what``, and on nothing else."""
+    identity = json.dumps(what, sort_keys=True, default=str)
+    return folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+
+
+def keep(place: Path, text: str) -> None:
+    """Write what can be made again; what cannot be kept is made anew the next time."""
+    with suppress(OSError):
+        write_atomic(place, text)
 
 
 def default_out() -> Path:

@@ -13,19 +13,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from verify import events
+from verify.archive import newest_runs
 from verify.checks import PHASES
 from verify.child import PhaseProcess, pytest_command, pytest_environment
 from verify.device import prepare, resolve
 from verify.machine import cores
 from verify.manifest import Manifest, Selected, freeze, survey
 from verify.outcome import ConfigurationError
-from verify.record import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
+from verify.record import FAILING, CheckResult, Record, Verdict
 from verify.request import RunRequest, default_out, repository_root
 from verify.subject import find_subject
 
@@ -305,13 +307,11 @@ def lanes_of(checks: Sequence[Selected], device: str, cores: int) -> list[list[i
 def _earlier_durations(run_dir: Path, manifest: Manifest) -> dict[str, float] | None:
     """Seconds that each check took in the last complete run of this machine that had them all; None without one."""
     wanted = {check.id for check in manifest.selected}
-    for path in sorted(run_dir.parent.glob(f"*/{events.RECORD}"), reverse=True)[:_LOOKED_AT]:
-        with suppress(UnreadableRecord):
-            record = read_record(path)
-            found = {result.id: result.duration_s for result in record.results}
-            same = (record.state, record.target, record.model) == ("complete", manifest.target, manifest.model_id)
-            if same and wanted <= found.keys():
-                return found
+    for record in islice(newest_runs(run_dir.parent), _LOOKED_AT):
+        found = {result.id: result.duration_s for result in record.results}
+        same = (record.state, record.target, record.model) == ("complete", manifest.target, manifest.model_id)
+        if same and wanted <= found.keys():
+            return found
     return None
 
 

@@ -8,8 +8,6 @@ seeds and room to spare. Both are kept in ``reports/sensitivity/``.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 import sys
 import time
@@ -28,7 +26,7 @@ from verify.manifest import utc_now
 from verify.outcome import ConfigurationError
 from verify.planted import CAUGHT, TOLERATED, Limit
 from verify.record import CheckResult, Measurement, SubjectInfo, Verdict, write_atomic
-from verify.request import cache_folder, repository_root
+from verify.request import cache_folder, kept_place, repository_root
 from verify.scratch import Scratch, scratch_run
 from verify.subject import find_subject
 
@@ -203,7 +201,7 @@ def _rooms(checks: Sequence[Check], measured: Measured, subject: str, seeds: int
     """The room of the numeric ones of ``checks``, now or from an earlier run of the same suite on the same subject."""
     nodes = [check.node for check in checks]
     what = [measured.instrument_sha256, measured.subject.content_sha256, measured.device, str(seeds), *nodes]
-    place = cache_folder() / "headroom" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.json"
+    place = kept_place(cache_folder() / "headroom", *what)
     with suppress(OSError, ValueError):  # not there, or not whole
         return _ROOMS.validate_json(place.read_bytes())
     run = scratch_run(*nodes, f"--seeds={seeds}", subject=subject, device=measured.device, limit_s=_LIMIT_S)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from verify.machine import cores
 from verify.workers import end_with_parent
 
 #: Two cores take 25 s; the rest is for a machine that is busy, and for a GPU that compiles.
@@ -84,7 +85,7 @@ class Server:
         self.log = log
         self._env = {**env, **_OFFLINE}
         if device == "cpu":
-            threads = str(len(os.sched_getaffinity(0))) if alone else env.get("OMP_NUM_THREADS", "1")
+            threads = str(len(cores())) if alone else env.get("OMP_NUM_THREADS", "1")
             self._env |= {**_ON_CPU, "OMP_NUM_THREADS": threads}
         self._port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None

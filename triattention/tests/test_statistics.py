@@ -111,12 +111,12 @@ def test_the_published_layout_of_a_large_model_loads_as_fast_as_its_file_is_read
     by_head = {(layer, head): HeadFrequencyStats(m, m.abs() + 1) for layer in range(36) for head in range(32)}
     path = tmp_path / "published.pt"
     save_head_frequency_stats(path, list(by_head), by_head, {"head_dim": 128, "rope_style": "half"})
-    began = time.process_time()
+    began = time.perf_counter()
     torch.load(path, weights_only=True)
-    bare_s = time.process_time() - began
-    began = time.process_time()
+    bare_s = time.perf_counter() - began
+    began = time.perf_counter()
     metadata, loaded = load_head_frequency_stats(path, "cpu")
-    assert time.process_time() - began < 4 * bare_s, "loading does something else than to read the file"
+    assert time.perf_counter() - began < 4 * bare_s, "loading waits for something"
     assert metadata["head_dim"] == 128
     assert torch.equal(loaded[35, 31].q_mean_complex, m)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import tempfile
 import time
@@ -18,8 +16,8 @@ from verify.checks import Check
 from verify.child import PhaseProcess
 from verify.instrument import digest_of
 from verify.manifest import Selected, Surroundings, freeze
-from verify.record import CheckResult, Verdict, write_atomic
-from verify.request import cache_folder
+from verify.record import CheckResult, Verdict
+from verify.request import cache_folder, keep, kept_place
 from verify.selftest.faults import WRAPPERS, Fault
 from verify.selftest.matrix import Cell, Outcome, Row
 from verify.selftest.plant import copy_of
@@ -114,7 +112,7 @@ class Bench:
             self.surroundings.instrument_sha256, self.surroundings.subject_info.content_sha256, self.versions,
             self.model, self.seed, sorted(check.id for check in checks), planted,
         ]  # fmt: skip
-        return self.cache / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()}.json"
+        return kept_place(self.cache, *what)
 
     def _run(self, fault: Fault | None, checks: Sequence[Check]) -> list[CheckResult]:
         """Run the checks on a fresh copy, phase by phase. Raises Interrupted."""
@@ -152,8 +150,7 @@ def _read(place: Path) -> _Kept | None:
 
 
 def _write(place: Path, kept: _Kept) -> None:
-    with suppress(OSError):  # what cannot be kept is tried again the next time
-        write_atomic(place, kept.model_dump_json() + "\n")
+    keep(place, kept.model_dump_json() + "\n")
 
 
 def _cell(fault: Fault, check: Check, result: CheckResult | None, before: Verdict | None) -> Cell:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import random
 import shlex
 import sys
@@ -18,6 +17,7 @@ from typing import TypeVar
 
 from verify.checks import Check, catalogue
 from verify.device import prepare
+from verify.machine import cores
 from verify.manifest import survey, utc_now
 from verify.outcome import ConfigurationError
 from verify.record import Verdict
@@ -89,7 +89,7 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
     with Interruption() as interruption:
         bench = Bench(root, subject, survey("cpu", subject, root), _MODEL, 0, interruption.count)
         try:
-            rows = _tried(bench, plan, jobs or len(os.sched_getaffinity(0)))
+            rows = _tried(bench, plan, jobs or len(cores()))
         except Interrupted:
             print("verify: interrupted; what was tried is kept, and the same command goes on from it", file=sys.stderr)
             return EXIT_INTERRUPTED

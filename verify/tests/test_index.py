@@ -118,7 +118,7 @@ def test_the_course_of_a_check_is_told_oldest_first(reports: Path) -> None:
 def test_a_thousand_records_are_reported_in_time_and_memory(tmp_path: Path) -> None:
     write_many(tmp_path, 1000, list(catalogue()))
     # of the processor, and in times that merely reading all of them takes now, so that no machine is too slow or busy
-    limits = {"cold": (3.5, ["--all"]), "warm": (0.7, ["--all"]), "one": (0.5, ["--gpu", "sm90"])}
+    limits = {"cold": (3.5, ["--all"]), "warm": (0.4, ["--all"]), "one": (0.3, ["--gpu", "sm90"])}
     for name, (limit, words) in limits.items():
         words += ["--records", str(tmp_path / "evidence")]
         before_s = reading_s(tmp_path / "evidence")
