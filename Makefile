@@ -17,11 +17,11 @@ verify: setup  ## set up, build for every GPU, verify this machine: make verify 
 	    $(VENV_PYTHON) -m verify run $(ARGS) && exit $$built
 
 # Without ARGS: the checks as `verify` runs them, where a soft failure fails too, and then the other tests, a file at a time
-# on each core, so that what a file sets up is set up once.
+# in each process, so that what a file sets up is set up once.
+TESTS := -n auto --dist loadfile --no-loadscope-reorder --durations-to=reports/durations.json verify/tests triattention/tests
 test: setup  ## set up, then run the whole test suite: make test ARGS="-k oracle"
 	@checked=0; $(if $(ARGS),:,$(VENV_PYTHON) -m verify run -m "not slow" --strict-soft) || checked=$$?; \
-	    $(PYTEST) $(or $(ARGS),-n auto --dist loadfile --durations-to=reports/durations.json verify/tests triattention/tests) \
-	    && exit $$checked
+	    $(PYTEST) $(or $(ARGS),$(TESTS)) && exit $$checked
 
 screenshots: setup  ## pictures of every page of the reports, light and dark, in reports/screenshots
 	@$(VENV_PYTHON) -m verify report --format html --out reports/site || [ $$? -eq 5 ]

@@ -97,6 +97,12 @@ def long_tests() -> dict[str, str]:
     return tomllib.loads(_LONG_TESTS.read_text("utf-8"))
 
 
+def long_files() -> dict[str, int]:
+    """The place of each file that holds such a test among those that are to begin first."""
+    files = dict.fromkeys(name.partition("::")[0] for name in long_tests())
+    return {file: place for place, file in enumerate(files)}
+
+
 def too_long(durations_s: dict[str, float]) -> list[str]:
     """Those that take longer than LONG_S without a reason in the list; the cases of a test share one."""
     listed = long_tests()

@@ -27,7 +27,7 @@ from verify.builds import Build, Compilation
 from verify.checks import PHASES
 from verify.curves import Curve, clash
 from verify.device import Device, derive_seed, prepare, resolve
-from verify.durations import Timekeeper
+from verify.durations import Timekeeper, long_files
 from verify.environment import localise
 from verify.machine import RUN_VARIABLE, cores
 from verify.manifest import Manifest, Selected, freeze, survey
@@ -97,6 +97,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Timekeeper(config.rootpath, config.getoption("durations_to")), "verify-durations")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A process more than there are cores: tests wait for what hangs, for servers, and for limits of time."""
+    return len(cores()) + 1
+
+
 def _one_process(config: pytest.Config) -> None:
     """Raise UsageError where pytest-xdist would spread checks over processes, of which each would make a record."""
     phases = config.rootpath / "phases"
@@ -154,6 +160,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted &= {one.id for one in session.manifest.selected} - events.judged(events.read_results(session.run_dir))
     kept = [item for item in checks if id_of(item) in wanted]
     dropped = [item for item in checks if id_of(item) not in wanted]
+    if hasattr(config, "workerinput"):
+        places = long_files()
+        others.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
     if config.getoption("phase"):
         others, dropped = [], dropped + others
     if dropped:

@@ -95,7 +95,29 @@ def test_the_installed_vllm_is_what_its_entry_says() -> None:
 
 
 @needs_vllm
-def test_the_check_imports_nothing_and_takes_less_than_importing_torch() -> None:
+def test_what_was_found_is_kept_by_the_content_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path / "cache"))
+    root = write_vllm(tmp_path / "vllm-0.33", "0.33.0", hook_targets.entry("0.33.0"))
+    first = hook_targets.read_targets(root)
+    monkeypatch.setattr(hook_targets, "_read_module", lambda *arguments: pytest.fail("it was read again"))
+    assert hook_targets.read_targets(root) == first
+    monkeypatch.undo()
+    monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path / "cache"))
+    for kept in (tmp_path / "cache" / "vllm_hooks").iterdir():
+        kept.write_text(kept.read_text()[:-9])
+    assert hook_targets.read_targets(root) == first
+    scheduler = root / "vllm" / "v1" / "core" / "sched" / "scheduler.py"
+    scheduler.write_text(scheduler.read_text().replace("def schedule(self", "def schedule(other"))
+    assert hook_targets.read_targets(root)[SCHEDULE][0] == "other"
+    # and where nothing can be kept
+    monkeypatch.setenv("TRIATTENTION_CACHE", str(scheduler))
+    assert hook_targets.read_targets(root)[SCHEDULE][0] == "other"
+
+
+def test_the_check_imports_nothing_and_takes_less_than_importing_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path))  # where nothing is kept
     code = (
         "import sys, time; from triattention.vllm.runtime.hook_targets import require_supported\n"
         "require_supported(); print(time.process_time(), *({'vllm', 'torch'} & set(sys.modules)))\n"

@@ -6,6 +6,7 @@ plugins are found and loaded, arguments parsed, the engine configured.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -52,6 +53,7 @@ def _main(jobs: Path) -> None:
     import importlib
 
     importlib.import_module(_SERVER)
+    gc.freeze()  # else every collection in a fork looks at all of vLLM again
     codes = {}
     for name, start in json.loads(jobs.read_text()).items():
         child = os.fork()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from verify.architectures import parse_targets
@@ -128,13 +129,40 @@ def launch(x, o, n, grid):
 """
 
 
+#: The published call of a checkout with several bodies: the only offset is the number of the one to call.
+_SEVERAL = """
+import importlib
+from triattention.vllm.core.kernels.{first} import create_trig_cache
+
+NAMES = {names}
+
+
+def triattention_scoring(offsets, **named):
+    body = importlib.import_module("triattention.vllm.core.kernels." + NAMES[int(offsets[0])])
+    return body.triattention_scoring(offsets=offsets, **named)
+"""
+
+
 def write_subject(root: Path, body: str = GOOD) -> Subject:
     """A checkout whose published kernel module is the header above and ``body``, which defines ``launch``."""
+    return _write(root, {"triton_scoring": _HEADER + body})
+
+
+def write_several(root: Path, bodies: Mapping[str, str], besides: str = "") -> Subject:
+    """A checkout with a kernel module for each body, to be built by ``several``: asking it once takes as long as asking
+    another one. ``besides`` stands in the published module.
+    """
+    published = _SEVERAL.format(first=next(iter(bodies)), names=[*bodies]) + besides
+    return _write(root, {"triton_scoring": published} | {name: _HEADER + body for name, body in bodies.items()})
+
+
+def _write(root: Path, sources: Mapping[str, str]) -> Subject:
     module = root / "triattention" / "vllm" / "core" / "kernels"
     module.mkdir(parents=True, exist_ok=True)
     for package in (module, *module.parents[:3]):
         (package / "__init__.py").touch()
-    (module / "triton_scoring.py").write_text(_HEADER + body)
+    for name, source in sources.items():
+        (module / f"{name}.py").write_text(source)
     (root / "triattention" / "fates.py").write_text(_FATES)
     return find_subject(str(root), root)
 
@@ -143,3 +171,9 @@ def order(subject: Subject, sm: str = "90", **fields: object) -> Order:
     """One variant for ``sm``, on both cores."""
     variants = {"small": Shape(n=65, d=64, offsets=(1.0,))}
     return Order(subject, parse_targets(sm), **{"variants": variants, "jobs": 2, "limit_s": 20.0} | fields)
+
+
+def several(subject: Subject, bodies: Iterable[str], sm: str = "90", **fields: object) -> Order:
+    """A variant for each body of a checkout of ``write_several``, by its name."""
+    variants = {name: Shape(n=65, d=64, offsets=(float(place),)) for place, name in enumerate(bodies)}
+    return order(subject, sm, **{"variants": variants} | fields)

@@ -15,12 +15,10 @@ from pathlib import Path
 import pytest
 
 from verify import compiler, resources
-from verify.architectures import find
-from verify.builds import Build, BuildVerdict, Compilation
+from verify.builds import Build, Compilation
 from verify.compilation import Order, Progress, compile_ahead, failed
 from verify.outcome import ConfigurationError
-from verify.request import cache_folder
-from verify.tests.kernels import GOOD, HELD, TEMPERS, order, write_subject
+from verify.tests.kernels import GOOD, TEMPERS, order, write_subject
 from verify.tests.tree import REPOSITORY
 
 
@@ -84,28 +82,6 @@ def test_a_build_that_dies_or_never_ends_costs_its_own_place_only(tmp_path: Path
     assert workers(tmp_path) == []
 
 
-def test_what_a_cubin_takes_is_read(tmp_path: Path) -> None:
-    ((one,), _) = built(order(write_subject(tmp_path / "theirs"), "120"))
-    (build,) = one.builds
-    assert (build.kernel, build.variants, build.verdict) == ("good", ["small"], BuildVerdict.OK)
-    used, code = build.resources, build.resources.code
-    assert 8 <= used.registers <= 32
-    assert (used.stack_bytes, used.warps, code.spill_store_bytes + code.spill_load_bytes) == (0, 4, 0)
-    assert used.occupancy == find(120).occupancy(used.registers, 4, used.shared_bytes)
-    # 2 heads of 4096 keys are 32 programs of 256 keys
-    executed = code.warp_instructions_per_key * 256 / 4
-    assert executed == int(executed) <= code.instructions
-    assert sum(code.loads.values()) == 1
-
-
-def test_a_gap_of_the_toolchain_is_no_failure_of_the_subject(tmp_path: Path) -> None:
-    gap, good = compile_ahead(order(write_subject(tmp_path / "theirs"), "88,89"))
-    assert gap.toolchain in (BuildVerdict.TOOLCHAIN_TOO_OLD, BuildVerdict.CRASH)
-    assert (gap.builds, bool(gap.gap)) == ([], True)
-    assert (good.toolchain, good.gap, verdicts(good)) == (BuildVerdict.OK, "", {"good": "OK"})
-    assert not failed([gap, good])
-
-
 def test_builds_are_kept_by_source_and_toolchain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two = GOOD.replace("good[grid]", "other[grid](x, o, n, B=256)\n    good[grid]") + (
         "\n@triton.jit\ndef other(x, o, n, B: tl.constexpr):\n    tl.store(o + tl.arange(0, B), 1.0)\n"
@@ -125,172 +101,6 @@ def test_builds_are_kept_by_source_and_toolchain(tmp_path: Path, monkeypatch: py
     assert built(order(subject, fresh=True))[1] == 3
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
     assert built(order(subject))[1] == 3
-
-
-def test_a_change_outside_the_package_is_seen(tmp_path: Path) -> None:
-    body = """
-import sys
-sys.path.append("PLACE")
-import helpers
-
-@triton.jit
-def outer(x, o, n, B: tl.constexpr):
-    tl.store(o + tl.arange(0, B), helpers.value())
-
-def launch(x, o, n, grid):
-    outer[grid](x, o, n, B=256)
-""".replace("PLACE", str(tmp_path / "elsewhere"))
-    (tmp_path / "elsewhere").mkdir()
-    helper = "import triton\n\n@triton.jit\ndef value():\n    return {}\n"
-    digests = []
-    for number in ("1.0", "2.0"):
-        (tmp_path / "elsewhere" / "helpers.py").write_text(helper.format(number))
-        ((one,), _) = built(order(write_subject(tmp_path / "theirs", body)))
-        digests.append(one.builds[0].cubin_sha256)
-    assert digests[0] != digests[1]
-
-
-def test_an_infinite_argument_is_the_same_when_kept(tmp_path: Path) -> None:
-    body = GOOD.replace("good[grid](x, o, n, B=256)", "low[grid](o, float('-inf'), B=256)") + (
-        "\n@triton.jit\ndef low(o, least, B: tl.constexpr):\n    tl.store(o + tl.arange(0, B), least)\n"
-    )
-    subject = write_subject(tmp_path / "theirs", body)
-    first, _ = built(order(subject))
-    assert verdicts(first[0]) == {"low": "OK"}
-    # the launch is kept and its build is not
-    for file in (cache_folder() / "compile" / "built").iterdir():
-        file.unlink()
-    assert verdicts(built(order(subject))[0][0]) == {"low": "OK"}
-
-
-@pytest.mark.parametrize("variable", ["DISABLE_PTXAS_OPT", "PTXAS_OPTIONS", "DISABLE_MMA_V3"])
-def test_what_changes_the_code_is_part_of_what_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
-    subject = write_subject(tmp_path / "theirs")
-    built(order(subject))
-    monkeypatch.setenv(variable, "1" if variable.startswith("DISABLE") else "--opt-level=1")
-    assert built(order(subject))[1] == 2
-
-
-def test_a_kernel_is_found_wherever_a_module_holds_it(tmp_path: Path) -> None:
-    one = compile_ahead(order(write_subject(tmp_path / "theirs", HELD)))[0]
-    found = [(build.kernel, build.verdict.value) for build in one.builds]
-    assert found == [*2 * [("make.<locals>.scaled", "OK")], ("plain", "OK"), ("make.<locals>.scaled", "NOT_FOUND")]
-    assert len({build.cubin_sha256 for build in one.builds[:2]}) == 2
-    # only its launch tells of the last one, which is no failure
-    assert "no module holds make.<locals>.scaled" in one.builds[-1].message
-    assert not failed([one])
-
-
-def test_a_type_that_a_kernel_reads_from_outside_is_part_of_what_is_kept(tmp_path: Path) -> None:
-    body = GOOD.replace("good[grid](x, o, n, B=256)", "cast[grid](o, B=256)") + (
-        "\nKIND = tl.float16\n\n@triton.jit\ndef cast(o, B: tl.constexpr):\n"
-        "    tl.store(o + tl.arange(0, B), (tl.arange(0, B) * 1.001).to(KIND).to(tl.float32))\n"
-    )
-    first, _ = built(order(write_subject(tmp_path / "theirs", body)))
-    second, made = built(order(write_subject(tmp_path / "theirs", body.replace("float16", "bfloat16"))))
-    assert made == 1
-    assert first[0].builds[0].cubin_sha256 != second[0].builds[0].cubin_sha256
-
-
-@pytest.mark.parametrize("asked", ["debug=True", "TRITON_DEBUG"])
-def test_a_kernel_is_built_with_the_assertions_that_are_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
-) -> None:
-    body = GOOD.replace("good[", "checked[") + (
-        "\n@triton.jit\ndef checked(x, o, n, B: tl.constexpr):\n    i = tl.arange(0, B)\n"
-        "    tl.device_assert(n > 8, 'too few')\n    tl.store(o + i, 1.0)\n"
-    )
-    (without,), _ = built(order(write_subject(tmp_path / "theirs", body)))
-    if asked == "TRITON_DEBUG":
-        monkeypatch.setenv(asked, "1")
-    else:
-        body = body.replace("@triton.jit\n", f"@triton.jit({asked})\n")
-    (with_them,), made = built(order(write_subject(tmp_path / "theirs", body)))
-    assert made >= 1
-    counts = [one.builds[0].resources.code.instructions for one in (without, with_them)]
-    assert counts[0] < counts[1]
-
-
-def test_a_type_as_an_argument_goes_by_its_name(tmp_path: Path) -> None:
-    body = """
-SIZE = tl.constexpr(256)
-
-@triton.jit
-def cast(o, KIND: tl.constexpr, B: tl.constexpr):
-    tl.store(o + tl.arange(0, B), (tl.arange(0, B) * 1.001).to(KIND).to(tl.float32))
-
-def launch(x, o, n, grid):
-    for kind in (tl.float16, tl.bfloat16):
-        cast[grid](o, kind, B=SIZE)
-"""
-    one = compile_ahead(order(write_subject(tmp_path / "theirs", body)))[0]
-    assert [build.constants for build in one.builds] == [{"KIND": name, "B": 256} for name in ("fp16", "bf16")]
-    assert len({build.cubin_sha256 for build in one.builds}) == 2
-
-
-def test_shared_memory_beyond_the_multiprocessor_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    body = """
-@triton.jit
-def staged(x, o, n, B: tl.constexpr):
-    i = tl.arange(0, B)[:, None] * B + tl.arange(0, B)
-    total = tl.zeros((B, B), tl.float32)
-    for k in range(n):
-        total = tl.dot(tl.load(x + k * B + i), tl.load(x + k * B * B + i), total)
-    tl.store(o + i, total)
-
-def launch(x, o, n, grid):
-    staged[grid](x, o, n, B=64, num_stages=8)
-"""
-    large, small = compile_ahead(order(write_subject(tmp_path / "theirs", body), "80,86"))
-    assert (verdicts(large), failed([large])) == ({"staged": "OK"}, False)
-    assert (verdicts(small), failed([small])) == ({"staged": "OUT_OF_RESOURCES"}, True)
-    needed, there_is = map(int, re.findall(r": (\d+)", small.builds[0].message))
-    assert needed == large.builds[0].resources.shared_bytes > there_is == 99 * 1024
-
-
-def test_an_assertion_is_told_in_its_own_words(tmp_path: Path) -> None:
-    body = """
-@triton.jit
-def inner(B: tl.constexpr):
-    tl.static_assert(B < 128, "at most 127 keys")
-
-@triton.jit
-def spoken(o, B: tl.constexpr):
-    inner(B)
-    tl.store(o, 1.0)
-
-@triton.jit
-def silent(o, B: tl.constexpr):
-    tl.static_assert(B < 128)
-    tl.store(o, 1.0)
-
-def launch(x, o, n, grid):
-    for kernel in (spoken, silent):
-        kernel[grid](o, B=256)
-"""
-    one = compile_ahead(order(write_subject(tmp_path / "theirs", body)))[0]
-    assert [build.message for build in one.builds] == [
-        "CompileTimeAssertionFailure: at most 127 keys (line 2 of inner)",
-        "CompileTimeAssertionFailure: tl.static_assert(B < 128) (line 2 of silent)",
-    ]
-
-
-def test_what_triton_is_told_to_store_does_not_make_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_STORE_BINARY_ONLY", "1")
-    ((one,), _) = built(order(write_subject(tmp_path / "theirs")))
-    assert (one.gap, verdicts(one)) == ("", {"good": "OK"})
-
-
-def test_an_argument_may_have_any_name(tmp_path: Path) -> None:
-    body = GOOD.replace("good[grid](x, o, n, B=256)", "named[grid](o, 2)") + (
-        "\n@triton.jit\ndef named(o, limit_s: tl.constexpr):\n    tl.store(o, limit_s)\n"
-    )
-    first, _ = built(order(write_subject(tmp_path / "theirs", body)))
-    second, made = built(order(write_subject(tmp_path / "theirs", body.replace("(o, 2)", "(o, 3)"))))
-    assert made == 1
-    assert first[0].builds[0].cubin_sha256 != second[0].builds[0].cubin_sha256
 
 
 def test_a_capture_that_hangs_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
@@ -317,21 +127,6 @@ def test_a_build_needs_no_leave_to_be_the_one_that_runs_out_of_memory(monkeypatc
     os.close(reading)
 
 
-def test_a_subject_may_print_when_it_ends(tmp_path: Path) -> None:
-    subject = write_subject(tmp_path / "theirs", f"import atexit\natexit.register(print, 'bye')\n{GOOD}")
-    assert verdicts(built(order(subject))[0][0]) == {"good": "OK"}
-
-
-def test_what_is_kept_and_damaged_is_built_again(tmp_path: Path) -> None:
-    subject = write_subject(tmp_path / "theirs")
-    first, _ = built(order(subject))
-    for file in (cache_folder() / "compile").rglob("*.json"):
-        file.write_text(file.read_text()[:-20])
-    again, made = built(order(subject))
-    assert made == 2
-    assert verdicts(again[0]) == verdicts(first[0])
-
-
 def test_a_failure_of_the_machine_is_not_kept(tmp_path: Path) -> None:
     body = TEMPERS[: TEMPERS.index("def launch")] + GOOD.replace("good[grid]", "is_killed[grid]")
     subject = write_subject(tmp_path / "theirs", body)
@@ -342,80 +137,6 @@ def test_a_launch_with_something_that_has_no_type_is_named(tmp_path: Path) -> No
     subject = write_subject(tmp_path / "theirs", GOOD.replace("(x, o, n, B", "(x, object(), n, B"))
     with pytest.raises(ConfigurationError, match=r"kernel good is launched with o=<object .*has no Triton type"):
         compile_ahead(order(subject))
-
-
-def test_a_kernel_that_is_tuned_is_built_in_each_configuration(tmp_path: Path) -> None:
-    tuned = """
-@triton.autotune([triton.Config({"B": 64}, num_warps=2), triton.Config({"B": 128}, num_warps=8)], key=["n"])
-@triton.heuristics({"EVEN": lambda arguments: arguments["n"] % 2 == 0})
-@triton.jit
-def tuned(x, o, n, B: tl.constexpr, EVEN: tl.constexpr):
-    i = tl.program_id(0) * B + tl.arange(0, B)
-    tl.store(o + i, tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), mask=i < n)
-
-def launch(x, o, n, grid):
-    tuned[lambda meta: (triton.cdiv(n, meta["B"]),)](x, o, n)
-"""
-    ((one,), _) = built(order(write_subject(tmp_path / "theirs", tuned)))
-    assert [(build.kernel, build.verdict.value, build.resources.warps) for build in one.builds] == [
-        ("tuned", "OK", 2),
-        ("tuned", "OK", 8),
-    ]
-    assert [(build.constants, build.alternative) for build in one.builds] == [
-        ({"B": 64, "EVEN": True}, True),
-        ({"B": 128, "EVEN": True}, True),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "helper", "verdicts", "needed"),
-    [
-        # what the autotuner passes over
-        ("64, 256", "tl.static_assert(B < 128)", "OK COMPILE_ERROR", "OK"),
-        ("256, 512", "tl.static_assert(B < 128)", "COMPILE_ERROR COMPILE_ERROR", "COMPILE_ERROR COMPILE_ERROR"),
-        # and what it ends at
-        ("64, 100", "tl.arange(0, B)", "OK COMPILE_ERROR", "OK COMPILE_ERROR"),
-    ],
-)
-def test_a_tuned_kernel_needs_one_of_the_configurations_that_are_passed_over(
-    tmp_path: Path, sizes: str, helper: str, verdicts: str, needed: str
-) -> None:
-    tuned = f"""
-@triton.autotune([triton.Config({{"B": size}}) for size in ({sizes})], key=["n"])
-@triton.jit
-def tuned(x, o, n, B: tl.constexpr):
-    {helper}
-    tl.store(o + n, 1.0)
-
-def launch(x, o, n, grid):
-    tuned[lambda meta: (triton.cdiv(n, meta["B"]),)](x, o, n)
-"""
-    ((one,), _) = built(order(write_subject(tmp_path / "theirs", tuned)))
-    assert [build.verdict.value for build in one.builds] == verdicts.split()
-    assert [build.verdict.value for build in one.of("small")] == needed.split()
-    assert [build.verdict.value for build in one.needed] == needed.split()
-    assert failed([one]) is ("ERROR" in needed)
-
-
-@pytest.mark.parametrize(
-    ("body", "problem"),
-    [
-        ("def launch(x, o, n, grid): pass", "the subject's call launched no Triton kernel"),
-        ("def launch(x, o, n, grid): raise RuntimeError('not this one')", "raised RuntimeError: not this one"),
-    ],
-)
-def test_a_variant_that_launches_nothing_fails_with_the_reason(tmp_path: Path, body: str, problem: str) -> None:
-    (one,) = compile_ahead(order(write_subject(tmp_path / "theirs", body)))
-    assert problem in one.unlaunched["small"]
-    assert failed([one])
-
-
-def test_only_the_kernels_that_are_named_are_built(tmp_path: Path) -> None:
-    subject = write_subject(tmp_path / "theirs", TEMPERS)
-    (one,) = compile_ahead(order(subject, kernels=("good",)))
-    assert verdicts(one) == {"good": "OK"}
-    with pytest.raises(ConfigurationError, match=r"launches no kernel 'nope'; it launches .*good"):
-        compile_ahead(order(subject, kernels=("nope",)))
 
 
 def test_a_launch_is_specialised_as_the_jit_does_it(tmp_path: Path) -> None:

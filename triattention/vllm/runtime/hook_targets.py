@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import json
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -102,8 +106,9 @@ def check(root: Path | None = None, version: str | None = None) -> Report:
 def read_targets(root: Path | None = None, entry: str | None = None) -> dict[str, Form]:
     """What the targets of an entry, or of all entries together, are in the vLLM in ``root``; absent ones are left out.
 
-    ``root`` is the folder that holds ``vllm/``, by default that of the installed vLLM. Raises TriAttentionError where
-    it holds none, or a file of it cannot be parsed.
+    ``root`` is the folder that holds ``vllm/``, by default that of the installed vLLM. What was found is kept by the
+    content of the files, because every process of a server asks, and parsing takes a second. Raises TriAttentionError
+    where ``root`` holds no vLLM, or a file of it cannot be parsed.
     """
     root = _installed_root() if root is None else root
     _require_package(root)
@@ -112,11 +117,39 @@ def read_targets(root: Path | None = None, entry: str | None = None) -> dict[str
     for name in names:
         module, _, qualified = name.partition(":")
         wanted.setdefault(module, {})[qualified] = None
+    paths = {module: _path_of(root, module) for module in wanted}
+    sources = {module: path.read_bytes() if path.is_file() else None for module, path in paths.items()}
+    kept = _kept_at(wanted, sources)
+    with suppress(OSError, ValueError):
+        return json.loads(kept.read_text("utf-8"))
     found: dict[str, Form] = {}
-    for module, qualified_names in wanted.items():
-        forms = _read_module(_path_of(root, module), qualified_names)
-        found |= {f"{module}:{name}": forms[name] for name in qualified_names if name in forms}
+    for module, names_in_it in wanted.items():
+        forms = _read_module(paths[module], sources[module], names_in_it)
+        found |= {f"{module}:{name}": forms[name] for name in names_in_it if name in forms}
+    _keep(kept, json.dumps(found))
     return found
+
+
+def _kept_at(wanted: Mapping[str, Iterable[str]], sources: Mapping[str, bytes | None]) -> Path:
+    """The file for what these sources, read by this module, say of these names."""
+    from triattention.embedded import cache_root
+
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for module, names in wanted.items():
+        source = sources[module]
+        content = "absent" if source is None else hashlib.sha256(source).hexdigest()
+        digest.update(json.dumps([module, *names, content]).encode())
+    return cache_root() / "vllm_hooks" / f"{digest.hexdigest()}.json"
+
+
+def _keep(place: Path, content: str) -> None:
+    """Write ``content`` whole or not at all; what cannot be kept is found again by the next process."""
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=place.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(content)
+        os.replace(temporary, place)
 
 
 def version_of(root: Path | None = None) -> str:
@@ -192,12 +225,12 @@ def _path_of(root: Path, module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
 
 
-def _read_module(path: Path, names: Iterable[str]) -> dict[str, Form]:
+def _read_module(path: Path, source: bytes | None, names: Iterable[str]) -> dict[str, Form]:
     """The forms of a module's own names, and of ``Class.name`` for the classes that ``names`` speak of."""
-    if not path.is_file():
+    if source is None:
         return {}
     try:
-        module = ast.parse(path.read_bytes(), str(path))
+        module = ast.parse(source, str(path))
     except SyntaxError as error:
         raise TriAttentionError(
             f"{path} cannot be parsed ({error.msg}, line {error.lineno}); read it with the Python that vLLM runs on"
