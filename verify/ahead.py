@@ -17,6 +17,7 @@ from verify.checks import SKIP_CODES, Check, catalogue
 from verify.compilation import LIMIT_S, Order, Progress, compile_ahead, failed, prepare
 from verify.compiler import Answer
 from verify.environment import capture
+from verify.grounds import Checkout, is_neutral
 from verify.instrument import instrument_sha256
 from verify.machine import cores
 from verify.manifest import new_run_id, utc_now
@@ -64,8 +65,8 @@ def compile_verb(
     prepare()
     info = order.subject.info()
     with _interruptible():
-        compilations = _with_progress(order)
-        records = records_of(order, info, compilations, _words(order, sm, full), out, root)
+        compilations, imported = _with_progress(order)
+        records = records_of(order, info, compilations, _words(order, sm, full), out, root, imported)
     folder = _write(records, out)
     if as_json:
         from verify.exports import compilations_json
@@ -137,8 +138,11 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _with_progress(order: Order) -> list[Compilation]:
-    """Compile, with a bar on a terminal, and elsewhere a heartbeat, and a line at the end; all on stderr."""
+def _with_progress(order: Order) -> tuple[list[Compilation], list[Path]]:
+    """Compile, with a bar on a terminal, and elsewhere a heartbeat, and a line at the end; all on stderr.
+
+    Returns what was built, and the files that were imported to ask the subject.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
@@ -173,10 +177,11 @@ def _with_progress(order: Order) -> list[Compilation]:
             if answer.verdict in (BuildVerdict.CRASH, BuildVerdict.TIMEOUT):
                 console.print(f"  {answer.verdict} {what}: {answer.message}", markup=False, soft_wrap=True)
 
-        compilations = compile_ahead(order, Progress(planned, ended))
+        imported: list[Path] = []
+        compilations = compile_ahead(order, Progress(imported.extend, planned, ended))
     kept = "" if made else "; everything was built before"
     console.print(f"{made} builds in {time.monotonic() - begun:.1f} s{kept}", markup=False)
-    return compilations
+    return compilations, imported
 
 
 def records_of(
@@ -186,11 +191,18 @@ def records_of(
     words: str,
     out: Path | None,
     root: Path,
+    imported: Iterable[Path],
 ) -> list[Record]:
     """A record for each GPU, with the results of the checks that a build can answer.
 
-    ``words`` is the request as it would be typed; ``out`` a folder with earlier records beside the usual ones.
+    ``words`` is the request as it would be typed; ``out`` a folder with earlier records beside the usual ones;
+    ``imported`` are the files that were imported to ask the subject.
     """
+    checkout = Checkout(root, order.subject.root, order.subject.folder)
+    names = {checkout.name_of(file) for file in imported}
+    names |= checkout.closure("verify/compilation.py", "phases/p3_compile.py")
+    sources = {name: digest for name in sorted(filter(None, names)) if (digest := checkout.sha256(name))}
+    sources = {name: digest for name, digest in sources.items() if not is_neutral(name)}
     environment = capture("cpu")
     checks = [check for check in catalogue() if check.phase == 3]
     digest, now, earlier = instrument_sha256(root), utc_now(), Earlier.load(out)
@@ -208,6 +220,8 @@ def records_of(
             selection=words,
             duration_s=sum(build.duration_s for build in one.builds),
             results=[] if one.gap else _results(order, one, checks, _last(one, info, earlier)),
+            sources=sources,
+            rests_on=[[*sources]],
             compilation=one,
         )
         for one in compilations
@@ -267,6 +281,7 @@ def _result(subject: Subject, check: Check, now: Compilation, verdict: Verdict, 
         evidence="compiled",
         seed=DEFAULT_SEED,
         repeat=f"python -m verify compile --sm {now.sm}{where} --fresh",
+        rests_on=0,
         **({"duration_s": 0.0} | fields),
     )
 

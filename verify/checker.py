@@ -132,7 +132,8 @@ def _identity(record: Json, known: Mapping[str, Check]) -> Found:
     if not math.isfinite(float(record["duration_s"])):
         yield "", f"duration_s is {record['duration_s']}"
     for name, digest in (
-        ("instrument_sha256", record["instrument_sha256"]), ("content_sha256", record["subject"]["content_sha256"])
+        ("instrument_sha256", record["instrument_sha256"]), ("content_sha256", record["subject"]["content_sha256"]),
+        *((f"the digest of {name}", digest) for name, digest in record.get("sources", {}).items()),
     ):  # fmt: skip
         yield from _digest(name, digest)
     if not _GIT_SHA.fullmatch(record["subject"]["git_sha"]):
@@ -336,7 +337,8 @@ def _manifest(path: Path, record: Json) -> Found:
     if absent := [name for name in selected if name not in results]:
         yield absent[0], f"is one of {len(absent)} checks that were selected and have no result"
     for name, result in results.items():
-        if name in selected and result != written.get(name):
+        # what a result rests on is known when its phase has ended
+        if name in selected and result | {"rests_on": None} != written.get(name, {}) | {"rests_on": None}:
             yield name, f"{result['verdict']} is not what events.jsonl beside it has"
 
 

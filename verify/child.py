@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from verify import events, machine
+from verify import events, grounds, machine
 from verify.device import derive_seed
 from verify.environment import localise
 from verify.manifest import Manifest, Selected
 from verify.progress import PhaseProgress
 from verify.record import CheckResult, Verdict
 from verify.recorder import repeat_command
+from verify.subject import find_subject
 
 #: On top of a check's own limit, at which pytest-timeout stops it unless it is in native code that never returns.
 GRACE_S = 15.0
@@ -65,7 +66,7 @@ class PhaseProcess:
         events.append_machine(run_dir, self._phase, "start", machine.state())
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command(), cwd=root, env={**pytest_environment(), machine.RUN_VARIABLE: manifest.run_id},
+                self._command(), cwd=root, env=self._environment(),
                 pass_fds=(held,), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
@@ -75,6 +76,14 @@ class PhaseProcess:
         # without capture, what a library writes before it aborts reaches the log
         options = [f"--run-dir={self._run_dir}", "--capture=no", "-v", "--tb=short"]
         return [*pytest_command(self._root), *files, *options]
+
+    def _environment(self) -> dict[str, str]:
+        inherited = pytest_environment()
+        log = self._run_dir / f"p{self._phase}.opened"
+        noting = grounds.environment(
+            log, self._root, find_subject(self._manifest.subject, self._root).folder, inherited
+        )
+        return {**inherited, **noting, machine.RUN_VARIABLE: self._manifest.run_id}
 
     def run(self, progress: PhaseProgress) -> None:
         """Wait for the end of the phase; afterwards every check of it has a result, unless the user stopped the run."""

@@ -102,8 +102,11 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Who is told what happens: how many builds there are to make, then each one that ended."""
+    """Who is told what happens: what was imported to ask the subject, how many builds there are to make, then each one
+    that ended.
+    """
 
+    imported: Callable[[Iterable[Path]], None] = lambda files: None
     planned: Callable[[int], None] = lambda count: None
     ended: Callable[[str, Answer], None] = lambda what, answer: None
 
@@ -153,6 +156,7 @@ class _Compiling:
 
     def run(self) -> list[Compilation]:
         kept = self._kept()
+        self._progress.imported(Path(file) for file in kept.files)
         launches, unlaunched = self._chosen(kept)
         controls = {
             (sm, 0): Job(launch=_CONTROL, keys=128, sm=sm, limit_s=self._order.limit_s)

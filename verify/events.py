@@ -15,7 +15,7 @@ from typing import IO, Any, Literal
 
 from pydantic import ValidationError
 
-from verify.manifest import Manifest, utc_now
+from verify.manifest import Manifest, Selected, utc_now
 from verify.outcome import ConfigurationError
 from verify.record import (
     FAILING,
@@ -31,7 +31,13 @@ from verify.record import (
 MANIFEST, EVENTS, RECORD, LOCK = "run.json", "events.jsonl", "record.json", "lock"
 
 #: The kinds of event, with what each has.
-_FIELDS = {"start": {"id"}, "result": {"result"}, "elapsed": {"seconds"}, "machine": {"phase", "at", "state"}}
+_FIELDS = {
+    "start": {"id"},
+    "result": {"result"},
+    "elapsed": {"seconds"},
+    "machine": {"phase", "at", "state"},
+    "grounds": {"names"},
+}
 
 
 def create(run_dir: Path, manifest: Manifest) -> None:
@@ -77,6 +83,11 @@ def append_elapsed(run_dir: Path, seconds: float) -> None:
 def append_machine(run_dir: Path, phase: int, at: Literal["start", "end"], state: MachineState) -> None:
     """How busy the machine is when a phase starts or ends."""
     append(run_dir, {"event": "machine", "phase": phase, "at": at, "state": state.model_dump(mode="json")})
+
+
+def append_grounds(run_dir: Path, names: Iterable[str], *, phase: int = 0, file: str = "") -> None:
+    """What every result of a phase, or of one file of checks, rests on, beside what was said before."""
+    append(run_dir, {"event": "grounds", "phase": phase, "file": file, "names": sorted(names)})
 
 
 class Follower:
@@ -190,6 +201,9 @@ def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"])
     """
     manifest = read_manifest(run_dir)
     found, happened = read_results(run_dir), read_events(run_dir)
+    results, rests_on = _grounded(
+        [check for check in manifest.selected if check.id in found], found, happened, manifest
+    )
     record = Record(
         run_id=manifest.run_id,
         time_utc=manifest.time_utc,
@@ -202,11 +216,42 @@ def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"])
         seed=manifest.seed,
         selection=manifest.selection,
         duration_s=sum(event["seconds"] for event in happened if event["event"] == "elapsed"),
-        results=[found[check.id] for check in manifest.selected if check.id in found],
+        results=results,
         machine=_sittings(event for event in happened if event["event"] == "machine"),
+        sources={name: manifest.sources[name] for name in sorted({name for names in rests_on for name in names})},
+        rests_on=rests_on,
     )
     write_record(record, run_dir / RECORD)
     return record
+
+
+def _grounded(
+    checks: Iterable[Selected],
+    found: Mapping[str, CheckResult],
+    happened: Iterable[dict[str, Any]],
+    manifest: Manifest,
+) -> tuple[list[CheckResult], list[list[str]]]:
+    """The results of ``checks`` with what each rests on, which is the same for all of one file; and those lists.
+
+    Where nothing was noted, because a process died before its first check, that is everything.
+    """
+    noted: dict[str | int, set[str]] = {}
+    for event in happened:
+        if event["event"] == "grounds":
+            noted.setdefault(event["file"] or event["phase"], set()).update(event["names"])
+    lists: dict[tuple[str, ...], int] = {}
+    results = []
+    for check in checks:
+        file = check.node.partition("::")[0]
+        if not manifest.sources:  # of an older suite
+            results.append(found[check.id])
+            continue
+        names = manifest.sources.keys()
+        if file in noted:
+            names &= noted[file] | noted.get(check.phase, set())
+        place = lists.setdefault(tuple(sorted(names)), len(lists))
+        results.append(found[check.id].model_copy(update={"rests_on": place}))
+    return results, [[*names] for names in lists]
 
 
 def lock(run_dir: Path) -> IO[bytes]:

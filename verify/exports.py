@@ -43,7 +43,7 @@ def dumps(value: Any) -> str:
 
 def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
     parts = [f"# {assessment.target.target}: {assessment.verdict}\n\n{assessment.sentence}\n"]
-    if assessment.used:
+    if assessment.used or assessment.stale:
         header = ["run", "time", "GPU", "driver", "torch", "triton", "subject", "counts"]
         parts.append(markdown_table(header, _run_lines(assessment)))
     if assessment.compilation:
@@ -67,6 +67,9 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
     if failed:
         told = (f"* **{cell.check.id}** {_one_line(cell.result.message)} (`{cell.result.repeat}`)\n" for cell in failed)
         parts.append("## Failures\n\n" + "".join(told))
+    if assessment.outdated:
+        told = (f"* {why}: {', '.join(_families(cells))}\n" for why, cells in assessment.outdated.items())
+        parts.append("## Results that no longer count\n\n" + "".join(told))
     if assessment.with_curves:
         parts.append("## Curves\n\n" + "\n".join(_curves(cell.result) for cell in assessment.with_curves))
     if assessment.missing:
@@ -132,6 +135,7 @@ def report_json(assessment: Assessment, unreadable: Sequence[str]) -> str:
         "subject": assessment.subject.model_dump() if assessment.subject else None,
         "runs": [_run(record) for record in assessment.used],
         "stale": [_run(record) | {"because": assessment.why_stale(record)} for record in assessment.stale],
+        "outdated": {why: [cell.check.id for cell in cells] for why, cells in assessment.outdated.items()},
         "compilation": assessment.compilation.model_dump(mode="json") if assessment.compilation else None,
         "rows": [_row(row) for row in rows(assessment.cells)],
         "missing": [cell.check.id for cells in missing.values() for cell in cells],
@@ -209,6 +213,10 @@ def _run_lines(assessment: Assessment) -> Iterable[list[str]]:
         run, different = _run(record), assessment.why_stale(record)
         columns = ("run_id", "time_utc", "gpu", "driver", "torch", "triton", "subject")
         yield [*(run[column] or "-" for column in columns), f"no: {different}" if different else "yes"]
+
+
+def _families(cells: Iterable[Cell]) -> Iterable[str]:
+    return dict.fromkeys(f"`{cell.check.spec.family}`" for cell in cells)
 
 
 def _curves(result: CheckResult) -> str:

@@ -7,6 +7,7 @@ A verdict is never read from it. It says which records hold the newest results, 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import sqlite3
@@ -19,20 +20,24 @@ from pathlib import Path
 
 from verify.architectures import Target
 from verify.archive import Entry, digest_of_file, paths, read_again, read_finished, settle
+from verify.grounds import Checkout
 from verify.instrument import digest_of
 from verify.outcome import ConfigurationError
 from verify.record import CheckResult, Record, UnreadableRecord
-from verify.request import cache_folder
-from verify.verdict import merged, moment
+from verify.request import cache_folder, repository_root
+from verify.subject import PACKAGE
+from verify.verdict import merged, moment, newest_first
 
 _TABLES = (
     """CREATE TABLE record (
         number INTEGER PRIMARY KEY, path TEXT UNIQUE, size INTEGER, changed INTEGER,
-        problem TEXT, digest TEXT, run_id TEXT, covers TEXT, head TEXT
+        problem TEXT, digest TEXT, run_id TEXT, covers TEXT, head TEXT, grounds TEXT
     )""",
+    # what results rest on is alike in most records of one suite
+    "CREATE TABLE grounds (digest TEXT PRIMARY KEY, content TEXT)",
     """CREATE TABLE result (
         record INTEGER, id TEXT, gate TEXT, evidence TEXT, verdict TEXT, code TEXT,
-        measure TEXT, measured REAL, allowed REAL, duration_s REAL,
+        measure TEXT, measured REAL, allowed REAL, duration_s REAL, rests_on INTEGER,
         PRIMARY KEY (record, id)
     ) WITHOUT ROWID""",
 )
@@ -76,10 +81,13 @@ class Point:
 
 @dataclass(slots=True)
 class Index:
-    """The records of some folders, as they are now. ``heads`` are the records without results, by their number."""
+    """The records of some folders, as they are now. ``heads`` are the records without results, by their number, and
+    ``checkout`` is what reports compare results with.
+    """
 
     unreadable: tuple[str, ...]
     heads: dict[int, Record]
+    checkout: Checkout
     _database: sqlite3.Connection
     _paths: dict[int, Path]
     _covers: dict[int, str]
@@ -92,18 +100,23 @@ class Index:
         """
         own = {number: head for number, head in self.heads.items() if head.target == target.target}
         numbers = {head.run_id: number for number, head in own.items()}
-        used, stale = merged(target, own.values())
+        used, _, comparison = merged(target, own.values(), self.checkout)
         needed = {numbers[head.run_id] for head in used if head.ahead_of_time and not head.compilation.gap}
-        known: set[tuple[str, ...]] = set()
-        looked: set[tuple[str, str]] = set()
-        for head in (*used, *stale):
-            number = numbers[head.run_id]
+        known: set[tuple[object, ...]] = set()
+        looked: set[tuple[object, ...]] = set()
+        kept = {head.run_id for head in used}
+        for head in newest_first(own.values()):
+            number, counting = numbers[head.run_id], head.run_id in kept
+            changed = tuple(bool(why) for why in comparison.lists(head))
             # most runs are of the same checks as the one after them
-            if (look := (head.model, self._covers[number])) in looked:
+            if (look := (head.model, self._covers[number], counting and changed)) in looked:
                 continue
             looked.add(look)
-            query = "SELECT ?, id, gate, evidence FROM result WHERE record = ?"
-            results = set(self._database.execute(query, (head.model, number)))
+            query = "SELECT id, gate, evidence, rests_on FROM result WHERE record = ?"
+            results = {
+                (head.model, *kind, counting and rests_on is not None and not changed[rests_on])
+                for *kind, rests_on in self._database.execute(query, (number,))
+            }
             if not results <= known:
                 needed.add(number)
                 known |= results
@@ -187,7 +200,7 @@ def _with_tables(place: str) -> sqlite3.Connection:
     version = _version()
     database.execute("BEGIN IMMEDIATE")
     if database.execute("PRAGMA user_version").fetchone() != (version,):
-        for table in ("record", "result"):
+        for table in ("record", "result", "grounds"):
             database.execute(f"DROP TABLE IF EXISTS {table}")
         for statement in _TABLES:
             database.execute(statement)
@@ -210,6 +223,7 @@ def _refresh(database: sqlite3.Connection, found: Mapping[str, Path]) -> None:
     for path in (*gone, *changed):
         database.execute("DELETE FROM result WHERE record IN (SELECT number FROM record WHERE path = ?)", (path,))
         database.execute("DELETE FROM record WHERE path = ?", (path,))
+    database.execute("DELETE FROM grounds WHERE digest NOT IN (SELECT grounds FROM record WHERE grounds NOTNULL)")
     for path in changed:
         _add(database, path, found[path], states[path])
     database.execute("COMMIT")
@@ -224,46 +238,63 @@ def _state(path: str) -> list[int]:
 
 
 def _add(database: sqlite3.Connection, key: str, path: Path, state: Sequence[int]) -> None:
-    columns = "(path, size, changed, problem, digest, run_id, covers, head)"
-    insert = f"INSERT INTO record {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    columns = "(path, size, changed, problem, digest, run_id, covers, head, grounds)"
+    insert = f"INSERT INTO record {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
     try:
         record = read_finished(path)
     except UnreadableRecord as error:
         # without the path, which may be given in another way the next time
         problem = str(error).removeprefix(f"{path}: ")
-        database.execute(insert, (key, *state, problem, *[None] * 4))
+        database.execute(insert, (key, *state, problem, *[None] * 5))
         return
     built = record.compilation
     about = built and built.model_copy(update={"builds": [], "unlaunched": {}})
-    head = record.model_copy(update={"results": [], "compilation": about}).model_dump_json()
-    covers = repr(sorted((one.id, one.gate, one.evidence) for one in record.results))
-    facts = (digest_of_file(path), record.run_id, hashlib.sha256(covers.encode()).hexdigest(), head)
+    bare = {"results": [], "sources": {}, "rests_on": [], "compilation": about}
+    head = record.model_copy(update=bare).model_dump_json()
+    covers = repr(sorted((one.id, one.gate, one.evidence, one.rests_on) for one in record.results))
+    content = json.dumps([record.sources, record.rests_on])
+    grounds = _digest(content)
+    database.execute("INSERT OR IGNORE INTO grounds VALUES (?, ?)", (grounds, content))
+    facts = (digest_of_file(path), record.run_id, _digest(covers), head, grounds)
     number = database.execute(insert, (key, *state, None, *facts)).lastrowid
     database.executemany(
-        "INSERT INTO result VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (_row(number, one) for one in record.results)
+        "INSERT INTO result VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (_row(number, one) for one in record.results)
     )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _row(number: int, result: CheckResult) -> tuple[int | str | float | None, ...]:
     tight = result.tightest
     numbers = (tight.name, tight.measured, tight.allowed) if tight else (None, None, None)
-    return (number, result.id, result.gate, result.evidence, result.verdict, result.code, *numbers, result.duration_s)
+    told = (result.gate, result.evidence, result.verdict, result.code)
+    return (number, result.id, *told, *numbers, result.duration_s, result.rests_on)
 
 
 def _opened(database: sqlite3.Connection, found: Mapping[str, Path]) -> Index:
-    query = "SELECT path, number, problem, digest, run_id, covers, head FROM record"
+    query = "SELECT path, number, problem, digest, run_id, covers, head, grounds FROM record"
     rows = {path: row for path, *row in database.execute(query) if path in found}
     problems = [f"{found[path]}: {rows[path][1]}" for path in found if rows[path][1] is not None]
     good = {found[path]: rows[path] for path in found if rows[path][1] is None}
-    kept, refused = settle([Entry(path, run_id, digest) for path, (_, _, digest, run_id, _, _) in good.items()])
-    counted = {good[entry.path][0]: (entry.path, *good[entry.path][-2:]) for entry in kept}
+    kept, refused = settle([Entry(path, run_id, digest) for path, (_, _, digest, run_id, _, _, _) in good.items()])
+    counted = {good[entry.path][0]: (entry.path, *good[entry.path][-3:]) for entry in kept}
+    contents = dict(database.execute("SELECT digest, content FROM grounds"))
+    known = {digest: json.loads(contents[digest]) for digest in {row[3] for row in counted.values()}}
+    root = repository_root()
     return Index(
         unreadable=(*problems, *refused),
-        heads={number: Record.model_validate_json(head) for number, (_, _, head) in counted.items()},
+        heads={number: _head(head, *known[grounds]) for number, (_, _, head, grounds) in counted.items()},
+        checkout=Checkout(root, root, root / PACKAGE),
         _database=database,
-        _paths={number: path for number, (path, _, _) in counted.items()},
-        _covers={number: covers for number, (_, covers, _) in counted.items()},
+        _paths={number: path for number, (path, *_) in counted.items()},
+        _covers={number: covers for number, (_, covers, _, _) in counted.items()},
     )
+
+
+def _head(text: str, sources: dict[str, str], rests_on: list[list[str]]) -> Record:
+    return Record.model_validate_json(text).model_copy(update={"sources": sources, "rests_on": rests_on})
 
 
 def _file() -> Path:

@@ -13,6 +13,7 @@ from verify.architectures import parse_target
 from verify.checks import Gate
 from verify.device import DeviceName
 from verify.environment import capture
+from verify.grounds import Checkout
 from verify.instrument import instrument_sha256
 from verify.outcome import ConfigurationError
 from verify.record import Environment, Evidence, Sha256, SubjectInfo
@@ -45,6 +46,7 @@ class Surroundings(BaseModel):
     subject_info: SubjectInfo
     instrument_sha256: Sha256
     environment: Environment
+    sources: dict[str, Sha256] = Field(default_factory=dict)  #: every file that a result may come to rest on
 
     def refuse(self, now: Surroundings, run_id: str) -> None:
         """Raise ConfigurationError naming the first thing that ``now`` has otherwise, with both values."""
@@ -122,6 +124,7 @@ def survey(device: DeviceName, subject: Subject, root: Path, expect: int | None 
         subject_info=subject.info(),
         instrument_sha256=instrument_sha256(root),
         environment=environment,
+        sources=Checkout(root, subject.root, subject.folder).everything(),
     )
 
 

@@ -115,13 +115,21 @@ LEGEND = (
 )
 
 
+def stale_of(row: Row) -> Cell | None:
+    """Of a row that no result that counts informs of: the worst that one cell said before. A skip said nothing."""
+    if row.worst != NOT_RUN or row.evidence != "-":
+        return None
+    said = [cell for cell in row.cells if cell.stale and cell.stale.verdict not in (Verdict.SKIP, Verdict.BLOCKED)]
+    return min(said, key=lambda cell: WORST_FIRST.index(cell.stale.verdict), default=None)
+
+
 def mark(row: Row) -> Mark:
     """The worst of a row: what counts, else what was built for a GPU that did not run it, else what is stale."""
     worst = next(cell for cell in row.cells if _word(cell) == row.worst)
     if worst.result is not None:
         return Mark(worst.result.verdict, worst.result.evidence)
-    if all(cell.result or cell.stale for cell in row.cells):
-        return Mark(worst.stale.verdict, worst.stale.evidence, stale=True)
+    if (before := stale_of(row)) is not None:
+        return Mark(before.stale.verdict, before.stale.evidence, stale=True)
     return Mark(NOT_RUN, None)
 
 

@@ -29,6 +29,8 @@ from verify.curves import Curve, clash
 from verify.device import Device, derive_seed, prepare, resolve
 from verify.durations import Timekeeper, long_files
 from verify.environment import localise
+from verify.follow.sitecustomize import LOG
+from verify.grounds import Checkout, Grounds, follow
 from verify.machine import RUN_VARIABLE, cores
 from verify.manifest import Manifest, Selected, freeze, survey
 from verify.outcome import ConfigurationError
@@ -227,8 +229,19 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         config.add_cleanup(events.lock(current.run_dir).close)
     os.environ[RUN_VARIABLE] = current.manifest.run_id
     runner = os.getppid() if config.getoption("run_dir") else None
-    recorder = Recorder(current.run_dir, current.manifest, current.root, current.subject.folder.resolve(), runner)
+    recorder = Recorder(
+        current.run_dir, current.manifest, current.root, current.subject.folder.resolve(), runner, _grounds(current)
+    )
     config.pluginmanager.register(recorder, "verify-recorder")
+
+
+def _grounds(session: Session) -> Grounds:
+    """What takes note of what results rest on; in a child of the runner, from the start of its interpreter."""
+    package = session.subject.folder
+    if not (log := os.environ.get(LOG)):
+        log = str(session.run_dir / "opened")
+        follow(Path(log), session.root, package)
+    return Grounds(Path(log), Checkout(session.root, session.subject.root, package))
 
 
 def _selected(item: pytest.Item) -> Selected:
@@ -333,7 +346,7 @@ def compilation(pytestconfig: pytest.Config) -> Compilation | None:
     if session.device.name == "cpu":
         return None
     from verify.ahead import records_of
-    from verify.compilation import Order, compile_ahead
+    from verify.compilation import Order, Progress, compile_ahead
     from verify.record import write_record
     from verify.variants import DEFAULT
 
@@ -345,8 +358,9 @@ def compilation(pytestconfig: pytest.Config) -> Compilation | None:
         jobs=len(cores()),
         limit_s=_BUILD_LIMIT_S,
     )
-    found = compile_ahead(order)
-    (kept,) = records_of(order, manifest.subject_info, found, manifest.selection, None, session.root)
+    imported: list[Path] = []
+    found = compile_ahead(order, Progress(imported.extend))
+    (kept,) = records_of(order, manifest.subject_info, found, manifest.selection, None, session.root, imported)
     try:
         write_record(kept, session.run_dir / f"{manifest.target}.json")
     except OSError as error:

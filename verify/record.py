@@ -76,7 +76,10 @@ def _room(one: Measurement) -> float:
 
 
 class CheckResult(Strict):
-    """One check on one target. Raises ValidationError when the verdict and the other fields contradict each other."""
+    """One check on one target. Raises ValidationError when the verdict and the other fields contradict each other.
+
+    ``rests_on`` is the place of its list among those of the record; older records have none.
+    """
 
     id: str = Field(pattern=r"^p[1-8]\.[a-z0-9_]+\.[A-Za-z0-9_\-]+$")
     gate: Gate
@@ -91,6 +94,7 @@ class CheckResult(Strict):
     curves: list[Curve] = Field(default_factory=list)
     message: str = ""
     repeat: Annotated[str, Field(min_length=1), AfterValidator(sys.intern)]  # alike in every run of a machine
+    rests_on: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> CheckResult:
@@ -187,8 +191,10 @@ class Record(Strict):
     """One run on one target (``emulated`` or ``sm<NN>``).
 
     ``instrument_sha256`` is the digest of the suite's own sources, ``machine`` how busy the machine was while each
-    phase ran (older records do not have it). A record with a ``compilation`` was made without the target's GPU, and has
-    compiled evidence only. Raises ValidationError when the parts contradict each other.
+    phase ran (older records do not have it). ``sources`` has the digests of the files of suite and subject that results
+    rest on, and each list in ``rests_on`` the names of those that could have changed some of them
+    (``verify/grounds.py``; older records have neither). A record with a ``compilation`` was made without the target's
+    GPU, and has compiled evidence only. Raises ValidationError when the parts contradict each other.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -205,6 +211,8 @@ class Record(Strict):
     duration_s: float = Field(ge=0)
     results: list[CheckResult]
     machine: list[Sitting] = Field(default_factory=list)
+    sources: dict[str, Sha256] = Field(default_factory=dict)
+    rests_on: list[list[str]] = Field(default_factory=list)
     compilation: Compilation | None = None
 
     @property
@@ -224,6 +232,10 @@ class Record(Strict):
                 raise ValueError(f"{result.id} claims hardware evidence in an emulated run")
             if result.evidence == "hardware" and interpreted:
                 raise ValueError(f"{result.id} claims hardware evidence, but TRITON_INTERPRET emulated the kernels")
+            if result.rests_on is not None and result.rests_on >= len(self.rests_on):
+                raise ValueError(f"{result.id} rests on list {result.rests_on}, and there are {len(self.rests_on)}")
+        if unknown := [name for names in self.rests_on for name in names if name not in self.sources]:
+            raise ValueError(f"results rest on {unknown[0]}, whose digest is not there")
         gpu = self.environment.gpu
         if self.compilation is not None:
             if f"sm{self.compilation.sm}" != self.target:

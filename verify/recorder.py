@@ -20,6 +20,7 @@ from verify.checks import SKIP_CODES, CheckSpec
 from verify.curves import Curve
 from verify.device import derive_seed
 from verify.environment import localise
+from verify.grounds import Grounds
 from verify.manifest import Manifest
 from verify.outcome import InfraError, SubjectLacks, skip
 from verify.record import FAILING, CheckResult, Measurement, Verdict
@@ -147,6 +148,7 @@ class Recorder:
 
     ``subject`` is the directory of the package under test. ``runner`` is the process that started this one for
     one phase and notes how busy the machine is; None where this process runs every phase, and notes it itself.
+    ``grounds`` knows what results rest on; None where no record is left.
 
     The record on disk is brought up to date when a check fails and when the next phase begins, so that a process that
     is aborted leaves one with the results so far.
@@ -157,6 +159,7 @@ class Recorder:
     root: Path
     subject: Path
     runner: int | None = None
+    grounds: Grounds | None = None
     _ending: Ending | None = field(default=None, init=False)
     _phase: int | None = field(default=None, init=False)
     _watch: machine.Watch | None = field(default=None, init=False)
@@ -183,6 +186,8 @@ class Recorder:
             return (yield)
         if self._phase != spec.phase:
             self.end_phase()
+            if self.grounds is not None:
+                self.grounds.begin_phase()
             for again in self._results.keys() - events.judged(self._results):
                 if again.startswith(f"p{spec.phase}."):  # tried again here, and until then it blocks nothing
                     del self._results[again]
@@ -190,6 +195,8 @@ class Recorder:
                 events.append_machine(self.run_dir, spec.phase, "start", machine.state())
         self._phase, self._ending = spec.phase, None
         item.stash[MEASUREMENTS], item.stash[CURVES] = [], []
+        file = item.nodeid.partition("::")[0]
+        self._note(spec.phase, file)  # before the check, which may end this process
         events.append_start(self.run_dir, id_of(item))
         self._watch = machine.Watch.begin(self.runner or os.getpid(), self.manifest.run_id)
         begun = time.perf_counter()
@@ -197,9 +204,20 @@ class Recorder:
         result = self._result(item, time.perf_counter() - begun)
         self._results[result.id] = result
         events.append_result(self.run_dir, result)
+        self._note(spec.phase, file)
         if result.verdict in FAILING:
             events.compose(self.run_dir, "running")
         return handled
+
+    def _note(self, phase: int, file: str) -> None:
+        """Write down what the results of a phase, and of one of its files, rest on beside what is written."""
+        if self.grounds is None:
+            return
+        opened, imported = self.grounds.news(file)
+        if opened:
+            events.append_grounds(self.run_dir, opened, phase=phase)
+        if imported:
+            events.append_grounds(self.run_dir, imported, file=file)
 
     def end_phase(self) -> None:
         """Bring the record up to date when the last check of a phase has ended; nothing before the first phase."""

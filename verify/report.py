@@ -46,7 +46,7 @@ def report(
     targets = [parse_target(gpu)] if gpu is not None else list(known_targets())
     checks = list(catalogue())
     with open_index(folders) as index:
-        assessments = [assess(target, index.records(target), checks) for target in targets]
+        assessments = [assess(target, index.records(target), checks, index.checkout) for target in targets]
         unreadable = index.unreadable
     if form == "terminal":
         _print_terminal(assessments, gpu is not None, every_check)
@@ -71,7 +71,7 @@ def report(
 
 
 def assess_record(record: Record) -> Assessment:
-    """What ``record`` alone proves about its target."""
+    """What ``record`` alone proved about its target when it was made."""
     return assess(parse_target(record.target), [record], list(catalogue()))
 
 
@@ -101,7 +101,7 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None) -> in
         Heartbeat(Console(stderr=True), lambda: f"making the pages for {time.monotonic() - began:.0f} s"),
         open_index(folders) as index,
     ):
-        assessments = [assess(target, index.records(target), checks) for target in known_targets()]
+        assessments = [assess(target, index.records(target), checks, index.checkout) for target in known_targets()]
         heads = newest_first(index.heads.values())
         points, faults = index.points(last=CHARTED), reports / "selftest"
         pages = build(Site(assessments, heads, index.files(), points, index.unreadable, checks, homes, faults), site)

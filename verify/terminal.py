@@ -46,6 +46,7 @@ _WIDE = 140
 #: How many failures, and how many runs, are told before the rest is only counted.
 _TOLD = 10
 _RUNS = 5
+_FAMILIES = 3
 
 _VERDICT_STYLE = {
     TargetVerdict.VERIFIED: "bold green",
@@ -71,13 +72,15 @@ def print_report(assessment: Assessment, console: Console) -> None:
     console.print(_heading(assessment.target))
     console.print()
     console.print(_verdict_line(assessment))
-    if assessment.used:
+    if assessment.used or assessment.stale:
         console.print()
         console.print(_runs(assessment))
     if assessment.compilation:
         console.print()
         console.print(Text(f"Compiled ahead of time: {compiled_words(assessment.compilation)}."))
     _print_cells(assessment.cells, console)
+    for because, cells in assessment.outdated.items():
+        console.print(Text(f"stale: {count(len(cells), 'result')}, {_named(cells)}: {because}", style="yellow"))
     for cell in assessment.with_curves:
         print_curves(cell.result, console)
     _print_unknown(assessment, console)
@@ -252,6 +255,13 @@ def _print_cells(cells: Sequence[Cell], console: Console) -> None:
         console.print()
     if len(failed) > _TOLD:
         console.print(Text(f"and {count(len(failed) - _TOLD, 'more failure')}; the record has them all", style="red"))
+
+
+def _named(cells: Sequence[Cell]) -> str:
+    """The families of the cells, the first few by name."""
+    families = list(dict.fromkeys(cell.check.spec.family for cell in cells))
+    more = f" and {len(families) - _FAMILIES} more" if len(families) > _FAMILIES else ""
+    return f"{', '.join(families[:_FAMILIES])}{more}"
 
 
 def _print_unknown(assessment: Assessment, console: Console) -> None:

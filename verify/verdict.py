@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from itertools import compress
 
 from verify.architectures import EMULATED, Target
 from verify.builds import Compilation
 from verify.checks import Check, Gate
+from verify.grounds import BUNDLED, SUBJECT, Checkout
 from verify.record import FAILING, CheckResult, Evidence, Record, SubjectInfo, Verdict
 
 
@@ -41,8 +41,11 @@ _EMULATED_ONLY: tuple[Evidence, ...] = ("emulated",)
 _ON_A_GPU: tuple[Evidence, ...] = ("hardware", "compiled")
 _AHEAD_OF_TIME: tuple[Evidence, ...] = ("compiled",)
 
-#: By check and evidence the newest result, and the run that it is of.
-_Results = dict[tuple[str, Evidence], tuple[CheckResult, str]]
+#: By check and evidence the newest result, the run that it is of, and why it does not count, where it does not.
+_Results = dict[tuple[str, Evidence], tuple[CheckResult, str, str]]
+
+#: Why a result of an older record does not count.
+_NAMELESS = "recorded before results named what they rest on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,8 @@ class Cell:
     result: CheckResult | None
     proves: bool  #: whether the evidence is the kind that the target's verdict rests on
     run_id: str | None
-    stale: CheckResult | None = None  #: where there is no result: the newest of the records that no longer count
+    stale: CheckResult | None = None  #: where there is no result: the newest of those that no longer count
+    because: str = ""  #: why that one does not
 
     @property
     def passed(self) -> bool:
@@ -77,7 +81,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """A target's verdict with everything it rests on; ``used`` and ``stale`` are newest first."""
+    """A target's verdict with everything it rests on; ``used`` and ``stale`` are newest first.
+
+    ``checkout`` is what the results were compared with, None where they are taken as they were made.
+    """
 
     target: Target
     verdict: TargetVerdict
@@ -86,6 +93,7 @@ class Assessment:
     used: tuple[Record, ...]
     stale: tuple[Record, ...]
     unknown_ids: tuple[str, ...]
+    checkout: Checkout | None = None
 
     @property
     def must_pass(self) -> tuple[Cell, ...]:
@@ -95,6 +103,15 @@ class Assessment:
     def missing(self) -> tuple[Cell, ...]:
         """Must-pass cells that neither passed nor failed: absent, skipped, blocked, or proven in another way only."""
         return tuple(cell for cell in self.must_pass if not cell.passed and not cell.failed)
+
+    @property
+    def outdated(self) -> dict[str, list[Cell]]:
+        """The cells whose newest result no longer counts, by the reason."""
+        found: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            if cell.stale is not None:
+                found.setdefault(cell.because, []).append(cell)
+        return found
 
     @property
     def with_curves(self) -> tuple[Cell, ...]:
@@ -111,8 +128,8 @@ class Assessment:
         return next((record.compilation for record in self.used if record.compilation), None)
 
     def why_stale(self, record: Record) -> str | None:
-        """``stale_because`` against what the assessment rests on."""
-        return _why_stale(record, self.used)
+        """Why no result of ``record`` counts; None where one does."""
+        return Comparison(self.checkout, (*self.used, *self.stale)).why_stale(record, self.used)
 
 
 def must_pass(checks: Iterable[Check], target: Target) -> list[Check]:
@@ -130,21 +147,18 @@ def newest_first(records: Iterable[Record]) -> list[Record]:
     return sorted(records, key=moment, reverse=True)
 
 
-def subject_key(subject: SubjectInfo) -> tuple[str, str, str]:
-    """What two records must agree on to speak about one subject: its content, not where it lay or its commit."""
-    return subject.name, subject.version, subject.content_sha256
+def same_subject(one: SubjectInfo, other: SubjectInfo) -> bool:
+    """Whether two records speak about one subject: the same content wherever it lay, or what became of it since."""
+    return one.name == other.name and (one.content_sha256 == other.content_sha256 or one.source == other.source)
 
 
 def stale_because(record: Record, newest: Record) -> str | None:
     """What ``record`` has otherwise than the ``newest`` one, as ``another torch``; None where both can be merged.
 
-    A run and a compilation ahead of time need not be of one machine, only of one subject and one suite.
+    A run and a compilation ahead of time need not be of one machine, only of one subject.
     """
     ours, theirs = record.environment, newest.environment
-    pairs = {
-        "subject": (subject_key(record.subject), subject_key(newest.subject)),
-        "version of this suite": (record.instrument_sha256, newest.instrument_sha256),
-    }
+    pairs: dict[str, tuple[object, object]] = {"subject": (same_subject(record.subject, newest.subject), True)}
     if record.ahead_of_time == newest.ahead_of_time:
         pairs["triton"] = (ours.triton, theirs.triton)
     if not record.ahead_of_time and not newest.ahead_of_time:
@@ -154,6 +168,55 @@ def stale_because(record: Record, newest: Record) -> str | None:
             "GPU": (ours.gpu and ours.gpu.uuid_sha256, theirs.gpu and theirs.gpu.uuid_sha256),
         }
     return next((f"another {name}" for name, (one, other) in pairs.items() if one != other), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Which results count: those that rest on files that are now as they were.
+
+    The suite, and the subject of this checkout, are compared with ``checkout``; another subject with the newest of
+    ``records`` that is about it. Without a checkout every result counts.
+    """
+
+    checkout: Checkout | None
+    records: Sequence[Record]
+    _known: dict[int, list[str]] = field(default_factory=dict, init=False, repr=False)
+
+    def because(self, record: Record, result: CheckResult) -> str:
+        """Why a result does not count, as ``verify/oracle.py changed``; empty where it does."""
+        if self.checkout is None:
+            return ""
+        return _NAMELESS if result.rests_on is None else self.lists(record)[result.rests_on]
+
+    def counts(self, record: Record) -> bool:
+        """Whether any result of ``record`` does."""
+        if self.checkout is None or (record.compilation is not None and record.compilation.gap):
+            return True
+        return not all(self.lists(record))
+
+    def why_stale(self, record: Record, used: Sequence[Record]) -> str | None:
+        if self.counts(record):
+            return _why_stale(record, used)
+        return next(iter(self.lists(record)), _NAMELESS)
+
+    def lists(self, record: Record) -> list[str]:
+        """For each list of what results rest on, what has changed since."""
+        if id(record) not in self._known:
+            alike = (one for one in self.records if same_subject(one.subject, record.subject))
+            newest = next(iter(newest_first(alike)), record)
+            changed = {name: self._changed(record, name, digest, newest) for name, digest in record.sources.items()}
+            self._known[id(record)] = [
+                next((changed[name] for name in names if changed[name]), "") for names in record.rests_on
+            ]
+        return self._known[id(record)]
+
+    def _changed(self, record: Record, name: str, digest: str, newest: Record) -> str:
+        if not name.startswith(f"{SUBJECT}/") or record.subject.source == BUNDLED:
+            now = self.checkout.sha256(name)
+            return "" if now == digest else f"{name} {'changed' if now else 'is gone'}"
+        if newest.subject.content_sha256 == record.subject.content_sha256 or newest.sources.get(name) == digest:
+            return ""
+        return f"{name} changed" if name in newest.sources else "the subject changed"
 
 
 def _why_stale(record: Record, records: Sequence[Record]) -> str | None:
@@ -174,25 +237,35 @@ def describe_subject(subject: SubjectInfo) -> str:
     return f"{subject.name} {subject.version} ({sha}{state})"
 
 
-def merged(target: Target, records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
-    """Those of ``records`` that are about ``target`` and speak for it together, and the stale ones; newest first."""
+def merged(
+    target: Target, records: Iterable[Record], checkout: Checkout | None = None
+) -> tuple[list[Record], list[Record], Comparison]:
+    """Those of ``records`` that are about ``target`` and speak for it together, and the stale ones; newest first; and
+    by what their results count.
+    """
     own = newest_first(record for record in records if record.target == target.target)
-    same = [_why_stale(record, own) is None for record in own]
-    return list(compress(own, same)), [record for record, kept in zip(own, same, strict=True) if not kept]
+    comparison = Comparison(checkout, own)
+    current = [record for record in own if comparison.counts(record)]
+    used = [record for record in current if _why_stale(record, current) is None]
+    kept = {id(record) for record in used}
+    return used, [record for record in own if id(record) not in kept], comparison
 
 
-def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -> Assessment:
+def assess(
+    target: Target, records: Iterable[Record], checks: Sequence[Check], checkout: Checkout | None = None
+) -> Assessment:
     """The verdict of ``target`` from those of ``records`` that are about it and comparable with its newest run.
 
-    Per id the newest result counts, a failure as much as a pass; a must-pass check of phase 6 counts with the embedded
-    model only. Records of another subject, instrument, software or card are listed as stale. A compilation ahead of
-    time makes no run stale; where nothing ran, the newest one decides. A result whose gate is not the catalogue's is
-    of a check that this suite does not have.
+    Per id the newest result counts, a failure as much as a pass, unless it rests on something that is otherwise in
+    ``checkout``; a must-pass check of phase 6 counts with the embedded model only. Records of another subject, software
+    or card are listed as stale, with those of which no result counts. A compilation ahead of time makes no run stale;
+    where nothing ran, the newest one decides. A result whose gate is not the catalogue's is of a check that this suite
+    does not have. Without a ``checkout``, results count as they were made.
     """
-    used, stale = merged(target, records)
+    used, stale, comparison = merged(target, records, checkout)
     wanted = {check.id for check in must_pass(checks, target)}
     gates = {check.id: check.spec.gate for check in checks}
-    found, before = (_newest_results(some, gates, wanted) for some in (used, stale))
+    found, before = _newest_results(used, stale, gates, wanted, comparison)
     cells = tuple(
         cell
         for cell in (_cell(check, target, found, before, check.id in wanted) for check in checks)
@@ -203,29 +276,40 @@ def assess(target: Target, records: Iterable[Record], checks: Sequence[Check]) -
     verdict = _verdict([cell for cell in cells if cell.must_pass])
     if target is EMULATED:
         verdict = _EMULATED_WORDS[verdict]
-    sentence = _sentence(target, verdict, cells, used)
-    return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown)
+    sentence = _sentence(target, verdict, cells, used, stale)
+    return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown, checkout)
 
 
-def _newest_results(records: Sequence[Record], gates: Mapping[str, Gate], wanted: Set[str]) -> _Results:
+def _newest_results(
+    used: Sequence[Record],
+    stale: Sequence[Record],
+    gates: Mapping[str, Gate],
+    wanted: Set[str],
+    comparison: Comparison,
+) -> tuple[_Results, _Results]:
+    """The newest results that count, and the newest of those that do not."""
     found: _Results = {}
-    for record in records:
+    before: _Results = {}
+    why = {id(record): _why_stale(record, used) or "" for record in stale}
+    for record in newest_first((*used, *stale)):
         for result in record.results:
             # the must-pass list promises the embedded model; runs with others are further records
             other_model = result.id in wanted and result.id.startswith("p6.") and record.model != "embedded"
             if gates.get(result.id) == result.gate and not other_model:
-                found.setdefault((result.id, result.evidence), (result, record.run_id))
-    return found
+                because = comparison.because(record, result) or why.get(id(record), "")
+                kept = before if because else found
+                kept.setdefault((result.id, result.evidence), (result, record.run_id, because))
+    return found, before
 
 
 def _cell(check: Check, target: Target, found: _Results, before: _Results, wanted: bool) -> Cell:
     shown = _AHEAD_OF_TIME if check.spec.ahead_of_time else _EMULATED_ONLY if target is EMULATED else _ON_A_GPU
     for evidence in shown:
         if (check.id, evidence) in found:
-            result, run_id = found[check.id, evidence]
+            result, run_id, _ = found[check.id, evidence]
             return Cell(check, wanted, result, evidence == shown[0], run_id)
-    old = next((before[check.id, evidence][0] for evidence in shown if (check.id, evidence) in before), None)
-    return Cell(check, wanted, None, False, None, old)
+    old = next((before[check.id, evidence] for evidence in shown if (check.id, evidence) in before), None)
+    return Cell(check, wanted, None, False, None, *((old[0], old[2]) if old else ()))
 
 
 def _verdict(cells: Sequence[Cell]) -> TargetVerdict:
@@ -239,13 +323,20 @@ def _verdict(cells: Sequence[Cell]) -> TargetVerdict:
     return TargetVerdict.INCOMPLETE
 
 
-def _sentence(target: Target, verdict: TargetVerdict, cells: Sequence[Cell], used: Sequence[Record]) -> str:
+def _sentence(
+    target: Target, verdict: TargetVerdict, cells: Sequence[Cell], used: Sequence[Record], stale: Sequence[Record]
+) -> str:
     """One sentence that says what was verified and what was not."""
     hard = [cell for cell in cells if cell.must_pass]
     emulated = target is EMULATED
     if not used:
         who = "a run without a GPU" if emulated else f"an {target.target} GPU"
-        return f"There is no record of {who}, so none of its {len(hard)} must-pass checks is verified."
+        none = f"none of its {len(hard)} must-pass checks is verified"
+        if stale:
+            why = next((f" ({cell.because})" for cell in cells if cell.stale is not None), "")
+            records = "record" if len(stale) == 1 else f"{len(stale)} records"
+            return f"No result of the {records} of {who} counts any longer{why}, so {none}."
+        return f"There is no record of {who}, so {none}."
     failed = [cell.check.id for cell in hard if cell.failed]
     passed = sum(cell.passed for cell in hard)
     ahead = "".join(

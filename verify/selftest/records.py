@@ -15,11 +15,17 @@ from verify.architectures import find, parse_target
 from verify.checker import examine
 from verify.checks import Check, catalogue
 from verify.device import derive_seed
+from verify.grounds import SUBJECT, Checkout
 from verify.outcome import ConfigurationError
 from verify.record import CheckResult, Environment, Gpu, Measurement, Record, SubjectInfo, UnreadableRecord, read_record
+from verify.request import repository_root
 from verify.selftest.faults import Change, Fault, Tampered
 from verify.selftest.matrix import Cell, Outcome
+from verify.subject import PACKAGE
 from verify.verdict import TargetVerdict, assess, must_pass
+
+#: What the results of a sound record rest on: a file of the suite and one of the subject.
+_SOURCES = ("verify/oracle.py", f"{SUBJECT}/{PACKAGE}/__init__.py")
 
 _GREEN = (TargetVerdict.VERIFIED, TargetVerdict.EMULATED_PASS)
 
@@ -55,7 +61,7 @@ def _refused(paths: Sequence[Path]) -> str | None:
 def _not_green(paths: Sequence[Path]) -> str | None:
     """The verdict and its sentence where all files together do not turn the first one's target green."""
     records = [read_record(path) for path in paths]
-    found = assess(parse_target(records[0].target), records, _checks())
+    found = assess(parse_target(records[0].target), records, _checks(), _checkout())
     return None if found.verdict in _GREEN else f"{found.verdict}: {found.sentence}"
 
 
@@ -84,6 +90,12 @@ def _checks() -> tuple[Check, ...]:
     return tuple(catalogue())
 
 
+@cache
+def _checkout() -> Checkout:
+    root = repository_root()
+    return Checkout(root, root, root / PACKAGE)
+
+
 def good_record(target: str, day: int = 1, phases: Sequence[int] = tuple(range(1, 9))) -> Record:
     """A sound record in which every must-pass check of those phases passed on the target."""
     sm = None if target == "emulated" else int(target.removeprefix("sm"))
@@ -95,11 +107,12 @@ def good_record(target: str, day: int = 1, phases: Sequence[int] = tuple(range(1
             id=check.id, gate=check.spec.gate, plan=check.spec.plan, verdict="PASS", duration_s=0.5,
             seed=derive_seed(seed, check.id), evidence="hardware" if sm else "emulated",
             repeat=f"python -m pytest '{check.node}' {again}",
-            measurements=[Measurement(name="error", measured=0.25, allowed=1.0)],
+            measurements=[Measurement(name="error", measured=0.25, allowed=1.0)], rests_on=0,
         )
         for check in wanted
         if check.phase in phases
     ]  # fmt: skip
+    sources = {name: _checkout().sha256(name) or digest for name in _SOURCES}
     gpu = Gpu(name=f"Sample GPU {sm}", uuid_sha256=digest, sm=sm, memory_gib=16, driver="580.1") if sm else None
     environment = Environment(
         gpu=gpu, cuda_runtime="13.0", cuda_toolkit="13.0", torch="2.13.0", triton="3.7.1", ptxas={},
@@ -113,7 +126,7 @@ def good_record(target: str, day: int = 1, phases: Sequence[int] = tuple(range(1
         run_id=f"202611{day:02d}T000000Z-{target}-0001", time_utc=f"2026-11-{day:02d}T00:00:00Z", target=target,
         state="complete",
         subject=subject, instrument_sha256=digest, environment=environment, model="embedded", seed=seed,
-        selection="everything", duration_s=1.0, results=results,
+        selection="everything", duration_s=1.0, results=results, sources=sources, rests_on=[[*_SOURCES]],
     )  # fmt: skip
 
 

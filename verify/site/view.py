@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from verify.architectures import EMULATED, Architecture, Target
-from verify.matrix import COMPILED, NOT_RUN, Row, bound, headroom, rows
+from verify.matrix import COMPILED, Row, bound, headroom, rows, stale_of
 from verify.record import FAILING, CheckResult, Measurement, Record, Verdict
 from verify.verdict import Assessment, TargetVerdict
 
@@ -94,16 +94,6 @@ class Column:
     def _cells(self) -> dict[str, Row]:
         return {cell.check.id: Row(cell.check.spec, (cell,)) for cell in self.assessment.cells}
 
-    @cached_property
-    def _stale(self) -> dict[str, CheckResult]:
-        """The newest result of each check that counts no more; a skip says nothing, then or now."""
-        found: dict[str, CheckResult] = {}
-        for record in self.assessment.stale:
-            for result in record.results:
-                if result.verdict not in (Verdict.SKIP, Verdict.BLOCKED):
-                    found.setdefault(result.id, result)
-        return found
-
     def of_family(self, family: str) -> Mark | None:
         """The mark of a family of checks, None where it does not apply to the target."""
         return self._mark(self.rows[family]) if family in self.rows else None
@@ -114,10 +104,8 @@ class Column:
     def _mark(self, row: Row) -> Mark:
         shape = next((shape for shape in SHAPES if shape in row.evidence.split("+")), "none")
         anchor = next((cell.check.id for cell in row.cells if cell.result), row.spec.family)
-        if row.worst == NOT_RUN and shape == "none":
-            old = [self._stale[cell.check.id] for cell in row.cells if cell.check.id in self._stale]
-            if old:
-                return Mark(old[0].evidence, "stale", STALE, f"was {old[0].verdict}", anchor)
+        if (before := stale_of(row)) is not None:
+            return Mark(before.stale.evidence, "stale", STALE, f"was {before.stale.verdict}", anchor)
         if len(row.cells) > 1 and "/" in row.verdict:
             note = row.verdict.split()[-1]
         else:

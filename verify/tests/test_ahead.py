@@ -185,7 +185,7 @@ def test_a_compilation_makes_no_run_stale_and_no_run_makes_it_stale() -> None:
 
 def test_the_newest_run_and_no_compilation_says_which_subject_is_assessed() -> None:
     ran, built = record("sm120", passing(), day=1), compiled("sm120", day=2)
-    other = built.subject.model_copy(update={"content_sha256": "1" * 64})
+    other = built.subject.model_copy(update={"name": "another"})
     theirs = compiled("sm120", day=3, run_id="theirs").model_copy(update={"subject": other})
     found = assess(find(120), [ran, built, theirs], checks())
     assert (found.verdict, found.used, found.stale) == (TargetVerdict.VERIFIED, (built, ran), (theirs,))
@@ -200,9 +200,10 @@ def test_a_compilation_of_another_subject_or_triton_is_not_mixed() -> None:
     triton = new.environment.model_copy(update={"triton": "3.9.0"})
     found = assess(find(120), [old, new.model_copy(update={"environment": triton})], checks())
     assert (len(found.used), found.stale, found.why_stale(old)) == (1, (old,), "another triton")
-    ran = record("sm120", passing(), day=3, instrument_sha256="1" * 64)
-    assert stale_because(old, ran) == "another version of this suite"
-    assert assess(find(120), [old, ran], checks()).compilation is None
+    ran = record("sm120", passing(), day=3)
+    theirs = ran.model_copy(update={"subject": ran.subject.model_copy(update={"name": "theirs"})})
+    assert stale_because(old, theirs) == "another subject"
+    assert assess(find(120), [old, theirs], checks()).compilation is None
 
 
 def test_what_is_compiled_shows_where_nothing_ran_and_verifies_nothing() -> None:
@@ -265,7 +266,7 @@ def test_the_earlier_records_are_read_once_for_all_gpus(tmp_path: Path, monkeypa
     subject = write_subject(tmp_path / "theirs")
     found = [compiled(f"sm{sm}").compilation for sm in (80, 90, 120)]
     what = Order(subject, parse_targets("80,90,120"), DEFAULT)
-    assert len(ahead.records_of(what, subject.info(), found, "compile", tmp_path, REPOSITORY)) == 3
+    assert len(ahead.records_of(what, subject.info(), found, "compile", tmp_path, REPOSITORY, [])) == 3
     assert len(read) == 3
 
 

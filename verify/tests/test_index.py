@@ -65,7 +65,9 @@ def test_every_verdict_is_the_same_with_and_without_the_index(reports: Path) -> 
         with open_index([reports]) as index:
             assert index.unreadable == archive.unreadable
             for target in known_targets():
-                plain, indexed = (assess(target, some, checks()) for some in (archive.records, index.records(target)))
+                plain, indexed = (
+                    assess(target, some, checks(), index.checkout) for some in (archive.records, index.records(target))
+                )
                 assert exports.report_json(plain, ()) == exports.report_json(indexed, ())
                 assert exports.report_markdown(plain, ()) == exports.report_markdown(indexed, ())
 

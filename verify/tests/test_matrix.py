@@ -6,7 +6,7 @@ import pytest
 
 from verify.architectures import EMULATED, find
 from verify.matrix import bound, grid, headroom, rows
-from verify.record import Measurement
+from verify.record import Measurement, Record
 from verify.tests.samples import checks, measured, record, result
 from verify.verdict import assess
 
@@ -70,6 +70,12 @@ def test_numbers_fit_their_columns(value: float, allowed: float, unit: str, show
     assert len(shown) <= 17
 
 
+def other_subject() -> Record:
+    """A newer record without results that is about another subject."""
+    made = record("sm120", [], day=2)
+    return made.model_copy(update={"subject": made.subject.model_copy(update={"name": "another"})})
+
+
 @pytest.mark.parametrize(
     ("records", "shown"),
     [
@@ -79,12 +85,20 @@ def test_numbers_fit_their_columns(value: float, allowed: float, unit: str, show
         ([record("sm120", [result("p8.kernel.ms", "XFAIL")])], "●w"),
         ([record("sm120", [result("p8.kernel.ms", evidence="compiled")])], "◆P"),
         ([record("emulated", [result("p8.kernel.ms", evidence="emulated")])], "·"),
-        ([record("sm120", [result("p8.kernel.ms")]), record("sm120", [], day=2, instrument_sha256="1" * 64)], "●P~"),
+        ([record("sm120", [result("p8.kernel.ms")]), other_subject()], "●P~"),
+        # a skip said nothing, then or now
+        ([record("sm120", [result("p8.kernel.ms", "SKIP")]), other_subject()], "·"),
     ],
 )
 def test_a_mark_shows_evidence_by_shape_and_what_is_stale_apart(records: list, shown: str) -> None:
     marks = {spec.family: found for spec, found in grid([assess(find(120), records, checks())])}
     assert str(marks["p8.kernel"]["sm120"]) == shown
+
+
+def test_of_what_is_stale_the_worst_shows() -> None:
+    before = record("sm120", [result("p4.oracle.n1"), result("p4.oracle.n33", "FAIL")])
+    marks = {spec.family: found for spec, found in grid([assess(find(120), [before, other_subject()], checks())])}
+    assert str(marks["p4.oracle"]["sm120"]) == "●F~"
 
 
 def test_the_grid_has_hard_checks_first_and_no_mark_where_a_check_does_not_apply() -> None:

@@ -56,7 +56,7 @@ def records() -> list[Record]:
     environment = hostile.environment
     renamed = environment.model_copy(update={"gpu": environment.gpu.model_copy(update={"name": HOSTILE})})
     newest = record("sm80", passing()[:2], day=2)
-    other = newest.subject.model_copy(update={"content_sha256": "1" * 64})
+    other = newest.subject.model_copy(update={"name": "another"})
     return [
         record("sm90", passing(), day=2),
         record("sm90", passing(), day=1),

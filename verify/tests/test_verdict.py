@@ -5,7 +5,9 @@ from pydantic import ValidationError
 
 from verify.architectures import EMULATED, find
 from verify.checks import Check, CheckSpec
-from verify.record import Record
+from verify.grounds import Checkout
+from verify.record import CheckResult, Record
+from verify.tests import samples
 from verify.tests.samples import HARD, checks, passing, record, result
 from verify.verdict import TargetVerdict, assess, fill_command, must_pass, stale_because
 
@@ -115,7 +117,7 @@ def test_time_and_not_text_decides_what_is_newest() -> None:
     assert verdict_of(first, later) is TargetVerdict.FAILED
 
 
-@pytest.mark.parametrize("change", [{"content_sha256": "1" * 64}, {"version": "2.0"}, {"name": "another"}])
+@pytest.mark.parametrize("change", [{"content_sha256": "1" * 64, "source": "checkout:other"}, {"name": "another"}])
 def test_records_of_another_subject_are_stale_and_not_mixed(change: dict) -> None:
     old = record("sm120", passing(), day=1)
     new = record("sm120", passing()[:1], day=2)
@@ -124,6 +126,70 @@ def test_records_of_another_subject_are_stale_and_not_mixed(change: dict) -> Non
     assert found.verdict is TargetVerdict.INCOMPLETE
     assert found.used == (new,)
     assert found.stale == (old,)
+
+
+def here(**digests: str) -> Checkout:
+    """The checkout, as if some of its files had other contents."""
+    found = Checkout(samples.REPOSITORY, samples.REPOSITORY, samples.REPOSITORY / "triattention")
+    found._known.update(digests)
+    return found
+
+
+def test_a_result_counts_as_long_as_what_it_rests_on_is_as_it_was() -> None:
+    made = record("sm120", passing())
+    assert assess(SM120, [made], checks(), here()).verdict is TargetVerdict.VERIFIED
+    found = assess(SM120, [made], checks(), here(**{samples.ORACLE: "1" * 64}))
+    assert (found.verdict, found.used, found.stale) == (TargetVerdict.INCOMPLETE, (), (made,))
+    assert found.why_stale(made) == "verify/oracle.py changed"
+    assert {why: len(cells) for why, cells in found.outdated.items()} == {"verify/oracle.py changed": len(HARD)}
+    assert "No result of the record of an sm120 GPU counts any longer (verify/oracle.py changed)" in found.sentence
+    # without a checkout to compare with, it is what it was
+    assert assess(SM120, [made], checks()).verdict is TargetVerdict.VERIFIED
+
+
+def test_only_the_results_that_rest_on_a_file_are_stale_with_it() -> None:
+    half = [one.model_copy(update={"rests_on": number % 2}) for number, one in enumerate(passing())]
+    sources = {samples.ORACLE: samples.ORACLE_SHA256, "verify/gone.py": "2" * 64}
+    made = record("sm120", [], sources=sources, rests_on=[[samples.ORACLE], [samples.ORACLE, "verify/gone.py"]])
+    made = made.model_copy(update={"results": half})
+    found = assess(SM120, [made], checks(), here())
+    assert (found.used, found.stale, found.why_stale(made)) == ((made,), (), None)
+    assert [cell.because for cell in found.must_pass] == ["", "verify/gone.py is gone"] * 3
+    assert len(found.missing) == 3
+
+
+def test_an_older_result_counts_again_where_the_newer_one_is_stale() -> None:
+    old = record("sm120", passing(), day=1)
+    new = record("sm120", replaced("p4.oracle.n1", "FAIL"), day=2, sources={samples.ORACLE: "1" * 64})
+    found = assess(SM120, [old, new], checks(), here())
+    assert (found.verdict, found.used, found.stale) == (TargetVerdict.VERIFIED, (old,), (new,))
+
+
+def test_results_that_name_nothing_are_shown_as_stale() -> None:
+    made = record("sm120", [], rests_on=[], sources={}).model_copy(update={"results": passing()})
+    found = assess(SM120, [made], checks(), here())
+    assert found.why_stale(made) == "recorded before results named what they rest on"
+    assert {*found.outdated} == {"recorded before results named what they rest on"}
+    assert found.verdict is TargetVerdict.INCOMPLETE
+
+
+def test_another_subject_is_compared_with_its_newest_record() -> None:
+    theirs = {"source": "checkout:theirs", "content_sha256": "1" * 64}
+    kernel, other = "subject/triattention/kernels.py", "subject/triattention/other.py"
+
+    def made(day: int, content: str, sources: dict[str, str], results: list[CheckResult]) -> Record:
+        one = record("sm120", results, day=day, sources=sources, rests_on=[[*sources]])
+        subject = one.subject.model_copy(update=theirs | {"content_sha256": content * 64})
+        return one.model_copy(update={"subject": subject})
+
+    old = made(1, "1", {kernel: "1" * 64}, passing())
+    for sources, because in (
+        ({kernel: "1" * 64}, None),
+        ({kernel: "2" * 64}, f"{kernel} changed"),
+        ({other: "2" * 64}, "the subject changed"),
+    ):
+        new = made(2, "2", sources, passing()[:1])
+        assert assess(SM120, [old, new], checks(), here()).why_stale(old) == because
 
 
 def test_the_content_and_not_the_commit_makes_the_subject() -> None:
@@ -136,7 +202,6 @@ def test_the_content_and_not_the_commit_makes_the_subject() -> None:
 @pytest.mark.parametrize(
     ("where", "change", "because"),
     [
-        ("record", {"instrument_sha256": "1" * 64}, "another version of this suite"),
         ("environment", {"torch": "2.14.0"}, "another torch"),
         ("environment", {"triton": "3.8.0"}, "another triton"),
         ("gpu", {"driver": "590.1"}, "another driver"),
