@@ -17,7 +17,7 @@ from verify.checks import SKIP_CODES, Check, catalogue
 from verify.compilation import LIMIT_S, Order, Progress, compile_ahead, failed, prepare
 from verify.compiler import Answer
 from verify.environment import capture
-from verify.grounds import Checkout, is_neutral
+from verify.grounds import Checkout
 from verify.instrument import instrument_sha256
 from verify.machine import cores
 from verify.manifest import new_run_id, utc_now
@@ -199,10 +199,8 @@ def records_of(
     ``imported`` are the files that were imported to ask the subject.
     """
     checkout = Checkout(root, order.subject.root, order.subject.folder)
-    names = {checkout.name_of(file) for file in imported}
-    names |= checkout.closure("verify/compilation.py", "phases/p3_compile.py")
-    sources = {name: digest for name in sorted(filter(None, names)) if (digest := checkout.sha256(name))}
-    sources = {name: digest for name, digest in sources.items() if not is_neutral(name)}
+    names = checkout.names_of(imported) | checkout.closure("verify/compilation.py", "phases/p3_compile.py")
+    sources = checkout.digests(names)
     environment = capture("cpu")
     checks = [check for check in catalogue() if check.phase == 3]
     digest, now, earlier = instrument_sha256(root), utc_now(), Earlier.load(out)

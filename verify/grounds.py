@@ -11,7 +11,7 @@ import ast
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,7 @@ NEUTRAL = frozenset(
         *("report.py", "index.py", "archive.py", "verdict.py", "checker.py", "site/", "selftest/", "sensitivity.py"),
         *("request.py", "manifest.py", "runner.py", "child.py", "recorder.py", "events.py", "plugin.py", "scratch.py"),
         *("record.py", "grounds.py", "follow/", "instrument.py", "durations.py", "machine.py", "ahead.py"),
-        *("__init__.py", "sanitizer.py", "probe.py"),
+        *("__init__.py", "sanitizer.py", "probe.py", "subjects/"),
     )
 )
 
@@ -85,6 +85,10 @@ class Checkout:
                     return None if "tests" in within.parts else f"{prefix}/{within.as_posix()}"
         return None
 
+    def names_of(self, paths: Iterable[Path]) -> set[str]:
+        """The names of those of ``paths`` that a result may rest on."""
+        return {name for path in paths if (name := self.name_of(path)) and not is_neutral(name)}
+
     def _folders(self) -> Iterator[tuple[Path, str]]:
         # the subject first: the plain one lies in the suite
         if self.above is not None and self.package is not None:
@@ -95,15 +99,13 @@ class Checkout:
 
     def everything(self) -> dict[str, str]:
         """The digest of every file that a result may rest on."""
-        found = {}
-        for folder, _ in self._folders():
-            for path in folder.rglob("*"):
-                if "__pycache__" in path.parts or not path.is_file():
-                    continue
-                name = self.name_of(path)
-                if name and name not in found and not is_neutral(name) and (digest := self.sha256(name)):
-                    found[name] = digest
-        return dict(sorted(found.items()))
+        files = (path for folder, _ in self._folders() for path in folder.rglob("*") if path.is_file())
+        names = self.names_of(path for path in files if "__pycache__" not in path.parts)
+        return self.digests(names)
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        """The digests of those files that are there, by name."""
+        return {name: digest for name in sorted(names) if (digest := self.sha256(name))}
 
     def closure(self, *names: str) -> set[str]:
         """The modules of suite and phases that these import, directly or not, and themselves.
@@ -196,8 +198,8 @@ class Grounds:
             stream.seek(self._position)
             whole, newline, _ = stream.read().rpartition(b"\n")
         self._position += len(whole) + len(newline)
-        names = (self._checkout.name_of(Path(os.fsdecode(line))) for line in whole.splitlines())
-        return {name for name in names if name and not is_neutral(name) and not name.startswith("phases/")}
+        names = self._checkout.names_of(Path(os.fsdecode(line)) for line in whole.splitlines())
+        return {name for name in names if not name.startswith("phases/")}
 
 
 def environment(log: Path, root: Path, package: Path, inherited: Mapping[str, str]) -> dict[str, str]:

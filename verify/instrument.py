@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from verify.follow.sitecustomize import unnoticed
-from verify.grounds import Checkout
+from verify.grounds import SUBJECT, Checkout
 
 
 def digest_of(files: Iterable[Path], folder: Path) -> str:
@@ -27,5 +27,10 @@ def instrument_sha256(root: Path) -> str:
 
     Two runs are one measurement only where the same checks, budgets and rules made them.
     """
-    found = Checkout(root).everything()
-    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
+    return instrument_of(Checkout(root).everything())
+
+
+def instrument_of(sources: Mapping[str, str]) -> str:
+    """``instrument_sha256`` from the digests of all that results may rest on, of which the subject's are left out."""
+    suite = sorted((name, digest) for name, digest in sources.items() if not name.startswith(f"{SUBJECT}/"))
+    return hashlib.sha256(json.dumps(suite).encode()).hexdigest()

@@ -14,7 +14,7 @@ from verify.checks import Gate
 from verify.device import DeviceName
 from verify.environment import capture
 from verify.grounds import Checkout
-from verify.instrument import instrument_sha256
+from verify.instrument import instrument_of
 from verify.outcome import ConfigurationError
 from verify.record import Environment, Evidence, Sha256, SubjectInfo
 from verify.subject import Subject
@@ -119,12 +119,13 @@ def survey(device: DeviceName, subject: Subject, root: Path, expect: int | None 
         raise ConfigurationError(
             f"--expect sm{expect}, but this machine has {found}; run it on an sm{expect}, or drop --expect"
         )
+    sources = Checkout(root, subject.root, subject.folder).everything()
     return Surroundings(
         target="emulated" if gpu is None else f"sm{gpu.sm}",
         subject_info=subject.info(),
-        instrument_sha256=instrument_sha256(root),
+        instrument_sha256=instrument_of(sources),
         environment=environment,
-        sources=Checkout(root, subject.root, subject.folder).everything(),
+        sources=sources,
     )
 
 

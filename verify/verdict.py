@@ -83,7 +83,7 @@ class Cell:
 class Assessment:
     """A target's verdict with everything it rests on; ``used`` and ``stale`` are newest first.
 
-    ``checkout`` is what the results were compared with, None where they are taken as they were made.
+    ``comparison`` says which results count.
     """
 
     target: Target
@@ -93,7 +93,7 @@ class Assessment:
     used: tuple[Record, ...]
     stale: tuple[Record, ...]
     unknown_ids: tuple[str, ...]
-    checkout: Checkout | None = None
+    comparison: Comparison
 
     @property
     def must_pass(self) -> tuple[Cell, ...]:
@@ -129,7 +129,7 @@ class Assessment:
 
     def why_stale(self, record: Record) -> str | None:
         """Why no result of ``record`` counts; None where one does."""
-        return Comparison(self.checkout, (*self.used, *self.stale)).why_stale(record, self.used)
+        return self.comparison.why_stale(record, self.used)
 
 
 def must_pass(checks: Iterable[Check], target: Target) -> list[Check]:
@@ -158,7 +158,9 @@ def stale_because(record: Record, newest: Record) -> str | None:
     A run and a compilation ahead of time need not be of one machine, only of one subject.
     """
     ours, theirs = record.environment, newest.environment
-    pairs: dict[str, tuple[object, object]] = {"subject": (same_subject(record.subject, newest.subject), True)}
+    if not same_subject(record.subject, newest.subject):
+        return "another subject"
+    pairs: dict[str, tuple[object, object]] = {}
     if record.ahead_of_time == newest.ahead_of_time:
         pairs["triton"] = (ours.triton, theirs.triton)
     if not record.ahead_of_time and not newest.ahead_of_time:
@@ -175,7 +177,7 @@ class Comparison:
     """Which results count: those that rest on files that are now as they were.
 
     The suite, and the subject of this checkout, are compared with ``checkout``; another subject with the newest of
-    ``records`` that is about it. Without a checkout every result counts.
+    ``records``, newest first, that is about it. Without a checkout every result counts.
     """
 
     checkout: Checkout | None
@@ -200,10 +202,9 @@ class Comparison:
         return next(iter(self.lists(record)), _NAMELESS)
 
     def lists(self, record: Record) -> list[str]:
-        """For each list of what results rest on, what has changed since."""
+        """For each list in ``record.rests_on`` the first file that changed, and how; empty where none did."""
         if id(record) not in self._known:
-            alike = (one for one in self.records if same_subject(one.subject, record.subject))
-            newest = next(iter(newest_first(alike)), record)
+            newest = next((one for one in self.records if same_subject(one.subject, record.subject)), record)
             changed = {name: self._changed(record, name, digest, newest) for name, digest in record.sources.items()}
             self._known[id(record)] = [
                 next((changed[name] for name in names if changed[name]), "") for names in record.rests_on
@@ -277,7 +278,7 @@ def assess(
     if target is EMULATED:
         verdict = _EMULATED_WORDS[verdict]
     sentence = _sentence(target, verdict, cells, used, stale)
-    return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown, checkout)
+    return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown, comparison)
 
 
 def _newest_results(
@@ -308,8 +309,9 @@ def _cell(check: Check, target: Target, found: _Results, before: _Results, wante
         if (check.id, evidence) in found:
             result, run_id, _ = found[check.id, evidence]
             return Cell(check, wanted, result, evidence == shown[0], run_id)
-    old = next((before[check.id, evidence] for evidence in shown if (check.id, evidence) in before), None)
-    return Cell(check, wanted, None, False, None, *((old[0], old[2]) if old else ()))
+    kept = (before[check.id, evidence] for evidence in shown if (check.id, evidence) in before)
+    stale, _, because = next(kept, (None, "", ""))
+    return Cell(check, wanted, None, False, None, stale, because)
 
 
 def _verdict(cells: Sequence[Cell]) -> TargetVerdict:
