@@ -1,5 +1,5 @@
-"""Makes ``pytest`` in this repository the instrument: gates, phases, subjects and records live in ``verify.plugin``."""
+"""Makes ``pytest`` in this repository the suite: gates and records, and the fixtures of checks."""
 
 from __future__ import annotations
 
-pytest_plugins = ["verify.plugin"]
+pytest_plugins = ["verify.plugin", "verify.fixtures"]

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from verify import skip
-from verify.live_model import LiveModel, load, locate, published_layout
-from verify.published import PLUGIN, optional
-from verify.serving import Judge, rule
-from verify.short_runs import RECOMMENDED
-from verify.subject import Subject, find_subject
+from verify.model.live_model import LiveModel, load, locate, published_layout
+from verify.model.settings import RECOMMENDED
+from verify.serving.judge import Judge, rule
+from verify.subject.find import find_subject
+from verify.subject.offered import optional
+from verify.subject.published import PLUGIN
+from verify.subject.subject import Subject
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,13 @@ import hashlib
 import re
 from typing import TYPE_CHECKING
 
-from verify import check, skip
+from verify import Measure, check, skip
 from verify.architectures import SUITE_MINIMUMS, find
-from verify.outcome import InfraError
-from verify.tolerance import matmul_ratio
+from verify.errors import InfraError
+from verify.judge.tolerance import matmul_ratio
 
 if TYPE_CHECKING:
-    from verify.record import Gpu
+    from verify.record.schema import Gpu
 
 
 def _at_least(found: str, minimum: str) -> bool:
@@ -24,7 +24,7 @@ def _at_least(found: str, minimum: str) -> bool:
 
 def _card() -> Gpu:
     """The first GPU that NVML shows. Raises InfraError where it does not answer or shows none."""
-    from verify import nvml
+    from verify.machine import nvml
 
     try:
         cards = nvml.query().gpus
@@ -58,7 +58,7 @@ def test_driver(case: str, target: str) -> None:
     remedy="Install the CUDA toolkit and put its bin directory on PATH.",
 )  # fmt: skip
 def test_toolkit(case: str) -> None:
-    from verify.environment import cuda_toolkit
+    from verify.machine.environment import cuda_toolkit
 
     version = cuda_toolkit()
     if not re.match(r"\d", version):
@@ -91,7 +91,7 @@ def test_torch_sees_gpu(case: str, target: str) -> None:
     ),
     remedy="Suspect the driver or the card before any code: run a memory test.",
 )  # fmt: skip
-def test_bf16_matmul(case: str, device: str, seed: int, measure) -> None:
+def test_bf16_matmul(case: str, device: str, seed: int, measure: Measure) -> None:
     import torch
 
     draw = torch.Generator().manual_seed(seed)
@@ -107,10 +107,10 @@ def test_bf16_matmul(case: str, device: str, seed: int, measure) -> None:
     tolerance="One fp32 addition is correctly rounded everywhere, so nothing may differ.",
     remedy="Check that triton, torch and the driver go together (python -m verify doctor).",
 )  # fmt: skip
-def test_triton_add_kernel(case: str, device: str, seed: int, measure) -> None:
+def test_triton_add_kernel(case: str, device: str, seed: int, measure: Measure) -> None:
     import torch
 
-    from verify.probe_kernels import add_kernel
+    from verify.build.control import add_kernel
 
     draw = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(128, generator=draw).to(device) for _ in range(2))

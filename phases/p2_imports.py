@@ -6,9 +6,9 @@ import dataclasses
 import json
 import subprocess
 
-from verify import check, skip
-from verify.published import CONFIG_DEFAULTS, NAMES, signature_differs
-from verify.subject import Subject
+from verify import Measure, check, skip
+from verify.subject.published import CONFIG_DEFAULTS, NAMES, signature_differs
+from verify.subject.subject import Subject
 
 
 @check(
@@ -79,7 +79,7 @@ def test_no_cuda_context(case: str, subject: Subject) -> None:
     tolerance="Output and probabilities are rounded to bf16 (2^-8 relative each): 2^-7 of the largest value.",
     remedy="Use attn_implementation sdpa, or build flash-attn from source with CUDA 12.8 or newer.",
 )  # fmt: skip
-def test_flash_attn(case: str, seed: int, measure) -> None:
+def test_flash_attn(case: str, seed: int, measure: Measure) -> None:
     import importlib.util
 
     import torch

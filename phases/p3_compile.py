@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from verify import check, resources, skip
-from verify.builds import REFUSED, Build, Compilation
+from verify import check, skip
+from verify.build import resources
 from verify.checks import SKIP_CODES
-from verify.guarded import call
-from verify.problems import Shape
-from verify.subject import Subject
-from verify.variants import GROUPED, PLAN, SCORING, score
+from verify.judge.guarded import call
+from verify.judge.problems import Shape
+from verify.judge.variants import GROUPED, PLAN, SCORING, score
+from verify.record.builds import REFUSED, Build, Compilation
+from verify.subject.subject import Subject
 
 if TYPE_CHECKING:
-    from verify.record import Measurement
+    from verify.record.schema import Measurement
 
 
 @check(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from verify import check
-from verify.guarded import PATHS, Call, engine, kernel
-from verify.problems import Problem, Shape, make
-from verify.subject import Subject
-from verify.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, blamed, paths_differ
+from verify import Measure, check
+from verify.judge.guarded import PATHS, Call, engine, kernel
+from verify.judge.problems import Problem, Shape, make
+from verify.judge.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, blamed, paths_differ
+from verify.subject.subject import Subject
 
 #: Small phases, so that class B is nearly as sharp as class A and a fault of layout, size or dtype has nowhere to hide.
 _BASE = Shape(t=64, offsets=(1.0, 2.0, 4.0))
@@ -47,7 +47,7 @@ _CLASS_A = (
 )
 
 
-def _within_b(path: str, call: Call, problem: Problem, measure) -> None:
+def _within_b(path: str, call: Call, problem: Problem, measure: Measure) -> None:
     found = accuracy(call.scores, problem.case)
     where = f"{path} path, class {found.accuracy_class}, {found.units:.3g} units of 2^-24 T, {found.where}"
     measure(f"{path} path: error over class B budget", found.of_b, 1.0, where=where)
@@ -60,7 +60,7 @@ def _within_b(path: str, call: Call, problem: Problem, measure) -> None:
     remedy="Compare the worst key named in the message by hand; if p1 to p3 pass on this GPU, suspect the kernel.",
     timeout_s=180,
 )  # fmt: skip
-def test_triton_oracle(case: Shape, subject: Subject, device: str, seed: int, measure) -> None:
+def test_triton_oracle(case: Shape, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     problem = make(case, seed, device)
     _within_b("Triton", kernel(subject, problem), problem, measure)
 
@@ -71,7 +71,7 @@ def test_triton_oracle(case: Shape, subject: Subject, device: str, seed: int, me
     reason="The PyTorch path is what the kernel is usually judged by, so it must be judged first.",
     remedy="Look for keys or norms held in bf16, and for TF32 matrix products.",
 )  # fmt: skip
-def test_pytorch_oracle(case: Shape, subject: Subject, device: str, seed: int, measure) -> None:
+def test_pytorch_oracle(case: Shape, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     problem = make(case, seed, device)
     _within_b("PyTorch", engine(subject, "pytorch", problem), problem, measure)
 
@@ -87,7 +87,7 @@ def test_pytorch_oracle(case: Shape, subject: Subject, device: str, seed: int, m
     reason="An option that is accepted and ignored makes an ablation that measures nothing.",
     remedy="Honour the option on the path that the message names, or raise before any work is done.",
 )  # fmt: skip
-def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure) -> None:
+def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, shape = case
     problem = make(shape, seed, device)
     _within_b(PATHS[path], engine(subject, path, problem), problem, measure)
@@ -103,7 +103,7 @@ def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: i
     ),
     remedy="The message says which path is wrong by the oracle; p4.triton_oracle and p4.pytorch_oracle say where.",
 )  # fmt: skip
-def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     shape = Shape(n=256, h=4, t=256, offsets=(1.0, 2.0, 4.0, 8.0, 16.0))
     problem = make(shape, seed, device)
     triton, pytorch = kernel(subject, problem).scores, engine(subject, "pytorch", problem).scores
@@ -120,7 +120,7 @@ def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: 
     reason="fp32 phases are off by 7.8e-2 at a million tokens; models of that length exist.",
     remedy="Form and reduce the phases in float64: a few thousand numbers per round.",
 )  # fmt: skip
-def test_accuracy_class(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure) -> None:
+def test_accuracy_class(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, shape = case
     problem = make(shape, seed, device)
     found = accuracy(engine(subject, path, problem).scores, problem.case)
@@ -140,7 +140,7 @@ _GQA = {
     reason="Every current model groups its query heads; a wrong mapping scores each key with another head's wishes.",
     remedy="Accept statistics with H x G rows, giving H x G rows, or raise ValueError.",
 )  # fmt: skip
-def test_gqa(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure) -> None:
+def test_gqa(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, shape = case
     problem = make(shape, seed, device)
     try:

@@ -1,16 +1,18 @@
 """Phase 4, integrity: a path writes what it should and nothing else, by the kernel it names, with the same bits again.
 
-Every other check of phases 3 to 5 calls a subject in the same guarded way (``verify/guarded.py``) and judges numbers.
+Every other check of phases 3 to 5 calls a subject in the same guarded way (``verify/judge/guarded.py``) and judges
+numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from verify import check, guarded
-from verify.guarded import PATHS
-from verify.problems import Shape, drawn, make
-from verify.subject import Subject
+from verify import Measure, check
+from verify.judge import guarded
+from verify.judge.guarded import PATHS
+from verify.judge.problems import Shape, drawn, make
+from verify.subject.subject import Subject
 
 _CASES = dict(zip(PATHS, PATHS, strict=True))
 _NEEDS = ("p1.identity", "p1.triton")
@@ -31,7 +33,7 @@ def _shapes(seed: int) -> tuple[Shape, ...]:
     tolerance="Bitwise equality with copies taken before the call.",
     remedy="Find the in-place operation on the argument that the message names.",
 )  # fmt: skip
-def test_inputs_untouched(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_inputs_untouched(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in _shapes(seed):
         problem = make(shape, seed, device)
         changed = list(guarded.engine(subject, case, problem).changed)
@@ -48,7 +50,9 @@ def test_inputs_untouched(case: str, subject: Subject, device: str, seed: int, m
     tolerance="4096 guard bytes on each side of every allocation, compared bitwise; the payload starts as NaN.",
     remedy="Mask the store of the last block; the message says on which side of which tensor it went.",
 )  # fmt: skip
-def test_nothing_is_written_beside_the_output(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_nothing_is_written_beside_the_output(
+    case: str, subject: Subject, device: str, seed: int, measure: Measure
+) -> None:
     for shape in _shapes(seed):
         overruns = guarded.engine(subject, case, make(shape, seed, device)).overruns
         where = f"the {PATHS[case]} path {'; '.join(overruns)} ({shape.told()})" if overruns else shape.told()
@@ -80,9 +84,11 @@ def test_each_path_is_the_one_it_says(case: tuple[str, str | None], subject: Sub
     tolerance="No score within its class B budget of the oracle.",
     remedy="Find what computes the score beside the kernel.",
 )  # fmt: skip
-def test_without_its_kernel_nothing_is_right(case: Shape, subject: Subject, device: str, seed: int, measure) -> None:
-    from verify import oracle, tolerance
-    from verify.launches import skipped
+def test_without_its_kernel_nothing_is_right(
+    case: Shape, subject: Subject, device: str, seed: int, measure: Measure
+) -> None:
+    from verify.judge import oracle, tolerance
+    from verify.subject.launches import skipped
 
     problem = make(case, seed, device)
     guarded.engine(subject, "triton", problem)  # whatever a first call leaves behind
@@ -99,7 +105,7 @@ def test_without_its_kernel_nothing_is_right(case: Shape, subject: Subject, devi
     tolerance="Bitwise equality over repeated calls (20 on a GPU, 3 in the interpreter).",
     remedy="Look for atomics, races or uninitialised memory.",
 )  # fmt: skip
-def test_repeatable(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_repeatable(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import torch
 
     problem = make(replace(_BASE, b=2, n=129), seed, device)

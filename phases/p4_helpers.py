@@ -7,11 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from verify import check, oracle
-from verify.guarded import call
-from verify.problems import Shape, drawn, make
-from verify.subject import Subject
-from verify.tolerance import CLASS_A_UNITS, UNIT, budget_pre_rope, over
+from verify import Measure, check
+from verify.judge import oracle
+from verify.judge.guarded import call
+from verify.judge.problems import Shape, drawn, make
+from verify.judge.tolerance import CLASS_A_UNITS, UNIT, budget_pre_rope, over
+from verify.subject.subject import Subject
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,9 @@ _ONE_HEAD = {"b": (1,), "h": (1,), "dtype": ("float32",), "strides": ("contiguou
     tolerance="Class B, and 8 x 2^-24 T more for amplitudes and phases that are handed over in float32.",
     remedy="Check the sign of the distance (t + o - p), the conjugate in m conj k, and what disable_mlr leaves.",
 )  # fmt: skip
-def test_scores_from_unrotated_keys(case: dict[str, Any], subject: Subject, device: str, seed: int, measure) -> None:
+def test_scores_from_unrotated_keys(
+    case: dict[str, Any], subject: Subject, device: str, seed: int, measure: Measure
+) -> None:
     statistics = subject.attribute(_UTILITIES, "compute_frequency_statistics_from_means")
     score = subject.attribute(_UTILITIES, "score_keys_for_round")
     import torch
@@ -69,7 +72,7 @@ _SCALINGS = {"plain": 1.0, "yarn": 1.2079}
     tolerance="Exact: nothing is computed but a sign.",
     remedy="half pairs (f, f + D/2), interleaved (2f, 2f + 1); i (a + ib) is -b + ia.",
 )  # fmt: skip
-def test_rotary_pairs(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_rotary_pairs(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     pairs = subject.attribute(_UTILITIES, "to_complex_pairs")
     turn = subject.attribute(_UTILITIES, "rotate_half")
     for shape in drawn(seed, 8):
@@ -93,7 +96,7 @@ def _numbers(tensor: Any) -> np.ndarray:
     tolerance="8 x 2^-24 of each pair: two products, a sum, a division, and cos and sin rounded once.",
     remedy="cos and sin of the rotary module carry the scaling, and so does the key: divide by its square.",
 )  # fmt: skip
-def test_invert_rope(case: tuple[str, float], subject: Subject, device: str, seed: int, measure) -> None:
+def test_invert_rope(case: tuple[str, float], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
     import torch
 
@@ -122,7 +125,7 @@ def test_invert_rope(case: tuple[str, float], subject: Subject, device: str, see
     tolerance="Exact: powers of two.",
     remedy="65536 gives 17 offsets, 65535 gives 16.",
 )  # fmt: skip
-def test_offsets(case: int, subject: Subject, device: str, seed: int, measure) -> None:
+def test_offsets(case: int, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     offsets = subject.attribute(_UTILITIES, "build_geometric_offsets")(case, device)
     want = [float(1 << i) for i in range(case.bit_length())]
     assert offsets.device.type == device, f"the offsets are on {offsets.device} and {device} was asked for"
@@ -138,7 +141,7 @@ def test_offsets(case: int, subject: Subject, device: str, seed: int, measure) -
     tolerance="8 x 2^-24 of the value.",
     remedy="Square the rotary module's attention_scaling; cached keys, which carry one factor, need it once.",
 )  # fmt: skip
-def test_frequency_scaling(case: float, subject: Subject, device: str, seed: int, measure) -> None:
+def test_frequency_scaling(case: float, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
     import torch
 
@@ -169,7 +172,7 @@ def test_frequency_scaling(case: float, subject: Subject, device: str, seed: int
     tolerance="Exact: float32 in, float32 out.",
     remedy="Look up a head by its layer and number, not by its place in the file.",
 )  # fmt: skip
-def test_statistics_file(case: str, subject: Subject, device: str, seed: int, tmp_path: Path, measure) -> None:
+def test_statistics_file(case: str, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure) -> None:
     import torch
 
     save = subject.attribute(_UTILITIES, "save_head_frequency_stats")

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verify import check
-from verify.caches import Caches, Kept, compress, make_caches, write_statistics
-from verify.outcome import CRASHES
-from verify.subject import Subject
+from verify import Measure, check
+from verify.errors import CRASHES
+from verify.judge.compressor import Caches, Kept, compress, make_caches, write_statistics
+from verify.subject.subject import Subject
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,7 @@ def _evictable(length: int, prompt: int = 0, window: int = 0) -> np.ndarray:
     return (np.arange(length) >= prompt) & (np.arange(length) < length - window)
 
 
-def _judge(caches: Caches, kept: Kept, layer: int, length: int, options: dict, measure, **where: int) -> None:
+def _judge(caches: Caches, kept: Kept, layer: int, length: int, options: dict, measure: Measure, **where: int) -> None:
     """The oracle's keep set of every row; ``where`` has t, prompt and window."""
     evictable = _evictable(length, where.get("prompt", 0), where.get("window", 0))
     for row in range(kept.indices.shape[0]):
@@ -53,7 +53,9 @@ def _judge(caches: Caches, kept: Kept, layer: int, length: int, options: dict, m
     tolerance="Exact counts; bitwise equality with the tokens that the indices name.",
     remedy="Gather keys and values with the same indices, and compare lengths with >=.",
 )  # fmt: skip
-def test_compressor(case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure) -> None:
+def test_compressor(
+    case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
+) -> None:
     import torch
 
     length, expected = case["length"], case.get("kept", _BUDGET)
@@ -93,11 +95,11 @@ _CHANGING: dict[str, dict[str, Any]] = {
     "p4.compressor_keep_set", gate="hard", **_FAMILY, cases=_NEUTRAL | _CHANGING,
     claim="The compressor keeps what the oracle keeps, with each option that it accepts.",
     reason="An option that is accepted and ignored makes an ablation that measures nothing.",
-    tolerance="The oracle's set, except inside score gaps below twice the class B error (verify/keep_set.py).",
+    tolerance="The oracle's set, except inside score gaps below twice the class B error (verify/judge/keep_set.py).",
     remedy="Honour the option, or refuse it when the configuration is made.",
 )  # fmt: skip
 def test_compressor_keep_set(
-    case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure
+    case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
 ) -> None:
     length = 97
     caches = make_caches(tmp_path, seed, device, tokens=length, rows=2)
@@ -117,11 +119,11 @@ def test_compressor_keep_set(
     claim="The window and the prompt, where they are protected, are kept whatever they score, and the rest is ranked "
     "as the oracle ranks it, with z-scores over what can be evicted.",
     reason="A newest token that is gone before it was ever read, or a lost question, is the costliest eviction.",
-    tolerance="Exact for the protected; the oracle's set for the others (verify/keep_set.py).",
+    tolerance="Exact for the protected; the oracle's set for the others (verify/judge/keep_set.py).",
     remedy="Rank protected tokens first, and leave them out of the mean and deviation of the z-scores.",
 )  # fmt: skip
 def test_compressor_protects(
-    case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure
+    case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
 ) -> None:
     prompt = _PROMPT if case.get("protect_prefill") else 0
     window = case.get("window_size", 0)
@@ -147,7 +149,9 @@ def test_compressor_protects(
     tolerance="Exact; tied keys are the same key, to the bit.",
     remedy="Sort by score with a stable sort, then the indices.",
 )  # fmt: skip
-def test_compressor_order(case: bool, subject: Subject, device: str, seed: int, tmp_path: Path, measure) -> None:
+def test_compressor_order(
+    case: bool, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
+) -> None:
     length = 96
     caches = make_caches(tmp_path, seed, device, tokens=length)
     keys = caches.keys[0]
@@ -193,7 +197,9 @@ def _grow(caches: Caches, compressor: Any, layers: tuple[int, ...], steps: int) 
     tolerance="The same bits.",
     remedy="Keep state per layer, and clear all of it in reset().",
 )  # fmt: skip
-def test_compressor_state(case: str, subject: Subject, device: str, seed: int, tmp_path: Path, measure) -> None:
+def test_compressor_state(
+    case: str, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
+) -> None:
     caches = make_caches(tmp_path, seed, device, tokens=_BUDGET + 3 * _DIVIDE)
     alone = _grow(caches, caches.compressor(subject), (1,), 3)[1]
     compressor = caches.compressor(subject)
@@ -215,10 +221,12 @@ def test_compressor_state(case: str, subject: Subject, device: str, seed: int, t
     "cache_positions that are given, plus one.",
     reason="After a round the length of a cache is no position any more; a round that takes it for one ranks by other "
     "distances.",
-    tolerance="The oracle's set, except inside score gaps below twice the class B error (verify/keep_set.py).",
+    tolerance="The oracle's set, except inside score gaps below twice the class B error (verify/judge/keep_set.py).",
     remedy="Add what was evicted to the length, or take the largest given position plus one.",
 )  # fmt: skip
-def test_compressor_rounds(case: int | None, subject: Subject, device: str, seed: int, tmp_path: Path, measure) -> None:
+def test_compressor_rounds(
+    case: int | None, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
+) -> None:
     import torch
 
     caches = make_caches(tmp_path, seed, device, tokens=_BUDGET + 3 * _DIVIDE)

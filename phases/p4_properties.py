@@ -10,11 +10,12 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from verify import check, oracle, skip
-from verify.guarded import PATHS, engine
-from verify.problems import Problem, Shape, drawn, make
-from verify.subject import Subject
-from verify.tolerance import accuracy, budget_b, key_rounding, over
+from verify import Measure, check, skip
+from verify.judge import oracle
+from verify.judge.guarded import PATHS, engine
+from verify.judge.problems import Problem, Shape, drawn, make
+from verify.judge.tolerance import accuracy, budget_b, key_rounding, over
+from verify.subject.subject import Subject
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +74,7 @@ def _rekeyed(problem: Problem, keys: np.ndarray, **parts: Any) -> Problem:
     tolerance="Class B, as in p4.triton_oracle.",
     remedy="Repeat with the shape in the message; change one field at a time towards the default.",
 )  # fmt: skip
-def test_drawn_shapes(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_drawn_shapes(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, 3 * _EXAMPLES):
         problem = make(shape, seed, device)
         found = accuracy(_scores(subject, case, problem), problem.case)
@@ -87,7 +88,7 @@ def test_drawn_shapes(case: str, subject: Subject, device: str, seed: int, measu
     tolerance=f"{_BOTH}, and 2^-24 T, because the moved keys are rounded to float32 once.",
     remedy="Look at how t enters the phases: a table row, a modulus, an integer type.",
 )  # fmt: skip
-def test_shift(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_shift(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     by = 2 * (seed % 4096) + 1
     for shape in drawn(seed, _EXAMPLES, dtype=("float32",)):
         here = make(shape, seed, device)
@@ -106,7 +107,7 @@ def test_shift(case: str, subject: Subject, device: str, seed: int, measure) -> 
     tolerance=f"{_BOTH}, for the change; for some key the predicted change is 10 times that.",
     remedy="Check that the two parts of a pair are paired as rope_style says, and the sign of the phase.",
 )  # fmt: skip
-def test_key_phase(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_key_phase(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, _EXAMPLES, dtype=("float32",)):
         here, random = make(shape, seed, device), _draw(seed)
         times, there, predicted, allowed = max((_turned(here, random) for _ in range(_TURNS)), key=itemgetter(0))
@@ -122,7 +123,7 @@ def test_key_phase(case: str, subject: Subject, device: str, seed: int, measure)
     tolerance="The class B budgets of the three scores, weighted alike, and 2^-24 T for rounding the combined key.",
     remedy="Look for a clamp, an absolute value or an epsilon in the first term.",
 )  # fmt: skip
-def test_linear(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_linear(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import torch
 
     for shape in drawn(seed, _EXAMPLES, dtype=("float32",), aggregation=("mean",)):
@@ -150,7 +151,7 @@ _AXES = {"rows": 0, "heads": 1, "keys": 2}
     tolerance=f"{_BOTH}.",
     remedy="Look for a mask, a block or a stride that treats the first or last row, head or key differently.",
 )  # fmt: skip
-def test_permute(case: tuple[str, int], subject: Subject, device: str, seed: int, measure) -> None:
+def test_permute(case: tuple[str, int], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import torch
 
     path, axis = case
@@ -176,7 +177,7 @@ def test_permute(case: tuple[str, int], subject: Subject, device: str, seed: int
     tolerance="0: the class B budget of a score without terms.",
     remedy="Take epsilons out of the norms; nothing is divided by them.",
 )  # fmt: skip
-def test_zero(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_zero(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, _EXAMPLES):
         here = make(shape, seed, device)
         zero = {name: getattr(here, name) * 0 for name in ("q_mean_real", "q_mean_imag", "q_abs_mean")}
@@ -198,7 +199,7 @@ def test_zero(case: str, subject: Subject, device: str, seed: int, measure) -> N
     tolerance=f"{_BOTH}; the factor is a power of two, so that nothing else is rounded.",
     remedy="freq_scale_sq is the weight, used as given; look for its square, its root, or a clamp.",
 )  # fmt: skip
-def test_scale(case: tuple[str, tuple[str, ...]], subject: Subject, device: str, seed: int, measure) -> None:
+def test_scale(case: tuple[str, tuple[str, ...]], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, names = case
     for shape in drawn(seed, _EXAMPLES):
         here = make(shape, seed, device)
@@ -222,7 +223,7 @@ def _mean_and_max(subject: Subject, path: str, shape: Shape, seed: int, device: 
     tolerance=f"{_BOTH}.",
     remedy="Look at what the mean divides by, and at what the maximum begins with.",
 )  # fmt: skip
-def test_one_offset(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_one_offset(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, _EXAMPLES, offsets=((1.0,), (3.0,), (65536.0,))):
         difference, allowed = _mean_and_max(subject, case, shape, seed, device)
         measure("difference over both budgets", over(difference, allowed), 1.0, where=_where(case, shape))
@@ -235,7 +236,7 @@ def test_one_offset(case: str, subject: Subject, device: str, seed: int, measure
     tolerance=f"{_BOTH}.",
     remedy="Check that the maximum is taken of whole scores, over every offset.",
 )  # fmt: skip
-def test_max_is_not_below_mean(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_max_is_not_below_mean(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
 
     for shape in drawn(seed, _EXAMPLES, offsets=((1.0, 2.0, 4.0), tuple(float(1 << i) for i in range(17)))):
@@ -252,7 +253,7 @@ def test_max_is_not_below_mean(case: str, subject: Subject, device: str, seed: i
     tolerance=f"{_BOTH}.",
     remedy="half pairs (f, f + D/2), interleaved (2f, 2f + 1); see which of the two a call got.",
 )  # fmt: skip
-def test_layout(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_layout(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, _EXAMPLES, style=("half",)):
         half = make(shape, seed, device)
         keys = half.keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
@@ -269,7 +270,7 @@ def test_layout(case: str, subject: Subject, device: str, seed: int, measure) ->
     tolerance=f"{_BOTH}.",
     remedy="Look for what is taken from the length of the call: a round start, a normalisation, a block's tail.",
 )  # fmt: skip
-def test_chunked(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_chunked(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
 
     for shape in drawn(seed, _EXAMPLES, n=(65, 33, 64, 129, 200)):
@@ -295,7 +296,7 @@ def test_chunked(case: str, subject: Subject, device: str, seed: int, measure) -
     tolerance="Class B, against the oracle of the new numbers.",
     remedy="Remember nothing by a tensor's identity or address, or compare its contents.",
 )  # fmt: skip
-def test_reused_buffers(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_reused_buffers(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, _EXAMPLES):
         held = make(shape, seed, device)
         _scores(subject, case, held)
@@ -317,7 +318,7 @@ def test_reused_buffers(case: str, subject: Subject, device: str, seed: int, mea
     tolerance="Not finite for the bad keys; class B for the others.",
     remedy="Take out nan_to_num, clamps, and maxima that drop NaN; mask tails before they are summed.",
 )  # fmt: skip
-def test_not_finite(case: tuple[str, float], subject: Subject, device: str, seed: int, measure) -> None:
+def test_not_finite(case: tuple[str, float], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, value = case
     for shape in drawn(seed, _EXAMPLES, n=(33, 31, 64, 65, 129, 200)):
         good = make(shape, seed, device)
@@ -346,7 +347,7 @@ _FAR = 2**30 + 64
     tolerance="Class B.",
     remedy="Form addresses in int64: cast the index before it is multiplied with a stride.",
 )  # fmt: skip
-def test_large_indices(case: tuple[str, int], subject: Subject, device: str, seed: int, measure) -> None:
+def test_large_indices(case: tuple[str, int], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import torch
 
     path, axis = case

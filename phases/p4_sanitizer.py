@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from verify import check, sanitizer, skip
-from verify.subject import Subject
+from verify import Measure, check, skip
+from verify.run import sanitizer
+from verify.subject.subject import Subject
 
 
 @pytest.mark.sanitize
@@ -18,7 +19,7 @@ from verify.subject import Subject
     remedy="Look at the first error: a mask of a load or a store, or a barrier that is missing.",
     timeout_s=sanitizer.LIMIT_S + 60,
 )  # fmt: skip
-def test_sanitizer(case: str, subject: Subject, device: str, measure) -> None:
+def test_sanitizer(case: str, subject: Subject, device: str, measure: Measure) -> None:
     if not sanitizer.available():
         skip("PKG_MISSING", f"{sanitizer.PROGRAM} is not on PATH; it comes with the CUDA toolkit")
     found = sanitizer.sanitize(case, *sanitizer.nodes(), subject=subject.name, device=device)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from verify import check
-from verify.guarded import KERNELS, kernel
-from verify.problems import Shape, make
-from verify.subject import Subject
-from verify.tolerance import accuracy, budget_b, over, trig_entry_ratio
+from verify import Measure, check
+from verify.judge.guarded import KERNELS, kernel
+from verify.judge.problems import Shape, make
+from verify.judge.tolerance import accuracy, budget_b, over, trig_entry_ratio
+from verify.subject.subject import Subject
 
 _INTERVAL, _MAX_SEQ_LEN = 128, 8192
 
@@ -30,7 +30,7 @@ def _table(subject: Subject, problem):
     tolerance="1.5 units of 2^-24 per entry for one rounding, plus 2 |x| units where the phase x was formed in fp32.",
     remedy="Rows are at interval, 2 interval, ...; the last one is at the largest multiple up to max_seq_len.",
 )  # fmt: skip
-def test_table(case: int, subject: Subject, device: str, seed: int, measure) -> None:
+def test_table(case: int, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
 
     problem = make(Shape(n=8), seed, device)
@@ -51,7 +51,7 @@ def test_table(case: int, subject: Subject, device: str, seed: int, measure) -> 
     remedy="If p5.table passes, look at which row the kernel reads.",
     timeout_s=180,
 )  # fmt: skip
-def test_cached(case: tuple[str, int], subject: Subject, device: str, seed: int, measure) -> None:
+def test_cached(case: tuple[str, int], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     aggregation, t = case
     problem = make(replace(Shape(n=65), aggregation=aggregation, t=t), seed, device)
     cached = kernel(subject, problem, trig_cache=_table(subject, problem))
@@ -70,7 +70,7 @@ def test_cached(case: tuple[str, int], subject: Subject, device: str, seed: int,
     remedy="Compare the row that the message names with its neighbours; then how a position finds its row.",
     timeout_s=180,
 )  # fmt: skip
-def test_every_row(case: tuple[int, int], subject: Subject, device: str, seed: int, measure) -> None:
+def test_every_row(case: tuple[int, int], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     interval, longest = case
     base = Shape(n=9, d=64, dtype="float32", offsets=(1.0, 512.0, 65536.0))
     first = make(base, seed, device)
@@ -93,7 +93,7 @@ def test_every_row(case: tuple[int, int], subject: Subject, device: str, seed: i
     tolerance="Class B.",
     remedy="Keep in a table what depends on t, the offsets and omega, and nothing else.",
 )  # fmt: skip
-def test_reused_table(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_reused_table(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     held = make(Shape(n=33), seed, device)
     table = _table(subject, held)
     for number, t in enumerate((4096, 128, 8192, 4096)):
@@ -114,7 +114,7 @@ def test_reused_table(case: str, subject: Subject, device: str, seed: int, measu
     tolerance="Class B, or ValueError.",
     remedy="Keep a copy of what the table was made of, and compare contents, not objects.",
 )  # fmt: skip
-def test_stale_table(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_stale_table(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     problem = make(Shape(n=33), seed, device)
     table = _table(subject, problem)
     kernel(subject, problem, trig_cache=table)  # whatever it compares, it may compare now
@@ -139,7 +139,7 @@ _BETWEEN = {f"t{t}": t for t in (1, 127, 129, 5000, 8191)}
     remedy="Turn the row below by the residual angle, or raise.",
     timeout_s=180,
 )  # fmt: skip
-def test_between(case: int, subject: Subject, device: str, seed: int, measure) -> None:
+def test_between(case: int, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     found = _between(case, subject, device, seed)
     if found is None:
         measure("scores given", 0, 0, where="refused")
@@ -205,7 +205,7 @@ def test_beyond_table(case: str, subject: Subject, device: str, seed: int) -> No
     tolerance="1e-3 MiB of the 0.156 that the formula gives; in MB the number would be 8e-3 larger.",
     remedy="See the published attributes of TrigTableCache.",
 )  # fmt: skip
-def test_plan(case: str, subject: Subject, device: str, seed: int, measure) -> None:
+def test_plan(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import warnings
 
     problem = make(Shape(n=8, offsets=(1.0, 2.0, 4.0, 8.0, 16.0)), seed, device)

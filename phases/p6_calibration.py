@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from verify import check
-from verify.live_model import LiveModel
-from verify.published import optional
-from verify.short_runs import PROMPTS
-from verify.tolerance import CALIBRATION
+from verify import Measure, check
+from verify.judge.tolerance import CALIBRATION
+from verify.model.live_model import LiveModel
+from verify.model.settings import PROMPTS
+from verify.subject.offered import optional
 
 _CALIBRATION = {
     "reason": "Statistics of other queries than those that attend make every score wrong, and nothing fails.",
@@ -27,7 +27,7 @@ def _calibration_error(model: LiveModel, loop: Any) -> float:
     """Largest difference of calibrated means from direct ones over what ``loop`` runs, relative to E|q|."""
     import numpy as np
 
-    from verify.oracle import pairs
+    from verify.judge.oracle import pairs
 
     got = optional(model.subject, "calibration", "calibrate")(model.model, loop)
     with model.rotated_queries() as taken:
@@ -52,7 +52,9 @@ def _calibration_error(model: LiveModel, loop: Any) -> float:
     "p6.calibration", gate="soft", needs=("p1.identity",), cases={"model": False, "extreme_q_norm": True},
     claim="Calibration averages exactly the queries that the model rotates, in any number of batches.", **_CALIBRATION,
 )  # fmt: skip
-def test_calibration_agrees_with_a_direct_computation(case: bool, model: LiveModel, seed: int, measure) -> None:
+def test_calibration_agrees_with_a_direct_computation(
+    case: bool, model: LiveModel, seed: int, measure: Measure
+) -> None:
     import torch
 
     ids = model.tokens(" ".join(PROMPTS * 8))["input_ids"]
@@ -88,7 +90,7 @@ def _extreme_qwen3(seed: int) -> Any:
     "p6.calibration_restores", gate="soft", needs=("p1.identity",), cases={"after_success": False, "after_error": True},
     claim="Calibration leaves the model exactly as it was, also when the text fails.", **_CALIBRATION,
 )  # fmt: skip
-def test_calibration_restores_the_model(case: bool, model: LiveModel, measure) -> None:
+def test_calibration_restores_the_model(case: bool, model: LiveModel, measure: Measure) -> None:
     import torch
 
     calibrate, ids = optional(model.subject, "calibration", "calibrate"), model.tokens(PROMPTS[0])["input_ids"]

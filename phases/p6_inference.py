@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from verify import check, quality, skip
-from verify.live_model import LiveModel, physical_length
-from verify.short_runs import BUDGET, DIVIDE, PER_LAYER_PER_HEAD, PROMPT, PROMPTS
-from verify.subject import Subject
-from verify.tolerance import ATTENTION_LOG_PROB
+from verify import Measure, check, skip
+from verify.judge.tolerance import ATTENTION_LOG_PROB
+from verify.model import quality
+from verify.model.live_model import LiveModel, physical_length
+from verify.model.settings import BUDGET, DIVIDE, PER_LAYER_PER_HEAD, PROMPT, PROMPTS
+from verify.subject.subject import Subject
 
 _MAX_QUESTIONS = 2
 #: So many that what a round took away shows in the text after it.
@@ -61,7 +62,7 @@ _CLI = {
     tolerance="Spec: the cache holds less than budget + divide_length tokens after every step.", **_CLI,
 )  # fmt: skip
 def test_cli_sdpa(
-    case: str, subject: Subject, location: str, stats_path: str, device: str, tmp_path: Path, measure
+    case: str, subject: Subject, location: str, stats_path: str, device: str, tmp_path: Path, measure: Measure
 ) -> None:
     answers = _run_one(
         subject, location, device, tmp_path, "--method", "triattention", "--attn-implementation", case,
@@ -107,7 +108,7 @@ def test_cli_flash(case: str, subject: Subject, location: str, stats_path: str, 
     remedy="Compare the position ids and the mask of the first differing step with the unpatched model's.",
     timeout_s=600,
 )  # fmt: skip
-def test_baseline(case: str, model: LiveModel, measure) -> None:
+def test_baseline(case: str, model: LiveModel, measure: Measure) -> None:
     encoded = model.tokens(*PROMPTS)
     want = model.generate(encoded, _NEW_TOKENS)
     model.patch(kv_budget=4096)
@@ -127,7 +128,7 @@ def test_baseline(case: str, model: LiveModel, measure) -> None:
     remedy="Check that the round runs after the step, and that its trigger is a watermark.",
     timeout_s=300,
 )  # fmt: skip
-def test_cache_bound(case: bool, model: LiveModel, measure) -> None:
+def test_cache_bound(case: bool, model: LiveModel, measure: Measure) -> None:
     model.patch(kv_budget=BUDGET, per_head_pruning=case)
     lengths = [physical_length(cache) for _, cache in model.decode(_below_budget(model), _STEPS)]
     measure("longest cache after a step", max(lengths), BUDGET + DIVIDE - 1, unit="tokens")
@@ -152,7 +153,7 @@ def test_cache_bound(case: bool, model: LiveModel, measure) -> None:
     remedy="Make the trigger a watermark (>=) and run the round after each chunk.",
     timeout_s=300,
 )  # fmt: skip
-def test_chunked_prefill(case: tuple[int, int, dict[str, Any]], model: LiveModel, measure) -> None:
+def test_chunked_prefill(case: tuple[int, int, dict[str, Any]], model: LiveModel, measure: Measure) -> None:
     import torch
 
     prompt, step, options = case
@@ -206,7 +207,7 @@ def test_positions(case: str, model: LiveModel) -> None:
     remedy="Look for a length taken from the tensor's shape where the row's own count is meant.",
     timeout_s=600,
 )  # fmt: skip
-def test_padded_batch(case: dict[str, Any], model: LiveModel, measure) -> None:
+def test_padded_batch(case: dict[str, Any], model: LiveModel, measure: Measure) -> None:
     model.patch(kv_budget=BUDGET // 2, divide_length=DIVIDE // 2, allow_prefill_compression=True, **case)
     together = model.generate(model.tokens(*PROMPTS), _NEW_TOKENS)
     for row, prompt in enumerate(PROMPTS):
@@ -222,7 +223,7 @@ def test_padded_batch(case: dict[str, Any], model: LiveModel, measure) -> None:
     remedy="Tie the state to the cache, not to the model.",
     timeout_s=300,
 )  # fmt: skip
-def test_reset(case: str, model: LiveModel, measure) -> None:
+def test_reset(case: str, model: LiveModel, measure: Measure) -> None:
     model.patch(kv_budget=BUDGET // 2, divide_length=DIVIDE // 2)
     first = model.generate(model.tokens(PROMPTS[1]), _NEW_TOKENS)
     model.generate(model.tokens(PROMPTS[0]), _NEW_TOKENS // 2)  # of a prompt that makes a round due at once
@@ -237,7 +238,7 @@ def test_reset(case: str, model: LiveModel, measure) -> None:
     remedy="Compare the masks of the first step after a round.",
     timeout_s=300,
 )  # fmt: skip
-def test_eager_equals_sdpa(case: str, model: LiveModel, measure) -> None:
+def test_eager_equals_sdpa(case: str, model: LiveModel, measure: Measure) -> None:
     import torch
 
     logits = {}
@@ -265,7 +266,9 @@ def test_eager_equals_sdpa(case: str, model: LiveModel, measure) -> None:
     remedy="Run python -m verify quality and compare it seed by seed with the recorded one.",
     timeout_s=900,
 )  # fmt: skip
-def test_quality(case: str, model: LiveModel, model_name: str, measured_quality: quality.Measured, measure) -> None:
+def test_quality(
+    case: str, model: LiveModel, model_name: str, measured_quality: quality.Measured, measure: Measure
+) -> None:
     if model_name != "embedded":
         skip("NOT_IMPLEMENTED", f"margins are recorded for the embedded model, not for {model_name}")
     if "window_size" not in model.patch_options():
@@ -297,7 +300,7 @@ def measured_quality() -> quality.Measured:
     remedy="Profile one round, then one step: neither may wait for the device or loop over heads.",
     timeout_s=3600,
 )  # fmt: skip
-def test_throughput(case: tuple[int, int, float], model: LiveModel, measure) -> None:
+def test_throughput(case: tuple[int, int, float], model: LiveModel, measure: Measure) -> None:
     prompt, new, speed_up = case
     ids = model.tokens(" ".join(PROMPTS * 40))["input_ids"][:, :prompt]
     full = _timed_steps(model, ids, new)

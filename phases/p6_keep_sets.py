@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from verify import check, skip
-from verify.live_model import LiveModel, Round
-from verify.outcome import CRASHES
-from verify.short_runs import BUDGET, EVICT_PROMPT, FED, NEAR, PER_LAYER_PER_HEAD, PROMPT, PROMPTS
+from verify import Measure, check, skip
+from verify.errors import CRASHES
+from verify.model.live_model import LiveModel, Round
+from verify.model.settings import BUDGET, EVICT_PROMPT, FED, NEAR, PER_LAYER_PER_HEAD, PROMPT, PROMPTS
 
 _UNION = {"per_head_pruning": False}
 
@@ -83,7 +83,7 @@ def _rounds(model: LiveModel, options: dict[str, Any], taken: dict[str, _Taken])
 _KEEP_SET = {
     "claim": "A round keeps the tokens that the oracle keeps, and moves their keys and values together, bit for bit.",
     "reason": "A cache of the right length can hold the wrong tokens, or values of others; text stays fluent a while.",
-    "tolerance": "The oracle's set, except inside score gaps below twice the class B error (verify/keep_set.py).",
+    "tolerance": "The oracle's set, except inside score gaps below twice the class B error (verify/judge/keep_set.py).",
     "remedy": "Check query head to KV head, the statistics' layer, the position of the round, then the sort.",
     "timeout_s": 300,
 }
@@ -107,7 +107,7 @@ _KEEP_SET = {
     },
     **_KEEP_SET,
 )  # fmt: skip
-def test_keep_set(case: dict[str, Any], model: LiveModel, three_rounds: dict[str, _Taken], measure) -> None:
+def test_keep_set(case: dict[str, Any], model: LiveModel, three_rounds: dict[str, _Taken], measure: Measure) -> None:
     _check_keep_set(case, _rounds(model, case, three_rounds), model, measure)
 
 
@@ -120,7 +120,7 @@ def test_keep_set(case: dict[str, Any], model: LiveModel, three_rounds: dict[str
     },
     **_KEEP_SET,
 )  # fmt: skip
-def test_keep_set_of_an_unpublished_mode(case: dict[str, Any], model: LiveModel, measure) -> None:
+def test_keep_set_of_an_unpublished_mode(case: dict[str, Any], model: LiveModel, measure: Measure) -> None:
     if "pruning_mode" in case and "pruning_mode" not in model.patch_options():
         skip("PKG_MISSING", "the subject's patch has no pruning_mode")
     _check_keep_set(case, _rounds(model, case, {}), model, measure)
@@ -130,7 +130,7 @@ def _check_keep_set(
     case: dict[str, Any],
     rounds: Iterator[Round],
     model: LiveModel,
-    measure,
+    measure: Measure,
     *,
     layers: Sequence[int] | None = None,
 ) -> None:
@@ -140,7 +140,7 @@ def _check_keep_set(
     """
     import numpy as np
 
-    from verify.keep_set import select, sets_of
+    from verify.judge.keep_set import select, sets_of
 
     mode = _mode(case)
     first = next(rounds, None)
@@ -169,14 +169,14 @@ def _check_keep_set(
     cases=_THREE_ROUNDS,
     claim="Three rounds in a row each keep what the oracle keeps of what the one before left and what came since.",
     reason="After a round, positions, regions and lengths are not what they seem; a slip shows from the second on.",
-    tolerance="The oracle's set, except inside score gaps below twice the class B error (verify/keep_set.py).",
+    tolerance="The oracle's set, except inside score gaps below twice the class B error (verify/judge/keep_set.py).",
     remedy="Check the position of the round (tokens seen, not held) and the z-score region after an eviction.",
     timeout_s=300,
 )  # fmt: skip
-def test_rounds(case: dict[str, Any], model: LiveModel, three_rounds: dict[str, _Taken], measure) -> None:
+def test_rounds(case: dict[str, Any], model: LiveModel, three_rounds: dict[str, _Taken], measure: Measure) -> None:
     import numpy as np
 
-    from verify.keep_set import select, sets_of
+    from verify.judge.keep_set import select, sets_of
 
     mode = _mode(case)
     count = 0
@@ -215,7 +215,7 @@ def _sharing(mode: str, n_layers: int, n_heads: int) -> list[tuple[list[int], li
     cases={"per_head": EVICT_PROMPT, "max": {**EVICT_PROMPT, "score_aggregation": "max"}},
     **{**_KEEP_SET, "claim": "A prompt beyond the trigger is compressed after its one step, to what the oracle keeps."},
 )  # fmt: skip
-def test_long_prompt(case: dict[str, Any], model: LiveModel, measure) -> None:
+def test_long_prompt(case: dict[str, Any], model: LiveModel, measure: Measure) -> None:
     model.patch(**case)
     _check_keep_set(case, model.rounds(_ids(model), FED), model, measure)
 
@@ -225,7 +225,7 @@ def test_long_prompt(case: dict[str, Any], model: LiveModel, measure) -> None:
     **{**_KEEP_SET, "claim": "Each layer is ranked by its own statistics: exchanging those of two layers in the file "
     "changes the keep sets as the oracle says."},
 )  # fmt: skip
-def test_statistics_of_each_layer(case: bool, model: LiveModel, tmp_path: Path, measure) -> None:
+def test_statistics_of_each_layer(case: bool, model: LiveModel, tmp_path: Path, measure: Measure) -> None:
     # near offsets: far ones let honest fp32 phases blur the gaps between scores
     options = {**EVICT_PROMPT, **PER_LAYER_PER_HEAD, "offset_max_length": 64}
     layers = [*range(model.model.config.num_hidden_layers)]
@@ -271,7 +271,7 @@ def test_statistics_of_another_model(case: str, model: LiveModel, tmp_path: Path
     timeout_s=300,
 )  # fmt: skip
 def test_keep_sets_do_not_depend_on_the_attention(
-    case: str, model: LiveModel, three_rounds: dict[str, _Taken], measure
+    case: str, model: LiveModel, three_rounds: dict[str, _Taken], measure: Measure
 ) -> None:
     kept = {"sdpa": [round_.kept for round_ in _rounds(model, EVICT_PROMPT, three_rounds)]}
     model.model.set_attn_implementation("eager")

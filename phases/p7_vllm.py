@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from verify import check, skip
-from verify.chat import assembled, converse
-from verify.observer import Step
-from verify.server import Answer, Server, answer_of, block_size, telling
-from verify.serving import (
+from verify import Draw, Measure, check, skip
+from verify.serving.chat import assembled, converse
+from verify.serving.judge import (
     ASKED,
     CHUNK,
     COMMON,
@@ -31,7 +29,9 @@ from verify.serving import (
     server_of,
     trace_of,
 )
-from verify.subject import Subject
+from verify.serving.server import Answer, Server, answer_of, block_size, telling
+from verify.serving.trace import Step
+from verify.subject.subject import Subject
 
 _ACTIVATED = "[TriAttention] Runtime (V2) plugin activated: patch_scheduler=True patch_worker=True"
 
@@ -192,7 +192,7 @@ def test_engine(case: str, subject: Subject) -> None:
     claim="After installation vLLM finds the plugin by itself, and every process of a server activates it.",
     tolerance="No process activates it where it is switched off.",
 )  # fmt: skip
-def test_plugin(case: str, servers: Servers, measure) -> None:
+def test_plugin(case: str, servers: Servers, measure: Measure) -> None:
     off, text = (server.text() for server in servers("off", "on"))
     servers.launch("plain")  # which is needed later, and has the time until then to start
     said = [line for line in text.splitlines() if _ACTIVATED in line]
@@ -224,7 +224,7 @@ def test_server(case: str, on: Server) -> None:
     claim="A streamed answer is the same as one that is not, and usage counts every token, evicted ones included.",
     tolerance="Token ids and counts are equal: the same greedy request twice, from a cache that is hit or not.",
 )  # fmt: skip
-def test_stream(case: str, on: Server, measure) -> None:
+def test_stream(case: str, on: Server, measure: Measure) -> None:
     new = 16  # the prompt is above the budget already
     if case == "chat":
         path, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": STORY * 16}]}
@@ -259,7 +259,7 @@ _ANSWERS = {
     "the chunks, rounds and preemptions that the scheduler made.",
     tolerance=REPLAYED,
 )  # fmt: skip
-def test_replay(case: list[str], on: Server, judge: Judge, measure, request: pytest.FixtureRequest) -> None:
+def test_replay(case: list[str], on: Server, judge: Judge, measure: Measure, request: pytest.FixtureRequest) -> None:
     rounds = anew = 0
     answers = request.getfixturevalue("decode" if case == ["decode"] else "busy")
     on.idle()
@@ -277,7 +277,7 @@ def test_replay(case: list[str], on: Server, judge: Judge, measure, request: pyt
     claim="A request that is served beside others, and not preempted, has the tokens that it has alone.",
     tolerance="Token ids are equal; batches of another size round otherwise, which near ties show (p7.replay counts).",
 )  # fmt: skip
-def test_together(case: str, on: Server, busy: dict[str, Answer], judge: Judge, measure) -> None:
+def test_together(case: str, on: Server, busy: dict[str, Answer], judge: Judge, measure: Measure) -> None:
     beside, alone = busy["beside"], busy["alone"]
     trace = trace_of(on)
     replays = [judge.replay(answer, trace.steps(answer.id)) for answer in (beside, alone)]
@@ -293,7 +293,7 @@ def test_together(case: str, on: Server, busy: dict[str, Answer], judge: Judge, 
     tolerance="Blocks of budget + interval + one step, and one block that is begun (spec: physical length).",
 )  # fmt: skip
 def test_blocks(
-    case: str, on: Server, decode: dict[str, Answer], grown: list[Step], judge: Judge, measure, curve
+    case: str, on: Server, decode: dict[str, Answer], grown: list[Step], judge: Judge, measure: Measure, curve: Draw
 ) -> None:
     on.idle()
     answer = decode["decode"]
@@ -305,7 +305,7 @@ def test_blocks(
     claim="After preemptions, shared prefixes and a client that hung up, every block is back in the pool.",
     tolerance="No block may be missing.",
 )  # fmt: skip
-def test_leaks(case: str, on: Server, busy: dict[str, Answer], measure) -> None:
+def test_leaks(case: str, on: Server, busy: dict[str, Answer], measure: Measure) -> None:
     # a scheduler that is idle makes no step: one more request shows what those before it left
     complete(on, "What is left?", 2)
     last = trace_of(on).records[-1]
@@ -321,7 +321,7 @@ def test_leaks(case: str, on: Server, busy: dict[str, Answer], measure) -> None:
     claim="The plugin's counters in /metrics tell what the scheduler did, and no round was missed.",
     tolerance="Counts are equal to those of the block tables.",
 )  # fmt: skip
-def test_counters(case: str, on: Server, busy: dict[str, Answer], measure) -> None:
+def test_counters(case: str, on: Server, busy: dict[str, Answer], measure: Measure) -> None:
     rounds = evicted = 0
     metrics = on.idle()
     for steps in trace_of(on).requests.values():
@@ -341,7 +341,7 @@ def test_counters(case: str, on: Server, busy: dict[str, Answer], measure) -> No
     claim="A conversation in the wire form of an agent's client, with a tool call, is served above the budget.",
     tolerance=REPLAYED,
 )  # fmt: skip
-def test_chat(case: str, on: Server, judge: Judge, measure) -> None:
+def test_chat(case: str, on: Server, judge: Judge, measure: Measure) -> None:
     rounds = 0
     for number, answer in enumerate(converse(on, 64)):
         assert answer.usage["prompt_tokens"] == len(answer.prompt), f"usage says {answer.usage}"
@@ -356,7 +356,7 @@ def test_chat(case: str, on: Server, judge: Judge, measure) -> None:
     claim="Switched off, or below the budget, the tokens are those of vLLM without the plugin.",
     tolerance="Token ids are equal: nothing was evicted, so the arithmetic is the same.",
 )  # fmt: skip
-def test_untouched(case: str, same: dict[str, Answer], measure) -> None:
+def test_untouched(case: str, same: dict[str, Answer], measure: Measure) -> None:
     plain, here = same["plain"], same[case]
     assert len(plain.tokens) == _SHORT, f"{len(plain.tokens)} tokens came back for {_SHORT}"
     measure("tokens that differ", differing(plain.tokens, here.tokens), 0, where=f"{_SHORT} tokens, greedy, float32")

@@ -11,11 +11,8 @@ from typing import Any
 
 import pytest
 
-from verify import check
-from verify.load import run
-from verify.observer import Step, Trace
-from verify.server import Answer, Server, answer_of, block_size
-from verify.serving import (
+from verify import Draw, Measure, check
+from verify.serving.judge import (
     ASKED,
     CHUNK,
     COMMON,
@@ -29,7 +26,10 @@ from verify.serving import (
     server_of,
     trace_of,
 )
-from verify.subject import Subject
+from verify.serving.load import run
+from verify.serving.server import Answer, Server, answer_of, block_size
+from verify.serving.trace import Step, Trace
+from verify.subject.subject import Subject
 
 
 def _alone(
@@ -70,7 +70,14 @@ _SPEED = {
     tolerance="At least plain vLLM's tokens per second in the same run; rounds at most 5 % of the time.",
 )  # fmt: skip
 def test_long(
-    case: str, served: tuple[str, Path], subject: Subject, device: str, judge: Judge, tmp_path: Path, measure, curve
+    case: str,
+    served: tuple[str, Path],
+    subject: Subject,
+    device: str,
+    judge: Judge,
+    tmp_path: Path,
+    measure: Measure,
+    curve: Draw,
 ) -> None:
     new = 1500
 
@@ -97,7 +104,7 @@ def test_long(
     tolerance="No preemption, where plain vLLM has several; 1.6 times its tokens per second in the same run.",
 )  # fmt: skip
 def test_pool(
-    case: str, served: tuple[str, Path], subject: Subject, device: str, tmp_path: Path, measure
+    case: str, served: tuple[str, Path], subject: Subject, device: str, tmp_path: Path, measure: Measure
 ) -> None:  # fmt: skip
     new = 1200
     prompts = [f"Tell me a long story about {what} and {other}." for what in ASKED[:4] for other in ASKED[4:]]
@@ -128,7 +135,7 @@ def test_pool(
 )  # fmt: skip
 def test_load(
     case: str, served: tuple[str, Path], subject: Subject, device: str, judge: Judge, seed: int, tmp_path: Path,
-    measure,
+    measure: Measure,
 ) -> None:  # fmt: skip
     flags = ("--max-model-len", str(LONGEST), "--max-num-batched-tokens", str(CHUNK))
     memory: list[int] = []
@@ -153,7 +160,7 @@ def test_load(
         judge(answer, trace.steps(answer.id), measure, f"answer {number}")
 
 
-def _equal_alone(server: Server, answers: Sequence[Answer], trace: Trace, measure) -> None:
+def _equal_alone(server: Server, answers: Sequence[Answer], trace: Trace, measure: Measure) -> None:
     """Repeat five requests alone that were computed in the same chunks and rounds then: their tokens are the same."""
     alike = tried = 0
     for answer in answers:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from verify import check
-from verify.guarded import engine_call
-from verify.problems import Shape, make
-from verify.subject import Subject
-from verify.variants import scoring_call
+from verify import Measure, check
+from verify.judge.guarded import engine_call
+from verify.judge.problems import Shape, make
+from verify.judge.variants import scoring_call
+from verify.subject.subject import Subject
 
 #: The plan's sizes: 8 MiB of keys, which are read once.
 _SHAPES = {"latency": Shape(n=4096, h=8), "cached": Shape(n=4096, h=8, cached=True)}
@@ -25,7 +25,7 @@ _QUANTILES = (0.5, 0.2, 0.8)
     tolerance="Medians of one run, cold L2: time at most the PyTorch path's, keys read at most at memory bandwidth.",
     remedy="Compare with the same measurement on another GPU, on a machine that does nothing else.",
 )  # fmt: skip
-def test_latency(case: Shape, subject: Subject, device: str, seed: int, measure) -> None:
+def test_latency(case: Shape, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     from triton.testing import do_bench, get_dram_gbps
 
     problem = make(case, seed, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -110,8 +111,6 @@ def describe(model: Any) -> Architecture:
 
 def describe_config(config: Any) -> Architecture:
     """The same from a model's configuration alone, for an engine that has a model class of its own."""
-    from triattention.methods.pruning_utils import build_rotary
-
     return _describe(config.get_text_config(), lambda: build_rotary("cpu", "", torch.float32, config))
 
 
@@ -166,3 +165,29 @@ def rope_of(rotary: Any) -> tuple[torch.Tensor, float, int | None]:
             f"RoPE type {kind!r} is not supported; supported: {', '.join(STATIC_ROPE_TYPES + GROWING_ROPE_TYPES)}"
         )
     return omega.detach().to("cpu", torch.float32), float(rotary.attention_scaling), limit
+
+
+def build_rotary(
+    cache_device: torch.device | str, model_path: str | os.PathLike[str], dtype: torch.dtype, config: Any = None
+) -> torch.nn.Module:
+    """The rotary module of the model at ``model_path`` (or of ``config``), built by the model's own class.
+
+    ``inv_freq`` stays float32 whatever ``dtype`` is: a frequency rounded to bf16 is off by 0.4 %. ``dtype`` is that
+    of the cos and sin it returns, which the module takes from its input. Raises TriAttentionError for a path
+    without a config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config is None:
+        try:
+            config = AutoConfig.from_pretrained(model_path)
+        except (OSError, ValueError) as error:
+            raise TriAttentionError(
+                f"{model_path} has no model configuration; give a model directory or hub name"
+            ) from error
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    rotary = next((m for m in skeleton.modules() if hasattr(m, "inv_freq")), None)
+    if rotary is None:
+        raise TriAttentionError(f"model type {config.model_type!r} has no rotary module; TriAttention needs RoPE")
+    return type(rotary)(config=config.get_text_config()).to(cache_device)

@@ -110,7 +110,7 @@ class Statistics:
             return self.architecture.omega, self.architecture.attention_scaling, self.architecture.rope_style
         if model_path is None:
             raise TriAttentionError(f"{self.source} does not carry omega; give model_path as well, or calibrate again")
-        from triattention.methods.pruning_utils import build_rotary
+        from triattention.architecture import build_rotary
 
         omega, scaling, _ = rope_of(build_rotary("cpu", model_path, torch.float32))
         return omega, scaling, self.declared.get("rope_style", "half")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from verify.outcome import ConfigurationError
+from verify.errors import ConfigurationError
 
 Family = Literal["Ampere", "Ada Lovelace", "Hopper", "Blackwell", "Rubin"]
 

@@ -6,13 +6,14 @@ a page about a check cannot drift from the check. This module imports neither to
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Gate = Literal["hard", "soft"]
 
@@ -41,6 +42,9 @@ PHASES = MappingProxyType(
         8: "latency",
     }
 )
+
+#: The seed of a run that was given none: fixed, so that two runs without arguments draw the same inputs.
+DEFAULT_SEED = 0
 
 _FAMILY = re.compile(r"p[1-8]\.[a-z0-9_]+")
 _CASE = re.compile(r"[A-Za-z0-9_\-]+")
@@ -120,6 +124,18 @@ class Check:
         return self.spec.sm_min <= int(target.removeprefix("sm")) <= self.spec.sm_max
 
 
+class Measure(Protocol):
+    """What the fixture ``measure`` is: it records a number and fails the check outside its bound."""
+
+    def __call__(self, name: str, measured: float, allowed: float, *, unit: str = "", where: str = "") -> None: ...
+
+
+class Draw(Protocol):
+    """What the fixture ``curve`` is: it records ``(x, y)`` pairs for one plot with the check's other curves."""
+
+    def __call__(self, name: str, points: Iterable[tuple[float, float]], *, x: str, y: str) -> None: ...
+
+
 def check(family: str, *, gate: Gate, cases: Mapping[str, Any] | str, **fields: Any) -> Callable:
     """Declare the decorated test as a check; the test receives the value of its case as the argument ``case``.
 
@@ -163,3 +179,8 @@ def catalogue() -> Iterator[Check]:
                     raise ValueError(f"check id {check_id} is declared twice: {seen[check_id]} and {node}")
                 seen[check_id] = node
                 yield Check(id=check_id, case=case, spec=spec, node=node)
+
+
+def derive_seed(run_seed: int, check_id: str) -> int:
+    """The 32-bit seed of one check: it depends on the run's seed and the id, not on what ran before."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}:{check_id}".encode()).digest()[:4], "big")

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from verify.outcome import ConfigurationError
-from verify.request import DEFAULT_SEED, RunRequest, parse_expect, parse_phases, repository_root
+from verify.checks import DEFAULT_SEED
+from verify.errors import ConfigurationError
+from verify.files import repository_root
+from verify.run.request import RunRequest, parse_expect, parse_phases
 
 EXIT_CONFIGURATION = 3
 
@@ -229,10 +231,10 @@ def _add_compile(verbs: argparse._SubParsersAction) -> None:
 
 
 def _compile(chosen: argparse.Namespace) -> int:
-    from verify import ahead
+    from verify.build import verb
 
     try:
-        return ahead.compile_verb(
+        return verb.compile_verb(
             chosen.sm, kernels=chosen.kernels, full=chosen.full, subject=chosen.subject, jobs=chosen.jobs,
             limit_s=chosen.timeout, fresh=chosen.fresh, as_json=chosen.json, out=chosen.out,
         )  # fmt: skip
@@ -253,7 +255,7 @@ def _add_quality(verbs: argparse._SubParsersAction) -> None:
 
 
 def _quality(chosen: argparse.Namespace) -> int:
-    from verify import quality
+    from verify.model import quality
 
     return quality.quality_verb(chosen.subject, chosen.device, chosen.out)
 
@@ -289,59 +291,59 @@ def _selftest(chosen: argparse.Namespace) -> int:
 
 def _run(chosen: argparse.Namespace) -> int:
     request = request_of(chosen)
-    from verify import runner
+    from verify.run import runner
 
     return runner.run(request)
 
 
 def _report(chosen: argparse.Namespace) -> int:
-    from verify import report
+    from verify.report import verb
 
-    return report.report(chosen.gpu, chosen.format, chosen.records, every_check=chosen.all, out=chosen.out)
+    return verb.report(chosen.gpu, chosen.format, chosen.records, every_check=chosen.all, out=chosen.out)
 
 
 def _export(chosen: argparse.Namespace) -> int:
-    from verify import interchange
+    from verify.report import export
 
-    return interchange.export(chosen.record, chosen.form, chosen.out)
+    return export.export(chosen.record, chosen.form, chosen.out)
 
 
 def _diff(chosen: argparse.Namespace) -> int:
-    from verify import difference
+    from verify.report import difference
 
     return difference.diff(chosen.runs, chosen.since, chosen.gpu, chosen.records, as_json=chosen.json)
 
 
 def _history(chosen: argparse.Namespace) -> int:
-    from verify import history
+    from verify.report import history
 
     return history.history(chosen.check, chosen.gpu, chosen.records, as_json=chosen.json)
 
 
 def _check(chosen: argparse.Namespace) -> int:
-    from verify import checker
+    from verify.record import checker
 
     return checker.check(chosen.records, as_json=chosen.json)
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
-    from verify import doctor
-    from verify.subject import find_subject
+    from verify.report import doctor
+    from verify.subject.find import find_subject
 
     subject = find_subject(chosen.subject, repository_root()) if chosen.subject is not None else None
     return doctor.doctor(parse_expect(chosen.expect) if chosen.expect is not None else None, subject)
 
 
 def _gates(chosen: argparse.Namespace) -> int:
-    from verify import pages
+    from verify import explain
 
-    return pages.gates(chosen.format)
+    return explain.gates(chosen.format)
 
 
 def _explain(chosen: argparse.Namespace) -> int:
-    from verify import pages
+    from verify import explain
 
-    return pages.explain(chosen.id, chosen.records)
+    return explain.explain(chosen.id, chosen.records)
 
 
 _VERBS = {

@@ -15,59 +15,29 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from verify import events
-from verify.architectures import parse_target
-from verify.builds import Build, Compilation
-from verify.checks import PHASES
-from verify.curves import Curve, clash
-from verify.device import Device, derive_seed, prepare, resolve
-from verify.durations import Timekeeper, long_files
-from verify.environment import localise
-from verify.follow.sitecustomize import LOG
-from verify.grounds import Checkout, Grounds, follow
-from verify.machine import RUN_VARIABLE, cores
-from verify.manifest import Manifest, Selected, freeze, survey
-from verify.outcome import ConfigurationError
-from verify.probe import Probe
-from verify.record import Measurement, Record
-from verify.recorder import CURVES, MEASUREMENTS, Recorder, id_of, in_phases, repeat_command, spec_of
-from verify.request import DEFAULT_SEED, parse_expect, parse_phases
-from verify.subject import PACKAGE, Subject, find_subject
-from verify.workers import end_with_parent
-
-Measure = Callable[..., None]
-Draw = Callable[..., None]
-
-
-@dataclass(slots=True)
-class Session:
-    """What this process was asked to do, and what it has found out since."""
-
-    root: Path
-    device: Device
-    subject: Subject
-    model: str
-    seed: int
-    phases: frozenset[int]
-    run_dir: Path | None = None
-    manifest: Manifest | None = None
-    record: Record | None = None
-    begun: float = field(default_factory=time.perf_counter)
-
-
-SESSION = pytest.StashKey[Session]()
+from verify.checks import DEFAULT_SEED, PHASES, derive_seed
+from verify.errors import ConfigurationError
+from verify.machine.device import Device, prepare, resolve
+from verify.machine.environment import localise
+from verify.machine.processors import RUN_VARIABLE, cores
+from verify.machine.workers import end_with_parent
+from verify.record.follow.sitecustomize import LOG
+from verify.record.grounds import PACKAGE, Checkout, Grounds, follow
+from verify.run import events
+from verify.run.durations import Timekeeper, long_files
+from verify.run.manifest import Manifest, Selected, freeze, survey
+from verify.run.probe import Probe
+from verify.run.recorder import Recorder, id_of, in_phases, spec_of
+from verify.run.request import parse_expect, parse_phases
+from verify.session import SESSION, Session
+from verify.subject.find import find_subject
 
 #: The phases whose checks each set up what they need.
 _SHUFFLED = frozenset({4, 5})
-
-#: Within the time of the first check that asks for the builds, even where every one of them hangs: a launch tells too.
-_BUILD_LIMIT_S = 10.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -297,8 +267,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     from rich.console import Console
 
-    from verify.report import print_matrix
-    from verify.runner import unjudged
+    from verify.report.verb import print_matrix
+    from verify.run.runner import unjudged
 
     text = io.StringIO()
     console = Console(file=text, width=shutil.get_terminal_size().columns, force_terminal=terminalreporter.hasmarkup)
@@ -308,127 +278,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line(f"record: {os.path.relpath(session.run_dir / events.RECORD)}")
     if told := unjudged(session.record, session.run_dir):
         terminalreporter.write_line(told)
-
-
-@pytest.fixture(scope="session")
-def subject(pytestconfig: pytest.Config) -> Subject:
-    """The implementation under test, importable in this process."""
-    found = pytestconfig.stash[SESSION].subject
-    found.activate()
-    return found
-
-
-@pytest.fixture(scope="session")
-def device(pytestconfig: pytest.Config) -> str:
-    """``cpu`` (kernels run in the interpreter) or ``cuda``."""
-    return pytestconfig.stash[SESSION].device.name
-
-
-@pytest.fixture(scope="session")
-def target(pytestconfig: pytest.Config) -> str:
-    """``emulated``, or the GPU as ``sm90``; for checks only."""
-    return pytestconfig.stash[SESSION].manifest.target
-
-
-@pytest.fixture(scope="session")
-def model_name(pytestconfig: pytest.Config) -> str:
-    """The model that ``--model`` names."""
-    return pytestconfig.stash[SESSION].model
-
-
-@pytest.fixture(scope="session")
-def compilation(pytestconfig: pytest.Config) -> Compilation | None:
-    """The default kernels, built ahead of time for this run's GPU; None where the run has none.
-
-    What they take is kept in a record beside the run's own.
-    """
-    session = pytestconfig.stash[SESSION]
-    if session.device.name == "cpu":
-        return None
-    from verify.ahead import records_of
-    from verify.compilation import Order, Progress, compile_ahead
-    from verify.record import write_record
-    from verify.variants import DEFAULT
-
-    manifest = session.manifest
-    order = Order(
-        session.subject,
-        (parse_target(manifest.target),),
-        DEFAULT,
-        jobs=len(cores()),
-        limit_s=_BUILD_LIMIT_S,
-    )
-    imported: list[Path] = []
-    found = compile_ahead(order, Progress(imported.extend))
-    (kept,) = records_of(order, manifest.subject_info, found, manifest.selection, None, session.root, imported)
-    try:
-        write_record(kept, session.run_dir / f"{manifest.target}.json")
-    except OSError as error:
-        raise ConfigurationError(f"what was built cannot be kept beside the run ({error.strerror})") from error
-    return found[0]
-
-
-@pytest.fixture
-def builds(request: pytest.FixtureRequest) -> list[Build]:
-    """The builds for this run's GPU that the case, a variant, needs; none on a CPU, or where none could be tried."""
-    try:
-        compilation = request.getfixturevalue("compilation")
-    except ConfigurationError:  # p3.resources tells it; a kernel that cannot be built ahead of time may yet run
-        return []
-    return compilation.of(request.node.callspec.id) if compilation else []
-
-
-@pytest.fixture(scope="session")
-def last_compilation(pytestconfig: pytest.Config) -> Compilation | None:
-    """What the last record of this run's GPU that has builds of the subject built."""
-    from verify.resources import Earlier
-
-    session = pytestconfig.stash[SESSION]
-    manifest = session.manifest
-    return Earlier.load().last_of(
-        manifest.target,
-        session.subject.source,
-        manifest.subject_info.content_sha256,
-        toolchain=manifest.environment.triton,
-    )
-
-
-@pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    """A 32-bit seed that depends on the run's seed and the check's id only."""
-    return derive_seed(request.config.stash[SESSION].seed, id_of(request.node))
-
-
-@pytest.fixture
-def measure(request: pytest.FixtureRequest) -> Measure:
-    """``measure(name, measured, allowed, *, unit="", where="")``: record a number, fail outside its bound."""
-    session = request.config.stash[SESSION]
-    repeat = repeat_command(request.node.nodeid, session.manifest, session.root)
-    taken = request.node.stash[MEASUREMENTS]
-
-    def measure(name: str, measured: float, allowed: float, *, unit: str = "", where: str = "") -> None:
-        __tracebackhide__ = True
-        where = localise(where, session.root, session.manifest.places)
-        found = Measurement(name=name, measured=float(measured), allowed=float(allowed), unit=unit, where=where)
-        taken.append(found)
-        if not found.within:
-            raise AssertionError(f"{found.told}; repeat with: {repeat}")
-
-    return measure
-
-
-@pytest.fixture
-def curve(request: pytest.FixtureRequest) -> Draw:
-    """``curve(name, points, *, x, y)``: record ``(x, y)`` pairs, thinned, for one plot with the check's other curves.
-
-    Raises ValueError for points that are no curve, a name that is taken, or axes other than those of the first curve.
-    """
-    drawn = request.node.stash[CURVES]
-
-    def curve(name: str, points: Iterable[tuple[float, float]], *, x: str, y: str) -> None:
-        found = Curve.of(name, points, x=x, y=y)
-        if wrong := clash([*drawn, found]):
-            raise ValueError(wrong)
-        drawn.append(found)
-
-    return curve

@@ -18,17 +18,17 @@ from typing import Literal
 
 from pydantic import Field, TypeAdapter
 
-from verify.builds import Sha256, Strict
 from verify.checks import Check, catalogue
+from verify.errors import ConfigurationError
+from verify.files import cache_folder, kept_place, repository_root, write_atomic
 from verify.heartbeat import Heartbeat
-from verify.instrument import instrument_sha256
-from verify.manifest import utc_now
-from verify.outcome import ConfigurationError
-from verify.planted import CAUGHT, TOLERATED, Limit
-from verify.record import CheckResult, Measurement, SubjectInfo, Verdict, write_atomic
-from verify.request import cache_folder, kept_place, repository_root
-from verify.scratch import Scratch, scratch_run
-from verify.subject import find_subject
+from verify.judge.perturb import CAUGHT, TOLERATED, Limit
+from verify.record.digest import instrument_sha256
+from verify.record.schema import CheckResult, Measurement, SubjectInfo, Verdict
+from verify.record.strict import Sha256, Strict
+from verify.run.manifest import utc_now
+from verify.run.scratch import Scratch, scratch_run
+from verify.subject.find import find_subject
 
 #: What a right subject must have left of every tolerance.
 HEADROOM = 2.0
@@ -92,7 +92,7 @@ class Detection(Strict):
             if not check.sharp
         ]
         return dull + [
-            f"{name}: it compares fractions beside the comparisons of verify/tolerance.py" for name in self.unseen
+            f"{name}: it compares fractions beside the comparisons of verify/judge/tolerance.py" for name in self.unseen
         ]
 
 

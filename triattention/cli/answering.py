@@ -18,7 +18,7 @@ from triattention.errors import TriAttentionError
 if TYPE_CHECKING:
     import torch
 
-    from triattention.generation import Answer
+    from triattention.evaluation.generation import Answer
     from triattention.models import LoadedModel
 
 
@@ -28,8 +28,8 @@ def answer_batches(
     """Load the model, answer the ``batches`` by number, and append each to ``results`` as it ends."""
     from transformers import set_seed
 
+    from triattention.evaluation.generation import Sampling, encode
     from triattention.forward import require_length
-    from triattention.generation import Sampling, encode
 
     quiet_transformers()
     args, settings = plan.args, plan.settings
@@ -70,7 +70,7 @@ def _known_now(loaded: LoadedModel) -> dict[str, Any]:
 def _generate(loaded: LoadedModel, prompts: list[torch.Tensor], plan: Plan, batch: int, sampling: Any) -> list[Answer]:
     import torch
 
-    from triattention.generation import generate_batch
+    from triattention.evaluation.generation import generate_batch
 
     try:
         return generate_batch(loaded, prompts, plan.args.max_new_tokens, sampling)
@@ -84,7 +84,7 @@ def _generate(loaded: LoadedModel, prompts: list[torch.Tensor], plan: Plan, batc
 
 
 def _line(plan: Plan, batch: int, number: int, reply: Answer, settings: Mapping[str, Any]) -> Line:
-    from triattention.grading import grade
+    from triattention.evaluation.grading import grade
 
     unit = plan.batches[batch][number]
     question = plan.questions[unit.index]

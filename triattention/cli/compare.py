@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from triattention.cli.intervals import paired_difference
+from triattention.cli.plan import shown
 from triattention.cli.results import Line, read_lines
-from triattention.cli.summary import COLUMNS, settings_of, shares_of, shown, summarise, table
+from triattention.cli.summary import COLUMNS, settings_of, shares_of, summarise, table
 from triattention.errors import TriAttentionError
 
 #: The rows that have a ratio, and the entry of the summary that it is of.

@@ -90,7 +90,7 @@ def _answer(plan: Plan, pending: Sequence[int], results: Results, reporter: _Rep
 
     slots = _worker_slots(plan)[: len(pending)]
     if len(slots) == 1 and not isolate:
-        from triattention import grading  # noqa: F401 - a missing math-verify must show before the model is loaded
+        from triattention.evaluation import grading  # noqa: F401 - a missing math-verify must show before the model is loaded
 
         answer_batches(plan, pending, results, reporter.show)
         return

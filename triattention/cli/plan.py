@@ -20,9 +20,8 @@ from triattention.cli.options import (
     require_at_least_one,
     require_writable,
 )
-from triattention.cli.summary import shown
-from triattention.datasets import Question, load_dataset
 from triattention.errors import TriAttentionError
+from triattention.evaluation.datasets import Question, load_dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +132,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, float | None]:
     if args.top_p is not None:
         raise TriAttentionError(f"--top-p {args.top_p} needs --temperature: decoding is greedy without it")
     return {"temperature": None, "top_p": None}
+
+
+def shown(setting: Any) -> str:
+    return "-" if setting is None else str(setting)

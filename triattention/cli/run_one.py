@@ -9,7 +9,7 @@ from triattention.cli import compression
 from triattention.cli.execution import dry, execute
 from triattention.cli.options import add_model_options, add_run_options
 from triattention.cli.plan import Plan
-from triattention.datasets import KNOWN
+from triattention.evaluation.datasets import KNOWN
 
 
 def add_parser(verbs: Any) -> None:

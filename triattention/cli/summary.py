@@ -86,9 +86,5 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def shown(setting: Any) -> str:
-    return "-" if setting is None else str(setting)
-
-
 def mib(n_bytes: float) -> str:
     return f"{n_bytes / _MIB:.1f} MiB"

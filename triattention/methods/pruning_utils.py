@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from triattention import statistics
+from triattention.architecture import build_rotary
 from triattention.errors import TriAttentionError
 from triattention.rope import invert_rope, rotate_half, to_complex_pairs
 from triattention.trig import check_position, geometric_offsets
@@ -35,32 +36,6 @@ class HeadFrequencyStats:
 
     q_mean_complex: torch.Tensor
     q_abs_mean: torch.Tensor
-
-
-def build_rotary(
-    cache_device: torch.device | str, model_path: str | os.PathLike[str], dtype: torch.dtype, config: Any = None
-) -> torch.nn.Module:
-    """The rotary module of the model at ``model_path`` (or of ``config``), built by the model's own class.
-
-    ``inv_freq`` stays float32 whatever ``dtype`` is: a frequency rounded to bf16 is off by 0.4 %. ``dtype`` is that
-    of the cos and sin it returns, which the module takes from its input. Raises TriAttentionError for a path
-    without a config.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if config is None:
-        try:
-            config = AutoConfig.from_pretrained(model_path)
-        except (OSError, ValueError) as error:
-            raise TriAttentionError(
-                f"{model_path} has no model configuration; give a model directory or hub name"
-            ) from error
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    rotary = next((m for m in skeleton.modules() if hasattr(m, "inv_freq")), None)
-    if rotary is None:
-        raise TriAttentionError(f"model type {config.model_type!r} has no rotary module; TriAttention needs RoPE")
-    return type(rotary)(config=config.get_text_config()).to(cache_device)
 
 
 def compute_frequency_scaling(

@@ -14,10 +14,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from triattention import benchmarks
-from triattention.benchmarks import BENCHMARKS
-from triattention.datasets import Question, load_dataset
 from triattention.errors import TriAttentionError
+from triattention.evaluation import benchmarks
+from triattention.evaluation.benchmarks import BENCHMARKS
+from triattention.evaluation.datasets import Question, load_dataset
 
 Rows = list[dict[str, Any]]
 
@@ -199,7 +199,7 @@ def test_a_directory_that_cannot_be_read_is_one_sentence(
 
 def test_importing_the_sets_loads_neither_the_library_nor_torch() -> None:
     code = (
-        "import sys, triattention.datasets as d; d.load_dataset('smoke'); d.load_dataset('dfs')\n"
+        "import sys, triattention.evaluation.datasets as d; d.load_dataset('smoke'); d.load_dataset('dfs')\n"
         "print(sorted({'datasets', 'torch', 'pandas', 'huggingface_hub'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from triattention.datasets import Question, load_dataset
 from triattention.errors import TriAttentionError
-from triattention.grading import grade
+from triattention.evaluation.datasets import Question, load_dataset
+from triattention.evaluation.grading import grade
 
 
 def test_smoke_has_twenty_questions_whose_own_answers_are_graded_correct() -> None:

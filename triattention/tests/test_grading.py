@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from triattention import grading
 from triattention.errors import TriAttentionError
-from triattention.grading import Grade, grade
+from triattention.evaluation import grading
+from triattention.evaluation.grading import Grade, grade
 
 CORRECT = [
     ("The answer to this classic math problem is 4.", "4"),

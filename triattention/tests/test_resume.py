@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from triattention import generation
+from triattention.evaluation import generation
 from triattention.tests.command_line import SMALL, lines_of, results_in, run_one, without_times, write_questions
 
 pytest_plugins = ["triattention.tests.fixtures"]

@@ -151,8 +151,8 @@ def test_every_mode_compresses(
 
 def test_a_reply_is_cut_at_its_own_end_token(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from triattention import models
-    from triattention.datasets import load_dataset
-    from triattention.generation import encode, generate_batch
+    from triattention.evaluation.datasets import load_dataset
+    from triattention.evaluation.generation import encode, generate_batch
 
     loaded = models.load(models.find_source(tiny_model), device="cpu")
     prompts = encode(loaded, load_dataset(write_questions(tmp_path / "three.jsonl", 3)).questions, 30)
@@ -247,7 +247,7 @@ def test_running_out_of_memory_names_the_batch_size(
 ) -> None:
     import torch
 
-    from triattention import generation
+    from triattention.evaluation import generation
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")

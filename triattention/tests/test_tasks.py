@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from triattention.datasets import load_dataset
 from triattention.errors import TriAttentionError
-from triattention.grading import grade
-from triattention.needle import needle_recalls
-from triattention.state_query import simulate, state_queries
+from triattention.evaluation.datasets import load_dataset
+from triattention.evaluation.grading import grade
+from triattention.evaluation.needle import needle_recalls
+from triattention.evaluation.state_query import simulate, state_queries
 
 
 def _states(graph: dict[str, list[str]], start: str) -> Iterator[dict[str, object]]:

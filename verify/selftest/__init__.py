@@ -4,7 +4,7 @@ The faults are data, a TOML file per layer under ``faults/``. Nothing here is in
 fault more or less changes no verdict about a GPU.
 """
 
+from verify.record.kills import caught_by
 from verify.selftest.faults import LAYERS, Fault, load_faults
-from verify.selftest.matrix import caught_by
 
 __all__ = ["LAYERS", "Fault", "caught_by", "load_faults"]

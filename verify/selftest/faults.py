@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from verify.builds import Strict
 from verify.checks import Check
-from verify.outcome import ConfigurationError
-from verify.record import Verdict
+from verify.errors import ConfigurationError
+from verify.record.schema import Verdict
+from verify.record.strict import Strict
 
 #: From the arithmetic to what is concluded from it; each is the name of a file under ``faults/``.
 LAYERS = (

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import libcst as cst
 
-from verify.outcome import ConfigurationError
+from verify.errors import ConfigurationError
 from verify.selftest.faults import WRAPPERS, Edit, Fault
-from verify.subject import Subject
-from verify.subject_file import FILE
+from verify.subject.subject import Subject
+from verify.subject.toml import FILE
 
 _PLANTED = "_planted_fault"
 

@@ -12,20 +12,27 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from verify.architectures import find, parse_target
-from verify.checker import examine
-from verify.checks import Check, catalogue
-from verify.device import derive_seed
-from verify.grounds import SUBJECT, Checkout
-from verify.outcome import ConfigurationError
-from verify.record import CheckResult, Environment, Gpu, Measurement, Record, SubjectInfo, UnreadableRecord, read_record
-from verify.request import repository_root
+from verify.checks import Check, catalogue, derive_seed
+from verify.errors import ConfigurationError
+from verify.files import repository_root
+from verify.record.checker import examine
+from verify.record.grounds import PACKAGE, SUBJECT, Checkout
+from verify.record.kills import Cell, Outcome
+from verify.record.schema import (
+    CheckResult,
+    Environment,
+    Gpu,
+    Measurement,
+    Record,
+    SubjectInfo,
+    UnreadableRecord,
+    read_record,
+)
+from verify.record.verdict import TargetVerdict, assess, must_pass
 from verify.selftest.faults import Change, Fault, Tampered
-from verify.selftest.matrix import Cell, Outcome
-from verify.subject import PACKAGE
-from verify.verdict import TargetVerdict, assess, must_pass
 
 #: What the results of a sound record rest on: a file of the suite and one of the subject.
-_SOURCES = ("verify/oracle.py", f"{SUBJECT}/{PACKAGE}/__init__.py")
+_SOURCES = ("verify/judge/oracle.py", f"{SUBJECT}/{PACKAGE}/__init__.py")
 
 _GREEN = (TargetVerdict.VERIFIED, TargetVerdict.EMULATED_PASS)
 

@@ -16,18 +16,18 @@ from threading import Event, Lock
 from typing import TypeVar
 
 from verify.checks import Check, catalogue
-from verify.device import prepare
-from verify.machine import cores
-from verify.manifest import survey, utc_now
-from verify.outcome import ConfigurationError
-from verify.record import Verdict
-from verify.request import repository_root
-from verify.runner import Interruption
-from verify.selftest.bench import Bench, Interrupted
+from verify.errors import ConfigurationError
+from verify.files import repository_root
+from verify.machine.device import prepare
+from verify.machine.processors import cores
+from verify.record.kills import FOLDER, Matrix, Outcome, Row, write
+from verify.record.schema import Verdict
+from verify.run.manifest import survey, utc_now
+from verify.run.runner import Interruption
 from verify.selftest.faults import LAYERS, Fault, load_faults
-from verify.selftest.matrix import FOLDER, Matrix, Outcome, Row, write
 from verify.selftest.plant import subject_key
-from verify.subject import find_subject
+from verify.selftest.trial import Bench, Interrupted
+from verify.subject.find import find_subject
 
 EXIT_OK, EXIT_SURVIVED, EXIT_INTERRUPTED = range(3)
 
@@ -72,7 +72,7 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
     fails without it; 2 interrupted, and what was tried is kept. Raises ConfigurationError for a subject that is no
     checkout, a selection that names nothing, a fault that no longer applies, and an ``out`` that cannot be written.
     """
-    from verify.selftest.table import false_claims, print_matrix
+    from verify.selftest.terminal import false_claims, print_matrix
 
     if jobs is not None and jobs < 1:
         raise ConfigurationError(f"--jobs {jobs} tries nothing; give 1 or more")
@@ -173,7 +173,7 @@ def _idle(rows: Iterable[Row], checks: Iterable[Check]) -> list[str]:
 
 def _tried(bench: Bench, plan: Sequence[tuple[Fault, list[Check]]], jobs: int) -> list[Row]:
     """A row for each fault, in the order of the plan; first of all each check is tried without a fault."""
-    from verify.selftest.table import Progress
+    from verify.selftest.terminal import Progress
 
     needed = list({check.id: check for _, checks in plan for check in checks}.values())
     parts = [[check for check in needed if check.phase == phase] for phase in sorted({c.phase for c in needed})]

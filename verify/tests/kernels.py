@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from verify.architectures import parse_targets
-from verify.compilation import Order
-from verify.problems import Shape
-from verify.subject import Subject, find_subject
+from verify.build.builder import Order
+from verify.judge.problems import Shape
+from verify.subject.find import find_subject
+from verify.subject.subject import Subject
 
 _HEADER = """
 import triton

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from verify.architectures import known_targets
-from verify.builds import Compilation
 from verify.checks import Check, CheckSpec
-from verify.curves import Curve, Point
-from verify.record import (
+from verify.record.builds import Compilation
+from verify.record.curves import Curve, Point
+from verify.record.schema import (
     CheckResult,
     Environment,
     Gpu,
@@ -35,7 +35,7 @@ from verify.record import (
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 #: What results made by hand rest on: the file as it is.
-ORACLE = "verify/oracle.py"
+ORACLE = "verify/judge/oracle.py"
 ORACLE_SHA256 = hashlib.sha256((REPOSITORY / ORACLE).read_bytes()).hexdigest()
 
 

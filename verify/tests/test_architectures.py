@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from verify.architectures import ARCHITECTURES, EMULATED, find, known_targets, parse_target
-from verify.outcome import ConfigurationError
+from verify.errors import ConfigurationError
 
 
 @pytest.mark.parametrize("name", ["sm120", "SM120", "sm_120", "SM_120", "120", "12.0", " sm120 "])

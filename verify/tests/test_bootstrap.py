@@ -17,19 +17,21 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-INPUTS = ("pyproject.toml", "ci/bootstrap.py", "ci/constraints.txt", "ci/requirements-base.txt")
+INPUTS = ("pyproject.toml", "ci/bootstrap.py", "ci/environment.py", "ci/constraints.txt", "ci/requirements-base.txt")
 
 
 Install = Callable[..., tuple["Machine", Any]]
 
 
 def _load() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "ci"))  # where a script finds the modules beside it
     spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "ci" / "bootstrap.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["bootstrap"] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT / "ci"))
     return module
 
 

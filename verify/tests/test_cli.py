@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from verify.cli import parser, request_of
-from verify.outcome import ConfigurationError
-from verify.request import RunRequest
+from verify.errors import ConfigurationError
+from verify.run.request import RunRequest
 from verify.tests import samples
 
 FAILED, VERIFIED = "sm120", "sm90"

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from phases import p1_environment
-from verify import nvml
-from verify.outcome import InfraError
-from verify.record import Gpu
+from verify.errors import InfraError
+from verify.machine import nvml
+from verify.record.schema import Gpu
 
 UUID = "12ab34cd-0000-1111-2222-333344445555"
 

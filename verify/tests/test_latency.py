@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from phases.p8_latency import test_latency as latency
-from verify.problems import Shape
-from verify.subject import find_subject
+from verify.judge.problems import Shape
+from verify.subject.find import find_subject
 
 _BUNDLED = find_subject("bundled", Path(__file__).parents[2])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from verify.environment import localise
+from verify.machine.environment import localise
 from verify.tests.tree import Tree, make_tree
 
 _PASSES = """

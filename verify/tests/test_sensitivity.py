@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from verify import oracle, pages, sensitivity
+from verify import explain, sensitivity
 from verify.checks import Check, CheckSpec, catalogue
-from verify.keep_set import Selection
-from verify.planted import CAUGHT, TOLERATED, Limit, Plant, element, judged, planting
-from verify.problems import Shape, make
-from verify.record import write_atomic
+from verify.files import write_atomic
+from verify.judge import oracle
+from verify.judge.keep_set import Selection
+from verify.judge.perturb import CAUGHT, TOLERATED, Limit, Plant, element, judged, planting
+from verify.judge.problems import Shape, make
+from verify.judge.tolerance import accuracy, matmul_ratio, over, paths_differ, trig_entry_ratio
 from verify.tests.tree import make_tree
-from verify.tolerance import accuracy, matmul_ratio, over, paths_differ, trig_entry_ratio
 
 _CASE = make(Shape(n=33, t=64), 5, "cpu").case
 _EXACT = oracle.scores(_CASE)
@@ -89,7 +90,7 @@ def test_a_planted_error_is_caught_from_30_times_the_tolerance_and_not_at_a_thir
 
 
 _NUMERIC = """
-from verify.tolerance import trig_entry_ratio
+from verify.judge.tolerance import trig_entry_ratio
 
 @check("p1.numeric", gate="hard", cases="one", **WORDS)
 def test_numeric(case, seed, measure):
@@ -154,13 +155,13 @@ def test_the_least_sharp_case_stands_in_the_catalogue(
         f"p4.triton_oracle.{case}": Limit(factor=factor, absolute=2e-4, value=40.0)
         for case, factor in {"n1": 1.5, "n33": 1.02}.items()
     }
-    monkeypatch.setattr(pages, "recorded_limits", lambda: limits)
-    pages.gates("markdown")
+    monkeypatch.setattr(explain, "recorded_limits", lambda: limits)
+    explain.gates("markdown")
     (row,) = (line for line in capsys.readouterr().out.splitlines() if "`p4.triton_oracle`" in line)
     assert "| 1.5x |" in row
     monkeypatch.setenv("COLUMNS", "200")
     for name, factor in {"p4.triton_oracle": "1.5", "p4.triton_oracle.n33": "1.02"}.items():
-        pages.explain(name, [tmp_path])
+        explain.explain(name, [tmp_path])
         told = capsys.readouterr().out
         assert f"from {factor} times what is allowed: 0.0002 in a result of 40" in told
         assert "phases/p4_equivalence.py:" in told
@@ -174,7 +175,7 @@ def test_every_hard_numeric_check_catches_30_times_its_tolerance_and_passes_0_3(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject", ["bundled", "verify/subjects/plain"])
+@pytest.mark.parametrize("subject", ["bundled", "verify/examples/plain"])
 def test_right_subjects_have_twice_the_room_they_need_over_a_hundred_seeds(subject: str) -> None:
     found = sensitivity.measure_headroom(subject=subject)
     sensitivity.keep_headroom(found)

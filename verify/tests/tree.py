@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from verify.events import read_events
-from verify.record import CheckResult, Record, read_record
+from verify.record.schema import CheckResult, Record, read_record
+from verify.run.events import read_events
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -19,21 +19,21 @@ import os, signal, time
 from pathlib import Path
 import pytest
 from verify import check, skip
-from verify.outcome import InfraError
+from verify.errors import InfraError
 
 WORDS = dict(claim="It holds.", reason="It matters.", remedy="Mend it.")
 """
 
 #: Other tests run beside this one: only where one says so is the machine ever busy.
 _NEVER_BUSY = """
-import os, verify.machine
-verify.machine.BUSY_SHARE = float(os.environ.get("TREE_BUSY_SHARE", "inf"))
+import os, verify.machine.processors
+verify.machine.processors.BUSY_SHARE = float(os.environ.get("TREE_BUSY_SHARE", "inf"))
 """
 
 #: Starts the CLI with a watchdog that does not wait as long as it does for real checks, and with a quick heartbeat.
 _IMPATIENT = f"""{_NEVER_BUSY}
-import sys, verify.child, verify.cli, verify.heartbeat
-verify.child.GRACE_S = 0.5
+import sys, verify.run.process, verify.cli, verify.heartbeat
+verify.run.process.GRACE_S = 0.5
 verify.heartbeat.EVERY_S = float(os.environ.get("TREE_HEARTBEAT_S", 30))
 sys.exit(verify.cli.main(sys.argv[1:]))
 """

@@ -1,0 +1,1 @@
+"""Questions, their answers by a model, and the grading of these."""

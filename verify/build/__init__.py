@@ -1,0 +1,1 @@
+"""`verify compile`: kernels built for a GPU that need not be there."""

@@ -1,0 +1,89 @@
+"""The process that asks a subject what it would launch: ``python -m verify.build.capture`` with the question on stdin.
+
+It runs under Triton's interpreter, where kernels take CPU tensors, records every launch of the published kernel call
+and runs none. So what is built ahead of time is what the subject's own code would launch, with its kernels, its block
+sizes and its number of warps, and not what a table of this suite's says of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from verify.checks import DEFAULT_SEED, derive_seed
+from verify.errors import SubjectLacks
+from verify.judge.problems import Shape
+from verify.judge.variants import score, widened
+from verify.machine.workers import end_with_parent
+from verify.subject.launches import Exchanged, Launch, UnknownArgument, recorded
+from verify.subject.subject import Subject
+
+#: Before the answer on stdout, where a subject may print too.
+ANSWER = "captured launches: "
+
+
+def file_digest(file: Path) -> str | None:
+    """The sha256 of a file's content; None where it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+class Captured(Exchanged):
+    """What one variant launches, each with its alternatives, or the sentence that says why it launches nothing."""
+
+    launches: tuple[tuple[Launch, ...], ...] = ()
+    problem: str = ""
+
+
+def capture(subject: Subject, name: str, shape: Shape) -> Captured:
+    """The launches of one variant. Raises UnknownArgument."""
+    try:
+        with recorded() as launches:
+            score(subject, widened(shape), derive_seed(DEFAULT_SEED, name), "cpu")
+    except UnknownArgument:
+        raise
+    except SubjectLacks as error:
+        return Captured(problem=str(error))
+    except Exception as error:  # a subject may raise anything; all of it means that this variant has no kernel
+        return Captured(problem=f"the subject's call raised {type(error).__name__}: {error}")
+    if not launches:
+        return Captured(problem="the subject's call launched no Triton kernel")
+    return Captured(launches=tuple(launches))
+
+
+def main() -> int:
+    """Answer the question on stdin, ``{"subject": ..., "variants": {name: shape}}``, on stdout.
+
+    The answer is a line: ``{"captured": {name: ...}, "files": {file: sha256}}``, or ``{"refused": sentence}``.
+    """
+    end_with_parent()
+    question = json.load(sys.stdin)
+    subject = Subject.described(question["subject"])
+    subject.activate()
+    shapes = {
+        name: Shape(**shape | {"offsets": tuple(shape["offsets"])}) for name, shape in question["variants"].items()
+    }
+    try:
+        captured = {name: capture(subject, name, shape).model_dump() for name, shape in shapes.items()}
+    except UnknownArgument as error:
+        answer: dict[str, object] = {"refused": str(error)}
+    else:
+        answer = {"captured": captured, "files": _imported()}
+    print(f"\n{ANSWER}{json.dumps(answer)}")
+    return 0
+
+
+def _imported() -> dict[str, str]:
+    """The digests of the files of all imported modules but those of the interpreter and its packages."""
+    installed = [Path(place).resolve() for place in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
+    files = {Path(file).resolve() for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))}
+    own = [file for file in files if not any(file.is_relative_to(place) for place in installed)]
+    return {str(file): digest for file in sorted(own) if (digest := file_digest(file)) is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

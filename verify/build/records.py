@@ -1,0 +1,129 @@
+"""The records of what was built ahead of time, one for each GPU."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from verify.build.builder import Order
+from verify.build.resources import Earlier
+from verify.checks import DEFAULT_SEED, SKIP_CODES, Check, catalogue
+from verify.files import repository_root
+from verify.machine.environment import capture
+from verify.record.builds import WRONG, BuildVerdict, Compilation
+from verify.record.digest import instrument_sha256
+from verify.record.grounds import Checkout
+from verify.record.schema import CheckResult, Record, SubjectInfo, Verdict
+from verify.run.manifest import new_run_id, utc_now
+from verify.subject.subject import Subject
+
+#: What a build makes of the check that launches it; the others say nothing about it.
+_VERDICTS = {
+    BuildVerdict.OK: Verdict.PASS,
+    BuildVerdict.COMPILE_ERROR: Verdict.FAIL,
+    BuildVerdict.OUT_OF_RESOURCES: Verdict.FAIL,
+    BuildVerdict.CRASH: Verdict.CRASH,
+    BuildVerdict.TIMEOUT: Verdict.TIMEOUT,
+}
+
+
+def records_of(
+    order: Order,
+    info: SubjectInfo,
+    compilations: Sequence[Compilation],
+    words: str,
+    out: Path | None,
+    root: Path,
+    imported: Iterable[Path],
+) -> list[Record]:
+    """A record for each GPU, with the results of the checks that a build can answer.
+
+    ``words`` is the request as it would be typed; ``out`` a folder with earlier records beside the usual ones;
+    ``imported`` are the files that were imported to ask the subject.
+    """
+    checkout = Checkout(root, order.subject.root, order.subject.folder)
+    names = checkout.names_of(imported) | checkout.closure("verify/build/builder.py", "phases/p3_compile.py")
+    sources = checkout.digests(names)
+    environment = capture("cpu")
+    checks = [check for check in catalogue() if check.phase == 3]
+    digest, now, earlier = instrument_sha256(root), utc_now(), Earlier.load(out)
+    return [
+        Record(
+            run_id=new_run_id(f"sm{one.sm}-compiled"),
+            time_utc=now,
+            state="complete",
+            target=f"sm{one.sm}",
+            subject=info,
+            instrument_sha256=digest,
+            environment=environment,
+            model="none",
+            seed=DEFAULT_SEED,
+            selection=words,
+            duration_s=sum(build.duration_s for build in one.builds),
+            results=[] if one.gap else _results(order, one, checks, _last(one, info, earlier)),
+            sources=sources,
+            rests_on=[[*sources]],
+            compilation=one,
+        )
+        for one in compilations
+    ]
+
+
+def _last(now: Compilation, info: SubjectInfo, earlier: Earlier) -> Compilation | None:
+    return earlier.last_of(f"sm{now.sm}", info.source, info.content_sha256, toolchain=now.triton)
+
+
+def _results(order: Order, now: Compilation, checks: Iterable[Check], last: Compilation | None) -> list[CheckResult]:
+    """The phase 3 checks whose case is a variant that was built, and those that compare what was built."""
+    results = []
+    for check in checks:
+        if check.spec.ahead_of_time:
+            if not order.kernels and any(build.resources for build in now.builds):
+                results.append(_compared(order.subject, check, now, last))
+        elif (found := _launched(order.subject, check, now, order.kernels)) is not None:
+            results.append(found)
+    return results
+
+
+def _launched(subject: Subject, check: Check, now: Compilation, only: Sequence[str]) -> CheckResult | None:
+    """The result of a check that launches a variant; None where not all of its kernels could or were to be built."""
+    if problem := now.unlaunched.get(check.case):
+        return _result(subject, check, now, Verdict.FAIL, message=problem)
+    builds = now.of(check.case)
+    if not builds or only:
+        return None
+    worst = next((build for build in builds if build.verdict in WRONG), None)
+    if worst is None and any(build.verdict not in _VERDICTS for build in builds):
+        return None
+    worst = worst or builds[0]
+    message = f"{worst.kernel} on sm{now.sm}{worst.configuration}: {worst.message}" if worst.message else ""
+    duration_s = sum(build.duration_s for build in builds)
+    return _result(subject, check, now, _VERDICTS[worst.verdict], message=message, duration_s=duration_s)
+
+
+def _compared(subject: Subject, check: Check, now: Compilation, last: Compilation | None) -> CheckResult:
+    found = check.spec.cases[check.case](now, last)
+    if not found:
+        return _result(subject, check, now, Verdict.SKIP, code="NO_BASELINE", message=SKIP_CODES["NO_BASELINE"])
+    outside = [one for one in found if not one.within]
+    verdict, message = (Verdict.FAIL, outside[0].told) if outside else (Verdict.PASS, "")
+    return _result(subject, check, now, verdict, measurements=found, message=message)
+
+
+def _result(subject: Subject, check: Check, now: Compilation, verdict: Verdict, **fields: object) -> CheckResult:
+    option = subject.option
+    named = os.path.relpath(option, repository_root()) if Path(option).is_absolute() else option
+    where = "" if named == "bundled" else f" --subject {shlex.quote(named)}"
+    return CheckResult(
+        id=check.id,
+        gate=check.spec.gate,
+        plan=check.spec.plan,
+        verdict=verdict,
+        evidence="compiled",
+        seed=DEFAULT_SEED,
+        repeat=f"python -m verify compile --sm {now.sm}{where} --fresh",
+        rests_on=0,
+        **({"duration_s": 0.0} | fields),
+    )

@@ -1,0 +1,106 @@
+"""How the resources of two records' builds are compared: no stack, and no growth that nobody asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from verify.files import repository_root
+from verify.record.archive import load, newest_first
+from verify.record.builds import Build, Compilation, Resources
+from verify.record.schema import Measurement, Record
+
+#: How many times the registers of the last record a build may need.
+GROWTH_ALLOWED = 1.1
+
+
+def stack(now: Compilation, last: Compilation | None) -> list[Measurement]:
+    """The stack that each build needs; none is allowed, because a stack is what did not fit into registers."""
+    return [
+        Measurement(name="stack", measured=found.stack_bytes, allowed=0, unit="bytes", where=_where(now, build))
+        for build, found in _built(now)
+    ]
+
+
+def registers(now: Compilation, last: Compilation | None) -> list[Measurement]:
+    """The registers of each build over those of the same one in ``last``; empty where there is none.
+
+    The same one is the only build of its kernel for the variant, whatever its constants; among several, it is the one
+    with the same options and constants.
+    """
+    before = _by_launch(last) if last is not None else {}
+    pairs = [
+        (build, found, earlier)
+        for key, builds in _by_launch(now).items()
+        for build, found in builds
+        if (earlier := _alike(build, builds, before.get(key, [])))
+    ]
+    return [
+        Measurement(
+            name="registers over the last record's",
+            measured=found.registers / earlier.registers,
+            allowed=GROWTH_ALLOWED,
+            where=f"{_where(now, build)}: {found.registers}, {earlier.registers} in the last record "
+            f"(triton {now.triton}, then {last.triton})",
+        )
+        for build, found, earlier in pairs
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The records that builds may be compared with: published ones, and local ones."""
+
+    published: tuple[Record, ...]
+    local: tuple[Record, ...]
+
+    @classmethod
+    def load(cls, out: Path | None = None) -> Earlier:
+        """Read them, those below ``out`` too."""
+        evidence = repository_root() / "reports" / "evidence"
+        published = load([evidence]).records if evidence.is_dir() else ()
+        return cls(published, (*load().records, *(load([out]).records if out is not None and out.is_dir() else ())))
+
+    def last_of(self, target: str, source: str, content_sha256: str, *, toolchain: str) -> Compilation | None:
+        """What the last record of ``target`` with builds of this subject built; None where there is none.
+
+        A published record is the last one until another is published, so that a growth does not vanish by being
+        measured twice. Without any, it is the newest local one of another content than ``content_sha256`` or another
+        triton than ``toolchain``: of the same ones it would be this very build. ``source`` is the subject as a record
+        names it, because another implementation's registers are no measure.
+        """
+
+        def newest(records: Iterable[Record]) -> Compilation | None:
+            mine = (one for one in records if one.target == target and one.subject.source == source and one.results)
+            built = (one.compilation for one in newest_first(mine) if one.compilation and one.compilation.builds)
+            return next(built, None)
+
+        this = (content_sha256, toolchain)
+        others = (one for one in self.local if (one.subject.content_sha256, one.environment.triton) != this)
+        return newest(self.published) or newest(others)
+
+
+def _by_launch(one: Compilation) -> dict[tuple[str, str], list[tuple[Build, Resources]]]:
+    """The builds by kernel and first variant; several where the variant launches the kernel in several ways."""
+    found: dict[tuple[str, str], list[tuple[Build, Resources]]] = {}
+    for build, used in _built(one):
+        found.setdefault((build.kernel, build.variants[0]), []).append((build, used))
+    return found
+
+
+def _alike(
+    build: Build, beside: Sequence[tuple[Build, Resources]], before: Sequence[tuple[Build, Resources]]
+) -> Resources | None:
+    if len(beside) > 1 or len(before) > 1:
+        same = (build.options, build.constants)
+        before = [(one, used) for one, used in before if (one.options, one.constants) == same]
+    return before[0][1] if len(before) == 1 else None
+
+
+def _built(compilation: Compilation) -> list[tuple[Build, Resources]]:
+    return [(build, build.resources) for build in compilation.builds if build.resources is not None]
+
+
+def _where(compilation: Compilation, build: Build) -> str:
+    return f"{build.kernel} on sm{compilation.sm}, {build.variants[0]}{build.configuration}"

@@ -1,0 +1,189 @@
+"""``python -m verify compile``: a verdict about cards that are not here, as far as a compiler can give one."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from verify.architectures import parse_targets
+from verify.build.builder import LIMIT_S, Order, Progress, compile_ahead, failed, prepare
+from verify.build.compiler import Answer
+from verify.build.records import records_of
+from verify.errors import ConfigurationError
+from verify.files import default_out, repository_root
+from verify.judge.variants import DEFAULT, FULL
+from verify.machine.processors import cores
+from verify.record.builds import BuildVerdict, Compilation
+from verify.record.schema import Record, write_record
+from verify.run.manifest import new_run_id
+from verify.subject.find import find_subject
+
+EXIT_OK, EXIT_FAILED, EXIT_NOTHING = 0, 1, 3
+
+
+def compile_verb(
+    sm: str,
+    *,
+    kernels: str | None = None,
+    full: bool = False,
+    subject: str = "bundled",
+    jobs: int | None = None,
+    limit_s: float | None = None,
+    fresh: bool = False,
+    as_json: bool = False,
+    out: Path | None = None,
+) -> int:
+    """Build, write a record for each GPU, print the table, and return the exit code of ``python -m verify compile``.
+
+    0 everything that the toolchain can build was built (soft failures are warnings), 1 a kernel was not built, 3
+    nothing can be built for any of the GPUs. Raises ConfigurationError when the request cannot be carried out or the
+    records cannot be written.
+    """
+    root, out = repository_root(), (out or default_out()).resolve()
+    order = _order(sm, kernels, full, subject, jobs, limit_s, fresh, root)
+    if out.exists() and not out.is_dir():
+        raise ConfigurationError(f"--out {out} is not a directory; name a directory for the records")
+    prepare()
+    info = order.subject.info()
+    with _interruptible():
+        compilations, imported = _with_progress(order)
+        records = records_of(order, info, compilations, _words(order, sm, full), out, root, imported)
+    folder = _write(records, out)
+    if as_json:
+        from verify.report.documents import compilations_json
+
+        print(compilations_json(compilations), end="")
+    else:
+        from verify.build.terminal import print_compilations
+
+        print_compilations(compilations, records, os.path.relpath(folder))
+    if failed(compilations):
+        return EXIT_FAILED
+    if not any(build.verdict is BuildVerdict.OK for one in compilations for build in one.builds):
+        sys.stdout.flush()
+        print("verify: nothing can be built for any of these GPUs, so nothing is known about them", file=sys.stderr)
+        return EXIT_NOTHING
+    return EXIT_OK
+
+
+def _order(
+    sm: str,
+    kernels: str | None,
+    full: bool,
+    subject: str,
+    jobs: int | None,
+    limit_s: float | None,
+    fresh: bool,
+    root: Path,
+) -> Order:
+    architectures = parse_targets(sm)
+    names = tuple(name.strip() for name in kernels.split(",")) if kernels is not None else ()
+    if kernels is not None and not all(names):
+        raise ConfigurationError(f"--kernels {kernels!r} has an empty name; give names such as score_kernel")
+    if jobs is not None and jobs < 1:
+        raise ConfigurationError(f"--jobs {jobs} builds nothing; give 1 or more")
+    if limit_s is not None and not 0 < limit_s <= 3600:
+        raise ConfigurationError(f"--timeout {limit_s:g} is out of range; give up to 3600 seconds")
+    return Order(
+        subject=find_subject(subject, root),
+        architectures=architectures,
+        variants=FULL if full else DEFAULT,
+        kernels=names,
+        jobs=jobs or len(cores()),
+        limit_s=limit_s or LIMIT_S,
+        fresh=fresh,
+    )
+
+
+def _words(order: Order, sm: str, full: bool) -> str:
+    """The request as it would be typed, without where anything lies."""
+    words = ["compile", "--sm", sm]
+    words += ["--kernels", ",".join(order.kernels)] if order.kernels else []
+    return shlex.join([*words, *(["--full"] if full else [])])
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the builds as Ctrl-C does: with no process left behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # nohup asks for a process that outlives its terminal
+    wanted = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _with_progress(order: Order) -> tuple[list[Compilation], list[Path]]:
+    """Compile, with a bar on a terminal, and elsewhere a heartbeat, and a line at the end; all on stderr.
+
+    Returns what was built, and the files that were imported to ask the subject.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    from verify.heartbeat import Heartbeat
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        "{task.description}",
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[last]}"),
+    )
+    begun, made = time.monotonic(), 0
+
+    def told() -> str:
+        shown = bar.tasks[task]
+        return f"{made} of {shown.total or 'some'} builds for {len(order.architectures)} GPUs, {shown.fields['last']}"
+
+    bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar, Heartbeat(console, told):
+        task = bar.add_task("building", total=None, last="asking the subject what it launches")
+
+        def planned(number: int) -> None:
+            bar.update(task, total=(bar.tasks[task].total or 0) + number, last="starting")
+
+        def ended(what: str, answer: Answer) -> None:
+            nonlocal made
+            made += 1
+            bar.update(task, advance=1, last=what)
+            if answer.verdict in (BuildVerdict.CRASH, BuildVerdict.TIMEOUT):
+                console.print(f"  {answer.verdict} {what}: {answer.message}", markup=False, soft_wrap=True)
+
+        imported: list[Path] = []
+        compilations = compile_ahead(order, Progress(imported.extend, planned, ended))
+    kept = "" if made else "; everything was built before"
+    console.print(f"{made} builds in {time.monotonic() - begun:.1f} s{kept}", markup=False)
+    return compilations, imported
+
+
+def _write(records: Sequence[Record], out: Path) -> Path:
+    """One directory with a record for each GPU. Raises ConfigurationError, and leaves nothing, when that cannot be."""
+    folder = out / new_run_id("compiled")
+    try:
+        for record in records:
+            write_record(record, folder / f"{record.target}.json")
+    except OSError as error:
+        for file in folder.glob("*"):
+            file.unlink(missing_ok=True)
+        if folder.is_dir():
+            folder.rmdir()
+        raise ConfigurationError(
+            f"the records cannot be written to {folder} ({error.strerror}); what was built is kept, so make room or "
+            "choose another --out and call again"
+        ) from error
+    return folder

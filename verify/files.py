@@ -1,0 +1,73 @@
+"""Where the suite keeps its files, and how it writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from verify.errors import ConfigurationError
+
+#: The directory that this package is imported from.
+IMPORT_ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write ``content`` so that a reader sees the old file or the new one, never a part; a text in UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def repository_root() -> Path:
+    """The nearest directory at or above the current one that holds ``phases/``, else the checkout of this package."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "phases" / "__init__.py").is_file():
+            return folder
+    return IMPORT_ROOT
+
+
+def cache_folder() -> Path:
+    """Where everything is kept that can be made again: ``TRIATTENTION_CACHE``, or a folder of the user's cache."""
+    root = os.environ.get("TRIATTENTION_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "triattention"
+
+
+def kept_place(folder: Path, *what: Any) -> Path:
+    """The file of ``folder`` for something that depends on all of ``what``, and on nothing else."""
+    identity = json.dumps(what, sort_keys=True, default=str)
+    return folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+
+
+def keep(place: Path, text: str) -> None:
+    """Write what can be made again; what cannot be kept is made anew the next time."""
+    with suppress(OSError):
+        write_atomic(place, text)
+
+
+def default_out() -> Path:
+    return repository_root() / "reports" / "runs"
+
+
+def write_out(text: str, out: Path | None) -> None:
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        write_atomic(out, text)
+    except OSError as error:
+        raise ConfigurationError(f"{out} cannot be written ({error.strerror}); choose another --out") from error

@@ -1,0 +1,147 @@
+"""What a check is given: the subject, the device, its seed, and where to put its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from verify.architectures import parse_target
+from verify.checks import Draw, Measure, derive_seed
+from verify.errors import ConfigurationError
+from verify.machine.environment import localise
+from verify.machine.processors import cores
+from verify.record.builds import Build, Compilation
+from verify.record.curves import Curve, clash
+from verify.record.schema import Measurement
+from verify.run.recorder import CURVES, MEASUREMENTS, id_of, repeat_command
+from verify.session import SESSION
+from verify.subject.subject import Subject
+
+#: Within the time of the first check that asks for the builds, even where every one of them hangs: a launch tells too.
+_BUILD_LIMIT_S = 10.0
+
+
+@pytest.fixture(scope="session")
+def subject(pytestconfig: pytest.Config) -> Subject:
+    """The implementation under test, importable in this process."""
+    found = pytestconfig.stash[SESSION].subject
+    found.activate()
+    return found
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    """``cpu`` (kernels run in the interpreter) or ``cuda``."""
+    return pytestconfig.stash[SESSION].device.name
+
+
+@pytest.fixture(scope="session")
+def target(pytestconfig: pytest.Config) -> str:
+    """``emulated``, or the GPU as ``sm90``; for checks only."""
+    return pytestconfig.stash[SESSION].manifest.target
+
+
+@pytest.fixture(scope="session")
+def model_name(pytestconfig: pytest.Config) -> str:
+    """The model that ``--model`` names."""
+    return pytestconfig.stash[SESSION].model
+
+
+@pytest.fixture(scope="session")
+def compilation(pytestconfig: pytest.Config) -> Compilation | None:
+    """The default kernels, built ahead of time for this run's GPU; None where the run has none.
+
+    What they take is kept in a record beside the run's own.
+    """
+    session = pytestconfig.stash[SESSION]
+    if session.device.name == "cpu":
+        return None
+    from verify.build.builder import Order, Progress, compile_ahead
+    from verify.build.records import records_of
+    from verify.judge.variants import DEFAULT
+    from verify.record.schema import write_record
+
+    manifest = session.manifest
+    order = Order(
+        session.subject,
+        (parse_target(manifest.target),),
+        DEFAULT,
+        jobs=len(cores()),
+        limit_s=_BUILD_LIMIT_S,
+    )
+    imported: list[Path] = []
+    found = compile_ahead(order, Progress(imported.extend))
+    (kept,) = records_of(order, manifest.subject_info, found, manifest.selection, None, session.root, imported)
+    try:
+        write_record(kept, session.run_dir / f"{manifest.target}.json")
+    except OSError as error:
+        raise ConfigurationError(f"what was built cannot be kept beside the run ({error.strerror})") from error
+    return found[0]
+
+
+@pytest.fixture
+def builds(request: pytest.FixtureRequest) -> list[Build]:
+    """The builds for this run's GPU that the case, a variant, needs; none on a CPU, or where none could be tried."""
+    try:
+        compilation = request.getfixturevalue("compilation")
+    except ConfigurationError:  # p3.resources tells it; a kernel that cannot be built ahead of time may yet run
+        return []
+    return compilation.of(request.node.callspec.id) if compilation else []
+
+
+@pytest.fixture(scope="session")
+def last_compilation(pytestconfig: pytest.Config) -> Compilation | None:
+    """What the last record of this run's GPU that has builds of the subject built."""
+    from verify.build.resources import Earlier
+
+    session = pytestconfig.stash[SESSION]
+    manifest = session.manifest
+    return Earlier.load().last_of(
+        manifest.target,
+        session.subject.source,
+        manifest.subject_info.content_sha256,
+        toolchain=manifest.environment.triton,
+    )
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A 32-bit seed that depends on the run's seed and the check's id only."""
+    return derive_seed(request.config.stash[SESSION].seed, id_of(request.node))
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest) -> Measure:
+    """``measure(name, measured, allowed, *, unit="", where="")``: record a number, fail outside its bound."""
+    session = request.config.stash[SESSION]
+    repeat = repeat_command(request.node.nodeid, session.manifest, session.root)
+    taken = request.node.stash[MEASUREMENTS]
+
+    def measure(name: str, measured: float, allowed: float, *, unit: str = "", where: str = "") -> None:
+        __tracebackhide__ = True
+        where = localise(where, session.root, session.manifest.places)
+        found = Measurement(name=name, measured=float(measured), allowed=float(allowed), unit=unit, where=where)
+        taken.append(found)
+        if not found.within:
+            raise AssertionError(f"{found.told}; repeat with: {repeat}")
+
+    return measure
+
+
+@pytest.fixture
+def curve(request: pytest.FixtureRequest) -> Draw:
+    """``curve(name, points, *, x, y)``: record ``(x, y)`` pairs, thinned, for one plot with the check's other curves.
+
+    Raises ValueError for points that are no curve, a name that is taken, or axes other than those of the first curve.
+    """
+    drawn = request.node.stash[CURVES]
+
+    def curve(name: str, points: Iterable[tuple[float, float]], *, x: str, y: str) -> None:
+        found = Curve.of(name, points, x=x, y=y)
+        if wrong := clash([*drawn, found]):
+            raise ValueError(wrong)
+        drawn.append(found)
+
+    return curve

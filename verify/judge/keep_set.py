@@ -1,0 +1,129 @@
+"""The keep set by the oracle: from float64 scores through the published rules, with how far honest errors can move it.
+
+Independent of any subject, in NumPy. Per query head a z-score over the evictable region (where asked for), per KV head
+the maximum over its group, then what the mode says: the mean over the layers (``per_head``), the maximum over
+everything (``union``) or over the heads of each layer (``per_layer``), or nothing (``per_layer_per_head``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from verify.judge import oracle, perturb, tolerance
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a round keeps the best of: ``scores`` ``[S, N]`` for S sets, each certain to ``error``."""
+
+    scores: np.ndarray
+    error: float
+
+    def inversion(self, kept: np.ndarray, evictable: np.ndarray) -> float:
+        """By how much the best evicted token beats the worst kept one: bool ``[S, N]``, bool ``[N]``; 0 if it does not.
+
+        Exactly the oracle's keep set has 0; within a score gap below the error either choice is right.
+        """
+        return self._inversion(
+            perturb.judged(
+                kept,
+                lambda factor, seed: self._swapped(kept, evictable, factor, seed),
+                lambda decided: self._inversion(decided, evictable) / self.allowed,
+            ),
+            evictable,
+        )
+
+    def _inversion(self, kept: np.ndarray, evictable: np.ndarray) -> float:
+        import numpy as np
+
+        worst_kept = np.where(kept & evictable, self.scores, np.inf).min(-1)
+        best_evicted = np.where(~kept & evictable, self.scores, -np.inf).max(-1)
+        return float(np.maximum(best_evicted - worst_kept, 0.0).max())
+
+    def _swapped(
+        self, kept: np.ndarray, evictable: np.ndarray, factor: float, seed: int
+    ) -> perturb.Error[np.ndarray] | None:
+        """``kept`` with a kept and an evicted token of one set exchanged, whose scores are ``factor`` errors apart.
+
+        Tokens are as far apart as they are: above 1 it is the next larger gap there is, else the largest; up to 1 the
+        next smaller one, and no swap where all are larger. So the error lies on the side of the bound that it should.
+        """
+        import numpy as np
+
+        free = kept & evictable, ~kept & evictable
+        both = np.flatnonzero(free[0].any(-1) & free[1].any(-1))
+        if not len(both):
+            return None
+        at = np.random.default_rng(seed).choice(both)
+        inside, outside = (np.flatnonzero(side[at]) for side in free)
+        gaps = self.scores[at, inside][:, None] - self.scores[at, outside]
+        wanted = factor * self.allowed
+        if factor > 1:
+            gap = min(gaps[gaps >= wanted].min(initial=np.inf), gaps.max())
+        else:
+            gap = gaps[gaps <= wanted].max(initial=0.0)
+            if gap <= 0:
+                return perturb.Error(kept, 0.0, 0.0, float(self.scores[at, inside].min()))
+        i, j = np.argwhere(gaps == gap)[0]
+        decided = kept.copy()
+        decided[at, [inside[i], outside[j]]] = False, True
+        return perturb.Error(decided, float(gap / self.allowed), float(gap), float(self.scores[at, inside[i]]))
+
+    @property
+    def allowed(self) -> float:
+        """Two scores are compared, so an honest inversion is at most twice the error of one."""
+        return 2 * self.error
+
+
+def select(
+    cases: Sequence[oracle.Case], evictable: np.ndarray, *, mode: str, normalize: bool, group: str = "max"
+) -> Selection:
+    """The selection scores of one sequence from one scoring problem per layer (batch of 1).
+
+    The sets are ``per_head``: one for each KV head; ``union``: one; ``per_layer``: one for each layer;
+    ``per_layer_per_head``: one for each layer and KV head, layer by layer. ``group`` joins the query heads of a KV
+    head.
+    """
+    import numpy as np
+
+    grouped, errors = [], []
+    for case in cases:
+        scores, error = oracle.scores(case)[0], tolerance.budget_b(case)[0]
+        if normalize:
+            inside = scores[:, evictable]
+            std = np.maximum(inside.std(-1, keepdims=True), 1e-6)
+            z = (scores - inside.mean(-1, keepdims=True)) / std
+            # a score, the mean and the standard deviation are each off by at most the largest error in the region
+            error = error[:, evictable].max(-1, keepdims=True) / std * (2 + np.abs(z))
+            scores = z
+        by_head = scores.reshape(case.k0.shape[1], -1, scores.shape[-1])
+        grouped.append(by_head.mean(1) if group == "mean" else by_head.max(1))
+        errors.append(float(error[:, evictable].max()))
+    heads = np.stack(grouped)  # [L, H, N]
+    if mode == "per_head":
+        return Selection(heads.mean(0), float(np.mean(errors)))
+    if mode == "union":
+        return Selection(heads.max((0, 1))[None], max(errors))
+    if mode == "per_layer":
+        return Selection(heads.max(1), max(errors))
+    return Selection(heads.reshape(-1, heads.shape[-1]), max(errors))
+
+
+def sets_of(kept: np.ndarray, mode: str) -> np.ndarray:
+    """The sets of a mode, bool ``[S, N]``, of what every layer and KV head holds, bool ``[L, H, N]``.
+
+    Raises AssertionError where heads or layers that share a set hold different tokens.
+    """
+    if mode == "per_layer_per_head":
+        return kept.reshape(-1, kept.shape[-1])
+    shared = {"per_head": kept[:1], "per_layer": kept[:, :1], "union": kept[:1, :1]}[mode]
+    differs = (kept != shared).any(-1).nonzero()
+    assert not len(differs[0]), (
+        f"layer {differs[0][0]}, KV head {differs[1][0]} holds other tokens than those it shares its {mode} set with"
+    )
+    return shared.reshape(-1, kept.shape[-1])

@@ -1,0 +1,220 @@
+"""Scoring problems for the checks: the same inputs as torch tensors for a subject and as float64 for the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from verify.judge import oracle
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+#: 1, 2, 4, ..., 65536: the 17 distances of the paper.
+OFFSETS_17 = tuple(float(1 << i) for i in range(17))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes and options of one scoring problem; the letters are those of the oracle."""
+
+    n: int = 255
+    d: int = 128
+    b: int = 1
+    h: int = 2
+    g: int = 1
+    t: int = 4096
+    dtype: str = "bfloat16"
+    style: str = "half"
+    aggregation: str = "mean"
+    offsets: tuple[float, ...] = OFFSETS_17
+    theta: float = 1e6
+    disable_mlr: bool = False
+    disable_trig: bool = False
+    strides: str = "contiguous"
+    cached: bool = False
+
+    def told(self) -> str:
+        """What differs from the default problem, in words for a failure message."""
+        here = {field.name: getattr(self, field.name) for field in fields(self)}
+        if len(self.offsets) > 3:
+            here["offsets"] = f"{len(self.offsets)} offsets"
+        changed = [f"{name}={value}" for name, value in here.items() if value != getattr(Shape(), name)]
+        return ", ".join(changed) or "the default problem"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of a scoring call on ``device`` and the oracle's view of exactly the same numbers.
+
+    ``head_stats`` is what the published ``compute_scores`` takes in place of the three q tensors.
+    """
+
+    shape: Shape
+    keys: torch.Tensor
+    q_mean_real: torch.Tensor
+    q_mean_imag: torch.Tensor
+    q_abs_mean: torch.Tensor
+    freq_weight: torch.Tensor
+    omega: torch.Tensor
+    offsets: torch.Tensor
+    case: oracle.Case
+    head_stats: dict[str, torch.Tensor]
+
+    def scoring_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the published ``triattention_scoring``."""
+        return {
+            "K_rot": self.keys,
+            "position_indices": None,
+            "q_mean_real": self.q_mean_real,
+            "q_mean_imag": self.q_mean_imag,
+            "q_abs_mean": self.q_abs_mean,
+            "freq_scale_sq": self.freq_weight,
+            "omega": self.omega,
+            "offsets": self.offsets,
+            "round_start": self.shape.t,
+            "aggregation": self.shape.aggregation,
+            "rope_style": self.shape.style,
+            "disable_mlr": self.shape.disable_mlr,
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor a scoring call is given, and the buffer around strided keys, for the check that none changes."""
+        around = self.keys if self.keys._base is None else self.keys._base
+        return {name: getattr(self, name) for name in _DRAWN} | self.head_stats | {"buffer of the keys": around}
+
+    def changed(self, **parts: Any) -> Problem:
+        """The same problem with another shape, other tensors or other ``positions``; the oracle's view follows."""
+        same = {name: getattr(self, name) for name in ("shape", *_DRAWN)} | {"positions": self.case.positions}
+        return assemble(**same | parts)
+
+
+#: The tensors of a problem, from which the rest is made.
+_DRAWN = ("keys", "q_mean_real", "q_mean_imag", "q_abs_mean", "freq_weight", "omega", "offsets")
+
+
+def make(shape: Shape, seed: int, device: str) -> Problem:
+    """A problem with structure: concentrated queries, keys of mixed size, frequencies of a real RoPE base.
+
+    The same numbers on every device: they are drawn on the CPU. Values are what the dtypes hold, so inputs are exact.
+    """
+    import numpy as np
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    freq, query_heads = shape.d // 2, shape.h * shape.g
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=draw)
+
+    keys = (normal(shape.b, shape.h, shape.n, shape.d) * (1 + normal(shape.b, shape.h, shape.n, 1).abs())).to(
+        getattr(torch, shape.dtype)
+    )
+    real, imag = normal(query_heads, freq), normal(query_heads, freq)
+    a = torch.hypot(real, imag) * (1 + torch.rand(query_heads, freq, generator=draw))
+    weight = 0.5 + torch.rand(query_heads, freq, generator=draw)
+    omega = 1.0 / (shape.theta ** (torch.arange(0, freq, dtype=torch.float32) / freq))
+    offsets = torch.tensor(shape.offsets)
+    positions = np.sort(np.random.default_rng(seed).choice(max(shape.t, shape.n) + 1, size=shape.n, replace=False))
+    moved = [x.to(device) for x in (keys, real, imag, a, weight, omega, offsets)]
+    return assemble(shape, *moved, positions)
+
+
+def assemble(
+    shape: Shape,
+    keys: torch.Tensor,
+    q_mean_real: torch.Tensor,
+    q_mean_imag: torch.Tensor,
+    q_abs_mean: torch.Tensor,
+    freq_weight: torch.Tensor,
+    omega: torch.Tensor,
+    offsets: torch.Tensor,
+    positions: np.ndarray,
+) -> Problem:
+    """The problem of these tensors, which are on one device, with keys restrided as ``shape`` says."""
+    import torch
+
+    real, imag, a, weight, frequencies, distances = (
+        x.double().cpu().numpy() for x in (q_mean_real, q_mean_imag, q_abs_mean, freq_weight, omega, offsets)
+    )
+    case = oracle.Case(
+        k0=oracle.unrotated(keys.double().cpu().numpy(), positions, frequencies, shape.style),
+        positions=positions,
+        m=real + 1j * imag,
+        a=a,
+        w=weight,
+        omega=frequencies,
+        offsets=distances,
+        t=shape.t,
+        aggregation=shape.aggregation,
+        disable_mlr=shape.disable_mlr,
+        disable_trig=shape.disable_trig,
+    )
+    head_stats = {"q_mean_complex": torch.stack([q_mean_real, q_mean_imag], -1), "q_abs_mean": q_abs_mean}
+    keys = restride(keys, shape.strides)
+    return Problem(shape, keys, q_mean_real, q_mean_imag, q_abs_mean, freq_weight, omega, offsets, case, head_stats)
+
+
+#: What ``drawn`` draws from unless told otherwise, the simplest first: tails of any block, head dims with and without
+#: padding, odd positions, every stride.
+_CHOICES = {
+    "n": (33, 1, 31, 64, 65, 129, 200),
+    "d": (64, 96, 128, 256),
+    "b": (1, 2, 3),
+    "h": (1, 2, 3),
+    "t": (64, 0, 1, 255, 4097, 32767),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "style": ("half", "interleaved"),
+    "aggregation": ("mean", "max"),
+    "offsets": ((1.0, 2.0, 4.0), (1.0,), OFFSETS_17),
+    "theta": (1e4, 1e6),
+    "strides": ("contiguous", "transposed", "sliced", "spread"),
+}
+
+
+def drawn(seed: int, count: int, **choices: tuple[Any, ...]) -> list[Shape]:
+    """At most ``count`` shapes drawn by hypothesis from ``seed`` alone, the least work first; ``choices`` by field.
+
+    They are drawn before any is tried: hypothesis runs a failing example again, and a numeric check is never retried.
+    """
+    from hypothesis import HealthCheck, Phase, given, settings, strategies
+    from hypothesis import seed as seeded
+
+    shapes: dict[Shape, None] = {}
+    fields_of = {name: strategies.sampled_from(values) for name, values in (_CHOICES | choices).items()}
+
+    @seeded(seed)
+    @settings(
+        max_examples=count, database=None, deadline=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(strategies.builds(Shape, **fields_of))
+    def note(shape: Shape) -> None:
+        shapes[shape] = None
+
+    note()
+    return sorted(shapes, key=lambda shape: shape.b * shape.h * shape.n * shape.d * len(shape.offsets))
+
+
+def restride(x: torch.Tensor, strides: str) -> torch.Tensor:
+    """The same values behind other strides: ``contiguous``, ``transposed`` (tokens before heads), ``sliced`` (a
+    view into a larger buffer at an offset) or ``spread`` (every second element, so the last stride is 2).
+    """
+    import torch
+
+    if strides == "contiguous":
+        return x.contiguous()
+    if strides == "transposed":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    b, h, n, d = x.shape
+    if strides == "sliced":
+        buffer = torch.full((b, h, n + 5, d + 24), torch.nan, dtype=x.dtype, device=x.device)
+        view = buffer[:, :, 3 : 3 + n, 8 : 8 + d]
+    elif strides == "spread":
+        buffer = torch.full((b, h, n, 2 * d + 1), torch.nan, dtype=x.dtype, device=x.device)
+        view = buffer[..., 1::2]
+    else:
+        raise ValueError(f"unknown strides {strides!r}")
+    view.copy_(x)
+    return view

@@ -1,0 +1,110 @@
+"""The variants of the scoring kernel: the inputs for which a subject may build another kernel, and the call that does.
+
+A variant is a ``Shape``. The same ones are built ahead of time for every GPU, over 4,096 tokens, and launched where a
+GPU or the interpreter runs phase 3, over 65. A subject that builds another kernel for another number of tokens so has
+each built as it meets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from verify.judge.problems import OFFSETS_17, Problem, Shape, make
+
+if TYPE_CHECKING:
+    import torch
+
+    from verify.subject.subject import Subject
+
+_DTYPES, _STYLES, _AGGREGATIONS = ("bfloat16", "float16", "float32"), ("half", "interleaved"), ("mean", "max")
+
+#: The plan's call of the kernel (item 3.1): 8 heads, 512 tokens, five offsets.
+_PLAN = Shape(n=512, h=8, t=512, offsets=OFFSETS_17[:5])
+
+
+def _named(*shapes: Shape) -> dict[str, Shape]:
+    return {_name(shape): shape for shape in shapes}
+
+
+def _name(shape: Shape) -> str:
+    parts = [shape.dtype, shape.style, shape.aggregation, f"d{shape.d}", f"o{len(shape.offsets)}"]
+    return "-".join([*parts, *(["g4"] if shape.g == 4 else []), *(["cached"] if shape.cached else [])])
+
+
+def _shape(
+    dtype: str, style: str, aggregation: str, d: int = 128, offsets: int = 17, *, cached: bool = False, g: int = 1
+) -> Shape:
+    # 65 tokens: one more than the largest block of the reference, so that a tail is always there
+    return Shape(
+        n=65, d=d, g=g, dtype=dtype, style=style, aggregation=aggregation, offsets=OFFSETS_17[:offsets], cached=cached
+    )
+
+
+#: Every combination of key dtype, pair layout, aggregation, head dim, number of offsets and cached phases.
+_EVERY = _named(
+    *(
+        _shape(dtype, style, aggregation, d, offsets, cached=cached)
+        for dtype, style, aggregation, d, offsets, cached in product(
+            _DTYPES, _STYLES, _AGGREGATIONS, (64, 128, 256), (1, 17), (False, True)
+        )
+    )
+)
+
+#: The variants of every run: each dtype, layout and aggregation; the settings in use; and the corners, where kernels
+#: break: the smallest and the largest head dim, the widest keys in the costliest layout, one offset.
+SCORING = MappingProxyType(
+    {
+        f"{dtype}-{style}-{aggregation}": _shape(dtype, style, aggregation, offsets=3)
+        for dtype, style, aggregation in product(_DTYPES, _STYLES, _AGGREGATIONS)
+    }
+    | _named(
+        *(
+            _shape("bfloat16", "half", aggregation, cached=cached)
+            for aggregation, cached in product(_AGGREGATIONS, (False, True))
+        ),
+        *(_shape("bfloat16", "half", aggregation, d) for d, aggregation in product((64, 256), _AGGREGATIONS)),
+        *(_shape("float32", "interleaved", aggregation, 256) for aggregation in _AGGREGATIONS),
+        _shape("bfloat16", "half", "max", offsets=1),
+    )
+)
+
+#: Several query heads per KV head in one call, which a subject may refuse.
+GROUPED = _named(*(_shape("bfloat16", "half", aggregation, g=4) for aggregation in _AGGREGATIONS))
+
+#: The case of p3.plan.
+PLAN = MappingProxyType({"as_written": _PLAN})
+
+#: What is built ahead of time, by the case of the phase 3 check that launches it.
+DEFAULT = MappingProxyType({**SCORING, **GROUPED, **PLAN})
+
+#: What ``--full`` builds.
+FULL = MappingProxyType({**DEFAULT, **_EVERY})
+
+
+def score(subject: Subject, shape: Shape, seed: int, device: str) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """The scores of the subject's published kernel call for ``shape``, and the shape ``(B, H*G, N)`` they must have.
+
+    A cached variant scores with a trig table of the subject's own. Raises SubjectLacks when the subject has no such
+    call, and whatever the call raises.
+    """
+    return scoring_call(subject, make(shape, seed, device), device)(), (shape.b, shape.h * shape.g, shape.n)
+
+
+def scoring_call(subject: Subject, problem: Problem, device: str) -> Callable[[], torch.Tensor]:
+    """The call that ``score`` makes, with its trig table, for a check that times it. Raises SubjectLacks as there."""
+    module, shape = "vllm.core.kernels.triton_scoring", problem.shape
+    arguments = problem.scoring_arguments()
+    if shape.cached:
+        create = subject.attribute(module, "create_trig_cache")
+        arguments["trig_cache"] = create(2 * shape.t, 128, problem.offsets, problem.omega, device)
+    return partial(subject.attribute(module, "triattention_scoring"), **arguments)
+
+
+def widened(shape: Shape) -> Shape:
+    """The same variant over 4,096 tokens, whole blocks of any sensible size: what a build is counted on."""
+    return replace(shape, n=4096)

@@ -1,0 +1,263 @@
+"""A live language model under the subject's patch, and the ways the checks of phase 6 drive it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verify.files import cache_folder, keep
+from verify.judge import oracle
+from verify.judge.compressor import write_statistics
+from verify.judge.live_case import scoring_problem
+from verify.subject.subject import Subject
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def physical_length(cache: Any) -> int:
+    """Tokens that the longest layer of ``cache`` really holds."""
+    return max(layer.keys.shape[-2] for layer in cache.layers)
+
+
+def _rows_of(original: Any, held: Any) -> Any:
+    """Which of the rows ``[H, N, D]`` each held row ``[H, K, D]`` is, bit for bit: int64 ``[H, K]``.
+
+    Raises AssertionError for a held row that is none of them.
+    """
+    same = (held[:, :, None] == original[:, None]).all(-1)
+    assert same.any(-1).all(), f"{int((~same.any(-1)).sum())} held rows are not rows that were cached, bit for bit"
+    return same.to(int).argmax(-1)
+
+
+def _held(given: tuple[Any, Any], layer: Any, number: int) -> Any:
+    """Which of the tokens ``given`` to a layer it holds, bool ``[H, N]`` on the CPU; keys and values agree on it."""
+    import torch
+
+    original = given[0][0]
+    rows = _rows_of(original, layer.keys[0])
+    want = given[1].gather(2, rows[None, :, :, None].expand_as(layer.values))
+    assert (want == layer.values).all(), f"layer {number} holds values of other tokens than its keys"
+    rows = rows.cpu()
+    return torch.zeros(original.shape[:2], dtype=torch.bool).scatter_(1, rows, torch.ones_like(rows, dtype=torch.bool))
+
+
+def load(location: str, statistics: Path, subject: Subject, device: str, defaults: Mapping[str, Any]) -> LiveModel:
+    """The model in the directory ``location``, in float32 under sdpa, with its tokenizer padding on the left."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, attn_implementation="sdpa")
+    tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LiveModel(
+        model.to(device).eval(), tokenizer, location, statistics, subject, defaults, published_layout(statistics)
+    )
+
+
+def locate(bundled: Subject, model: str, device: str) -> tuple[str, Path]:
+    """The directory of ``model``, and its statistics in float32, both by the bundled command line.
+
+    The embedded model is converted, and either is calibrated, once; both are kept in the cache, and where they lie is
+    noted there, for as long as the command line is the same.
+    """
+    if model != "embedded":
+        return model, _calibrated(bundled, model, device)
+    note = cache_folder() / "located" / f"{bundled.content_sha256()}-{device}.json"
+    with suppress(OSError, ValueError):  # not there, or not whole: it is asked again
+        location, statistics = json.loads(note.read_bytes())
+        if Path(location).is_dir() and Path(statistics).is_file():
+            return location, Path(statistics)
+    location = bundled.run("download-models", "--model", "embedded").strip().splitlines()[-1]
+    statistics = _calibrated(bundled, location, device)
+    keep(note, json.dumps([location, str(statistics)]))
+    return location, statistics
+
+
+def _calibrated(bundled: Subject, location: str, device: str) -> Path:
+    printed = bundled.run("build-stats", "--model", location, "--dtype", "float32", "--device", device)
+    return Path(printed.strip().splitlines()[-1])
+
+
+def published_layout(statistics: Path) -> Path:
+    """The same numbers in the published layout, written beside ``statistics``: the file that a subject is given.
+
+    It has no place for the mean of dims that are not rotated; of a model that has some, ``statistics`` itself.
+    """
+    import torch
+
+    found = torch.load(statistics, weights_only=True)
+    if found["q_pass_mean"].shape[-1]:
+        return statistics
+    path, m = statistics.with_suffix(".published.pt"), torch.complex(found["q_mean_real"], found["q_mean_imag"])
+    write_statistics(path, m, found["q_abs_mean"], style=found["architecture"]["rope_style"])
+    return path
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of one sequence: ``seen`` tokens were fed, whose keys are ``[1, H, seen, D]`` for each layer.
+
+    ``before`` and ``kept`` bool ``[L, H, seen]``: the tokens held before and after it.
+    """
+
+    seen: int
+    keys: list[Any]
+    before: np.ndarray
+    kept: np.ndarray
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A model loaded in float32 with its tokenizer, the directory it came from and its statistics file.
+
+    The oracle reads that file, a subject the same numbers in the published layout, or the file ``given`` to it.
+    ``defaults`` are the options of a patch that does not say otherwise.
+    """
+
+    model: Any
+    tokenizer: Any
+    location: str
+    statistics: Path
+    subject: Subject
+    defaults: Mapping[str, Any]
+    given: Path
+
+    def patch(self, **options: Any) -> None:
+        """Patch the model with the subject's published entry point."""
+        self.subject.attribute("methods.triattention", "apply_triattention_patch")(
+            self.model, stats_path=str(self.given), model_path=self.location, **{**self.defaults, **options}
+        )
+
+    def restated(self, path: Path, layers: Sequence[int], without: Collection[tuple[int, int]] = ()) -> LiveModel:
+        """The same model, whose subject is given the file ``path``: layer i there is ``layers[i]`` of the statistics.
+
+        Those of each (layer, query head) in ``without`` are left out. The oracle reads the same file as before.
+        """
+        import torch
+
+        mine, order = self._statistics, list(layers)
+        m = torch.complex(mine["q_mean_real"], mine["q_mean_imag"])[order]
+        write_statistics(path, m, mine["q_abs_mean"][order], without, mine["architecture"]["rope_style"])
+        return replace(self, given=path)
+
+    def new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def patch_options(self) -> Collection[str]:
+        """The names of the options that the subject's patch takes; those beyond the published ones are its own."""
+        return inspect.signature(self.subject.attribute("methods.triattention", "apply_triattention_patch")).parameters
+
+    def tokens(self, *prompts: str) -> dict[str, Any]:
+        """Token ids and mask of ``prompts`` on the model's device, left-padded."""
+        return self.tokenizer(list(prompts), return_tensors="pt", padding=True).to(self.model.device)
+
+    def generate(self, encoded: dict[str, Any], new_tokens: int) -> Any:
+        """New tokens ``[B, new_tokens]``, greedy and never stopping early, so that every run has the same length."""
+        out = self.model.generate(
+            **encoded,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return out[:, encoded["input_ids"].shape[1] :]
+
+    def decode(self, encoded: dict[str, Any], steps: int) -> Iterator[tuple[int, Any]]:
+        """Prefill and greedy steps by hand: tokens fed in the step, and the cache after it."""
+        import torch
+
+        cache, ids = self.new_cache(), encoded["input_ids"]
+        with torch.inference_mode():
+            for _ in range(steps):
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                yield ids.shape[1], cache
+                ids = out.logits[:, -1:].argmax(-1)
+
+    def feed(self, ids: Any, prompt: int, cache: Any = None) -> Iterator[Any]:
+        """Feed ``ids`` ``[1, T]``: the first ``prompt`` at once, then one by one; the cache after each step."""
+        import torch
+
+        cache = self.new_cache() if cache is None else cache
+        with torch.inference_mode():
+            for step in (ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)):
+                cache = self.model(
+                    input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
+                ).past_key_values
+                yield cache
+
+    @contextmanager
+    def rotated_queries(self) -> Iterator[list[Any]]:
+        """Within it, the list grows by the queries ``[B, H*G, T, D]`` that each layer is about to rotate, step by step.
+
+        They are taken where the model's own code rotates them, so nothing that a subject does is in them.
+        """
+        layers = next(part.layers for part in self.model.modules() if hasattr(part, "layers"))
+        module = sys.modules[type(layers[0].self_attn).__module__]
+        rotate, taken = module.apply_rotary_pos_emb, []
+
+        def noting(q: Any, k: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            taken.append(q.detach())
+            return rotate(q, k, *args, **kwargs)
+
+        module.apply_rotary_pos_emb = noting
+        try:
+            yield taken
+        finally:
+            module.apply_rotary_pos_emb = rotate
+
+    def rounds(self, ids: Any, prompt: int) -> Iterator[Round]:
+        """Feed ``ids`` ``[1, T]`` as ``feed`` does, and tell of each round what was there and what it kept.
+
+        Keys and values are noted as the model hands them to its cache. Raises AssertionError for a layer that holds a
+        row that was never handed to it, or values of other tokens than its keys.
+        """
+        import torch
+
+        cache, given = self.new_cache(), {}
+        update = cache.update
+
+        def noting(keys: Any, values: Any, layer: int, *args: Any, **kwargs: Any) -> Any:
+            before = given.get(layer)
+            step = (keys.detach(), values.detach())
+            given[layer] = (
+                step if before is None else tuple(torch.cat(x, dim=2) for x in zip(before, step, strict=True))
+            )
+            return update(keys, values, layer, *args, **kwargs)
+
+        cache.update = noting
+        held: Any = None
+        for after in self.feed(ids, prompt, cache):
+            layers = [given[number] for number in sorted(given)]
+            assert len(layers) == len(after.layers), f"{len(layers)} of {len(after.layers)} layers used the cache given"
+            heads, seen = layers[0][0].shape[1:3]
+            before = torch.ones(len(layers), heads, seen, dtype=torch.bool)
+            if held is not None:
+                before[:, :, : held.shape[2]] = held
+            held = before
+            if physical_length(after) < int(before[0, 0].sum()):
+                held = torch.stack([_held(*pair, n) for n, pair in enumerate(zip(layers, after.layers, strict=True))])
+                yield Round(seen, [keys for keys, _ in layers], before.numpy(), held.numpy())
+
+    @cached_property
+    def _statistics(self) -> dict[str, Any]:
+        import torch
+
+        return torch.load(self.statistics, weights_only=True)
+
+    def oracle_case(
+        self, layer: int, keys: Any, t: int, options: Mapping[str, Any], positions: Any = None, head: int | None = None
+    ) -> oracle.Case:
+        """The scoring problem of one layer of this model; see ``scoring_problem``."""
+        return scoring_problem(self._statistics, layer, keys, t, options, positions, head)

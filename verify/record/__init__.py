@@ -1,0 +1,1 @@
+"""What records hold and what they say: schema, archive, staleness, verdict."""

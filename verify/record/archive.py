@@ -1,0 +1,160 @@
+"""The records on disk: published evidence and local runs, with the files among them that cannot be read."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from verify.errors import ConfigurationError
+from verify.files import repository_root
+from verify.record.schema import Record, UnreadableRecord, read_record
+
+RECORD = "record.json"
+
+#: Beside its own record a run on a GPU keeps what was built for it.
+_BUILT = "sm*.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """What was read: the records, and one sentence for each file that does not count, with its reason."""
+
+    records: tuple[Record, ...]
+    unreadable: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file that is a record: which run it is of, and the digest of its content."""
+
+    path: Path
+    run_id: str
+    digest: str
+
+    @property
+    def published(self) -> bool:
+        return self.path.name != RECORD and not self.path.match(_BUILT)
+
+
+def load(folders: Sequence[Path] = ()) -> Archive:
+    """Read every record under ``folders``; without any, ``reports/evidence`` and ``reports/runs`` of the repository.
+
+    A file that does not count is listed, never raised. Raises ConfigurationError for a folder that is not there.
+    """
+    read: dict[Path, Record] = {}
+    unreadable: list[str] = []
+    for path in paths(folders):
+        try:
+            read[path] = read_finished(path)
+        except UnreadableRecord as error:
+            unreadable.append(str(error))
+    kept, refused = settle([Entry(path, record.run_id, digest_of_file(path)) for path, record in read.items()])
+    return Archive(tuple(read[entry.path] for entry in kept), (*unreadable, *refused))
+
+
+def read_finished(path: Path) -> Record:
+    """``read_record`` of a run that has ended, well or not. Raises UnreadableRecord for one that has not, too."""
+    record = read_record(path)
+    if record.state == "running":
+        raise UnreadableRecord(
+            f"{path}: is half-written (state running); let the run end, or go on with it: "
+            f"python -m verify run --resume {record.run_id}"
+        )
+    return record
+
+
+def read_again(path: Path) -> Record:
+    """``read_finished`` of a record that has been counted. Raises ConfigurationError where it is one no more."""
+    try:
+        return read_finished(path)
+    except UnreadableRecord as error:
+        raise ConfigurationError(f"{error}; it changed while it was read, so call again") from error
+
+
+def newest_runs(folder: Path) -> Iterator[Record]:
+    """The records of the runs in ``folder`` that can be read, ended or not, newest first."""
+    for path in sorted(folder.glob(f"*/{RECORD}"), reverse=True):
+        with suppress(UnreadableRecord):
+            yield read_record(path)
+
+
+def settle(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """The files that count, and a sentence for each that does not: the second copy of a run, and runs that disagree.
+
+    Evidence is published by copying a run's record, so one copy in either place is as it should be.
+    """
+    kept: list[Entry] = []
+    refused: list[str] = []
+    runs: dict[str, list[Entry]] = {}
+    for entry in entries:
+        runs.setdefault(entry.run_id, []).append(entry)
+    for run_id, (first, *others) in runs.items():
+        if any(other.digest != first.digest for other in others):
+            files = " and ".join(str(entry.path) for entry in (first, *others))
+            refused.append(f"{files}: contradict each other about run {run_id}; none counts until one is left")
+            continue
+        kept.append(first)
+        seen = {first.published}
+        for other in others:
+            if other.published in seen:
+                refused.append(f"{other.path}: is a duplicate of {first.path} (run {run_id}); remove one of them")
+            seen.add(other.published)
+    return kept, refused
+
+
+def digest_of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def paths(folders: Sequence[Path] = ()) -> list[Path]:
+    """Every file that should be a record. Raises ConfigurationError for a folder that is not there."""
+    return list(_given(folders) if folders else _default(repository_root() / "reports"))
+
+
+def locate(name: str) -> list[Path]:
+    """The files of the record that ``name`` is: a file, the directory of a run, or the id of a run or published record.
+
+    Raises ConfigurationError for a name that is none of them.
+    """
+    path, reports = Path(name), repository_root() / "reports"
+    if path.is_file():
+        return [path]
+    for folder in (path, reports / "runs" / name):
+        if folder.is_dir() and (found := [*folder.glob(RECORD), *sorted(folder.glob(_BUILT))]):
+            return found
+    if found := sorted((reports / "evidence").rglob(f"{glob.escape(path.name)}.json")):
+        return found[:1]
+    raise ConfigurationError(f"there is no record {name!r}; give a file, the directory of a run, or the id of a run")
+
+
+def _default(reports: Path) -> Iterator[Path]:
+    yield from sorted((reports / "evidence").rglob("*.json"))
+    yield from sorted((reports / "runs").glob(f"*/{RECORD}"))
+    yield from sorted((reports / "runs").glob(f"*/{_BUILT}"))
+
+
+def _given(folders: Iterable[Path]) -> Iterator[Path]:
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigurationError(f"--records {folder} is not a directory; name one that holds records")
+        # beside its records a run's directory has other JSON files, which are none
+        runs = {path.parent for path in folder.rglob(RECORD)}
+        for path in sorted(folder.rglob("*.json")):
+            built = path.parent in runs and path.match(_BUILT)
+            if path.name == RECORD or built or not runs.intersection(path.parents):
+                yield path
+
+
+def moment(record: Record) -> tuple[datetime, str]:
+    """What records are sorted by."""
+    # as times, not as strings: "…00.5Z" would sort before "…00Z"
+    return datetime.fromisoformat(record.time_utc), record.run_id
+
+
+def newest_first(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=moment, reverse=True)

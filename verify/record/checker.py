@@ -1,0 +1,159 @@
+"""``python -m verify check``: an independent look at records, which believes nothing that they say of themselves.
+
+It reads the files, the catalogue and the events beside a run, and works everything else out again: the schema model
+tells only whether a file has the shape of a record. A record of an honest failure is sound; one that claims more than
+it holds, or lacks a must-pass result, is not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from verify.checks import Check, catalogue
+from verify.errors import ConfigurationError
+from verify.record.archive import locate
+from verify.record.rules import FILE_RULES, RULES, Json
+from verify.record.schema import Record, shape_problem
+
+EXIT_SOUND, EXIT_UNSOUND = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong, in words: in which record, with which check (empty: the whole record)."""
+
+    record: str
+    id: str
+    problem: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.record, self.id, self.problem)))
+
+
+def check(names: Sequence[str], *, as_json: bool = False) -> int:
+    """Print every problem of the records that ``names`` are (files, directories of runs, run ids); 1, or 0 without any.
+
+    Several records are merged, which is refused where they contradict each other. Raises ConfigurationError for a name
+    that is no record's.
+    """
+    paths = [path for name in names for path in locate(name)]
+    checks = list(catalogue())
+    if not checks:
+        raise ConfigurationError("there are no checks in phases/; run this from a checkout of the suite")
+    problems = examine(paths, checks)
+    if as_json:
+        print(
+            json.dumps(
+                {"records": [str(path) for path in paths], "problems": [asdict(one) for one in problems]}, indent=1
+            )
+        )
+    else:
+        print("\n".join(map(str, problems)) or f"sound: {', '.join(map(str, paths))}")
+    return EXIT_UNSOUND if problems else EXIT_SOUND
+
+
+def examine(paths: Iterable[Path], checks: Sequence[Check]) -> list[Problem]:
+    """Every problem of the records at ``paths``: of each by itself, then of all of them as one proof."""
+    known, problems, read = {one.id: one for one in checks}, [], []
+    for path in paths:
+        try:
+            record, contradictions = _read(path)
+        except ValueError as error:
+            problems.append(Problem(str(path), "", str(error)))
+            continue
+        read.append((str(path), record))
+        own = [Problem(str(path), *found) for rule in RULES for found in rule(record, known)]
+        own += [Problem(str(path), *found) for rule in FILE_RULES for found in rule(path, record)]
+        # the model's own complaints add nothing where the rules have found the same
+        problems += own or [Problem(str(path), "", one) for one in contradictions]
+    return [*problems, *_together(read), *_absent(read, checks)]
+
+
+def _read(path: Path) -> tuple[Json, list[str]]:
+    """The record as JSON, and what the schema model finds contradictory in it. Raises ValueError for another shape."""
+    try:
+        content = path.read_bytes()
+        Record.model_validate_json(content)
+        found = []
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        if problem := shape_problem(error):
+            raise ValueError(problem) from error
+        found = [one["msg"] for one in error.errors()]
+    return json.loads(content, object_pairs_hook=_unrepeated), found
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> Json:
+    # JSON readers keep the last of two equal names, so a record could show one value and mean another
+    if twice := [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
+        raise ValueError(f"has {twice[0]!r} twice in one object")
+    return dict(pairs)
+
+
+def _together(records: Sequence[tuple[str, Json]]) -> Iterator[Problem]:
+    """What keeps records from being one proof: two subjects, or two results of one check on one target."""
+    held: dict[tuple[str, str, str], str] = {}
+    for path, record in records:
+        first_path, first = records[0]
+        for name in ("name", "version", "content_sha256"):
+            ours, theirs = record["subject"][name], first["subject"][name]
+            if ours != theirs:
+                yield Problem(
+                    path, "", f"subject.{name} is {ours}, and {first_path} has {theirs}; they cannot be merged"
+                )
+        held_here = {(one["id"], record["target"], one["evidence"]) for one in record["results"]}
+        if again := sorted(held_here & held.keys()):
+            check_id, target, evidence = again[0]
+            more = f" and {len(again) - 1} more results" if len(again) > 1 else ""
+            told = f"has the {evidence} result on {target}{more} that {held[again[0]]} has; they cannot be merged"
+            yield Problem(path, check_id, told)
+        held |= dict.fromkeys(held_here, path)
+
+
+def _absent(records: Sequence[tuple[str, Json]], checks: Sequence[Check]) -> Iterator[Problem]:
+    """The must-pass checks without a result, by family. What was built ahead of time owes what it can build."""
+    for target in dict.fromkeys(record["target"] for _, record in records):
+        own = [(path, record) for path, record in records if record["target"] == target]
+        ran = [one for one in own if not one[1].get("compilation")]
+        for group in [ran] if ran else [[one] for one in own]:
+            yield from _absent_from(group, target, [one for one in checks if one.spec.gate == "hard"])
+
+
+def _absent_from(group: Sequence[tuple[str, Json]], target: str, hard: Sequence[Check]) -> Iterator[Problem]:
+    compilation = group[0][1].get("compilation")
+    try:
+        wanted = [one for one in hard if one.applies_to(target)]
+    except ValueError:  # a target of no known form has been told
+        return
+    if compilation:
+        wanted = [] if compilation["gap"] else [one for one in wanted if one.phase == 3]
+    # the must-pass list promises the embedded model; runs with others are further records
+    have = {
+        one["id"]: one
+        for _, record in group
+        for one in record["results"]
+        if compilation or record["model"] == "embedded" or not one["id"].startswith("p6.")
+    }
+    places = ", ".join(path for path, _ in group)
+    families: dict[str, list[str]] = {}
+    for one in wanted:
+        if one.id not in have:
+            families.setdefault(one.spec.family, []).append(one.id)
+        elif have[one.id]["verdict"] == "SKIP":
+            yield Problem(
+                places, one.id, f"is must-pass on {target}, and SKIP({have[one.id]['code']}) counts as absent"
+            )
+    for family, ids in families.items():
+        if len(ids) == 1:
+            yield Problem(places, ids[0], f"is must-pass on {target} and has no result")
+        else:
+            told = f"{len(ids)} checks are must-pass on {target} and have no result, the first of them {ids[0]}"
+            yield Problem(places, family, told)

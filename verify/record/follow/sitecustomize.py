@@ -1,0 +1,70 @@
+"""Notes which files of some directories a process opens: the interpreter of every child of a run imports this first.
+
+``verify/record/grounds.py`` puts this directory on PYTHONPATH, with the file to write to and the directories to watch
+in two variables. A server that is killed has no end at which it could tell, so each file is a line at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+LOG, PLACES = "VERIFY_GROUNDS_LOG", "VERIFY_GROUNDS_PLACES"
+
+
+def follow(log: str, places: tuple[str, ...]) -> None:
+    """Append to ``log`` the path of every file below ``places`` that this process opens, once, from now on."""
+    seen: set[object] = set()
+
+    def opened(event: str, arguments: tuple[object, ...]) -> None:
+        if event != "open" or arguments[0] in seen or threading.get_ident() in _unnoticed():
+            return
+        path = arguments[0]
+        if not isinstance(path, str) or not os.path.abspath(path).startswith(places):
+            return
+        seen.add(path)
+        # opened anew each time: a descriptor kept open may be another file's by now
+        with suppress(OSError):
+            descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            os.write(descriptor, f"{os.path.abspath(path)}\n".encode())
+            os.close(descriptor)
+
+    sys.addaudithook(opened)
+
+
+def _unnoticed() -> set[int]:
+    """The threads that read for a digest; kept where the copies of this module in a process share it."""
+    if not hasattr(sys, "_verify_unnoticed"):
+        sys._verify_unnoticed = set()
+    return sys._verify_unnoticed
+
+
+@contextmanager
+def unnoticed() -> Iterator[None]:
+    """What this thread opens meanwhile is not noted: a file that is only digested changes no result."""
+    _unnoticed().add(threading.get_ident())
+    try:
+        yield
+    finally:
+        _unnoticed().discard(threading.get_ident())
+
+
+def _next() -> None:
+    """Import the sitecustomize that this one hides, if there is one."""
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+
+    here = os.path.dirname(os.path.abspath(__file__))
+    others = [place for place in sys.path if os.path.abspath(place or ".") != here]
+    spec = PathFinder.find_spec("sitecustomize", others)
+    if spec is not None and spec.loader is not None:
+        spec.loader.exec_module(module_from_spec(spec))
+
+
+if __name__ == "sitecustomize":
+    if LOG in os.environ:
+        follow(os.environ[LOG], tuple(os.environ[PLACES].split(os.pathsep)))
+    _next()

@@ -1,0 +1,308 @@
+"""An index of the records on disk, so that a report need not read a thousand files to show the newest of each GPU.
+
+It is SQLite, in the cache, made of the records alone: thrown away it comes back, and a file that changed is read again.
+A verdict is never read from it. It says which records hold the newest results, and those are read from their files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sqlite3
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from verify.architectures import Target
+from verify.errors import ConfigurationError
+from verify.files import IMPORT_ROOT, cache_folder, repository_root
+from verify.record.archive import Entry, digest_of_file, moment, newest_first, paths, read_again, read_finished, settle
+from verify.record.digest import digest_of
+from verify.record.grounds import PACKAGE, Checkout
+from verify.record.schema import CheckResult, Record, UnreadableRecord
+from verify.record.staleness import merged
+
+_TABLES = (
+    """CREATE TABLE record (
+        number INTEGER PRIMARY KEY, path TEXT UNIQUE, size INTEGER, changed INTEGER,
+        problem TEXT, digest TEXT, run_id TEXT, covers TEXT, head TEXT, grounds TEXT
+    )""",
+    # what results rest on is alike in most records of one suite
+    "CREATE TABLE grounds (digest TEXT PRIMARY KEY, content TEXT)",
+    """CREATE TABLE result (
+        record INTEGER, id TEXT, gate TEXT, evidence TEXT, verdict TEXT, code TEXT,
+        measure TEXT, measured REAL, allowed REAL, duration_s REAL, rests_on INTEGER,
+        PRIMARY KEY (record, id)
+    ) WITHOUT ROWID""",
+)
+
+_POINTS = """
+SELECT id, gate, verdict, code, evidence, measure, measured, allowed, duration_s FROM result
+WHERE record = :record AND (:name IS NULL OR id = :name OR id BETWEEN :name || '.' AND :name || '/')
+"""
+
+#: How long a call waits for another one that is reading a thousand records.
+_PATIENCE_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One result in the course of time: ``measure`` names its tightest measurement, None where it has none.
+
+    A number that is NaN is None.
+    """
+
+    run_id: str
+    time_utc: str
+    target: str
+    id: str
+    gate: str
+    verdict: str
+    code: str | None
+    evidence: str
+    measure: str | None
+    measured: float | None
+    allowed: float | None
+    duration_s: float
+
+    @property
+    def share(self) -> float | None:
+        """The part of the allowance that was needed, measured / allowed: 1 is the bound."""
+        if self.measured is None or not self.allowed or math.isinf(self.allowed):
+            return None
+        return self.measured / self.allowed
+
+
+@dataclass(slots=True)
+class Index:
+    """The records of some folders, as they are now. ``heads`` are the records without results, by their number, and
+    ``checkout`` is what reports compare results with.
+    """
+
+    unreadable: tuple[str, ...]
+    heads: dict[int, Record]
+    checkout: Checkout
+    _database: sqlite3.Connection
+    _paths: dict[int, Path]
+    _covers: dict[int, str]
+    _read: dict[int, Record] = field(default_factory=dict)
+
+    def records(self, target: Target) -> list[Record]:
+        """The records of ``target``: in full where a result is the newest of its kind, else what they are about.
+
+        ``assess`` says the same of them as of all records in full.
+        """
+        own = {number: head for number, head in self.heads.items() if head.target == target.target}
+        numbers = {head.run_id: number for number, head in own.items()}
+        used, _, comparison = merged(target, own.values(), self.checkout)
+        needed = {numbers[head.run_id] for head in used if head.ahead_of_time and not head.compilation.gap}
+        known: set[tuple[object, ...]] = set()
+        looked: set[tuple[object, ...]] = set()
+        kept = {head.run_id for head in used}
+        for head in newest_first(own.values()):
+            number, counting = numbers[head.run_id], head.run_id in kept
+            changed = tuple(bool(why) for why in comparison.lists(head))
+            # most runs are of the same checks as the one after them
+            if (look := (head.model, self._covers[number], counting and changed)) in looked:
+                continue
+            looked.add(look)
+            query = "SELECT id, gate, evidence, rests_on FROM result WHERE record = ?"
+            results = {
+                (head.model, *kind, counting and rests_on is not None and not changed[rests_on])
+                for *kind, rests_on in self._database.execute(query, (number,))
+            }
+            if not results <= known:
+                needed.add(number)
+                known |= results
+        return [self._in_full(number) if number in needed else head for number, head in own.items()]
+
+    def find(self, run_id: str) -> Record | None:
+        """The record of that run, in full."""
+        number = next((number for number, head in self.heads.items() if head.run_id == run_id), None)
+        return None if number is None else self._in_full(number)
+
+    def passed(self, run_id: str) -> set[str]:
+        """The checks that passed in that run."""
+        query = "SELECT id FROM record JOIN result ON record = number WHERE run_id = ? AND verdict = 'PASS'"
+        return {check_id for (check_id,) in self._database.execute(query, (run_id,))}
+
+    def points(self, name: str | None = None, target: str | None = None, last: int | None = None) -> list[Point]:
+        """Every result, of one check or family and of one target where they are given, oldest first.
+
+        With ``last``, those of the newest so many records of each target.
+        """
+        seen: Counter[str] = Counter()
+        chosen: list[tuple[int, Record]] = []
+        for number, head in self._newest_first():
+            seen[head.target] += 1
+            if target in (None, head.target) and (last is None or seen[head.target] <= last):
+                chosen.append((number, head))
+        return [
+            Point(head.run_id, head.time_utc, head.target, *row)
+            for number, head in reversed(chosen)
+            for row in self._database.execute(_POINTS, {"record": number, "name": name})
+        ]
+
+    def files(self) -> list[Path]:
+        """What the records are in, newest first."""
+        return [self._paths[number] for number, _ in self._newest_first()]
+
+    def _newest_first(self) -> list[tuple[int, Record]]:
+        return sorted(self.heads.items(), key=lambda pair: moment(pair[1]), reverse=True)
+
+    def _in_full(self, number: int) -> Record:
+        if number not in self._read:
+            self._read[number] = read_again(self._paths[number])
+        return self._read[number]
+
+
+@contextmanager
+def open_index(folders: Sequence[Path] = ()) -> Iterator[Index]:
+    """The index of the records under ``folders``, or of the usual ones, brought up to date.
+
+    Where the cache cannot be written it is made in memory, which takes as long as reading every record, and says so.
+    Raises ConfigurationError for a folder that is not there, and where the index is busy or damaged.
+    """
+    found = {os.path.abspath(path): path for path in paths(folders)}
+    database = _connect()
+    try:
+        _refresh(database, found)
+        yield _opened(database, found)
+    except sqlite3.OperationalError as error:
+        raise ConfigurationError(f"the index {_file()} cannot be used ({error}); call again") from error
+    except sqlite3.DatabaseError as error:
+        _file().unlink(missing_ok=True)
+        raise ConfigurationError(f"the index {_file()} was damaged ({error}) and is removed; call again") from error
+    finally:
+        database.close()
+
+
+def _connect() -> sqlite3.Connection:
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        return _with_tables(str(_file()))
+    except (OSError, sqlite3.OperationalError) as error:
+        print(f"verify: the index {_file()} cannot be kept ({error}), so every record is read anew", file=sys.stderr)
+    except sqlite3.DatabaseError:
+        _file().unlink(missing_ok=True)
+        return _with_tables(str(_file()))
+    return _with_tables(":memory:")
+
+
+def _with_tables(place: str) -> sqlite3.Connection:
+    database = sqlite3.connect(place, timeout=_PATIENCE_S, isolation_level=None)
+    version = _version()
+    database.execute("BEGIN IMMEDIATE")
+    if database.execute("PRAGMA user_version").fetchone() != (version,):
+        for table in ("record", "result", "grounds"):
+            database.execute(f"DROP TABLE IF EXISTS {table}")
+        for statement in _TABLES:
+            database.execute(statement)
+        database.execute(f"PRAGMA user_version = {version}")
+    database.execute("COMMIT")
+    # what is lost with the power is made again
+    database.execute("PRAGMA synchronous = OFF")
+    return database
+
+
+def _refresh(database: sqlite3.Connection, found: Mapping[str, Path]) -> None:
+    """Read the files that are new or changed, one at a time, and forget those that are gone."""
+    known = {path: state for path, *state in database.execute("SELECT path, size, changed FROM record")}
+    states = {path: _state(path) for path in found}
+    changed = [path for path, state in states.items() if known.get(path) != state]
+    if not changed:
+        return
+    database.execute("BEGIN IMMEDIATE")
+    gone = [path for path in known if path not in states and not os.path.exists(path)]
+    for path in (*gone, *changed):
+        database.execute("DELETE FROM result WHERE record IN (SELECT number FROM record WHERE path = ?)", (path,))
+        database.execute("DELETE FROM record WHERE path = ?", (path,))
+    database.execute("DELETE FROM grounds WHERE digest NOT IN (SELECT grounds FROM record WHERE grounds NOTNULL)")
+    for path in changed:
+        _add(database, path, found[path], states[path])
+    database.execute("COMMIT")
+
+
+def _state(path: str) -> list[int]:
+    # the time of change too: the time of writing can be set back
+    with suppress(OSError):
+        stat = os.stat(path)
+        return [stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)]
+    return [-1, -1]
+
+
+def _add(database: sqlite3.Connection, key: str, path: Path, state: Sequence[int]) -> None:
+    columns = "(path, size, changed, problem, digest, run_id, covers, head, grounds)"
+    insert = f"INSERT INTO record {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    try:
+        record = read_finished(path)
+    except UnreadableRecord as error:
+        # without the path, which may be given in another way the next time
+        problem = str(error).removeprefix(f"{path}: ")
+        database.execute(insert, (key, *state, problem, *[None] * 5))
+        return
+    built = record.compilation
+    about = built and built.model_copy(update={"builds": [], "unlaunched": {}})
+    bare = {"results": [], "sources": {}, "rests_on": [], "compilation": about}
+    head = record.model_copy(update=bare).model_dump_json()
+    covers = repr(sorted((one.id, one.gate, one.evidence, one.rests_on) for one in record.results))
+    content = json.dumps([record.sources, record.rests_on])
+    grounds = _digest(content)
+    database.execute("INSERT OR IGNORE INTO grounds VALUES (?, ?)", (grounds, content))
+    facts = (digest_of_file(path), record.run_id, _digest(covers), head, grounds)
+    number = database.execute(insert, (key, *state, None, *facts)).lastrowid
+    database.executemany(
+        "INSERT INTO result VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (_row(number, one) for one in record.results)
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _row(number: int, result: CheckResult) -> tuple[int | str | float | None, ...]:
+    tight = result.tightest
+    numbers = (tight.name, tight.measured, tight.allowed) if tight else (None, None, None)
+    told = (result.gate, result.evidence, result.verdict, result.code)
+    return (number, result.id, *told, *numbers, result.duration_s, result.rests_on)
+
+
+def _opened(database: sqlite3.Connection, found: Mapping[str, Path]) -> Index:
+    query = "SELECT path, number, problem, digest, run_id, covers, head, grounds FROM record"
+    rows = {path: row for path, *row in database.execute(query) if path in found}
+    problems = [f"{found[path]}: {rows[path][1]}" for path in found if rows[path][1] is not None]
+    good = {found[path]: rows[path] for path in found if rows[path][1] is None}
+    kept, refused = settle([Entry(path, run_id, digest) for path, (_, _, digest, run_id, _, _, _) in good.items()])
+    counted = {good[entry.path][0]: (entry.path, *good[entry.path][-3:]) for entry in kept}
+    contents = dict(database.execute("SELECT digest, content FROM grounds"))
+    known = {digest: json.loads(contents[digest]) for digest in {row[3] for row in counted.values()}}
+    root = repository_root()
+    return Index(
+        unreadable=(*problems, *refused),
+        heads={number: _head(head, *known[grounds]) for number, (_, _, head, grounds) in counted.items()},
+        checkout=Checkout(root, root, root / PACKAGE),
+        _database=database,
+        _paths={number: path for number, (path, *_) in counted.items()},
+        _covers={number: covers for number, (_, covers, _, _) in counted.items()},
+    )
+
+
+def _head(text: str, sources: dict[str, str], rests_on: list[list[str]]) -> Record:
+    return Record.model_validate_json(text).model_copy(update={"sources": sources, "rests_on": rests_on})
+
+
+def _file() -> Path:
+    return cache_folder() / "records.sqlite"
+
+
+def _version() -> int:
+    """A number that changes with the rules by which a file is a record, and with the tables."""
+    files = (
+        Path(__file__).with_name(f"{name}.py") for name in ("archive", "builds", "curves", "index", "schema", "strict")
+    )
+    return int(digest_of([*files, IMPORT_ROOT / "verify" / "checks.py"], IMPORT_ROOT)[:7], 16)

@@ -1,0 +1,115 @@
+"""The kill matrix: which check caught which planted fault, as it is kept in ``reports/selftest/``."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from verify.errors import ConfigurationError
+from verify.record.schema import SubjectInfo
+from verify.record.strict import Sha256, Strict
+
+#: Below the repository.
+FOLDER = Path("reports") / "selftest"
+
+
+class Outcome(StrEnum):
+    """What a check made of a fault. NOT_RUN: it was skipped or blocked, or does not pass without the fault either."""
+
+    KILLED = "killed"
+    SURVIVED = "survived"
+    NOT_RUN = "not run"
+
+
+class Cell(Strict):
+    """One check against one fault; ``verdict`` and ``message`` are the check's own."""
+
+    check: str
+    outcome: Outcome
+    verdict: str
+    message: str = ""
+
+
+class Row(Strict):
+    """One fault, with a cell for each check that it was tried against.
+
+    Where one of them caught it, checks that passed and claim nothing of the kind are a number: ``passed``.
+    """
+
+    id: str
+    what: str
+    cells: list[Cell]
+    duration_s: float = Field(ge=0)
+    passed: int = 0
+
+    def without_bystanders(self, claims: Set[str]) -> Row:
+        """The same with those that passed, and whose ids are not in ``claims``, counted. One not caught is as it is."""
+        if self.outcome is not Outcome.KILLED:
+            return self
+        cells = [cell for cell in self.cells if cell.outcome is not Outcome.SURVIVED or cell.check in claims]
+        return self.model_copy(update={"cells": cells, "passed": len(self.cells) - len(cells)})
+
+    @property
+    def outcome(self) -> Outcome:
+        outcomes = {cell.outcome for cell in self.cells}
+        for outcome in (Outcome.KILLED, Outcome.SURVIVED):
+            if outcome in outcomes:
+                return outcome
+        return Outcome.NOT_RUN
+
+    @property
+    def killers(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.outcome is Outcome.KILLED]
+
+    @property
+    def caught_by(self) -> list[str]:
+        """The checks that killed it, where several are of one family that with their number: ``p4.gqa (2)``."""
+        families: dict[str, list[str]] = {}
+        for cell in self.killers:
+            families.setdefault(cell.check.rpartition(".")[0], []).append(cell.check)
+        return [ids[0] if len(ids) == 1 else f"{family} ({len(ids)})" for family, ids in families.items()]
+
+
+class Matrix(Strict):
+    """Every row of one selftest; ``idle`` are the families of checks that killed nothing in it."""
+
+    schema_version: Literal[1] = 1
+    time_utc: str
+    subject: SubjectInfo
+    instrument_sha256: Sha256
+    versions: dict[str, str]
+    selection: str
+    seed: int
+    rows: list[Row]
+    idle: list[str]
+
+    def of(self, outcome: Outcome | str) -> list[Row]:
+        return [row for row in self.rows if row.outcome == outcome]
+
+
+def write(matrix: Matrix, path: Path) -> None:
+    """Raises ConfigurationError where the file cannot be written."""
+    from verify.files import write_out
+
+    write_out(matrix.model_dump_json(indent=1) + "\n", path)
+
+
+def read(path: Path) -> Matrix:
+    """Raises ConfigurationError naming the file when it is damaged."""
+    try:
+        return Matrix.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ConfigurationError(f"{path} is no kill matrix; remove it, or run python -m verify selftest") from error
+
+
+def caught_by(checks: Set[str], root: Path) -> dict[str, list[str]]:
+    """The faults that any of the checks killed, by the name of each matrix that is kept below ``root``."""
+    matrices = {path.stem: read(path) for path in sorted((root / FOLDER).glob("*.json"))}
+    return {
+        name: [row.id for row in matrix.rows if any(cell.check in checks for cell in row.killers)]
+        for name, matrix in matrices.items()
+    }

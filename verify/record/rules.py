@@ -1,0 +1,270 @@
+"""What must hold of one record: rules that believe nothing that it says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from verify.architectures import parse_target
+from verify.checks import Check
+from verify.errors import ConfigurationError
+from verify.record.schema import FAILING
+
+#: A record of the suite cannot be older than the method that it is about, nor newer than now but for a slow clock.
+_FIRST, _CLOCK_SKEW = datetime(2026, 4, 1, tzinfo=UTC), timedelta(hours=1)
+
+
+#: The run id is drawn in the second in which a run notes its time, or, of a compilation, just after it.
+_ID_AND_TIME = timedelta(minutes=1)
+
+
+#: What stands where nobody filled a field in.
+_PLACEHOLDER = re.compile(r"(|-|\?+|x+|n/?a|none|null|unknown|todo|tbd|unset|placeholder|example)", re.IGNORECASE)
+
+
+_SHA256, _GIT_SHA = re.compile(r"[0-9a-f]{64}"), re.compile(r"none|[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+Json = dict[str, Any]
+
+
+Found = Iterator[tuple[str, str]]
+
+
+def _identity(record: Json, known: Mapping[str, Check]) -> Found:
+    if record["state"] != "complete":
+        yield "", f"state is {record['state']!r}; only a complete run proves anything"
+    made, now = datetime.fromisoformat(record["time_utc"]), datetime.now(UTC)
+    if not _FIRST <= made <= now + _CLOCK_SKEW:
+        yield "", f"time_utc {record['time_utc']} is not between {_FIRST:%Y-%m-%d} and now"
+    word = record["target"] + ("-compiled" if record.get("compilation") else "")
+    match = re.fullmatch(rf"(\d{{8}}T\d{{6}}Z)-{word}-[0-9a-f]{{4}}", record["run_id"])
+    if match is None:
+        yield "", f"run_id {record['run_id']!r} is not a time, {word} and four hexadecimal digits"
+    elif abs(datetime.strptime(match[1], "%Y%m%dT%H%M%S%z") - made) > _ID_AND_TIME:
+        yield "", f"run_id {record['run_id']!r} has another time than time_utc {record['time_utc']}"
+    if not math.isfinite(float(record["duration_s"])):
+        yield "", f"duration_s is {record['duration_s']}"
+    for name, digest in (
+        ("instrument_sha256", record["instrument_sha256"]), ("content_sha256", record["subject"]["content_sha256"]),
+        *((f"the digest of {name}", digest) for name, digest in record.get("sources", {}).items()),
+    ):  # fmt: skip
+        yield from _digest(name, digest)
+    if not _GIT_SHA.fullmatch(record["subject"]["git_sha"]):
+        yield "", f"subject.git_sha {record['subject']['git_sha']!r} is neither a commit nor 'none'"
+
+
+def _digest(name: str, digest: str) -> Found:
+    if not _SHA256.fullmatch(digest) or len(set(digest)) == 1:
+        yield "", f"{name} {digest!r} is no SHA-256"
+
+
+def _environment(record: Json, known: Mapping[str, Check]) -> Found:
+    environment = record["environment"]
+    gpu, variables = environment["gpu"], environment["variables"]
+    named = {"subject.name": record["subject"]["name"], "subject.version": record["subject"]["version"]}
+    named |= {"subject.source": record["subject"]["source"]}
+    named |= {name: value for name, value in environment.items() if isinstance(value, str)}
+    named |= {f"gpu.{name}": value for name, value in (gpu or {}).items() if isinstance(value, str)}
+    named |= {f"ptxas.{name}": value for name, value in environment["ptxas"].items()}
+    for name, value in named.items():
+        if _PLACEHOLDER.fullmatch(value.strip()):
+            yield "", f"{name} is {value!r}, which says nothing"
+    for name in ("torch", "triton", "python"):
+        if not re.match(r"\d+\.\d+", environment[name]):
+            yield "", f"{name} is {environment[name]!r}, and nothing runs without it"
+    if not re.fullmatch(r"[01]", variables.get("TRITON_DEFAULT_FP_FUSION", "unset")):
+        yield (
+            "",
+            f"TRITON_DEFAULT_FP_FUSION is {variables.get('TRITON_DEFAULT_FP_FUSION', 'unset')!r}; a run sets 0 or 1",
+        )
+    interpreted = variables.get("TRITON_INTERPRET", "unset") not in ("", "0", "unset")
+    if record["target"] == "emulated":
+        if gpu is not None:
+            yield "", f"target is emulated, but the environment has the GPU {gpu['name']}"
+        if not interpreted:
+            yield "", "target is emulated, but TRITON_INTERPRET is not set"
+        return
+    try:
+        parse_target(record["target"])
+    except ConfigurationError as error:
+        yield "", str(error)
+    if record.get("compilation"):
+        if gpu is not None:
+            yield "", f"was built without a GPU, but the environment has the GPU {gpu['name']}"
+        if f"sm{record['compilation']['sm']}" != record["target"]:
+            yield "", f"target is {record['target']}, but the compilation is of sm{record['compilation']['sm']}"
+        return
+    if gpu is None or f"sm{gpu['sm']}" != record["target"]:
+        yield "", f"target is {record['target']}, but the GPU is {gpu and gpu['name']} (sm{gpu and gpu['sm']})"
+    else:
+        yield from _digest("gpu.uuid_sha256", gpu["uuid_sha256"])
+    if interpreted:
+        yield (
+            "",
+            f"target is {record['target']}, but TRITON_INTERPRET={variables['TRITON_INTERPRET']} emulated the kernels",
+        )
+    if "CPU" in environment["cuda_runtime"] or environment["torch"].endswith("+cpu"):
+        yield "", f"target is {record['target']}, but torch {environment['torch']} is a CPU build"
+
+
+def _results(record: Json, known: Mapping[str, Check]) -> Found:
+    times = Counter(result["id"] for result in record["results"])
+    yield from ((name, f"has {number} results") for name, number in times.items() if number > 1)
+    by_id = {result["id"]: result for result in record["results"]}
+    for result in record["results"]:
+        name = result["id"]
+        if (one := known.get(name)) is None:
+            yield name, "is no check of this suite"
+            continue
+        for found in _declared(result, one, record), _verdict(result, one, by_id), _numbers(result, one):
+            yield from ((name, sentence) for sentence in found)
+
+
+def _declared(result: Json, one: Check, record: Json) -> Iterator[str]:
+    """What the catalogue and the record fix about a result."""
+    if result["gate"] != one.spec.gate:
+        yield f"gate is {result['gate']}, the catalogue's is {one.spec.gate}"
+    if result["plan"] != one.spec.plan:
+        yield f"plan is {result['plan']}, the catalogue's is {one.spec.plan}"
+    ahead = bool(record.get("compilation"))
+    ran = "emulated" if record["target"] == "emulated" else "hardware"
+    evidence = "compiled" if ahead or one.spec.ahead_of_time else ran
+    if result["evidence"] != evidence:
+        yield f"evidence is {result['evidence']}, and a result of it in this record is {evidence}"
+    # the rule of the suite, written down a second time
+    seed = int(hashlib.sha256(f"{record['seed']}:{one.id}".encode()).hexdigest()[:8], 16)
+    seed = record["seed"] if ahead else seed
+    if result["seed"] != seed:
+        yield f"seed is {result['seed']}, and seed {record['seed']} of the run makes it {seed}"
+    words = shlex.split(result["repeat"])
+    # a check may move from file to file of its phase, and what ran it then is no less true
+    moved = re.compile(rf"phases/p{one.phase}_\w+\.py{re.escape(one.node[one.node.index('::') :])}")
+    node = next(filter(moved.fullmatch, words), one.node)
+    needed = ["verify", "compile", "--sm", record["target"].removeprefix("sm")] if ahead else ["pytest", node]
+    device = [] if ahead else ["--device", "cpu" if ran == "emulated" else "cuda", "--seed", str(record["seed"])]
+    if any(word not in words for word in (*needed, *device)):
+        yield f"repeat is {result['repeat']!r}, which does not repeat it: it lacks {shlex.join([*needed, *device])}"
+
+
+def _verdict(result: Json, one: Check, by_id: Mapping[str, Json]) -> Iterator[str]:
+    """What a verdict needs beside it."""
+    verdict, code, by = result["verdict"], result["code"], result["by"]
+    if not math.isfinite(float(result["duration_s"])):
+        yield f"duration_s is {result['duration_s']}"
+    if verdict == "PASS" and result["message"]:
+        yield f"PASS with a message: {result['message'][:80]!r}"
+    if verdict in FAILING and not result["message"].strip():
+        yield f"{verdict} without a message"
+    if (verdict == "SKIP") != (code is not None):
+        yield f"{verdict} with skip code {code}"
+    if code == "NO_GPU" and not (one.spec.needs_gpu and result["evidence"] != "hardware"):
+        yield f"SKIP(NO_GPU) with {result['evidence']} evidence of a check that " + (
+            "needs a GPU" if one.spec.needs_gpu else "needs none"
+        )
+    if code == "NOT_IMPLEMENTED" and one.spec.gate == "hard":
+        yield "a HARD check cannot be SKIP(NOT_IMPLEMENTED)"
+    if (verdict == "BLOCKED") != (by is not None):
+        yield f"{verdict} by {by}"
+    elif verdict == "BLOCKED":
+        if not one.spec.needs:
+            yield f"BLOCKED by {by}, but it needs no other check"
+        if by not in by_id or by_id[by]["verdict"] not in FAILING:
+            yield f"BLOCKED by {by}, which is {by_id[by]['verdict'] if by in by_id else 'absent'} here"
+
+
+def _numbers(result: Json, one: Check) -> Iterator[str]:
+    """Whether the numbers say what the verdict says; NaN is inside no bound."""
+    verdict, outside = result["verdict"], []
+    for number in result["measurements"]:
+        measured, allowed = float(number["measured"]), float(number["allowed"])
+        words = f"{number['name']}: measured {measured:.6g}"
+        if math.isnan(allowed) or (one.spec.gate == "hard" and math.isinf(allowed)):
+            yield f"{words}, allowed {allowed:g}, which is no bound"
+        if not measured <= allowed:
+            outside.append(words)
+            if verdict in ("PASS", "SKIP", "BLOCKED"):
+                yield f"{verdict}, but {words} is outside the allowed {allowed:.6g}"
+    if verdict == "PASS" and one.spec.tolerance and not result["measurements"]:
+        yield "PASS without a measurement, and it has a tolerance to keep"
+    if verdict == "FAIL" and outside and not any(words in result["message"] for words in outside):
+        yield f"FAIL with the message {result['message'][:80]!r}, but what failed is {outside[0]}"
+    if verdict == "FAIL" and not outside and ": measured " in result["message"]:
+        yield f"FAIL with the message {result['message'][:80]!r}, but every measurement is inside its bound"
+
+
+def _builds(record: Json, known: Mapping[str, Check]) -> Found:
+    """Whether the results of a compilation are those that its builds mean."""
+    compilation = record.get("compilation")
+    if not compilation:
+        return
+    for build in compilation["builds"]:
+        built = build["verdict"] == "OK"
+        if built != bool(build["resources"] and build["cubin_sha256"] and build["ptx_sha256"]):
+            yield (
+                "",
+                f"the build {build['kernel']} of {build['variants'][0]} is {build['verdict']} and has "
+                + ("no digest or no resources" if built else "a digest or resources"),
+            )
+    for result in record["results"]:
+        one = known.get(result["id"])
+        if one is None or one.spec.ahead_of_time or result["verdict"] != "PASS":
+            continue
+        own = [build for build in compilation["builds"] if one.case in build["variants"]]
+        for kernel in {build["kernel"] for build in own} or {None}:
+            # the autotuner does without a configuration that does not build while there is another
+            verdicts = {build["verdict"] for build in own if build["kernel"] == kernel}
+            if "OK" not in verdicts or one.case in compilation["unlaunched"]:
+                yield one.id, f"PASS, but {kernel or 'no kernel'} of {one.case} was not built"
+
+
+def _place(path: Path, record: Json) -> Found:
+    """A record of one GPU in the folder of another would be read as the other's by people."""
+    if re.fullmatch(r"sm\d+", path.parent.name) and path.parent.name != record["target"]:
+        yield "", f"target is {record['target']}, but it lies in {path.parent.name}"
+
+
+def _manifest(path: Path, record: Json) -> Found:
+    """The frozen request of the run and its events, where they lie beside the record."""
+    if path.name != "record.json" or not (path.parent / "run.json").exists():
+        return
+    try:
+        manifest = json.loads((path.parent / "run.json").read_text("utf-8"))
+        lines = (path.parent / "events.jsonl").read_text("utf-8").splitlines(keepends=True)
+        # NaN and the infinities are strings in a record
+        events = [json.loads(line, parse_constant=str) for line in lines if line.endswith("\n")]
+        selected = [one["id"] for one in manifest["selected"]]
+        written = {event["result"]["id"]: event["result"] for event in events if event["event"] == "result"}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield "", f"run.json or events.jsonl beside it cannot be read ({error})"
+        return
+    if record["run_id"] != path.parent.name:
+        yield "", f"run_id is {record['run_id']!r}, but it lies in {path.parent.name}"
+    for name in ("run_id", "time_utc", "target", "environment", "instrument_sha256", "seed", "selection"):
+        if manifest.get(name) != record[name]:
+            yield "", f"{name} is not that of run.json beside it"
+    if manifest.get("subject_info") != record["subject"]:
+        yield "", "subject is not that of run.json beside it"
+    results = {result["id"]: result for result in record["results"]}
+    if unasked := [name for name in results if name not in selected]:
+        yield unasked[0], "has a result, but run.json beside it did not select it"
+    if absent := [name for name in selected if name not in results]:
+        yield absent[0], f"is one of {len(absent)} checks that were selected and have no result"
+    for name, result in results.items():
+        # what a result rests on is known when its phase has ended
+        if name in selected and result | {"rests_on": None} != written.get(name, {}) | {"rests_on": None}:
+            yield name, f"{result['verdict']} is not what events.jsonl beside it has"
+
+
+RULES: tuple[Callable[[Json, Mapping[str, Check]], Found], ...] = (_identity, _environment, _results, _builds)
+
+
+FILE_RULES: tuple[Callable[[Path, Json], Found], ...] = (_place, _manifest)

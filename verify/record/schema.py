@@ -1,0 +1,287 @@
+"""The record of a run: one JSON file that holds everything a verdict rests on.
+
+Reading a record needs pydantic only; writing is atomic, so a reader never sees half a file. The JSON Schema of
+``Record`` is kept in ``reports/schema/record.schema.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from verify.checks import SKIP_CODES, Gate
+from verify.files import write_atomic
+from verify.record.builds import Compilation
+from verify.record.curves import Curve, clash
+from verify.record.strict import Sha256, Strict
+
+SCHEMA_VERSION = 1
+
+
+class Verdict(StrEnum):
+    """How a check ended. Only PASS is a pass; a check without a result is absent, which is not green."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    ERROR = "ERROR"
+    CRASH = "CRASH"
+    TIMEOUT = "TIMEOUT"
+    SKIP = "SKIP"
+    XFAIL = "XFAIL"
+    XPASS = "XPASS"
+    BLOCKED = "BLOCKED"
+    INFRA = "INFRA"
+
+
+#: Verdicts that say that something is wrong, as against SKIP, BLOCKED and XFAIL, which say that nothing was learnt.
+FAILING = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.XPASS, Verdict.INFRA})
+
+#: What a result proves; the three are never mixed in one cell.
+Evidence = Literal["hardware", "compiled", "emulated"]
+
+
+class Measurement(Strict):
+    """One number that was compared with a bound; ``headroom`` is allowed / measured."""
+
+    name: str = Field(min_length=1)
+    measured: float
+    allowed: float
+    unit: str = ""
+    where: str = ""
+
+    @property
+    def within(self) -> bool:
+        return self.measured <= self.allowed  # False for NaN, as it must be
+
+    @property
+    def headroom(self) -> float:
+        return math.inf if self.measured == 0 else self.allowed / self.measured
+
+    @property
+    def told(self) -> str:
+        """What was measured, what was allowed, and where, as a failure says it."""
+        unit, place = self.unit and f" {self.unit}", self.where and f" at {self.where}"
+        return f"{self.name}: measured {self.measured:.6g}{unit}, allowed {self.allowed:.6g}{unit}{place}"
+
+
+def _room(one: Measurement) -> float:
+    room = one.headroom
+    return -math.inf if math.isnan(room) else room
+
+
+class CheckResult(Strict):
+    """One check on one target. Raises ValidationError when the verdict and the other fields contradict each other.
+
+    ``rests_on`` is the place of its list among those of the record; older records have none.
+    """
+
+    id: str = Field(pattern=r"^p[1-8]\.[a-z0-9_]+\.[A-Za-z0-9_\-]+$")
+    gate: Gate
+    plan: str | None = None
+    verdict: Verdict
+    code: str | None = None
+    by: str | None = None
+    evidence: Evidence
+    seed: int
+    duration_s: float = Field(ge=0)
+    measurements: list[Measurement] = Field(default_factory=list)
+    curves: list[Curve] = Field(default_factory=list)
+    message: str = ""
+    repeat: Annotated[str, Field(min_length=1), AfterValidator(sys.intern)]  # alike in every run of a machine
+    rests_on: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CheckResult:
+        if (self.verdict is Verdict.SKIP) != (self.code is not None):
+            raise ValueError(f"{self.id}: a SKIP has a code and nothing else has one (code {self.code!r})")
+        if self.code is not None and self.code not in SKIP_CODES:
+            raise ValueError(f"{self.id}: unknown skip code {self.code!r}; known: {', '.join(SKIP_CODES)}")
+        if self.code == "NOT_IMPLEMENTED" and self.gate == "hard":
+            raise ValueError(f"{self.id}: a hard check cannot be NOT_IMPLEMENTED")
+        if self.code == "NO_GPU" and self.evidence == "hardware":
+            raise ValueError(f"{self.id}: SKIP(NO_GPU) contradicts its hardware evidence")
+        if (self.verdict is Verdict.BLOCKED) != (self.by is not None):
+            raise ValueError(f"{self.id}: a BLOCKED names what blocks it and nothing else does (by {self.by!r})")
+        if self.verdict is Verdict.PASS:
+            for measurement in self.measurements:
+                if not measurement.within:
+                    raise ValueError(f"{self.id}: PASS, but {measurement.name} is outside its bound")
+        if self.verdict in FAILING and not self.message:
+            raise ValueError(f"{self.id}: {self.verdict} without a message")
+        if self.curves and (wrong := clash(self.curves)):
+            raise ValueError(f"{self.id}: {wrong}")
+        return self
+
+    @property
+    def tightest(self) -> Measurement | None:
+        """The measurement with the least headroom (NaN first), for the one number a matrix cell can show."""
+        if len(self.measurements) < 2:  # most results, and an index asks a thousand records
+            return self.measurements[0] if self.measurements else None
+        return min(self.measurements, key=_room)
+
+
+class Gpu(Strict):
+    name: str = Field(min_length=1)
+    uuid_sha256: str = Field(min_length=1)
+    sm: int = Field(ge=10, le=999)
+    memory_gib: float = Field(gt=0)
+    driver: str = Field(min_length=1)
+
+
+class Environment(Strict):
+    """Where a run happened. A package that is not there is the words ``not installed``, never an empty field."""
+
+    gpu: Gpu | None
+    cuda_runtime: str = Field(min_length=1)
+    cuda_toolkit: str = Field(min_length=1)
+    torch: str = Field(min_length=1)
+    triton: str = Field(min_length=1)
+    ptxas: dict[str, str]
+    flash_attn: str = Field(min_length=1)
+    vllm: str = Field(min_length=1)
+    transformers: str = Field(min_length=1)
+    python: str = Field(min_length=1)
+    os: str = Field(min_length=1)
+    variables: dict[str, str]
+
+
+class MachineState(Strict):
+    """The machine at one moment, by the ``cores`` that the run may use: the load average of the last minute, and the
+    processor seconds since it was started that they computed (``busy_s``) or lost to a hypervisor (``steal_s``).
+    """
+
+    cores: int = Field(ge=1)
+    load_average: float = Field(ge=0)
+    busy_s: float = Field(ge=0)
+    steal_s: float = Field(ge=0)
+
+
+class Sitting(Strict):
+    """The machine at the ``start`` and the ``end`` of one phase; a resumed run may have several of a phase.
+
+    Without an ``end`` the process of the phase was ended together with the run.
+    """
+
+    phase: int = Field(ge=1, le=8)
+    start: MachineState
+    end: MachineState | None = None
+
+
+class SubjectInfo(Strict):
+    """The implementation under test; ``git_sha`` is ``none`` where the source is not a git checkout.
+
+    ``content_sha256`` is the digest of the package's files: what it is, wherever it lay and whatever git knows of it.
+    """
+
+    name: str = Field(min_length=1)
+    version: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    git_sha: str = Field(min_length=1)
+    dirty: bool
+    content_sha256: Sha256
+
+
+class Record(Strict):
+    """One run on one target (``emulated`` or ``sm<NN>``).
+
+    ``instrument_sha256`` is the digest of the suite's own sources, ``machine`` how busy the machine was while each
+    phase ran (older records do not have it). ``sources`` has the digests of the files of suite and subject that results
+    rest on, and each list in ``rests_on`` the names of those that could have changed some of them
+    (``verify/record/grounds.py``; older records have neither). A record with a ``compilation`` was made without the
+    target's GPU, and has compiled evidence only. Raises ValidationError when the parts contradict each other.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run_id: str = Field(min_length=1)
+    time_utc: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")
+    state: Literal["running", "interrupted", "complete"]
+    target: str = Field(pattern=r"^(emulated|sm\d{2,3})$")
+    subject: SubjectInfo
+    instrument_sha256: Sha256
+    environment: Environment
+    model: str = Field(min_length=1)
+    seed: int
+    selection: str
+    duration_s: float = Field(ge=0)
+    results: list[CheckResult]
+    machine: list[Sitting] = Field(default_factory=list)
+    sources: dict[str, Sha256] = Field(default_factory=dict)
+    rests_on: list[list[str]] = Field(default_factory=list)
+    compilation: Compilation | None = None
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether this is about kernels that were built and not run."""
+        return self.compilation is not None
+
+    @model_validator(mode="after")
+    def _once_and_on_target(self) -> Record:
+        seen: set[str] = set()
+        interpreted = self.environment.variables.get("TRITON_INTERPRET", "unset") not in ("", "0", "unset")
+        for result in self.results:
+            if result.id in seen:
+                raise ValueError(f"{result.id} has two results in run {self.run_id}")
+            seen.add(result.id)
+            if result.evidence == "hardware" and self.target == "emulated":
+                raise ValueError(f"{result.id} claims hardware evidence in an emulated run")
+            if result.evidence == "hardware" and interpreted:
+                raise ValueError(f"{result.id} claims hardware evidence, but TRITON_INTERPRET emulated the kernels")
+            if result.rests_on is not None and result.rests_on >= len(self.rests_on):
+                raise ValueError(f"{result.id} rests on list {result.rests_on}, and there are {len(self.rests_on)}")
+        if unknown := [name for names in self.rests_on for name in names if name not in self.sources]:
+            raise ValueError(f"results rest on {unknown[0]}, whose digest is not there")
+        gpu = self.environment.gpu
+        if self.compilation is not None:
+            if f"sm{self.compilation.sm}" != self.target:
+                raise ValueError(f"run {self.run_id} claims {self.target}, but was built for sm{self.compilation.sm}")
+            ran = [result.id for result in self.results if result.evidence != "compiled"]
+            if gpu is not None or ran:
+                raise ValueError(f"run {self.run_id} was built ahead of time, but {ran[0] if ran else gpu.name} ran")
+        elif self.target != "emulated" and (gpu is None or f"sm{gpu.sm}" != self.target):
+            raise ValueError(f"run {self.run_id} claims {self.target}, but its environment has another GPU or none")
+        return self
+
+
+class UnreadableRecord(ValueError):
+    """A record file that cannot be used; the message names the file and the first problem."""
+
+
+def read_record(path: Path) -> Record:
+    """Read and validate one record. Raises UnreadableRecord naming the file and the first problem."""
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UnreadableRecord(f"{path}: cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        contradiction = f"contradicts itself ({error.errors()[0]['msg']})"
+        raise UnreadableRecord(f"{path}: {shape_problem(error) or contradiction}") from error
+
+
+def shape_problem(error: ValidationError) -> str:
+    """Why a file has not the shape of a record, in words; empty where only its parts contradict each other."""
+    for one in error.errors():
+        place = ".".join(map(str, one["loc"]))
+        if one["type"] == "json_invalid":
+            return f"is cut off or no JSON ({one['msg'].removeprefix('Invalid JSON: ')})"
+        if place == "schema_version":
+            return (
+                f"has schema version {one['input']}, and this suite reads {SCHEMA_VERSION}; use the suite that wrote it"
+            )
+        if one["type"] != "value_error":
+            return f"is no record ({place or 'file'}: {one['msg']})"
+    return ""
+
+
+def write_record(record: Record, path: Path) -> None:
+    write_atomic(path, record.model_dump_json(indent=1) + "\n")
+
+
+def json_schema() -> str:
+    """The JSON Schema of a record, as it is kept in ``reports/schema/``."""
+    return json.dumps(Record.model_json_schema(), indent=1, sort_keys=True) + "\n"

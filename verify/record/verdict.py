@@ -1,0 +1,302 @@
+"""The verdict of a GPU, or of the emulated target: what its must-pass checks prove, merged over its records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from enum import StrEnum
+
+from verify.architectures import EMULATED, Target, parse_target
+from verify.checks import Check, Gate, catalogue
+from verify.record.archive import newest_first
+from verify.record.builds import Compilation
+from verify.record.grounds import Checkout
+from verify.record.schema import FAILING, CheckResult, Evidence, Record, SubjectInfo, Verdict
+from verify.record.staleness import Comparison, _why_stale, merged
+
+
+class TargetVerdict(StrEnum):
+    """What is known about a target. Only VERIFIED speaks for hardware; the EMULATED words say that they do not."""
+
+    VERIFIED = "VERIFIED"
+    FAILED = "FAILED"
+    INCOMPLETE = "INCOMPLETE"
+    INFRA = "INFRA"
+    EMULATED_PASS = "EMULATED PASS"
+    EMULATED_FAIL = "EMULATED FAIL"
+    EMULATED_INCOMPLETE = "EMULATED INCOMPLETE"
+
+
+_EMULATED_WORDS = {
+    TargetVerdict.VERIFIED: TargetVerdict.EMULATED_PASS,
+    TargetVerdict.FAILED: TargetVerdict.EMULATED_FAIL,
+    TargetVerdict.INCOMPLETE: TargetVerdict.EMULATED_INCOMPLETE,
+    TargetVerdict.INFRA: TargetVerdict.INFRA,
+}
+
+#: The families that judge one scoring path each, by the name of the path.
+_JUDGED = {"p4.triton_oracle": "Triton", "p4.pytorch_oracle": "PyTorch"}
+
+#: What a cell of a matrix may show, best proof first. A GPU's cell never shows an emulated result.
+_EMULATED_ONLY: tuple[Evidence, ...] = ("emulated",)
+_ON_A_GPU: tuple[Evidence, ...] = ("hardware", "compiled")
+_AHEAD_OF_TIME: tuple[Evidence, ...] = ("compiled",)
+
+#: By check and evidence the newest result, the run that it is of, and why it does not count, where it does not.
+_Results = dict[tuple[str, Evidence], tuple[CheckResult, str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One check on one target: the newest result of the best evidence there is, or none."""
+
+    check: Check
+    must_pass: bool
+    result: CheckResult | None
+    proves: bool  #: whether the evidence is the kind that the target's verdict rests on
+    run_id: str | None
+    stale: CheckResult | None = None  #: where there is no result: the newest of those that no longer count
+    because: str = ""  #: why that one does not
+
+    @property
+    def passed(self) -> bool:
+        return self.proves and self.result is not None and self.result.verdict is Verdict.PASS
+
+    @property
+    def failed(self) -> bool:
+        return self.proves and self.result is not None and self.result.verdict in FAILING
+
+    @property
+    def compiled(self) -> bool:
+        """Built for the target, which has yet to run it."""
+        return not self.proves and self.result is not None and self.result.verdict is Verdict.PASS
+
+    @property
+    def not_compiled(self) -> bool:
+        """Tried ahead of time, and not built: no verdict about the target, and no good sign either."""
+        return not self.proves and self.result is not None and self.result.verdict in FAILING
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """A target's verdict with everything it rests on; ``used`` and ``stale`` are newest first.
+
+    ``comparison`` says which results count.
+    """
+
+    target: Target
+    verdict: TargetVerdict
+    sentence: str
+    cells: tuple[Cell, ...]
+    used: tuple[Record, ...]
+    stale: tuple[Record, ...]
+    unknown_ids: tuple[str, ...]
+    comparison: Comparison
+
+    @property
+    def must_pass(self) -> tuple[Cell, ...]:
+        return tuple(cell for cell in self.cells if cell.must_pass)
+
+    @property
+    def missing(self) -> tuple[Cell, ...]:
+        """Must-pass cells that neither passed nor failed: absent, skipped, blocked, or proven in another way only."""
+        return tuple(cell for cell in self.must_pass if not cell.passed and not cell.failed)
+
+    @property
+    def outdated(self) -> dict[str, list[Cell]]:
+        """The cells whose newest result no longer counts, by the reason."""
+        found: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            if cell.stale is not None:
+                found.setdefault(cell.because, []).append(cell)
+        return found
+
+    @property
+    def with_curves(self) -> tuple[Cell, ...]:
+        """The cells whose results have something to plot."""
+        return tuple(cell for cell in self.cells if cell.result is not None and cell.result.curves)
+
+    @property
+    def subject(self) -> SubjectInfo | None:
+        return self.used[0].subject if self.used else None
+
+    @property
+    def compilation(self) -> Compilation | None:
+        """What was built for the target the last time that anything was."""
+        return next((record.compilation for record in self.used if record.compilation), None)
+
+    def why_stale(self, record: Record) -> str | None:
+        """Why no result of ``record`` counts; None where one does."""
+        return self.comparison.why_stale(record, self.used)
+
+
+def must_pass(checks: Iterable[Check], target: Target) -> list[Check]:
+    """The checks that ``target`` must pass: every HARD one whose range includes it."""
+    return [check for check in checks if check.spec.gate == "hard" and check.applies_to(target.target)]
+
+
+def describe_subject(subject: SubjectInfo) -> str:
+    """The subject in a few words: ``triattention 0.1.0 (1234abc, with local changes)``."""
+    state = ", with local changes" if subject.dirty and subject.git_sha != "none" else ""
+    sha = "no git commit" if subject.git_sha == "none" else subject.git_sha[:7]
+    return f"{subject.name} {subject.version} ({sha}{state})"
+
+
+def assess(
+    target: Target, records: Iterable[Record], checks: Sequence[Check], checkout: Checkout | None = None
+) -> Assessment:
+    """The verdict of ``target`` from those of ``records`` that are about it and comparable with its newest run.
+
+    Per id the newest result counts, a failure as much as a pass, unless it rests on something that is otherwise in
+    ``checkout``; a must-pass check of phase 6 counts with the embedded model only. Records of another subject, software
+    or card are listed as stale, with those of which no result counts. A compilation ahead of time makes no run stale;
+    where nothing ran, the newest one decides. A result whose gate is not the catalogue's is of a check that this suite
+    does not have. Without a ``checkout``, results count as they were made.
+    """
+    used, stale, comparison = merged(target, records, checkout)
+    wanted = {check.id for check in must_pass(checks, target)}
+    gates = {check.id: check.spec.gate for check in checks}
+    found, before = _newest_results(used, stale, gates, wanted, comparison)
+    cells = tuple(
+        cell
+        for cell in (_cell(check, target, found, before, check.id in wanted) for check in checks)
+        if cell.result is not None or cell.check.applies_to(target.target)
+    )
+    results = (result for record in used for result in record.results)
+    unknown = tuple(dict.fromkeys(result.id for result in results if gates.get(result.id) != result.gate))
+    verdict = _verdict([cell for cell in cells if cell.must_pass])
+    if target is EMULATED:
+        verdict = _EMULATED_WORDS[verdict]
+    sentence = _sentence(target, verdict, cells, used, stale)
+    return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown, comparison)
+
+
+def _newest_results(
+    used: Sequence[Record],
+    stale: Sequence[Record],
+    gates: Mapping[str, Gate],
+    wanted: Set[str],
+    comparison: Comparison,
+) -> tuple[_Results, _Results]:
+    """The newest results that count, and the newest of those that do not."""
+    found: _Results = {}
+    before: _Results = {}
+    why = {id(record): _why_stale(record, used) or "" for record in stale}
+    for record in newest_first((*used, *stale)):
+        for result in record.results:
+            # the must-pass list promises the embedded model; runs with others are further records
+            other_model = result.id in wanted and result.id.startswith("p6.") and record.model != "embedded"
+            if gates.get(result.id) == result.gate and not other_model:
+                because = comparison.because(record, result) or why.get(id(record), "")
+                kept = before if because else found
+                kept.setdefault((result.id, result.evidence), (result, record.run_id, because))
+    return found, before
+
+
+def _cell(check: Check, target: Target, found: _Results, before: _Results, wanted: bool) -> Cell:
+    shown = _AHEAD_OF_TIME if check.spec.ahead_of_time else _EMULATED_ONLY if target is EMULATED else _ON_A_GPU
+    for evidence in shown:
+        if (check.id, evidence) in found:
+            result, run_id, _ = found[check.id, evidence]
+            return Cell(check, wanted, result, evidence == shown[0], run_id)
+    kept = (before[check.id, evidence] for evidence in shown if (check.id, evidence) in before)
+    stale, _, because = next(kept, (None, "", ""))
+    return Cell(check, wanted, None, False, None, stale, because)
+
+
+def _verdict(cells: Sequence[Cell]) -> TargetVerdict:
+    failed = {cell.result.verdict for cell in cells if cell.failed}
+    if failed - {Verdict.INFRA}:
+        return TargetVerdict.FAILED
+    if failed:
+        return TargetVerdict.INFRA
+    if cells and all(cell.passed for cell in cells):
+        return TargetVerdict.VERIFIED
+    return TargetVerdict.INCOMPLETE
+
+
+def _sentence(
+    target: Target, verdict: TargetVerdict, cells: Sequence[Cell], used: Sequence[Record], stale: Sequence[Record]
+) -> str:
+    """One sentence that says what was verified and what was not."""
+    hard = [cell for cell in cells if cell.must_pass]
+    emulated = target is EMULATED
+    if not used:
+        who = "a run without a GPU" if emulated else f"an {target.target} GPU"
+        none = f"none of its {len(hard)} must-pass checks is verified"
+        if stale:
+            why = next((f" ({cell.because})" for cell in cells if cell.stale is not None), "")
+            records = "record" if len(stale) == 1 else f"{len(stale)} records"
+            return f"No result of the {records} of {who} counts any longer{why}, so {none}."
+        return f"There is no record of {who}, so {none}."
+    failed = [cell.check.id for cell in hard if cell.failed]
+    passed = sum(cell.passed for cell in hard)
+    ahead = "".join(
+        f", {number} of them {words}"
+        for number, words in (
+            (sum(cell.compiled for cell in hard), "compiled ahead of time"),
+            (sum(cell.not_compiled for cell in hard), "NOT compiled when that was tried"),
+        )
+        if number
+    )
+    where = f"{_where(target, used)} for {describe_subject(used[0].subject)}"
+    end = "; this verifies no GPU." if emulated else "."
+    if verdict in (TargetVerdict.VERIFIED, TargetVerdict.EMULATED_PASS):
+        return f"All {len(hard)} must-pass checks passed {where}; {_soft(cells)}{end}"
+    if failed:
+        ended = "could not be judged" if verdict is TargetVerdict.INFRA else "failed"
+        start = f"{len(failed)} of {len(hard)} must-pass checks {ended} {where}, the first of them {failed[0]}"
+        rest = f"{passed} passed, {len(hard) - passed - len(failed)} without a result that counts{ahead}"
+        return f"{start}; {rest}{_judged_paths(cells)}{end}"
+    return (
+        f"{passed} of {len(hard)} must-pass checks passed {where} and none failed, "
+        f"but {len(hard) - passed} without a result that counts{ahead and ahead + ','} leave {target.target} open{end}"
+    )
+
+
+def _judged_paths(cells: Sequence[Cell]) -> str:
+    """Which of the two scoring paths the oracle finds wrong; empty where it finds neither wrong."""
+    told: list[str] = []
+    for family, path in _JUDGED.items():
+        results = [cell for cell in cells if cell.check.spec.family == family and cell.result is not None]
+        failed = sum(cell.failed for cell in results)
+        if failed:
+            told.insert(0, f"the {path} path is wrong ({failed} of {len(results)} comparisons with the oracle failed)")
+        elif results and all(cell.passed for cell in results):
+            told.append(f"the {path} path is right")
+    return f"; {' and '.join(told)}" if told and "wrong" in told[0] else ""
+
+
+def _where(target: Target, used: Sequence[Record]) -> str:
+    if target is EMULATED:
+        return "under Triton's interpreter and CPU torch"
+    cards = dict.fromkeys(record.environment.gpu.name for record in used if record.environment.gpu)
+    return f"on {' and '.join(cards)}" if cards else f"without any {target.target} GPU"
+
+
+def _soft(cells: Sequence[Cell]) -> str:
+    soft = [cell for cell in cells if cell.check.spec.gate == "soft"]
+    passed, failed = sum(cell.passed for cell in soft), sum(cell.failed for cell in soft)
+    absent = len(soft) - passed - failed
+    return f"of {len(soft)} soft checks {passed} passed, {failed} failed, {absent} without a result"
+
+
+def missing_by_phase(assessment: Assessment) -> dict[int, list[Cell]]:
+    """The missing must-pass cells, by phase, ascending."""
+    phases: dict[int, list[Cell]] = {}
+    for cell in sorted(assessment.missing, key=lambda cell: cell.check.phase):
+        phases.setdefault(cell.check.phase, []).append(cell)
+    return phases
+
+
+def fill_command(assessment: Assessment) -> str:
+    """The command that would fill what is missing, on a machine with the target's GPU."""
+    where = "--device cpu" if assessment.target is EMULATED else f"--expect {assessment.target.target}"
+    missing = set(missing_by_phase(assessment))
+    some = missing != {cell.check.phase for cell in assessment.must_pass}
+    return f"python -m verify run {where}" + (f" --phases {','.join(map(str, sorted(missing)))}" if some else "")
+
+
+def assess_record(record: Record) -> Assessment:
+    """What ``record`` alone proved about its target when it was made."""
+    return assess(parse_target(record.target), [record], list(catalogue()))

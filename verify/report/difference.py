@@ -1,0 +1,223 @@
+"""``python -m verify diff``: what changed from one run to another, and whether a HARD check got worse."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from verify.architectures import EMULATED, Target, parse_target
+from verify.checks import Check, catalogue
+from verify.errors import ConfigurationError
+from verify.record.archive import locate, newest_first
+from verify.record.index import Index, Point, open_index
+from verify.record.schema import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
+from verify.record.verdict import TargetVerdict, assess, describe_subject, must_pass
+from verify.report.documents import dumps
+from verify.report.matrix import count
+
+EXIT_SAME, EXIT_WORSE = 0, 1
+
+#: Without a history a number may grow by this factor, and a duration besides by a second, before it is told.
+_FACTOR, _SECONDS = 1.5, 1.0
+
+#: From so many earlier runs on their spread is the noise: so many robust standard deviations, and never less than this.
+_ENOUGH, _DEVIATIONS, _LEAST = 5, 4.0, 0.05
+
+#: How many lines of one kind are told before the rest is only counted.
+_TOLD = 20
+
+#: The kinds of change, worst first.
+KINDS = ("newly failing", "changed", "removed", "tighter", "slower", "newly passing", "added")
+
+_BAD = FAILING | {Verdict.BLOCKED}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One check that is not as it was; ``worse`` decides the exit code."""
+
+    kind: str
+    id: str
+    gate: str
+    told: str
+    worse: bool = False
+
+
+def diff(names: Sequence[str], since: str | None, gpu: str | None, folders: Sequence[Path], *, as_json: bool) -> int:
+    """Print what changed between two runs; 1 if a HARD check got worse, else 0.
+
+    ``names`` are two runs, or with ``since`` ``last-green`` none or the later one. Raises ConfigurationError for a run
+    that is not there, and where there is no earlier green one.
+    """
+    with open_index(folders) as index:
+        before, after = _chosen(index, names, since, gpu)
+        changes = list(compare(before, after, index.points))
+    if as_json:
+        print(
+            dumps({"before": before.run_id, "after": after.run_id, "changes": [asdict(one) for one in changes]}), end=""
+        )
+    else:
+        _print(before, after, changes)
+    return EXIT_WORSE if any(one.worse for one in changes) else EXIT_SAME
+
+
+def compare(before: Record, after: Record, history: Callable[[str, str], Iterable[Point]]) -> Iterator[Change]:
+    """Every change from one record to another; ``history`` has the results of a check on a target.
+
+    A HARD check got worse if it failed or was blocked and did not before, if it no longer passes, and if it is absent
+    from a run of the same selection.
+    """
+    old, new = ({one.id: one for one in record.results} for record in (before, after))
+    same_selection = before.selection == after.selection
+    for name in old.keys() - new.keys():
+        lost = old[name].verdict is Verdict.PASS and same_selection and old[name].gate == "hard"
+        yield Change("removed", name, old[name].gate, f"{_words(old[name])}, and no result any more", lost)
+    for name, now in new.items():
+        if (was := old.get(name)) is None:
+            yield Change("added", name, now.gate, _words(now), now.gate == "hard" and now.verdict in _BAD)
+        elif was.verdict != now.verdict or was.evidence != now.evidence:
+            yield _other_verdict(was, now)
+        else:
+            yield from _other_numbers(was, now, before, after, history)
+
+
+def _other_verdict(was: CheckResult, now: CheckResult) -> Change:
+    if now.verdict in _BAD and was.verdict not in _BAD:
+        kind = "newly failing"
+    elif now.verdict is Verdict.PASS and was.verdict is not Verdict.PASS:
+        kind = "newly passing"
+    else:
+        kind = "changed"
+    told = f"{_words(was)}, now {_words(now)}" + (f": {now.message}" if now.message else "")
+    lost = was.verdict is Verdict.PASS and now.verdict is not Verdict.PASS
+    return Change(kind, now.id, now.gate, told, now.gate == "hard" and (kind == "newly failing" or lost))
+
+
+def _other_numbers(
+    was: CheckResult, now: CheckResult, before: Record, after: Record, history: Callable[[str, str], Iterable[Point]]
+) -> Iterator[Change]:
+    """What needs more of its allowance, or takes longer, than chance explains."""
+    past = [
+        one
+        for one in history(now.id, after.target)
+        if one.run_id != after.run_id and (one.verdict, one.evidence) == (now.verdict, now.evidence)
+    ]
+    old, new = _shares(was), _shares(now)
+    for name in old.keys() & new.keys():
+        known = [one.share for one in past if one.measure == name and one.share is not None]
+        limit, why = _limit(old[name], known)
+        if new[name] > limit:
+            told = f"{name}: {new[name]:.3g} of what is allowed, {old[name]:.3g} before ({why})"
+            yield Change("tighter", now.id, now.gate, told)
+    if _machine(before) == _machine(after) and "compiled" not in (was.evidence, now.evidence):
+        limit, why = _limit(was.duration_s, [one.duration_s for one in past])
+        if now.duration_s > max(limit, was.duration_s + _SECONDS):
+            yield Change("slower", now.id, now.gate, f"{now.duration_s:.1f} s, {was.duration_s:.1f} s before ({why})")
+
+
+def _limit(before: float, past: Sequence[float]) -> tuple[float, str]:
+    """What a number may be that was ``before``, and why: the spread of ``past`` where there is enough of it."""
+    if len(past) < _ENOUGH:
+        return before * _FACTOR, f"beyond {_FACTOR:g} times; {count(len(past), 'earlier run')} tell no noise yet"
+    middle = statistics.median(past)
+    # of a normal distribution the standard deviation is 1.4826 median absolute deviations
+    spread = 1.4826 * statistics.median(abs(one - middle) for one in past)
+    limit = max(middle, before) + max(_DEVIATIONS * spread, _LEAST * middle)
+    return limit, f"beyond the noise of {len(past)} earlier runs, {limit:.3g}"
+
+
+def _shares(result: CheckResult) -> Mapping[str, float]:
+    """By the name of a measurement the greatest part of its allowance that was needed."""
+    shares: dict[str, float] = {}
+    for one in result.measurements:
+        if one.allowed > 0 and not math.isinf(one.allowed) and not math.isnan(one.measured):
+            shares[one.name] = max(shares.get(one.name, -math.inf), one.measured / one.allowed)
+    return shares
+
+
+def _machine(record: Record) -> tuple[str, ...]:
+    gpu, environment = record.environment.gpu, record.environment
+    return (record.target, gpu.uuid_sha256 if gpu else "", environment.os)
+
+
+def _words(result: CheckResult) -> str:
+    return " ".join(filter(None, (result.verdict, result.code, result.by and f"by {result.by}", result.evidence)))
+
+
+def _chosen(index: Index, names: Sequence[str], since: str | None, gpu: str | None) -> tuple[Record, Record]:
+    if since is None:
+        if len(names) != 2 or gpu is not None:
+            raise ConfigurationError("diff compares two runs: give both, or --since last-green, which --gpu goes with")
+        before, after = (_record(index, name) for name in names)
+        return before, after
+    if len(names) > 1:
+        raise ConfigurationError("--since last-green takes one run at most; drop the other one")
+    after = _record(index, names[0]) if names else _newest(index, gpu)
+    return _last_green(index, after), after
+
+
+def _record(index: Index, name: str) -> Record:
+    if (found := index.find(name)) is not None:
+        return found
+    try:
+        return read_record(locate(name)[0])
+    except UnreadableRecord as error:
+        raise ConfigurationError(f"{error}; name another record") from error
+
+
+def _newest(index: Index, gpu: str | None) -> Record:
+    target = parse_target(gpu).target if gpu is not None else None
+    runs = [head for head in index.heads.values() if not head.ahead_of_time and target in (None, head.target)]
+    if not runs:
+        raise ConfigurationError(f"there is no run{f' of {target}' if target else ''} to compare; make one first")
+    return index.find(newest_first(runs)[0].run_id)
+
+
+def _last_green(index: Index, after: Record) -> Record:
+    """The newest run before ``after`` that by itself verifies its target, or of a CPU passes all that it must."""
+    checks, target = list(catalogue()), parse_target(after.target)
+    earlier = newest_first([after, *(head for head in index.heads.values() if head.target == after.target)])
+    for head in earlier[earlier.index(after) + 1 :]:
+        if head.run_id != after.run_id and not head.ahead_of_time and (found := _green(index, head, target, checks)):
+            return found
+    raise ConfigurationError(
+        f"there is no green run of {after.target} before {after.run_id}; compare with another one: "
+        f"python -m verify diff RUN {after.run_id}"
+    )
+
+
+def _green(index: Index, head: Record, target: Target, checks: Sequence[Check]) -> Record | None:
+    if not {one.id for one in must_pass(checks, target)} <= index.passed(head.run_id):
+        return None
+    record = index.find(head.run_id)
+    wanted = TargetVerdict.EMULATED_PASS if target is EMULATED else TargetVerdict.VERIFIED
+    return record if assess(target, [record], checks).verdict is wanted else None
+
+
+def _print(before: Record, after: Record, changes: Sequence[Change]) -> None:
+    from rich.text import Text
+
+    from verify.report.terminal import PipeConsole
+
+    console = PipeConsole()
+    for word, record in (("from", before), ("to  ", after)):
+        facts = (record.target, record.time_utc, describe_subject(record.subject), count(len(record.results), "result"))
+        console.print(Text.assemble((f"{word} {record.run_id}", "bold"), f"  {', '.join(facts)}"), soft_wrap=True)
+    for kind in KINDS:
+        found = sorted((one for one in changes if one.kind == kind), key=lambda one: (one.gate != "hard", one.id))
+        if not found:
+            continue
+        console.print()
+        console.print(Text(f"{kind} ({len(found)})", style="bold"))
+        for one in found[:_TOLD]:
+            style = "bold red" if one.worse else "green" if kind == "newly passing" else "yellow"
+            console.print(Text.assemble((f"  {one.gate.upper()} ", style), one.id, f"  {one.told}"), soft_wrap=True)
+        if len(found) > _TOLD:
+            console.print(f"  and {len(found) - _TOLD} more; --json has them all")
+    console.print()
+    worse = sum(one.worse for one in changes)
+    verdict = f"{count(worse, 'HARD check')} got worse." if worse else "No HARD check got worse."
+    console.print(Text(verdict, style="bold red" if worse else "bold"))

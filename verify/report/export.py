@@ -1,0 +1,197 @@
+"""Records in the formats of other programs: JUnit XML, an in-toto test result, and badges."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from verify.checks import PHASES
+from verify.errors import ConfigurationError
+from verify.files import write_out
+from verify.record.archive import locate
+from verify.record.schema import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
+from verify.record.verdict import Assessment, TargetVerdict, assess_record
+
+#: https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
+_STATEMENT, _PREDICATE = "https://in-toto.io/Statement/v1", "https://in-toto.io/attestation/test-result/v0.1"
+
+#: Verdicts that JUnit calls failures; the other failing ones are errors to it.
+_FAILURES = frozenset({Verdict.FAIL, Verdict.XPASS})
+
+#: Only VERIFIED is green.
+_COLOURS = {
+    TargetVerdict.VERIFIED: ("brightgreen", "#2e7d32"),
+    TargetVerdict.FAILED: ("red", "#c62828"),
+    TargetVerdict.EMULATED_FAIL: ("red", "#c62828"),
+    TargetVerdict.INFRA: ("orange", "#b35900"),
+    TargetVerdict.EMULATED_PASS: ("blue", "#1565c0"),
+}
+_UNKNOWN = ("lightgrey", "#616161")
+
+#: Of a badge's letters in 11 px; a little wide, so that no text is cut off.
+_LETTER_PX, _MARGIN_PX = 7, 10
+
+_SVG = """\
+<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20" role="img" aria-label="{label}: {message}">
+<title>{label}: {message}</title>
+<rect width="{left}" height="20" fill="#444"/><rect x="{left}" width="{right}" height="20" fill="{colour}"/>
+<g fill="#fff" text-anchor="middle" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">
+<text x="{label_x}" y="14">{label}</text><text x="{message_x}" y="14">{message}</text>
+</g>
+</svg>
+"""
+
+
+def export(name: str, form: str, out: Path | None) -> int:
+    """Write the record ``name`` as ``junit`` or ``attestation`` to ``out``, or to stdout; return 0.
+
+    Raises ConfigurationError for a record that is not there or cannot be read, or a file that cannot be written.
+    """
+    try:
+        record = read_record(locate(name)[0])
+    except UnreadableRecord as error:
+        raise ConfigurationError(f"{error}; name another record") from error
+    write_out(junit([(record.target, record.results)]) if form == "junit" else attestation(record), out)
+    return 0
+
+
+def report_junit(assessments: Iterable[Assessment]) -> str:
+    """The results that count for each target, as JUnit XML; a must-pass check without one is an error."""
+    return junit(
+        (
+            one.target.target,
+            [cell.result for cell in one.cells if cell.result],
+            [c.check.id for c in one.missing if not c.result],
+        )
+        for one in assessments
+        if one.used
+    )
+
+
+def junit(targets: Iterable[tuple]) -> str:
+    """JUnit XML with a suite for each phase of each ``(target, results)`` or ``(target, results, absent ids)``."""
+    from junitparser import JUnitXml, TestSuite
+
+    whole = JUnitXml()
+    for target, results, *rest in targets:
+        for phase, word in PHASES.items():
+            cases = [_case(one, target) for one in results if one.id.startswith(f"p{phase}.")]
+            cases += [_absent(name, target) for name in (rest[0] if rest else ()) if name.startswith(f"p{phase}.")]
+            if cases:
+                suite = TestSuite(f"{target}: {phase} {word}")
+                suite.add_property("target", target)
+                suite.add_testcases(cases)
+                whole.add_testsuite(suite)
+    stream = io.BytesIO()
+    whole.write(stream, pretty=True)
+    return stream.getvalue().decode()
+
+
+def attestation(record: Record) -> str:
+    """The in-toto statement of one record about the package that was tested, by the digest of its content.
+
+    FAILED where a HARD check failed or has no result that counts, WARNED where only SOFT ones failed, else PASSED.
+    """
+    assessment = assess_record(record)
+    failed = [one.id for one in record.results if one.gate == "hard" and one.verdict in FAILING | {Verdict.BLOCKED}]
+    failed += [cell.check.id for cell in assessment.missing if cell.check.id not in failed]
+    warned = [one.id for one in record.results if one.gate == "soft" and one.verdict in FAILING]
+    passed = [one.id for one in record.results if one.verdict is Verdict.PASS]
+    configuration = {
+        "run": record.run_id,
+        "target": record.target,
+        "instrument": record.instrument_sha256,
+        "selection": record.selection,
+        "model": record.model,
+        "seed": record.seed,
+    }
+    statement = {
+        "_type": _STATEMENT,
+        "subject": [
+            {
+                "name": f"{record.subject.name}@{record.subject.version}",
+                "digest": {"sha256": record.subject.content_sha256},
+            }
+        ],
+        "predicateType": _PREDICATE,
+        "predicate": {
+            "result": "FAILED" if failed else "WARNED" if warned else "PASSED",
+            "configuration": [{"name": name, "annotations": {"value": value}} for name, value in configuration.items()]
+            + [{"name": "environment", "annotations": record.environment.model_dump(mode="json")}],
+            "passedTests": passed,
+            "warnedTests": warned,
+            "failedTests": failed,
+        },
+    }
+    return json.dumps(statement, indent=1) + "\n"
+
+
+def endpoint(assessment: Assessment) -> str:
+    """The badge of one target as a shields.io endpoint."""
+    label, message = _badge(assessment)
+    colour = _COLOURS.get(assessment.verdict, _UNKNOWN)[0]
+    return json.dumps({"schemaVersion": 1, "label": label, "message": message, "color": colour}, indent=1) + "\n"
+
+
+def svg(assessment: Assessment) -> str:
+    """The badge of one target as an image that needs no server."""
+    label, message = map(html.escape, _badge(assessment))
+    left, right = (len(text) * _LETTER_PX + _MARGIN_PX for text in (label, message))
+    return _SVG.format(
+        width=left + right, left=left, right=right, colour=_COLOURS.get(assessment.verdict, _UNKNOWN)[1],
+        label=label, message=message, label_x=left / 2, message_x=left + right / 2,
+    )  # fmt: skip
+
+
+def write_badges(assessments: Sequence[Assessment], out: Path) -> None:
+    """``<target>.json`` and ``<target>.svg`` in ``out`` for each. Raises ConfigurationError where that cannot be."""
+    for one in assessments:
+        write_out(endpoint(one), out / f"{one.target.target}.json")
+        write_out(svg(one), out / f"{one.target.target}.svg")
+
+
+def _badge(assessment: Assessment) -> tuple[str, str]:
+    passed = sum(cell.passed for cell in assessment.must_pass)
+    return f"TriAttention {assessment.target.target}", f"{assessment.verdict} {passed}/{len(assessment.must_pass)}"
+
+
+def _case(result: CheckResult, target: str):
+    from junitparser import Error, Failure, Properties, Property, Skipped, TestCase
+
+    case = TestCase(result.id, classname=f"{target}.{result.id.rpartition('.')[0]}", time=result.duration_s)
+    if result.verdict in FAILING:
+        case.result = [(Failure if result.verdict in _FAILURES else Error)(_clean(result.message), result.verdict)]
+    elif result.verdict is not Verdict.PASS:
+        why = result.code or (f"by {result.by}" if result.by else "")
+        case.result = [Skipped(_clean(f"{result.verdict} {why} {result.message}".strip()), why or result.verdict)]
+    told = [
+        ("verdict", result.verdict),
+        ("gate", result.gate),
+        ("evidence", result.evidence),
+        ("repeat", result.repeat),
+    ]
+    told += [("skip code", result.code)] if result.code else []
+    for one in result.measurements:
+        words = f"measured {one.measured:g}, allowed {one.allowed:g} {one.unit}".strip()
+        told.append((one.name, f"{words}, headroom {one.headroom:.3g}" + (f" at {one.where}" if one.where else "")))
+    properties = Properties()
+    for name, value in told:
+        properties.add_property(Property(_clean(name), _clean(value)))
+    case.append(properties)
+    return case
+
+
+def _absent(name: str, target: str):
+    from junitparser import Error, TestCase
+
+    case = TestCase(name, classname=f"{target}.{name.rpartition('.')[0]}")
+    case.result = [Error("must-pass, and there is no result", "ABSENT")]
+    return case
+
+
+def _clean(text: str) -> str:
+    # XML has no place for control characters, whatever a message holds
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in str(text))

@@ -1,0 +1,144 @@
+"""``python -m verify history``: how verdicts and headroom went, run by run, from the index of the records."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from verify.architectures import parse_target
+from verify.errors import ConfigurationError
+from verify.record.curves import MOST_CURVES, Curve
+from verify.record.index import Point, open_index
+from verify.report.documents import dumps
+from verify.report.matrix import LETTERS, SHAPES, WORST_FIRST, count
+from verify.report.plots import text_plot
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: How many runs a line shows, and how many of them are told one by one.
+_SHOWN, _LAST = 24, 12
+
+#: Where a plot ends: how far outside a failure was would flatten all else.
+_MOST = 2.0
+
+#: From nothing needed of the allowance to all of it.
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def history(check: str | None, gpu: str | None, folders: Sequence[Path] = (), *, as_json: bool = False) -> int:
+    """Print a line for every target, for every family of checks on one, or the whole course of one check; return 0.
+
+    Raises ConfigurationError for a GPU or a check that no record knows.
+    """
+    target = parse_target(gpu).target if gpu is not None else None
+    with open_index(folders) as index:
+        points = index.points(check, target)
+        known = sorted({one.id for one in index.points()}) if not points and check is not None else ()
+    if not points:
+        near = difflib.get_close_matches(check or "", known, n=3, cutoff=0.4)
+        what = f"of {check!r}" if check else "of a check"
+        hint = f"; nearest are {', '.join(near)}" if near else ""
+        raise ConfigurationError(f"no record has a result {what}{f' on {target}' if target else ''}{hint}")
+    if as_json:
+        from dataclasses import asdict
+
+        print(dumps([asdict(one) | {"share": one.share} for one in points]), end="")
+        return 0
+    from verify.report.terminal import PipeConsole
+
+    _print(points, check, target, PipeConsole())
+    return 0
+
+
+def _print(points: Sequence[Point], check: str | None, target: str | None, console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    by_family = target is not None and check is None
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("check" if by_family else "target", overflow="fold")
+    table.add_column("runs", justify="right")
+    table.add_column("verdicts", no_wrap=True)
+    table.add_column("needed", no_wrap=True)
+    table.add_column("last", justify="right", no_wrap=True)
+    groups: dict[str, list[Point]] = {}
+    for one in points:
+        groups.setdefault(one.id.rpartition(".")[0] if by_family else one.target, []).append(one)
+    for name, members in groups.items():
+        # of a target its HARD checks, unless one check is asked for
+        told = members if by_family or check else [one for one in members if one.gate == "hard"]
+        runs = _by_run(told)[-_SHOWN:]
+        shares = [_largest(run) for run in runs]
+        last = "-" if not shares or shares[-1] is None else f"{shares[-1]:.0%}"
+        total = str(len({one.run_id for one in members}))
+        table.add_row(Text(name), total, Text("".join(map(_letter, runs))), _sparkline(shares), last)
+    console.print(table)
+    console.print()
+    console.print("verdicts: the worst of each run, oldest first; needed: of what is allowed, █ at the bound or beyond")
+    if check is not None:
+        _print_runs(points, console)
+
+
+def _print_runs(points: Sequence[Point], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from verify.report.terminal import verdict_text
+
+    if curves := _curves(points):
+        console.print()
+        console.print(Text("\n".join(text_plot(curves, console.width))))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for one in points[: -_LAST - 1 : -1]:
+        share = "" if one.share is None else f"{one.share:.3g} of what is allowed"
+        word = f"{one.verdict} {one.code}" if one.code else one.verdict
+        shape = SHAPES[one.evidence]
+        table.add_row(
+            one.time_utc[:10],
+            one.target,
+            shape,
+            verdict_text(word),
+            Text(one.id),
+            Text(share),
+            f"{one.duration_s:.1f} s",
+        )
+    console.print()
+    console.print(f"newest first ({min(_LAST, len(points))} of {count(len(points), 'result')}):")
+    console.print(table)
+
+
+def _curves(points: Sequence[Point]) -> list[Curve]:
+    """By target, the part of the allowance that was needed over days; of the targets with most runs."""
+    start = datetime.fromisoformat(points[0].time_utc)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in _by_run(points):
+        if (share := _largest(run)) is not None:
+            days = (datetime.fromisoformat(run[0].time_utc) - start).total_seconds() / 86_400
+            found.setdefault(run[0].target, []).append((days, min(share, _MOST)))
+    most = sorted((name for name in found if len(found[name]) > 1), key=lambda name: -len(found[name]))[:MOST_CURVES]
+    return [Curve.of(name, found[name], x="days", y=f"measured / allowed, at most {_MOST:g}") for name in most]
+
+
+def _by_run(points: Iterable[Point]) -> list[list[Point]]:
+    runs: dict[str, list[Point]] = {}
+    for one in points:
+        runs.setdefault(one.run_id, []).append(one)
+    return list(runs.values())
+
+
+def _letter(run: Sequence[Point]) -> str:
+    return LETTERS[min((one.verdict for one in run), key=WORST_FIRST.index)]
+
+
+def _largest(run: Sequence[Point]) -> float | None:
+    return max((one.share for one in run if one.share is not None), default=None)
+
+
+def _sparkline(shares: Sequence[float | None]) -> str:
+    top = len(_BARS) - 1
+    return "".join(" " if one is None else _BARS[max(0, min(top, int(one * top)))] for one in shares)

@@ -1,0 +1,243 @@
+"""The gate matrix of a target: one row per family of checks, grouped by phase, the plan's own table first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from verify.checks import CheckSpec
+from verify.record.builds import BuildVerdict, Compilation
+from verify.record.schema import Evidence, Measurement, Verdict
+from verify.record.verdict import Assessment, Cell
+
+#: The plan's pass/fail table: these items stand first in their phase.
+PLAN_TABLE = ("1.3", "1.4", "3.1", "3.2", "4.1", "2.2", "4.2", "5.2", "6.1")
+
+NOT_RUN = "NOT RUN"
+
+#: A check that a GPU has yet to run, of which it is known that its kernels can be built for it.
+COMPILED = "COMPILED"
+
+#: The word of a row is the first of these that one of its cells has.
+WORST_FIRST: tuple[str, ...] = (
+    Verdict.CRASH,
+    Verdict.TIMEOUT,
+    Verdict.ERROR,
+    Verdict.FAIL,
+    Verdict.XPASS,
+    Verdict.INFRA,
+    Verdict.BLOCKED,
+    NOT_RUN,
+    Verdict.SKIP,
+    COMPILED,
+    Verdict.XFAIL,
+    Verdict.PASS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A family of checks on a target: its worst verdict and how many of its checks share it."""
+
+    spec: CheckSpec
+    cells: tuple[Cell, ...]
+
+    @property
+    def phase(self) -> int:
+        return self.spec.phase
+
+    @property
+    def worst(self) -> str:
+        return min((_word(cell) for cell in self.cells), key=WORST_FIRST.index)
+
+    @property
+    def verdict(self) -> str:
+        """The worst verdict with its code or blocker, and ``2/37`` where only some of the checks have it."""
+        alike = [cell for cell in self.cells if _word(cell) == self.worst]
+        parts = [str(self.worst)]
+        result = alike[0].result
+        if result is not None and (result.code or result.by):
+            parts.append(result.code or f"by {result.by}")
+        if len(self.cells) > 1:
+            parts.append(str(len(alike)) if len(alike) == len(self.cells) else f"{len(alike)}/{len(self.cells)}")
+        return " ".join(parts)
+
+    @property
+    def evidence(self) -> str:
+        """The kinds of evidence behind the row, ``-`` where there is none."""
+        kinds = dict.fromkeys(cell.result.evidence for cell in self.cells if cell.result and _informs(cell))
+        return "+".join(kinds) or "-"
+
+    @property
+    def tightest(self) -> Measurement | None:
+        """The measurement with the least headroom of all the row's checks."""
+        found = [cell.result.tightest for cell in self.cells if cell.result and cell.result.tightest]
+        return min(found, key=lambda m: -math.inf if math.isnan(m.headroom) else m.headroom, default=None)
+
+
+def rows(cells: Iterable[Cell]) -> list[Row]:
+    """Fold cells into rows: by phase, the items of the plan's table first, then in order of declaration."""
+    families: dict[str, list[Cell]] = {}
+    for cell in cells:
+        families.setdefault(cell.check.spec.family, []).append(cell)
+    folded = [Row(members[0].check.spec, tuple(members)) for members in families.values()]
+    return sorted(folded, key=lambda row: (row.phase, *_plan_order(row.spec.plan)))
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A family of checks on a target in two or three characters: ``●P``, ``◆P``, ``○F``, ``●P~``, ``·``.
+
+    ``word`` is its verdict, ``evidence`` the kind behind it; ``stale`` says that the result no longer counts.
+    """
+
+    word: str
+    evidence: Evidence | None
+    stale: bool = False
+
+    def __str__(self) -> str:
+        if self.evidence is None:
+            return "·"
+        return SHAPES[self.evidence] + LETTERS[self.word] + ("~" if self.stale else "")
+
+
+#: The shape tells the evidence and the letter the verdict, so that neither needs a colour.
+SHAPES: Mapping[Evidence, str] = MappingProxyType({"hardware": "●", "compiled": "◆", "emulated": "○"})
+LETTERS = MappingProxyType(
+    {"PASS": "P", "FAIL": "F", "ERROR": "E", "CRASH": "C", "TIMEOUT": "T", "INFRA": "I", "SKIP": "S", "BLOCKED": "B"}
+    | {"XFAIL": "w", "XPASS": "x"}
+)
+LEGEND = (
+    "● hardware  ◆ compiled  ○ emulated  · no result; P pass  F fail  E error  C crash  T timeout  I infra  "
+    "S skip  B blocked  w waived  x passed unexpectedly; ~ stale, which counts for nothing"
+)
+
+
+def stale_of(row: Row) -> Cell | None:
+    """Of a row that no result that counts informs of: the worst that one cell said before. A skip said nothing."""
+    if row.worst != NOT_RUN or row.evidence != "-":
+        return None
+    said = [cell for cell in row.cells if cell.stale and cell.stale.verdict not in (Verdict.SKIP, Verdict.BLOCKED)]
+    return min(said, key=lambda cell: WORST_FIRST.index(cell.stale.verdict), default=None)
+
+
+def mark(row: Row) -> Mark:
+    """The worst of a row: what counts, else what was built for a GPU that did not run it, else what is stale."""
+    worst = next(cell for cell in row.cells if _word(cell) == row.worst)
+    if worst.result is not None:
+        return Mark(worst.result.verdict, worst.result.evidence)
+    if (before := stale_of(row)) is not None:
+        return Mark(before.stale.verdict, before.stale.evidence, stale=True)
+    return Mark(NOT_RUN, None)
+
+
+def grid(assessments: Sequence[Assessment]) -> list[tuple[CheckSpec, dict[str, Mark]]]:
+    """Every family of checks with its mark on each target that it applies to, by target: first HARD, then SOFT ones."""
+    specs: dict[str, CheckSpec] = {}
+    marks: dict[str, dict[str, Mark]] = {}
+    for assessment in assessments:
+        for row in rows(assessment.cells):
+            specs.setdefault(row.spec.family, row.spec)
+            marks.setdefault(row.spec.family, {})[assessment.target.target] = mark(row)
+    order = sorted(specs.values(), key=lambda spec: (spec.gate != "hard", spec.phase, *_plan_order(spec.plan)))
+    return [(spec, marks[spec.family]) for spec in order]
+
+
+VERSIONS = ("target", "GPU", "driver", "CUDA", "torch", "triton", "vLLM", "subject", "newest")
+
+
+def versions(assessments: Sequence[Assessment]) -> list[list[str]]:
+    """What the newest record of each target was made with, by the names of ``VERSIONS``; targets without are absent."""
+    lines = []
+    for assessment in assessments:
+        if not assessment.used:
+            continue
+        newest = next((one for one in assessment.used if not one.ahead_of_time), assessment.used[0])
+        at = newest.environment
+        card = [at.gpu.name, at.gpu.driver] if at.gpu else ["none", "none"]
+        software = [at.cuda_runtime.partition(" (")[0], at.torch, at.triton, at.vllm.partition(" (")[0]]
+        subject = f"{newest.subject.version} {newest.subject.git_sha[:7]}{'+' * newest.subject.dirty}"
+        lines.append([assessment.target.target, *card, *software, subject, newest.time_utc[:10]])
+    return lines
+
+
+def by_phase(folded: Sequence[Row]) -> dict[int, list[Row]]:
+    phases: dict[int, list[Row]] = {}
+    for row in folded:
+        phases.setdefault(row.phase, []).append(row)
+    return phases
+
+
+def bound(measurement: Measurement | None) -> str:
+    """``measured / allowed`` in at most 17 characters, with the unit where it fits."""
+    if measurement is None:
+        return "-"
+    pair = f"{_short(measurement.measured)} / {_short(measurement.allowed)}"
+    with_unit = f"{pair} {measurement.unit}".strip()
+    return with_unit if len(with_unit) <= 17 else pair
+
+
+def headroom(measurement: Measurement | None) -> str:
+    """How many times the measured value fits into what is allowed."""
+    if measurement is None:
+        return "-"
+    value = measurement.headroom
+    if math.isnan(value):
+        return "nan"
+    if math.isinf(value):
+        return "exact" if measurement.measured == 0 else str(value)
+    return f"{value:.1f}x" if value < 100 else f"{value:.0f}x" if value < 1e5 else f"{value:.0e}x"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 check``, ``2 checks``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def built(compilation: Compilation | None) -> str:
+    """How much was built for a target, in a word: ``21/21``, ``gap`` where the toolchain builds nothing, ``-``."""
+    if compilation is None:
+        return "-"
+    if compilation.gap:
+        return "gap"
+    good = sum(build.verdict is BuildVerdict.OK for build in compilation.needed)
+    return f"{good}/{len(compilation.needed) + len(compilation.unlaunched)}"
+
+
+def compiled_words(compilation: Compilation) -> str:
+    """What was built for a target and what it takes, in a sentence."""
+    tools = f"triton {compilation.triton}, ptxas {compilation.ptxas}"
+    if compilation.gap:
+        return f"toolchain gap, {compilation.toolchain} with {tools}: {compilation.gap}"
+    found = [build.resources for build in compilation.builds if build.resources]
+    if not found:
+        return f"{built(compilation)} kernels built with {tools}"
+    registers, stack = [one.registers for one in found], max(one.stack_bytes for one in found)
+    needs = f"{min(registers)} to {max(registers)} registers, {f'{stack} bytes of stack' if stack else 'no stack'}"
+    return f"{built(compilation)} kernels built with {tools}; {needs}"
+
+
+def _word(cell: Cell) -> str:
+    if cell.result is None:
+        return NOT_RUN
+    if cell.proves or cell.not_compiled:
+        return cell.result.verdict
+    return COMPILED if cell.compiled else NOT_RUN
+
+
+def _informs(cell: Cell) -> bool:
+    return cell.result is not None and cell.result.verdict not in (Verdict.SKIP, Verdict.BLOCKED)
+
+
+def _plan_order(plan: str | None) -> tuple[bool, int]:
+    return plan not in PLAN_TABLE, PLAN_TABLE.index(plan) if plan in PLAN_TABLE else 0
+
+
+def _short(value: float) -> str:
+    if math.isnan(value) or math.isinf(value):
+        return str(value)
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.3g}" if 0.01 <= abs(value) < 1e5 else f"{value:.1e}"

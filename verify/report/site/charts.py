@@ -1,0 +1,190 @@
+"""The charts of the pages: Vega-Lite specifications, drawn as SVG whose colours are the style sheet's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from verify.record.builds import Build, Compilation
+from verify.record.curves import Curve
+
+#: One per curve of a plot, in the order of ``verify.report.plots``.
+_SERIES = [f"var(--series-{number})" for number in range(1, 5)]
+
+_CONFIG: Mapping[str, Any] = {
+    "font": "system-ui, sans-serif",
+    "point": {"color": "var(--series-1)"},
+    "background": None,
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": "var(--muted)",
+        "titleColor": "var(--muted)",
+        "titleFontWeight": "normal",
+        "gridColor": "var(--line)",
+        "domainColor": "var(--line)",
+        "tickColor": "var(--line)",
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+    },
+    "legend": {"labelColor": "var(--ink)", "title": None, "orient": "top", "labelLimit": 0, "symbolType": "stroke"},
+    "header": {"labelColor": "var(--muted)", "labelFontSize": 10, "title": None, "labelLimit": 0},
+}
+
+#: What a chart of builds can show, by the title of its axis.
+METRICS = {
+    "registers": "registers per thread",
+    "instructions": "warp instructions per key",
+    "occupancy": "theoretical occupancy, %",
+}
+
+
+def draw(specification: Mapping[str, Any]) -> Markup:
+    """The SVG of a Vega-Lite specification, to be put into a page as it is: Vega escapes the texts in it."""
+    import vl_convert
+
+    schema = {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
+    svg = vl_convert.vegalite_to_svg({**schema, "config": _CONFIG, **specification})
+    # the page labels a chart as one image, in which Vega's roles are images without a name
+    return Markup(re.sub(r' (?:role|aria-[a-z]+)="[^"]*"', "", svg))
+
+
+def plot(curves: Sequence[Curve], width: int = 560, height: int = 220) -> Markup:
+    """The curves of one result in one chart."""
+    values = [
+        {"x": x, "y": y, "name": curve.name, "order": index}
+        for curve in curves
+        for index, (x, y) in enumerate(curve.points)
+    ]
+    names = [curve.name for curve in curves]
+    return draw(
+        {
+            "width": width,
+            "height": height,
+            "data": {"values": values},
+            "mark": {"type": "line", "strokeWidth": 1.75},
+            "encoding": {
+                "x": {"field": "x", "type": "quantitative", "title": curves[0].x, "scale": {"nice": False}},
+                "y": {"field": "y", "type": "quantitative", "title": curves[0].y},
+                "order": {"field": "order"},
+                "color": {"field": "name", "scale": {"domain": names, "range": _SERIES[: len(names)]}},
+            },
+        }
+    )
+
+
+def spread(compilations: Iterable[Compilation], metric: str) -> Markup:
+    """A metric of every build by architecture: a dot each, over the range they span."""
+    values = [
+        {"gpu": str(one.sm), "value": value}
+        for one in compilations
+        for build in one.builds
+        if (value := number(build, metric)) is not None
+    ]
+    across = {"field": "gpu", "type": "nominal", "sort": None, "title": "SM", "axis": {"labelAngle": 0}}
+    scale = {"type": "log"} if metric == "instructions" else {"zero": True}
+    up = {"field": "value", "type": "quantitative", "title": None, "scale": scale}
+    return draw(
+        {
+            "width": {"step": 29},
+            "height": 180,
+            "data": {"values": values},
+            "layer": [
+                {
+                    "mark": {"type": "rule", "color": "var(--line-strong)", "strokeWidth": 2},
+                    "encoding": {
+                        "x": across,
+                        "y": {**up, "aggregate": "min"},
+                        "y2": {"field": "value", "aggregate": "max"},
+                    },
+                },
+                {
+                    "mark": {"type": "circle", "size": 34, "opacity": 0.55, "color": "var(--series-1)"},
+                    "encoding": {"x": across, "y": up},
+                },
+            ],
+        }
+    )
+
+
+def multiples(compilations: Sequence[Compilation], metric: str) -> Markup:
+    """A metric of each variant over the architectures, a small chart per variant on one scale."""
+    values = [
+        {"gpu": str(one.sm), "value": value, "build": build_name(build)}
+        for one in compilations
+        for build in one.builds
+        if (value := number(build, metric)) is not None
+    ]
+    names = list(dict.fromkeys(value["build"] for value in values))
+    axis = {"labelAngle": -90, "labelFontSize": 9, "ticks": False, "labelPadding": 2}
+    scale = {"type": "log", "nice": False} if metric == "instructions" else {"zero": True}
+    return draw(
+        {
+            "data": {"values": values},
+            "facet": {"field": "build", "type": "nominal", "sort": names},
+            "columns": 6,
+            "spacing": {"row": 18, "column": 14},
+            "spec": {
+                "width": 132,
+                "height": 56,
+                "mark": {"type": "line", "point": {"size": 16, "color": "var(--series-1)"}, "color": "var(--series-1)"},
+                "encoding": {
+                    "x": {"field": "gpu", "type": "nominal", "sort": None, "title": None, "axis": axis},
+                    "y": {
+                        "field": "value",
+                        "type": "quantitative",
+                        "title": None,
+                        "scale": scale,
+                        "axis": {"tickCount": 3, "labelFontSize": 9},
+                    },
+                },
+            },
+        }
+    )
+
+
+def over_time(values: Sequence[Mapping[str, Any]], unit: str, *, log: bool = False) -> Markup:
+    """Measurements by time, a small chart per target, with what was allowed as a dashed line.
+
+    ``values`` have ``time`` (RFC 3339), ``target``, ``value`` and ``allowed``, which may be None.
+    """
+    when = {
+        "field": "time",
+        "type": "temporal",
+        "title": None,
+        "axis": {"format": "%d %b", "tickCount": 3, "labelFontSize": 9, "grid": False},
+    }
+    scale = {"type": "log", "nice": False} if log else {"zero": True}
+    up = {"type": "quantitative", "title": unit, "scale": scale, "axis": {"tickCount": 3, "labelFontSize": 9}}
+    line = {"type": "line", "color": "var(--series-1)", "strokeWidth": 1.5, "point": {"size": 16}}
+    limit = {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3], "color": "var(--bad)"}
+    layers = [{"mark": line, "encoding": {"x": when, "y": {"field": "value", **up}}}]
+    if any(value["allowed"] is not None for value in values):
+        layers.append({"mark": limit, "encoding": {"x": when, "y": {"field": "allowed", **up}}})
+    return draw(
+        {
+            "data": {"values": list(values)},
+            "facet": {"field": "target", "type": "nominal", "sort": None},
+            "columns": 5,
+            "spacing": {"row": 18, "column": 14},
+            "spec": {"width": 150, "height": 70, "layer": layers},
+        }
+    )
+
+
+def number(build: Build, metric: str) -> float | None:
+    """One of ``METRICS`` of a build; None where the build has no such number."""
+    used = build.resources
+    if used is None:
+        return None
+    if metric == "registers":
+        return used.registers
+    if metric == "occupancy":
+        return None if used.occupancy is None else round(100 * used.occupancy, 1)
+    return used.code.warp_instructions_per_key if used.code else None
+
+
+def build_name(build: Build) -> str:
+    return build.variants[0] + build.configuration

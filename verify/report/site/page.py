@@ -1,0 +1,58 @@
+"""How a template becomes a page: what every page says, and what its template can ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from verify.checks import PHASES, SKIP_CODES
+from verify.record.schema import Record
+from verify.record.verdict import describe_subject
+from verify.report.matrix import bound, built, count, headroom
+from verify.report.site.view import SHAPES, Bar, page_name
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around every page: how many records there are, the newest of them, and those that do not count."""
+
+    records: int
+    newest: Record | None
+    unreadable: Sequence[str]
+
+    def renderer(self, **common: Any) -> Callable[..., str]:
+        """What makes the text of a page of a template's name, the way to the site's root, and the facts it tells.
+
+        Every page knows ``common``, too.
+        """
+        environment = Environment(
+            loader=PackageLoader("verify.report.site"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters |= {"page": page_name, "bound": bound, "headroom": headroom, "bar": Bar.of}
+        environment.globals |= {
+            "phases": PHASES,
+            "skip_codes": SKIP_CODES,
+            "shapes": (*SHAPES, "none"),
+            "describe_subject": describe_subject,
+            "built": built,
+            "count": count,
+            "newest": self.newest,
+            "records": self.records,
+            "unreadable": self.unreadable,
+            **common,
+        }
+        row_start = cache(environment.get_template("macros.html").module.row_start)
+        environment.globals["start_of"] = lambda line, root: row_start(*line.start, root)
+
+        def page(template: str, root: str = "", **facts: Any) -> str:
+            return environment.get_template(template).render(root=root, **facts)
+
+        return page

@@ -1,0 +1,110 @@
+"""The page of each run, and what the pages of several runs show of it: made by processes beside, some runs each."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from verify.record.archive import read_again
+from verify.record.schema import CheckResult, Record
+from verify.report.site import charts
+from verify.report.site.page import Frame
+from verify.report.site.view import lines, page_name
+
+#: How many of its last results a check's page shows.
+LAST = 12
+
+#: Files of a run that its page points at.
+_LOGS = ("*.log", "events.jsonl")
+
+#: Units of time: what has one is shown with the latencies.
+_TIMES = frozenset({"s", "ms", "us", "ns"})
+
+
+class Past(NamedTuple):
+    """A result, and where and when it was had."""
+
+    run_id: str
+    time_utc: str
+    target: str
+    result: CheckResult
+
+
+@dataclass
+class Notes:
+    """What the pages of several runs show of them; the runs are taken newest first."""
+
+    #: The number of results by verdict of each, by its id.
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    #: The last results of each family, newest first.
+    past: dict[str, list[Past]] = field(default_factory=dict)
+    #: The measurements of phase 8 and those in a unit of time, by check, name and unit, oldest first.
+    times: dict[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=dict)
+    #: How often a check of phase 8 was skipped with a code.
+    codes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, older: Notes) -> None:
+        """Go on with runs that are older than all that were taken."""
+        self.counts |= older.counts
+        for family, members in older.past.items():
+            own = self.past.setdefault(family, [])
+            own += members[: LAST - len(own)]
+        for key, points in older.times.items():
+            self.times[key] = points + self.times.get(key, [])
+        self.codes += older.codes
+
+
+def write_runs(
+    frame: Frame, families: Set[str], files: Sequence[Path], *, homes: Sequence[Path], made: Path, out: Path
+) -> Notes:
+    """Write the page of each run of ``files``, newest first, into ``made``, which will be ``out``.
+
+    ``families`` are the checks that have a page, and ``homes`` the folders that runs may have left logs in. Returns
+    what the other pages show. Raises ConfigurationError for a record that changed since it was counted.
+    """
+    page, notes = frame.renderer(), Notes()
+    for path in files:
+        record = read_again(path)
+        noted = _noted(record, families)
+        text = page(
+            "run.html",
+            "../",
+            record=record,
+            lines=lines(record.results, families),
+            counts=noted.counts[record.run_id],
+            logs=_logs(record, homes, out),
+            curves=[(one.id, charts.plot(one.curves)) for one in record.results if one.curves],
+        )
+        (made / f"{page_name(record.run_id)}.html").write_text(text, encoding="utf-8")
+        notes.add(noted)
+    return notes
+
+
+def _noted(record: Record, families: Set[str]) -> Notes:
+    counts = Counter(str(result.verdict) for result in record.results)
+    notes = Notes({record.run_id: dict(counts.most_common())})
+    for result in record.results:
+        family, latency = result.id.rpartition(".")[0], result.id.startswith("p8.")
+        if family in families:
+            notes.past.setdefault(family, []).append(Past(record.run_id, record.time_utc, record.target, result))
+        if latency and result.code:
+            notes.codes[result.code] += 1
+        for one in result.measurements:
+            if (latency or one.unit in _TIMES) and math.isfinite(one.measured):
+                allowed = one.allowed if math.isfinite(one.allowed) else None
+                point = {"time": record.time_utc, "target": record.target, "value": one.measured, "allowed": allowed}
+                notes.times.setdefault((result.id, one.name, one.unit), []).append(point)
+    return notes
+
+
+def _logs(record: Record, homes: Sequence[Path], out: Path) -> list[tuple[str, str]]:
+    """The name of each log that the run left behind, and the way there from its page in ``out``."""
+    if Path(record.run_id).name != record.run_id:
+        return []
+    kept = [path for home in homes for pattern in _LOGS for path in sorted((home / record.run_id).glob(pattern))]
+    return [(path.name, Path(os.path.relpath(path, out)).as_posix()) for path in kept]

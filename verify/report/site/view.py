@@ -1,0 +1,233 @@
+"""What the pages show: assessments as marks, results as lines, and the sentences above them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from verify.architectures import EMULATED, Architecture, Target
+from verify.record.schema import FAILING, CheckResult, Measurement, Record, Verdict
+from verify.record.verdict import Assessment, TargetVerdict
+from verify.report.matrix import COMPILED, Row, bound, headroom, rows, stale_of
+
+#: The shapes of evidence, best first; ``none`` is a dash.
+SHAPES = ("hardware", "compiled", "emulated")
+
+STALE = "STALE"
+
+#: The share of a bar that stands for what is allowed, and the powers of ten below it.
+_LIMIT, _DECADES = 0.8, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One cell: the ``shape`` of its evidence, the ``tone`` and ``word`` of how it ended, a short ``note``."""
+
+    shape: str
+    tone: str
+    word: str
+    note: str = ""
+    anchor: str = ""  #: where a target's page tells of it
+
+    @property
+    def told(self) -> str:
+        """The cell in words, for whoever sees no shape."""
+        evidence = "no evidence" if self.shape == "none" else f"{self.shape} evidence"
+        return ", ".join(filter(None, (self.word, evidence, self.note)))
+
+
+def tone_of(word: str, shape: str) -> str:
+    """How a verdict is coloured; only a pass on hardware is green."""
+    if word in FAILING:
+        return "fail"
+    if word == Verdict.XFAIL:
+        return "waived"
+    if word == STALE:
+        return "stale"
+    if word == COMPILED or (word == Verdict.PASS and shape == "compiled"):
+        return "compiled"
+    if word == Verdict.PASS:
+        return "pass" if shape == "hardware" else "emulated"
+    return "absent"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One target of the matrix."""
+
+    assessment: Assessment
+
+    @property
+    def target(self) -> Target:
+        return self.assessment.target
+
+    @property
+    def name(self) -> str:
+        return self.target.target
+
+    @property
+    def products(self) -> str:
+        if isinstance(self.target, Architecture):
+            return ", ".join(self.target.products) or "no product known"
+        return "Triton's interpreter and CPU torch"
+
+    @property
+    def passed(self) -> int:
+        return sum(cell.passed for cell in self.assessment.must_pass)
+
+    @property
+    def newest(self) -> Record | None:
+        """The newest run, or compilation where nothing ran."""
+        used = self.assessment.used
+        return next((record for record in used if not record.ahead_of_time), used[0] if used else None)
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        return {row.spec.family: row for row in rows(self.assessment.cells)}
+
+    @cached_property
+    def _cells(self) -> dict[str, Row]:
+        return {cell.check.id: Row(cell.check.spec, (cell,)) for cell in self.assessment.cells}
+
+    def of_family(self, family: str) -> Mark | None:
+        """The mark of a family of checks, None where it does not apply to the target."""
+        return self._mark(self.rows[family]) if family in self.rows else None
+
+    def of_check(self, check_id: str) -> Mark | None:
+        return self._mark(self._cells[check_id]) if check_id in self._cells else None
+
+    def _mark(self, row: Row) -> Mark:
+        shape = next((shape for shape in SHAPES if shape in row.evidence.split("+")), "none")
+        anchor = next((cell.check.id for cell in row.cells if cell.result), row.spec.family)
+        if (before := stale_of(row)) is not None:
+            return Mark(before.stale.evidence, "stale", STALE, f"was {before.stale.verdict}", anchor)
+        if len(row.cells) > 1 and "/" in row.verdict:
+            note = row.verdict.split()[-1]
+        else:
+            note = headroom(row.tightest) if row.tightest else ""
+        code = next((cell.result.code for cell in row.cells if cell.result and cell.result.code), "")
+        if row.worst == Verdict.SKIP:
+            note = code or note
+        return Mark(shape, tone_of(row.worst, shape), row.worst, note, anchor)
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A measurement on a log scale, as percent of the width; what is allowed stands at ``LIMIT`` of it."""
+
+    text: str
+    headroom: str
+    width: int
+    over: bool
+
+    @classmethod
+    def of(cls, one: Measurement) -> Bar:
+        share = one.measured / one.allowed if one.allowed else math.inf if one.measured else 0.0
+        if math.isnan(share):
+            width = 100
+        elif share <= 0:
+            width = 0
+        else:
+            place = 1 + math.log10(share) / _DECADES if math.isfinite(share) else math.inf
+            width = round(100 * min(max(_LIMIT * place, 0.01), 1))
+        return cls(bound(one), headroom(one), width, not one.within)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One result, as a row of a table; ``known`` is whether the suite has its check."""
+
+    result: CheckResult
+    word: str
+    shape: str
+    tone: str
+    known: bool
+    bar: Bar | None
+
+    @property
+    def phase(self) -> int:
+        return int(self.result.id[1])
+
+    @property
+    def told(self) -> list[str]:
+        """Each measurement in a sentence."""
+        return [one.told for one in self.result.measurements]
+
+    @property
+    def start(self) -> tuple[str | bool, ...]:
+        """What its row says before it comes to numbers."""
+        result, family = self.result, self.result.id.rpartition(".")[0]
+        note = result.code or result.by or ""
+        return result.id, family, result.gate, self.word, note, self.shape, self.tone, self.known
+
+
+def lines(results: Iterable[CheckResult], families: Container[str], column: Column | None = None) -> list[Line]:
+    """The rows of ``results``, as they count for the target of ``column`` where there is one."""
+    found = []
+    for result in results:
+        shape = "none" if result.verdict in (Verdict.SKIP, Verdict.BLOCKED) else result.evidence
+        counts = column.of_check(result.id) if column else None
+        word = counts.word if counts else str(result.verdict)
+        tightest = result.tightest
+        known = result.id.rpartition(".")[0] in families
+        found.append(Line(result, word, shape, tone_of(word, shape), known, Bar.of(tightest) if tightest else None))
+    return found
+
+
+def headline(columns: Sequence[Column]) -> str:
+    """The sentence at the top: what is verified, what failed, what was only compiled."""
+    gpus = [column for column in columns if column.target is not EMULATED]
+    by_verdict = Counter(column.assessment.verdict for column in gpus)
+    verified = [column.name for column in gpus if column.assessment.verdict is TargetVerdict.VERIFIED]
+    failed = [column.name for column in gpus if column.assessment.verdict is TargetVerdict.FAILED]
+    if verified:
+        told = [f"{_named(verified)} {'is' if len(verified) == 1 else 'are'} verified"]
+    else:
+        told = ["No GPU has been verified"]
+    if failed:
+        told.append(f"{_named(failed)} failed")
+    if by_verdict[TargetVerdict.INFRA]:
+        told.append(f"{by_verdict[TargetVerdict.INFRA]} could not be judged")
+    known = [(column.name, column.assessment.compilation) for column in gpus]
+    built = sum(one is not None and not one.gap and bool(one.builds) for _, one in known)
+    gaps = [name for name, one in known if one is not None and one.gap]
+    if built:
+        told.append(f"{built} of {len(gpus)} have kernels that compile")
+    if gaps:
+        told.append(f"for {_named(gaps)} no toolchain here builds anything")
+    return "; ".join(told) + "."
+
+
+def across(marks: Mapping[str, Mark | None]) -> str:
+    """What the targets say about one check, such as that it fails on one of them only."""
+    told = {name: mark for name, mark in marks.items() if mark is not None}
+    failing = [name for name, mark in told.items() if mark.tone == "fail"]
+    passing = [name for name, mark in told.items() if mark.tone in ("pass", "emulated")]
+    compiled = [name for name, mark in told.items() if mark.tone == "compiled"]
+    parts = []
+    if failing:
+        parts.append(f"fails {'only ' if len(failing) == 1 and passing else ''}on {_named(failing)}")
+    if passing:
+        parts.append(f"passes on {_named(passing)}")
+    elif failing:
+        parts.append("passes nowhere")
+    if compiled:
+        parts.append(f"compiled for {_named(compiled)}, which {'has' if len(compiled) == 1 else 'have'} yet to run it")
+    sentence = "; ".join(parts) or "no target has a result that counts"
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def page_name(text: str) -> str:
+    """``text`` as a file name; what had to be replaced is told apart by a digest."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip(".")[:80]
+    return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _named(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,0 +1,124 @@
+"""``python -m verify report``: what the records prove about a GPU; and the matrix that ends a run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from verify.architectures import known_targets, parse_target
+from verify.checks import catalogue
+from verify.errors import ConfigurationError
+from verify.files import repository_root, write_out
+from verify.heartbeat import Heartbeat
+from verify.record.archive import newest_first
+from verify.record.index import open_index
+from verify.record.schema import Record
+from verify.record.verdict import Assessment, assess, assess_record
+from verify.report.matrix import count
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: The report was made, but some records could not be read.
+EXIT_UNREADABLE = 5
+
+
+def report(
+    gpu: str | None,
+    form: str = "terminal",
+    folders: Sequence[Path] = (),
+    *,
+    every_check: bool = False,
+    out: Path | None = None,
+) -> int:
+    """Print the report on one target, or a line for each where ``gpu`` is None; return 0, or 5 for unreadable records.
+
+    With ``every_check`` it is the matrix of all checks and targets. ``out`` is the file to write instead, or the folder
+    of badges and of ``html``, which is the pages of every target. Raises ConfigurationError for an unknown GPU, a
+    records directory that is not there, and options that contradict each other.
+    """
+    if form == "html":
+        return _make_site(gpu, folders, out)
+    if form == "terminal" and out is not None:
+        raise ConfigurationError(f"--out {out} is for the other formats; drop it, or give --format")
+    targets = [parse_target(gpu)] if gpu is not None else list(known_targets())
+    checks = list(catalogue())
+    with open_index(folders) as index:
+        assessments = [assess(target, index.records(target), checks, index.checkout) for target in targets]
+        unreadable = index.unreadable
+    if form == "terminal":
+        _print_terminal(assessments, gpu is not None, every_check)
+    elif form == "badge":
+        from verify.report import export
+
+        if out is None:
+            raise ConfigurationError("a badge is two files for each GPU; give --out DIR")
+        export.write_badges(assessments, out)
+    else:
+        from verify.report import documents, export
+
+        several = documents.GRID if every_check else documents.SUMMARY
+        if form == "junit":
+            text = export.report_junit(assessments)
+        elif gpu is not None:
+            text = documents.FULL[form](assessments[0], unreadable)
+        else:
+            text = several[form](assessments, unreadable)
+        write_out(text, out)
+    return _told(unreadable)
+
+
+def print_matrix(record: Record, console: Console) -> None:
+    """Print the matrix of the checks one run has results for, what failed, and the verdict with its one sentence.
+
+    The verdict counts every must-pass check of the target, so a run of some phases leaves its GPU INCOMPLETE.
+    """
+    from verify.report import terminal
+
+    terminal.print_run(assess_record(record), console)
+
+
+def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None) -> int:
+    from rich.console import Console
+
+    from verify.report.site.build import CHARTED, Site, build
+
+    if gpu is not None:
+        raise ConfigurationError(f"--format html makes the pages of every target; drop --gpu {gpu}")
+    reports = repository_root() / "reports"
+    site = (out or reports / "site").resolve()
+    checks = list(catalogue())
+    homes = [home.resolve() for folder in folders or [reports] for home in (folder, folder / "runs")]
+    began = time.monotonic()
+    with (
+        Heartbeat(Console(stderr=True), lambda: f"making the pages for {time.monotonic() - began:.0f} s"),
+        open_index(folders) as index,
+    ):
+        assessments = [assess(target, index.records(target), checks, index.checkout) for target in known_targets()]
+        heads = newest_first(index.heads.values())
+        points, faults = index.points(last=CHARTED), reports / "selftest"
+        pages = build(Site(assessments, heads, index.files(), points, index.unreadable, checks, homes, faults), site)
+    print(f"{site / 'index.html'}: {count(pages, 'page')} from {count(len(heads), 'record')}")
+    return _told(index.unreadable)
+
+
+def _told(unreadable: Sequence[str]) -> int:
+    """Name each record that could not be read; return the exit code that says whether there are any."""
+    for sentence in unreadable:
+        print(f"verify: unreadable record {sentence}", file=sys.stderr)
+    return EXIT_UNREADABLE if unreadable else 0
+
+
+def _print_terminal(assessments: Sequence[Assessment], one: bool, every_check: bool) -> None:
+    from verify.report import terminal
+
+    console = terminal.PipeConsole()
+    if one:
+        terminal.print_report(assessments[0], console)
+    elif every_check:
+        terminal.print_grid(assessments, console)
+    else:
+        terminal.print_summary(assessments, console)

@@ -1,0 +1,1 @@
+"""A run: its request, its processes, its log, its record."""

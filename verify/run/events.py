@@ -1,0 +1,260 @@
+"""What a run leaves on disk while it happens, and the record that is made of it.
+
+``run.json`` is the frozen manifest; ``events.jsonl`` grows by one flushed line per event, so that an abort, a hang or a
+kill loses nothing that was finished; ``record.json`` is composed from the two at any time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pydantic import ValidationError
+
+from verify.errors import ConfigurationError
+from verify.files import write_atomic
+from verify.record.schema import FAILING, CheckResult, MachineState, Record, Sitting, Verdict, write_record
+from verify.run.manifest import Manifest, Selected, utc_now
+
+MANIFEST, EVENTS, RECORD, LOCK = "run.json", "events.jsonl", "record.json", "lock"
+
+#: The kinds of event, with what each has.
+_FIELDS = {
+    "start": {"id"},
+    "result": {"result"},
+    "elapsed": {"seconds"},
+    "machine": {"phase", "at", "state"},
+    "grounds": {"names"},
+}
+
+
+def create(run_dir: Path, manifest: Manifest) -> None:
+    """Make the run's directory with its manifest, and a record without results."""
+    run_dir.mkdir(parents=True)
+    write_atomic(run_dir / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    compose(run_dir, "running")
+
+
+def read_manifest(run_dir: Path) -> Manifest:
+    """The frozen manifest of a run. Raises ConfigurationError naming the file when it is missing or damaged."""
+    path = run_dir / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error.strerror}); start a new run") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "file"
+        raise ConfigurationError(f"{path} is damaged ({place}: {first['msg']}); start a new run") from error
+
+
+def append(run_dir: Path, event: dict[str, Any]) -> None:
+    """Add one event in one write, so that two processes or a kill cannot mix or tear lines."""
+    line = json.dumps(event) + "\n"
+    with (run_dir / EVENTS).open("ab", buffering=0) as stream:
+        stream.write(line.encode())
+
+
+def append_start(run_dir: Path, check_id: str) -> None:
+    append(run_dir, {"event": "start", "id": check_id, "time_utc": utc_now()})
+
+
+def append_result(run_dir: Path, result: CheckResult) -> None:
+    append(run_dir, {"event": "result", "result": result.model_dump(mode="json")})
+
+
+def append_elapsed(run_dir: Path, seconds: float) -> None:
+    """The wall time of one sitting; a resumed run has several."""
+    append(run_dir, {"event": "elapsed", "seconds": seconds})
+
+
+def append_machine(run_dir: Path, phase: int, at: Literal["start", "end"], state: MachineState) -> None:
+    """How busy the machine is when a phase starts or ends."""
+    append(run_dir, {"event": "machine", "phase": phase, "at": at, "state": state.model_dump(mode="json")})
+
+
+def append_grounds(run_dir: Path, names: Iterable[str], *, phase: int = 0, file: str = "") -> None:
+    """What every result of a phase, or of one file of checks, rests on, beside what was said before."""
+    append(run_dir, {"event": "grounds", "phase": phase, "file": file, "names": sorted(names)})
+
+
+class Follower:
+    """Reads the events that were appended since it last looked, first of all since it was made."""
+
+    def __init__(self, run_dir: Path, *, from_start: bool = False) -> None:
+        self._path = run_dir / EVENTS
+        self._position = self._lines = 0
+        if not from_start:
+            self.new()
+
+    def new(self) -> list[dict[str, Any]]:
+        """The new events in order; what follows the last newline is still being written and is not an event yet.
+
+        Raises ConfigurationError naming the file and the line of a whole line that is not an event.
+        """
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as stream:
+            stream.seek(self._position)
+            whole, newline, _ = stream.read().rpartition(b"\n")
+        self._position += len(whole) + len(newline)
+        found = []
+        for line in whole.splitlines():
+            self._lines += 1
+            found.append(_event(line, self._path, self._lines))
+        return found
+
+
+def _event(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+        if not isinstance(event, dict) or not event.keys() >= _FIELDS[event["event"]]:
+            raise ValueError("not an event")
+        if event["event"] == "result":
+            CheckResult.model_validate(event["result"])
+        if event["event"] == "machine":
+            MachineState.model_validate(event["state"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{path}, line {number}, is damaged; start a new run") from error
+    return event
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """All events so far, in order."""
+    return Follower(run_dir, from_start=True).new()
+
+
+def read_results(run_dir: Path) -> dict[str, CheckResult]:
+    """The final result of every check that has one. Raises ConfigurationError for a damaged file."""
+    results = (CheckResult.model_validate(e["result"]) for e in read_events(run_dir) if e["event"] == "result")
+    return {result.id: result for result in results}
+
+
+def judged(results: Mapping[str, CheckResult]) -> set[str]:
+    """The ids of the checks that need no other try: all but those that the machine kept from a verdict.
+
+    INFRA is no judgement of the subject, and what it blocked was not tried; a check stays BLOCKED only as long as what
+    blocks it has failed.
+    """
+    failed = {result.id for result in results.values() if result.verdict in FAILING - {Verdict.INFRA}}
+    return {
+        result.id
+        for result in results.values()
+        if result.verdict is not Verdict.INFRA and (result.verdict is not Verdict.BLOCKED or result.by in failed)
+    }
+
+
+def _sittings(found: Iterable[dict[str, Any]]) -> list[Sitting]:
+    sittings: list[Sitting] = []
+    for event in found:
+        state, phase = MachineState.model_validate(event["state"]), event["phase"]
+        if event["at"] == "start":
+            sittings.append(Sitting(phase=phase, start=state))
+            continue
+        last = next((n for n in reversed(range(len(sittings))) if sittings[n].phase == phase), None)
+        if last is not None and sittings[last].end is None:
+            sittings[last] = sittings[last].model_copy(update={"end": state})
+    return sittings
+
+
+def drop_torn_line(run_dir: Path) -> None:
+    """Remove a last line that a power cut left without its end, so that the next event starts a line of its own."""
+    path = run_dir / EVENTS
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def blocker(needs: tuple[str, ...], results: dict[str, CheckResult]) -> str | None:
+    """The id of the check whose failure in this run keeps a check with these ``needs`` from meaning anything.
+
+    A need is a full id or a family. A need that was itself blocked passes on the name of its own blocker. Needs are
+    HARD, but for those of phase 7, where all is SOFT and nothing means anything without an active plugin.
+    """
+    for need in needs:
+        for result in results.values():
+            if result.id != need and result.id.rpartition(".")[0] != need:
+                continue
+            if result.verdict is Verdict.BLOCKED:
+                return result.by
+            if result.verdict in FAILING:
+                return result.id
+    return None
+
+
+def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"]) -> Record:
+    """Write ``record.json`` from the manifest and the events so far, atomically, and return it.
+
+    Results stand in the order of the selection.
+    """
+    manifest = read_manifest(run_dir)
+    found, happened = read_results(run_dir), read_events(run_dir)
+    results, rests_on = _grounded(
+        [check for check in manifest.selected if check.id in found], found, happened, manifest
+    )
+    record = Record(
+        run_id=manifest.run_id,
+        time_utc=manifest.time_utc,
+        state=state,
+        target=manifest.target,
+        subject=manifest.subject_info,
+        instrument_sha256=manifest.instrument_sha256,
+        environment=manifest.environment,
+        model=manifest.model_id,
+        seed=manifest.seed,
+        selection=manifest.selection,
+        duration_s=sum(event["seconds"] for event in happened if event["event"] == "elapsed"),
+        results=results,
+        machine=_sittings(event for event in happened if event["event"] == "machine"),
+        sources={name: manifest.sources[name] for name in sorted({name for names in rests_on for name in names})},
+        rests_on=rests_on,
+    )
+    write_record(record, run_dir / RECORD)
+    return record
+
+
+def _grounded(
+    checks: Iterable[Selected],
+    found: Mapping[str, CheckResult],
+    happened: Iterable[dict[str, Any]],
+    manifest: Manifest,
+) -> tuple[list[CheckResult], list[list[str]]]:
+    """The results of ``checks`` with what each rests on, which is the same for all of one file; and those lists.
+
+    Where nothing was noted, because a process died before its first check, that is everything.
+    """
+    noted: dict[str | int, set[str]] = {}
+    for event in happened:
+        if event["event"] == "grounds":
+            noted.setdefault(event["file"] or event["phase"], set()).update(event["names"])
+    lists: dict[tuple[str, ...], int] = {}
+    results = []
+    for check in checks:
+        file = check.node.partition("::")[0]
+        if not manifest.sources:  # of an older suite
+            results.append(found[check.id])
+            continue
+        names = manifest.sources.keys()
+        if file in noted:
+            names &= noted[file] | noted.get(check.phase, set())
+        place = lists.setdefault(tuple(sorted(names)), len(lists))
+        results.append(found[check.id].model_copy(update={"rests_on": place}))
+    return results, [[*names] for names in lists]
+
+
+def lock(run_dir: Path) -> IO[bytes]:
+    """Hold the run until the returned file, and every copy a child inherited, is closed.
+
+    Raises ConfigurationError when another process holds it.
+    """
+    stream = (run_dir / LOCK).open("ab")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise ConfigurationError(f"run {run_dir.name} is still running; wait for it, or stop it first") from error
+    return stream

@@ -1,0 +1,162 @@
+"""What is fixed about a run before its first check: target, subject, environment, seed and its selection."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from verify.architectures import parse_target
+from verify.checks import Gate
+from verify.errors import ConfigurationError
+from verify.machine.device import DeviceName
+from verify.machine.environment import capture
+from verify.record.digest import instrument_of
+from verify.record.grounds import Checkout
+from verify.record.schema import Environment, Evidence, Sha256, SubjectInfo
+from verify.subject.subject import Subject
+
+
+class Selected(BaseModel):
+    """A check that the run must finish, with what the runner needs to know when the check cannot speak for itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    node: str
+    gate: Gate
+    plan: str | None
+    timeout_s: float = Field(gt=0)
+    slow: bool = False
+
+    @property
+    def phase(self) -> int:
+        return int(self.id[1])
+
+
+class Surroundings(BaseModel):
+    """The machine, the subject and the instrument of a run; it is never continued with others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str
+    subject_info: SubjectInfo
+    instrument_sha256: Sha256
+    environment: Environment
+    sources: dict[str, Sha256] = Field(default_factory=dict)  #: every file that a result may come to rest on
+
+    def refuse(self, now: Surroundings, run_id: str) -> None:
+        """Raise ConfigurationError naming the first thing that ``now`` has otherwise, with both values."""
+        pairs = {
+            "the target": (self.target, now.target),
+            "the subject's commit": (self.subject_info.git_sha, now.subject_info.git_sha),
+            "the subject's content": (self.subject_info.content_sha256[:12], now.subject_info.content_sha256[:12]),
+            "the suite's own source": (self.instrument_sha256[:12], now.instrument_sha256[:12]),
+        }
+        frozen, found = _facts(self.environment), _facts(now.environment)
+        pairs |= {name: (frozen.get(name, "unset"), found.get(name, "unset")) for name in frozen | found}
+        for name, (before, after) in pairs.items():
+            if before != after:
+                raise ConfigurationError(
+                    f"run {run_id} cannot be resumed: {name} was {before} and is now {after}; start a new run"
+                )
+
+
+def _facts(environment: Environment) -> dict[str, object]:
+    """Every single fact of ``environment``, by the name that a sentence can use."""
+    facts: dict[str, object] = {}
+    for name, value in environment.model_dump().items():
+        if isinstance(value, dict):
+            facts |= {key if name == "variables" else f"{name} {key}": fact for key, fact in value.items()}
+        else:
+            facts[name] = "none" if value is None else value
+    return facts
+
+
+class Manifest(Surroundings):
+    """One run on one target, frozen."""
+
+    run_id: str
+    time_utc: str
+    device: Literal["cpu", "cuda"]
+    subject: str
+    model: str
+    seed: int
+    selection: str
+    selected: tuple[Selected, ...]
+
+    @property
+    def model_id(self) -> str:
+        """The model as a record names it: a local one by its directory's name, not by where that lies."""
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
+
+    @property
+    def places(self) -> dict[Path, str]:
+        """The directories outside the repository that the run uses, with the words that stand for them in a record."""
+        named = {self.subject: "<subject>", self.model: "<model>"}
+        return {Path(name): word for name, word in named.items() if Path(name).is_absolute()}
+
+    @property
+    def evidence(self) -> Evidence:
+        return "hardware" if self.device == "cuda" else "emulated"
+
+
+def survey(device: DeviceName, subject: Subject, root: Path, expect: int | None = None) -> Surroundings:
+    """Look at the machine, the subject and the instrument with the phases of ``root`` as they are now.
+
+    ``expect`` is the SM number that the GPU must have. Raises ConfigurationError when it is another GPU or one that the
+    suite does not know, or the subject does not import.
+    """
+    environment = capture(device)
+    gpu = environment.gpu
+    if gpu is not None:
+        parse_target(f"sm{gpu.sm}")
+    if expect is not None and (gpu is None or gpu.sm != expect):
+        found = "no GPU that torch can use" if gpu is None else f"sm{gpu.sm} ({gpu.name})"
+        raise ConfigurationError(
+            f"--expect sm{expect}, but this machine has {found}; run it on an sm{expect}, or drop --expect"
+        )
+    sources = Checkout(root, subject.root, subject.folder).everything()
+    return Surroundings(
+        target="emulated" if gpu is None else f"sm{gpu.sm}",
+        subject_info=subject.info(),
+        instrument_sha256=instrument_of(sources),
+        environment=environment,
+        sources=sources,
+    )
+
+
+def freeze(
+    surroundings: Surroundings,
+    *,
+    device: DeviceName,
+    subject: Subject,
+    model: str,
+    seed: int,
+    selection: str,
+    selected: tuple[Selected, ...],
+) -> Manifest:
+    """A manifest with a new run id."""
+    return Manifest(
+        **dict(surroundings),
+        run_id=new_run_id(surroundings.target),
+        time_utc=utc_now(),
+        device=device,
+        subject=subject.option,
+        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        seed=seed,
+        selection=selection,
+        selected=selected,
+    )
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def new_run_id(target: str) -> str:
+    """A name that sorts by time and that two runs of the same second do not share."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{target}-{secrets.token_hex(2)}"

@@ -1,0 +1,209 @@
+"""The process that runs one phase: started in its own session, watched, and put away whatever becomes of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from verify.checks import derive_seed
+from verify.machine import processors
+from verify.machine.environment import localise
+from verify.record import grounds
+from verify.record.schema import CheckResult, Verdict
+from verify.run import events
+from verify.run.manifest import Manifest, Selected
+from verify.run.progress import PhaseProgress
+from verify.run.recorder import repeat_command
+from verify.subject.find import find_subject
+
+#: On top of a check's own limit, at which pytest-timeout stops it unless it is in native code that never returns.
+GRACE_S = 15.0
+
+#: For the time before the first check, between two checks, and after the last one.
+IDLE_LIMIT_S = 180.0
+
+_POLL_S = 0.1
+#: Enough for the stacks of a dozen threads; of which the last lines are kept.
+_TAIL_BYTES = 32_000
+_TAIL_LINES = 20
+_FRAME_OF_PYTEST = re.compile(r'^\s+File ".*(/_pytest/|/pluggy/|/pytest/|<frozen runpy>)')
+
+
+class PhaseProcess:
+    """One phase of a run in a process of its own.
+
+    ``held`` is the file descriptor of the run's lock: while the process lives, nobody else can continue the run.
+    ``stopping`` answers how often the user has asked the run to stop.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        root: Path,
+        manifest: Manifest,
+        checks: Sequence[Selected],
+        *,
+        stopping: Callable[[], int],
+        held: int,
+    ) -> None:
+        self._run_dir, self._root, self._manifest, self._checks = run_dir, root, manifest, checks
+        self._stopping = stopping
+        self._phase = checks[0].phase
+        self._log = run_dir / f"p{self._phase}.log"
+        self._events = events.Follower(run_dir)
+        self._limits = {check.id: check.timeout_s for check in checks}
+        self._current: str | None = None
+        self._current_since = 0.0
+        self._watch: processors.Watch | None = None
+        self._busy: str | None = None
+        self._finished: set[str] = set()
+        self._deadline = time.monotonic() + IDLE_LIMIT_S
+        events.append_machine(run_dir, self._phase, "start", processors.state())
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command(), cwd=root, env=self._environment(),
+                pass_fds=(held,), start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def _command(self) -> list[str]:
+        files = dict.fromkeys(check.node.partition("::")[0] for check in self._checks)
+        # without capture, what a library writes before it aborts reaches the log
+        options = [f"--run-dir={self._run_dir}", "--capture=no", "-v", "--tb=short"]
+        return [*pytest_command(self._root), *files, *options]
+
+    def _environment(self) -> dict[str, str]:
+        inherited = pytest_environment()
+        log = self._run_dir / f"p{self._phase}.opened"
+        noting = grounds.environment(
+            log, self._root, find_subject(self._manifest.subject, self._root).folder, inherited
+        )
+        return {**inherited, **noting, processors.RUN_VARIABLE: self._manifest.run_id}
+
+    def run(self, progress: PhaseProgress) -> None:
+        """Wait for the end of the phase; afterwards every check of it has a result, unless the user stopped the run."""
+        hung = False
+        try:
+            while self._process.poll() is None:
+                self._follow(progress)
+                if self._stopping():
+                    self._end((signal.SIGINT, 5.0), (signal.SIGTERM, 3.0))
+                elif time.monotonic() > self._deadline:
+                    hung = True
+                    # asked while every process of the run is still there
+                    self._busy = self._watch.busy() if self._current else None
+                    # the first signal makes the child write every thread's stack into its log
+                    self._end((signal.SIGUSR1, 1.0), (signal.SIGTERM, 3.0))
+                else:
+                    time.sleep(_POLL_S)
+        finally:
+            self._kill_group()
+            events.append_machine(self._run_dir, self._phase, "end", processors.state())
+        self._follow(progress)
+        if not self._stopping():
+            self._settle(hung, progress)
+
+    def _follow(self, progress: PhaseProgress) -> None:
+        for event in self._events.new():
+            # of phases that run beside this one, other processes tell
+            if event["event"] == "start" and event["id"] in self._limits:
+                self._current, self._current_since = event["id"], time.monotonic()
+                self._watch = processors.Watch.begin(os.getpid(), self._manifest.run_id)
+                self._deadline = self._current_since + self._limits[event["id"]] + GRACE_S
+                progress.started(event["id"])
+            elif event["event"] == "result" and event["result"]["id"] in self._limits:
+                self._current = None
+                self._finished.add(event["result"]["id"])
+                self._deadline = time.monotonic() + IDLE_LIMIT_S
+                progress.finished(CheckResult.model_validate(event["result"]))
+
+    def _end(self, *steps: tuple[signal.Signals, float]) -> None:
+        """Signal the process, then harder; a user who asks again does not wait for the gentle ways."""
+        for number, patience_s in steps:
+            with suppress(ProcessLookupError):
+                self._process.send_signal(number)
+            asked, until = self._stopping(), time.monotonic() + patience_s
+            while self._process.poll() is None and time.monotonic() < until and self._stopping() == asked:
+                time.sleep(_POLL_S)
+        self._kill_group()
+
+    def _kill_group(self) -> None:
+        """Kill what is left of the process's group: a server that a check started must not hold the GPU."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _settle(self, hung: bool, progress: PhaseProgress) -> None:
+        """Give the checks that the process left without a result the one that its end implies."""
+        missing = [check for check in self._checks if check.id not in self._finished]
+        how = "was killed because it hung" if hung else _ending(self._process.returncode)
+        culprit = self._current
+        if not missing:
+            if hung or self._process.returncode not in (0, 1):
+                progress.note(f"the process of phase {self._phase} {how} after its last check; see {self._log.name}")
+            return
+        for check in missing:
+            if check.id == culprit:
+                verdict, by = (Verdict.TIMEOUT if hung else Verdict.CRASH), None
+                message = f"the process {how} during this check; {self._log.name} ends: {self._tail()}"
+                if hung:
+                    message = f"no end within {check.timeout_s:g} s + {GRACE_S:g} s; {message}"
+                if self._busy:
+                    verdict, message = Verdict.INFRA, f"{self._busy}; {message}"
+            elif culprit:
+                verdict, by, message = Verdict.BLOCKED, culprit, f"blocked by {culprit}, which ended the process"
+            else:
+                verdict, by = Verdict.ERROR, None
+                message = f"the process {how} without running this check; {self._log.name} ends: {self._tail()}"
+            result = self._result(check, verdict, by, message)
+            events.append_result(self._run_dir, result)
+            progress.finished(result)
+
+    def _result(self, check: Selected, verdict: Verdict, by: str | None, message: str) -> CheckResult:
+        return CheckResult(
+            id=check.id,
+            gate=check.gate,
+            plan=check.plan,
+            verdict=verdict,
+            by=by,
+            evidence=self._manifest.evidence,
+            seed=derive_seed(self._manifest.seed, check.id),
+            duration_s=time.monotonic() - self._current_since if check.id == self._current else 0.0,
+            message=localise(message, self._root, self._manifest.places),
+            repeat=repeat_command(check.node, self._manifest, self._root),
+        )
+
+    def _tail(self) -> str:
+        """The last lines of the log, without the frames of pytest and of the interpreter's own start."""
+        with self._log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+        telling = [line for line in lines if line.strip() and not _FRAME_OF_PYTEST.search(line)]
+        return "\n".join(telling[-_TAIL_LINES:])
+
+
+def pytest_command(root: Path) -> list[str]:
+    """The beginning of every pytest child's command line; it takes no part in a cache, and loads what it needs only."""
+    own = ["-p", "pytest_timeout", "-p", "no:cacheprovider", "--color=no"]
+    return [sys.executable, "-m", "pytest", f"--rootdir={root}", "-o", "addopts=--strict-markers", *own]
+
+
+def pytest_environment() -> dict[str, str]:
+    """The environment of a pytest child: none of the user's options or plugins, which could retry checks."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")}
+    # what `python -m verify` could import where it was started, as module:NAME, its children can
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), os.getcwd()]))
+    return {**inherited, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def _ending(returncode: int) -> str:
+    if returncode < 0:
+        return f"died of signal {-returncode} ({signal.strsignal(-returncode)})"
+    return f"ended with exit code {returncode}"

@@ -1,0 +1,285 @@
+"""Turns what pytest saw of a check into its verdict, and writes it down the moment the check ends."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
+
+import pytest
+
+from verify.checks import SKIP_CODES, CheckSpec, derive_seed
+from verify.errors import InfraError, SubjectLacks, skip
+from verify.files import IMPORT_ROOT
+from verify.machine import processors
+from verify.machine.environment import localise
+from verify.record.curves import Curve
+from verify.record.grounds import Grounds
+from verify.record.schema import FAILING, CheckResult, Measurement, Verdict
+from verify.run import events
+from verify.run.manifest import Manifest
+
+#: Where the measurements of a check collect between the ``measure`` fixture and its result.
+MEASUREMENTS = pytest.StashKey[list[Measurement]]()
+
+#: Likewise its curves, from the ``curve`` fixture.
+CURVES = pytest.StashKey[list[Curve]]()
+
+
+_SUITE = IMPORT_ROOT / "verify"
+
+#: Between two looks at what the processes of a check have taken.
+_LOOK_S = 5.0
+
+
+def in_phases(item: pytest.Item) -> bool:
+    return item.path.is_relative_to(item.config.rootpath / "phases")
+
+
+def spec_of(item: pytest.Item) -> CheckSpec | None:
+    """The declaration of a check, or None for a test that is not one; only ``phases/`` has checks."""
+    marker = item.get_closest_marker("check") if in_phases(item) else None
+    return marker.args[0] if marker else None
+
+
+def id_of(item: pytest.Item) -> str:
+    """The stable id of a check: its family and the name of its case."""
+    return spec_of(item).id_of(item.callspec.id)
+
+
+def repeat_command(node: str, manifest: Manifest, root: Path) -> str:
+    """The command line that repeats one check from the repository root; a path in it is relative to that root."""
+    words = ["python", "-m", "pytest", shlex.quote(node), "--device", manifest.device, "--seed", str(manifest.seed)]
+    if manifest.subject != "bundled":
+        words.append(f"--subject={shlex.quote(_relative(manifest.subject, root))}")
+    if manifest.model != "embedded":
+        words.append(f"--model={shlex.quote(_relative(manifest.model, root))}")
+    if "--sanitize" in manifest.selection.split():
+        words.append("--sanitize")
+    return " ".join(words)
+
+
+def _relative(name: str, root: Path) -> str:
+    return os.path.relpath(name, root) if Path(name).is_absolute() else name
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How one of a check's three steps (setup, call, teardown) ended, other than well."""
+
+    verdict: Verdict
+    message: str
+    code: str | None = None
+    by: str | None = None
+
+
+def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping[Path, str], subject: Path) -> Ending:
+    """The verdict of an exception that left a step; one out of the package in ``subject`` is that package's failure.
+
+    Raises ValueError if a skip carries a code nobody declared.
+    """
+    error = excinfo.value
+    if isinstance(error, pytest.skip.Exception):
+        if blocked_by := getattr(error, "by", None):
+            return Ending(Verdict.BLOCKED, str(error), by=blocked_by)
+        if code := getattr(error, "code", None):
+            return Ending(Verdict.SKIP, localise(str(error), root, own), code=code)
+        return Ending(Verdict.ERROR, f"skip without a code ({error}); use verify.skip with {', '.join(SKIP_CODES)}")
+    if isinstance(error, pytest.xfail.Exception):
+        return Ending(Verdict.ERROR, f"xfail in a check ({error}); a check passes, fails or skips with a code")
+    if isinstance(error, InfraError):
+        return Ending(Verdict.INFRA, localise(str(error), root, own))
+    where = _place(excinfo, root)
+    if isinstance(error, pytest.fail.Exception) and _passed_through(excinfo.tb, "pytest_timeout"):
+        return Ending(Verdict.TIMEOUT, localise(f"{where}{error}", root, own))
+    failed = when == "call" and isinstance(error, AssertionError | pytest.fail.Exception)
+    if failed or isinstance(error, SubjectLacks):
+        # pytest adds the values of the assertion, cut short, below the message
+        said = str(error).rpartition("\nassert ")[0] or str(error)
+        return Ending(Verdict.FAIL, localise(f"{where}{said}", root, own) or "assertion without a message")
+    if place := _raised_in(excinfo.tb, subject, root):
+        return Ending(
+            Verdict.FAIL,
+            localise(f"{where}the subject raised {excinfo.typename} at {place}: {error}", root, own),
+        )
+    step = "" if when == "call" else f"{when}: "
+    return Ending(Verdict.ERROR, localise(f"{where}{step}{excinfo.typename}: {error}", root, own))
+
+
+def _passed_through(traceback: TracebackType | None, module: str) -> bool:
+    # pytest has filtered excinfo.traceback by now
+    frames = (frame for frame, _ in walk_tb(traceback))
+    return any(frame.f_globals.get("__name__") == module for frame in frames)
+
+
+def _raised_in(traceback: TracebackType | None, subject: Path, root: Path) -> str:
+    """The line of the subject that an exception comes out of; empty where the suite's own code raised it.
+
+    What a library raises counts as its caller's, and the suite may be called back by the subject.
+    """
+    found = ""
+    for frame, line in walk_tb(traceback):
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(subject):
+            found = f"{file.relative_to(subject.parent)}:{line}"
+        elif file.is_relative_to(root / "phases") or file.is_relative_to(_SUITE):
+            found = ""
+    return found
+
+
+def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
+    """The innermost line of ``phases/`` that the exception passed through, as a prefix of a message."""
+    for entry in reversed(excinfo.traceback):
+        path = Path(entry.path)
+        if path.is_relative_to(root / "phases"):
+            return f"{path.relative_to(root)}:{entry.lineno + 1}: "
+    return ""
+
+
+@dataclass(slots=True, eq=False)  # pytest puts plugins into sets, and an equality of fields has no hash
+class Recorder:
+    """The pytest plugin of one run: gates each check before setup, times it, and appends its result.
+
+    ``subject`` is the directory of the package under test. ``runner`` is the process that started this one for
+    one phase and notes how busy the machine is; None where this process runs every phase, and notes it itself.
+    ``grounds`` knows what results rest on; None where no record is left.
+
+    The record on disk is brought up to date when a check fails and when the next phase begins, so that a process that
+    is aborted leaves one with the results so far.
+    """
+
+    run_dir: Path
+    manifest: Manifest
+    root: Path
+    subject: Path
+    runner: int | None = None
+    grounds: Grounds | None = None
+    _ending: Ending | None = field(default=None, init=False)
+    _phase: int | None = field(default=None, init=False)
+    _watch: processors.Watch | None = field(default=None, init=False)
+    _results: dict[str, CheckResult] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # of earlier phases; one that runs beside this one has no check that another needs
+        self._results = events.read_results(self.run_dir)
+        threading.Thread(target=self._look, name="machine", daemon=True).start()
+
+    def _look(self) -> None:
+        """Keep an eye on the processes of the check that runs, while they are there."""
+        # signals are the main thread's: one that it blocks must not arrive by way of this one
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while True:
+            time.sleep(_LOOK_S)
+            if self._watch is not None:
+                self._watch.look()
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        spec = spec_of(item)
+        if spec is None:
+            return (yield)
+        if self._phase != spec.phase:
+            self.end_phase()
+            if self.grounds is not None:
+                self.grounds.begin_phase()
+            for again in self._results.keys() - events.judged(self._results):
+                if again.startswith(f"p{spec.phase}."):  # tried again here, and until then it blocks nothing
+                    del self._results[again]
+            if self.runner is None:
+                events.append_machine(self.run_dir, spec.phase, "start", processors.state())
+        self._phase, self._ending = spec.phase, None
+        item.stash[MEASUREMENTS], item.stash[CURVES] = [], []
+        file = item.nodeid.partition("::")[0]
+        self._note(spec.phase, file)  # before the check, which may end this process
+        events.append_start(self.run_dir, id_of(item))
+        self._watch = processors.Watch.begin(self.runner or os.getpid(), self.manifest.run_id)
+        begun = time.perf_counter()
+        handled = yield  # an interrupt leaves from here, and the check stays without a result
+        result = self._result(item, time.perf_counter() - begun)
+        self._results[result.id] = result
+        events.append_result(self.run_dir, result)
+        self._note(spec.phase, file)
+        if result.verdict in FAILING:
+            events.compose(self.run_dir, "running")
+        return handled
+
+    def _note(self, phase: int, file: str) -> None:
+        """Write down what the results of a phase, and of one of its files, rest on beside what is written."""
+        if self.grounds is None:
+            return
+        opened, imported = self.grounds.news(file)
+        if opened:
+            events.append_grounds(self.run_dir, opened, phase=phase)
+        if imported:
+            events.append_grounds(self.run_dir, imported, file=file)
+
+    def end_phase(self) -> None:
+        """Bring the record up to date when the last check of a phase has ended; nothing before the first phase."""
+        if self._phase is None:
+            return
+        if self.runner is None:
+            events.append_machine(self.run_dir, self._phase, "end", processors.state())
+        events.compose(self.run_dir, "running")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        spec = spec_of(item)
+        if spec is None:
+            return
+        target = self.manifest.target
+        if spec.needs_gpu and target == "emulated":
+            skip("NO_GPU", SKIP_CODES["NO_GPU"])
+        if target != "emulated" and not spec.sm_min <= int(target.removeprefix("sm")) <= spec.sm_max:
+            skip("SM_OUT_OF_RANGE", f"the check applies to sm{spec.sm_min} to sm{spec.sm_max}, this is {target}")
+        if by := events.blocker(spec.needs, self._results):
+            blocked = pytest.skip.Exception(f"blocked by {by}")
+            blocked.by = by
+            raise blocked
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if spec_of(item) is not None and call.excinfo is not None:
+            ending = ending_of(call.excinfo, call.when, self.root, self.manifest.places, self.subject)
+            # asked before the fixtures end what the check has started
+            if ending.verdict is Verdict.TIMEOUT and (busy := self._watch.busy()):
+                ending = replace(ending, verdict=Verdict.INFRA, message=f"{busy}; {ending.message}")
+            if self._ending is None or self._ending.verdict in (Verdict.SKIP, Verdict.BLOCKED):
+                self._ending = ending
+            if report.skipped and ending.verdict is Verdict.ERROR:
+                # pytest would count a bare skip as harmless; its own exit code must be red as well
+                report.outcome, report.longrepr = "failed", ending.message
+                vars(report).pop("wasxfail", None)
+        return report
+
+    def _result(self, item: pytest.Item, duration_s: float) -> CheckResult:
+        spec, check_id = spec_of(item), id_of(item)
+        ending = self._ending or Ending(Verdict.PASS, "")
+        measurements = item.stash[MEASUREMENTS]
+        outside = [m.name for m in measurements if not m.within]
+        if ending.verdict is Verdict.PASS and outside:
+            ending = Ending(Verdict.ERROR, f"the check swallowed the failure of its measurement {outside[0]!r}")
+        return CheckResult(
+            id=check_id,
+            gate=spec.gate,
+            plan=spec.plan,
+            verdict=ending.verdict,
+            code=ending.code,
+            by=ending.by,
+            evidence="compiled" if spec.ahead_of_time else self.manifest.evidence,
+            seed=derive_seed(self.manifest.seed, check_id),
+            duration_s=duration_s,
+            measurements=measurements,
+            curves=item.stash[CURVES],
+            message=ending.message,
+            repeat=repeat_command(item.nodeid, self.manifest, self.root),
+        )

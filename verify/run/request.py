@@ -1,0 +1,89 @@
+"""What a run was asked to do: the arguments of ``python -m verify run``, validated and frozen."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from verify.architectures import EMULATED, parse_target
+from verify.checks import DEFAULT_SEED, PHASES
+from verify.errors import ConfigurationError
+from verify.files import default_out
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+#: torch.manual_seed takes 64 bits, numpy's legacy generator 32; the smaller range serves both.
+_SEED_LIMIT = 2**32
+
+
+def parse_phases(text: str) -> tuple[int, ...]:
+    """The phases that ``4``, ``1-8`` or ``1,3-5`` names, ascending and without repeats.
+
+    Raises ConfigurationError naming the part that is not a phase or an ascending range of phases.
+    """
+    chosen: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d)\s*(?:-\s*(\d)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not (min(PHASES) <= first <= last <= max(PHASES)):
+            raise ConfigurationError(
+                f"{part.strip()!r} is not a phase; give numbers from {min(PHASES)} to {max(PHASES)} such as 4 or 1,3-5"
+            )
+        chosen.update(range(first, last + 1))
+    return tuple(sorted(chosen))
+
+
+def parse_expect(text: str) -> int:
+    """The SM number of the GPU that ``--expect`` names; ConfigurationError for unknown names and ``emulated``."""
+    target = parse_target(text)
+    if target is EMULATED:
+        raise ConfigurationError("--expect emulated names no GPU; use --device cpu for a run without one")
+    return target.sm
+
+
+@dataclass(frozen=True)  # without slots, so that the defaults can be read from the class
+class RunRequest:
+    """One run, as asked for. Raises ConfigurationError when a field is out of range or two contradict each other.
+
+    ``phases`` are ascending; ``expression`` is a pytest marker expression; ``expect`` is the SM number the GPU must
+    have; ``subject`` is what ``find_subject`` takes; ``resume`` is the id or the directory of an earlier run, whose
+    frozen request then replaces all of this but ``out``, ``expect`` and ``strict_soft``.
+    """
+
+    phases: tuple[int, ...] = tuple(PHASES)
+    expression: str | None = None
+    device: DeviceChoice = "auto"
+    expect: int | None = None
+    model: str = "embedded"
+    subject: str = "bundled"
+    seed: int = DEFAULT_SEED
+    out: Path = field(default_factory=default_out)
+    resume: str | None = None
+    strict_soft: bool = False
+    sanitize: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [phase for phase in self.phases if phase not in PHASES]
+        if unknown or not self.phases:
+            raise ConfigurationError(f"phases {list(self.phases)} must be a choice of {min(PHASES)} to {max(PHASES)}")
+        if self.phases != tuple(sorted(set(self.phases))):
+            raise ConfigurationError(f"phases {list(self.phases)} must be ascending and without repeats")
+        if self.device not in get_args(DeviceChoice):
+            raise ConfigurationError(f"device {self.device!r} is unknown; use auto, cpu or cuda")
+        if self.device == "cpu" and self.expect is not None:
+            raise ConfigurationError(
+                f"--device cpu and --expect sm{self.expect} contradict each other: a CPU has no SM; drop one of them"
+            )
+        if self.expect is not None:
+            parse_target(f"sm{self.expect}")
+        if not 0 <= self.seed < _SEED_LIMIT:
+            raise ConfigurationError(f"seed {self.seed} is out of range; use 0 to {_SEED_LIMIT - 1}")
+        for name in ("expression", "model", "subject", "resume"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ConfigurationError(f"{name} is empty; leave the option out or give it a value")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigurationError(f"--out {self.out} is not a directory; name a directory for the run's files")

@@ -1,0 +1,332 @@
+"""``python -m verify run``: one frozen request, one process per phase, one record, one exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from threading import Event
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+from verify.checks import PHASES
+from verify.errors import ConfigurationError
+from verify.files import default_out, repository_root
+from verify.machine.device import prepare, resolve
+from verify.machine.processors import cores
+from verify.record.archive import newest_runs
+from verify.record.schema import FAILING, CheckResult, Record, Verdict
+from verify.run import events
+from verify.run.manifest import Manifest, Selected, freeze, survey
+from verify.run.process import PhaseProcess, pytest_command, pytest_environment
+from verify.run.request import RunRequest
+from verify.subject.find import find_subject
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXIT_OK, EXIT_HARD, EXIT_INTERRUPTED, EXIT_CONFIGURATION, EXIT_SOFT = range(5)
+
+_COLLECTION_LIMIT_S = 180
+
+#: How many of the newest records are looked at for how long checks take here.
+_LOOKED_AT = 10
+
+#: The phase whose checks others need, and those that run beside the rest where there are cores for it.
+_FIRST, _BESIDE = 1, frozenset({6})
+
+#: What is selected on a CPU where no marker expression is given: slow checks, soft ones all, take minutes each there.
+_ON_CPU = "not slow"
+
+
+def run(request: RunRequest) -> int:
+    """Carry out ``request`` and return the exit code of ``python -m verify run``.
+
+    0 everything selected passed (soft failures are warnings), 1 a HARD check failed or was blocked, 2 interrupted and
+    resumable, 3 the machine is at fault, 4 a SOFT failure under ``strict_soft``. Raises ConfigurationError, exit code 3
+    too, when the request cannot be carried out; then nothing was run and no new run is left behind.
+    """
+    from rich.console import Console
+
+    console, root = Console(highlight=False), repository_root()
+    try:
+        run_dir = _find_run(request) if request.resume else _new_run(request, root, console)
+        with events.lock(run_dir) as held:
+            manifest = events.read_manifest(run_dir)
+            if request.resume:
+                _refuse_other_gpu(request, manifest)
+                _check_resumable(manifest, run_dir, root, console)
+            with Interruption() as interruption:
+                finished = _run_phases(run_dir, root, manifest, interruption, held.fileno(), console)
+                return _conclude(run_dir, finished, request.strict_soft, console)
+    except KeyboardInterrupt:  # while phases run, Interruption counts signals and none arrives here
+        console.print("interrupted before the first check")
+        return EXIT_INTERRUPTED
+
+
+def exit_code(results: Iterable[CheckResult], *, strict_soft: bool = False) -> int:
+    """The exit code that these results mean; a HARD check that is blocked failed with its blocker.
+
+    Where the machine kept any check from its verdict, HARD or not, the run has no answer.
+    """
+    by_id = {result.id: result for result in results}
+    soft_failed = any(result.gate == "soft" and result.verdict in FAILING for result in by_id.values())
+    hard = [result for result in by_id.values() if result.gate == "hard"]
+    failed = [_blocker(result, by_id) if result.verdict is Verdict.BLOCKED else result for result in hard]
+    verdicts = {result.verdict for result in failed} & (FAILING | {Verdict.BLOCKED})
+    if verdicts - {Verdict.INFRA}:
+        return EXIT_HARD
+    if any(result.verdict is Verdict.INFRA for result in by_id.values()):
+        return EXIT_CONFIGURATION
+    return EXIT_SOFT if soft_failed and strict_soft else EXIT_OK
+
+
+def _blocker(blocked: CheckResult, by_id: Mapping[str, CheckResult]) -> CheckResult:
+    """What blocks a check, or itself where that has not failed."""
+    blocker = by_id.get(blocked.by, blocked)
+    return blocker if blocker.verdict in FAILING else blocked
+
+
+class Interruption:
+    """Counts requests to stop (Ctrl-C, SIGTERM, a closed terminal) instead of raising in the middle of a write."""
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._before: dict[signal.Signals, object] = {}
+
+    def count(self) -> int:
+        return self._count
+
+    def __enter__(self) -> Interruption:
+        for number in self._SIGNALS:
+            before = signal.getsignal(number)
+            if number is signal.SIGHUP and before is signal.SIG_IGN:
+                continue  # nohup asked for a run that outlives its terminal
+            self._before[number] = before
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+
+
+def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
+    """Look at everything that could make the run impossible, then make its directory."""
+    subject = find_subject(request.subject, root)
+    device = resolve(request.device)
+    if device.name == "cpu" and request.expression is None:
+        request = replace(request, expression=_ON_CPU)
+    prepare(device.name, request.model)
+    surroundings = survey(device.name, subject, root, request.expect)
+    manifest = freeze(
+        surroundings,
+        device=device.name,
+        subject=subject,
+        model=request.model,
+        seed=request.seed,
+        selection=_words(request),
+        selected=_select(request, root),
+    )
+    run_dir = request.out.resolve() / manifest.run_id
+    try:
+        events.create(run_dir, manifest)
+    except OSError as error:
+        raise ConfigurationError(f"{run_dir} cannot be made ({error.strerror}); choose another --out") from error
+    if device.note:
+        console.print(f"note: {device.note}", markup=False, soft_wrap=True)
+    console.print(f"run {manifest.run_id}: {len(manifest.selected)} checks on {manifest.target}", markup=False)
+    return run_dir
+
+
+def _words(request: RunRequest) -> str:
+    """The selection as it would be typed."""
+    words = [] if request.phases == tuple(PHASES) else ["--phases", ",".join(map(str, request.phases))]
+    words += ["-m", request.expression] if request.expression else []
+    words += ["--sanitize"] if request.sanitize else []
+    return shlex.join(words) or "everything"
+
+
+def _select(request: RunRequest, root: Path) -> tuple[Selected, ...]:
+    """The checks that the request selects, from a pytest that only collects and that refuses what it cannot gate."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "selected.json"
+        command = [*pytest_command(root), "phases", "--collect-only", "-q", "--device=cpu", f"--select-to={answer}"]
+        command += ["--phase", ",".join(map(str, request.phases))]
+        command += ["-m", request.expression] if request.expression else []
+        command += ["--sanitize"] if request.sanitize else []
+        try:
+            child = subprocess.run(
+                command, cwd=root, env=pytest_environment(), stdin=subprocess.DEVNULL,
+                capture_output=True, text=True, timeout=_COLLECTION_LIMIT_S,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            problem = f"pytest did not finish within {_COLLECTION_LIMIT_S} s; try `pytest phases --collect-only`"
+            raise ConfigurationError(f"the checks cannot be collected: {problem}") from error
+        if child.returncode not in (0, 5) or not answer.exists():
+            raise ConfigurationError(f"the checks cannot be collected: {_complaint(child)}")
+        selected = tuple(Selected.model_validate(check) for check in json.loads(answer.read_text()))
+    if not selected:
+        raise ConfigurationError(f"no check is selected by {_words(request)}; `python -m verify gates` lists them all")
+    return selected
+
+
+def _complaint(child: subprocess.CompletedProcess[str]) -> str:
+    """The line in which pytest says what was wrong, else its last one."""
+    lines = [line.strip() for line in (child.stderr + "\n" + child.stdout).splitlines() if line.strip()]
+    for start in ("ERROR: ", "E  "):
+        if said := [line.removeprefix(start).strip() for line in lines if line.startswith(start)]:
+            return said[-1] if start == "E  " else said[0]
+    return lines[-1] if lines else f"pytest ended with exit code {child.returncode} and said nothing"
+
+
+def _find_run(request: RunRequest) -> Path:
+    """The directory of the run that ``--resume`` names. Raises ConfigurationError naming the latest run there is."""
+    for candidate in (request.out / request.resume, Path(request.resume)):
+        if (candidate / events.MANIFEST).is_file():
+            return candidate.resolve()
+    known = sorted(path.parent.name for path in request.out.glob(f"*/{events.MANIFEST}"))
+    latest = f"the latest is {known[-1]}" if known else "there is none yet"
+    raise ConfigurationError(f"there is no run {request.resume!r} in {request.out}; {latest}")
+
+
+def unjudged(record: Record, run_dir: Path) -> str:
+    """A sentence on the checks that the machine kept from a verdict, with what repeats them; empty without any."""
+    found = [result for result in record.results if result.verdict is Verdict.INFRA]
+    if not found:
+        return ""
+    checks = f"{len(found)} checks have" if len(found) > 1 else "1 check has"
+    return (
+        f"INFRA: {checks} no verdict because of the machine, not of the subject, the first of them {found[0].id}; "
+        f"repeat {'them' if len(found) > 1 else 'it'} with: python -m verify run --resume {_resume_name(run_dir)}"
+    )
+
+
+def _resume_name(run_dir: Path) -> str:
+    """What to give ``--resume``: the id, or the directory of a run that is not where runs are looked for."""
+    usual = run_dir.resolve().parent == default_out().resolve()
+    return run_dir.name if usual else shlex.quote(os.path.relpath(run_dir))
+
+
+def _refuse_other_gpu(request: RunRequest, manifest: Manifest) -> None:
+    if request.expect is not None and manifest.target != f"sm{request.expect}":
+        raise ConfigurationError(
+            f"--expect sm{request.expect}, but run {manifest.run_id} is on {manifest.target}; "
+            "resume another run, or drop --expect"
+        )
+
+
+def _check_resumable(manifest: Manifest, run_dir: Path, root: Path, console: Console) -> None:
+    """Refuse to go on with a run whose surroundings have changed; a complete one may always be looked at again."""
+    events.drop_torn_line(run_dir)
+    missing = len(_missing(manifest, run_dir))
+    if not missing:
+        console.print(f"run {manifest.run_id} is complete; nothing is left to run", markup=False)
+        return
+    if manifest.device == "cuda":
+        resolve("cuda")
+    prepare(manifest.device, manifest.model)
+    manifest.refuse(survey(manifest.device, find_subject(manifest.subject, root), root), manifest.run_id)
+    console.print(f"run {manifest.run_id}: {missing} of {len(manifest.selected)} checks are left", markup=False)
+
+
+def _missing(manifest: Manifest, run_dir: Path) -> list[Selected]:
+    done = events.judged(events.read_results(run_dir))
+    return [check for check in manifest.selected if check.id not in done]
+
+
+def _run_phases(
+    run_dir: Path, root: Path, manifest: Manifest, interruption: Interruption, held: int, console: Console
+) -> bool:
+    """Run what is left, phase by phase in each lane; True when every selected check has been tried."""
+    from verify.run.progress import RunProgress
+
+    missing = _missing(manifest, run_dir)
+    lanes = lanes_of(missing, manifest.device, len(cores()))
+    begun, broken, may_begin = time.monotonic(), Event(), Event()
+
+    def carry_out(lane: Sequence[int], progress: RunProgress) -> None:
+        for phase in lane:
+            checks = [check for check in missing if check.phase == phase]
+            if phase != _FIRST:
+                may_begin.wait()
+            if stopping():
+                break
+            with progress.phase(phase, len(checks)) as shown:
+                PhaseProcess(run_dir, root, manifest, checks, stopping=stopping, held=held).run(shown)
+            events.compose(run_dir, "running")
+            may_begin.set()
+        may_begin.set()
+
+    def stopping() -> int:
+        return interruption.count() + 2 * broken.is_set()
+
+    if all(check.phase != _FIRST for check in missing):
+        may_begin.set()
+    left = [[check for check in missing if check.phase in lane] for lane in lanes]
+    with RunProgress(console, left, _earlier_durations(run_dir, manifest)) as progress:
+        with ThreadPoolExecutor(max(len(lanes), 1)) as pool:
+            running = [pool.submit(carry_out, lane, progress) for lane in lanes]
+            for lane in as_completed(running):
+                if lane.exception() is not None:  # of one that cannot go on, the others end as well
+                    broken.set()
+                    may_begin.set()
+        for lane in running:
+            lane.result()
+    if missing:
+        events.append_elapsed(run_dir, time.monotonic() - begun)
+    return {check.id for check in missing} <= progress.finished
+
+
+def lanes_of(checks: Sequence[Selected], device: str, cores: int) -> list[list[int]]:
+    """The phases that run one after the other, in lists that run side by side.
+
+    A CPU of several cores has two, of a process of one thread each. Slow checks compare times, so nothing runs beside
+    them, and one GPU is shared by nothing: what checks measure of its memory and its time would be another's.
+    """
+    phases = sorted({check.phase for check in checks})
+    alone = device != "cpu" or cores < 2 or any(check.slow for check in checks)
+    beside = [] if alone else [phase for phase in phases if phase in _BESIDE]
+    return [lane for lane in ([phase for phase in phases if phase not in beside], beside) if lane]
+
+
+def _earlier_durations(run_dir: Path, manifest: Manifest) -> dict[str, float] | None:
+    """Seconds that each check took in the last complete run of this machine that had them all; None without one."""
+    wanted = {check.id for check in manifest.selected}
+    for record in islice(newest_runs(run_dir.parent), _LOOKED_AT):
+        found = {result.id: result.duration_s for result in record.results}
+        same = (record.state, record.target, record.model) == ("complete", manifest.target, manifest.model_id)
+        if same and wanted <= found.keys():
+            return found
+    return None
+
+
+def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console) -> int:
+    """Write the record before anything is printed: the terminal may be gone."""
+    from verify.report.verb import print_matrix
+
+    record = events.compose(run_dir, "complete" if finished else "interrupted")
+    # a closed terminal is one of the reasons to be here, and the record is what counts
+    with suppress(OSError):
+        print_matrix(record, console)
+        lines = [f"record: {os.path.relpath(run_dir / events.RECORD)}"]
+        lines += [told] if (told := unjudged(record, run_dir)) else []
+        if not finished:
+            lines.append(f"interrupted; resume with: python -m verify run --resume {_resume_name(run_dir)}")
+        console.print("\n".join(lines), markup=False, soft_wrap=True)
+    return exit_code(record.results, strict_soft=strict_soft) if finished else EXIT_INTERRUPTED

@@ -1,0 +1,170 @@
+"""Runs checks against a copy of a subject, each phase in a process of its own, and keeps what came of it."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from verify.checks import Check
+from verify.files import cache_folder, keep, kept_place
+from verify.record.digest import digest_of
+from verify.record.grounds import PACKAGE
+from verify.record.kills import Cell, Outcome, Row
+from verify.record.schema import CheckResult, Verdict
+from verify.record.strict import Strict
+from verify.run import events
+from verify.run.manifest import Selected, Surroundings, freeze
+from verify.run.process import PhaseProcess
+from verify.selftest.faults import WRAPPERS, Fault
+from verify.selftest.plant import copy_of
+from verify.selftest.records import judge
+from verify.subject.find import find_subject
+from verify.subject.subject import Subject
+
+#: What changes results beside the suite and the subject.
+_VERSIONS = ("python", "torch", "triton", "transformers", "vllm")
+
+
+class Interrupted(Exception):
+    """The user stopped it; what was finished is kept."""
+
+
+class _Kept(Strict):
+    """What the cache holds: the results of the checks against one copy, and how long they took."""
+
+    results: list[CheckResult]
+    duration_s: float
+
+
+class _Quiet:
+    """The progress of a phase whose results are read afterwards."""
+
+    def started(self, check_id: str) -> None: ...
+
+    def finished(self, result: CheckResult) -> None: ...
+
+    def note(self, sentence: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One subject, and how checks are run against copies of it on the CPU.
+
+    ``stopping`` answers how often the user asked to stop; then everything raises Interrupted.
+    """
+
+    root: Path
+    subject: Subject
+    surroundings: Surroundings
+    model: str
+    seed: int
+    stopping: Callable[[], int]
+    cache: Path = field(default_factory=lambda: cache_folder() / "selftest")
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {name: getattr(self.surroundings.environment, name) for name in _VERSIONS}
+
+    def baseline(self, checks: Sequence[Check]) -> dict[str, Verdict]:
+        """How each check ends without a fault; every kill rests on a PASS here. Kept check by check."""
+        places = {check.id: self._place(None, [check]) for check in checks}
+        results = {name: kept.results[0] for name, place in places.items() if (kept := _read(place))}
+        if missing := [check for check in checks if check.id not in results]:
+            for result in self._run(None, missing):
+                results[result.id] = result
+                if result.verdict is not Verdict.INFRA:
+                    _write(places[result.id], _Kept(results=[result], duration_s=result.duration_s))
+        return {name: result.verdict for name, result in results.items()}
+
+    def row(self, fault: Fault, checks: Sequence[Check], baseline: dict[str, Verdict]) -> Row:
+        """What the checks make of one fault; those that do not pass without it are not run."""
+        if fault.records:
+            begun = time.monotonic()
+            cells = judge(fault)
+            return Row(id=fault.id, what=fault.what, cells=cells, duration_s=time.monotonic() - begun)
+        sound = [check for check in checks if baseline.get(check.id) is Verdict.PASS]
+        kept = self._tried(fault, sound) if sound else _Kept(results=[], duration_s=0.0)
+        found = {result.id: result for result in kept.results}
+        cells = [_cell(fault, check, found.get(check.id), baseline.get(check.id)) for check in checks]
+        return Row(id=fault.id, what=fault.what, cells=cells, duration_s=kept.duration_s)
+
+    def _tried(self, fault: Fault, checks: Sequence[Check]) -> _Kept:
+        place = self._place(fault, checks)
+        if (kept := _read(place)) is None:
+            begun = time.monotonic()
+            results = self._run(fault, checks)
+            kept = _Kept(results=results, duration_s=time.monotonic() - begun)
+            if all(result.verdict is not Verdict.INFRA for result in results):  # which says nothing of the fault
+                _write(place, kept)
+        return kept
+
+    def _place(self, fault: Fault | None, checks: Iterable[Check]) -> Path:
+        """A file named by everything that results depend on: suite, subject, versions, seed, checks, and the fault."""
+        planted = None
+        if fault is not None:
+            planted = fault.model_dump(mode="json", include={"bundled", "plain", "wrapper"})
+            if fault.wrapper is not None:
+                planted["source"] = digest_of([WRAPPERS / f"{fault.wrapper.module}.py"], WRAPPERS)
+        what = [
+            self.surroundings.instrument_sha256, self.surroundings.subject_info.content_sha256, self.versions,
+            self.model, self.seed, sorted(check.id for check in checks), planted,
+        ]  # fmt: skip
+        return kept_place(self.cache, *what)
+
+    def _run(self, fault: Fault | None, checks: Sequence[Check]) -> list[CheckResult]:
+        """Run the checks on a fresh copy, phase by phase. Raises Interrupted."""
+        with tempfile.TemporaryDirectory(prefix="verify-selftest-") as name:
+            folder = Path(name)
+            copy = find_subject(str(copy_of(self.subject, folder / "subject", fault)), self.root)
+            selected = tuple(
+                Selected(id=c.id, node=c.node, gate=c.spec.gate, plan=c.spec.plan, timeout_s=c.spec.timeout_s)
+                for c in checks
+            )
+            info = self.surroundings.subject_info.model_copy(update={"content_sha256": copy.content_sha256()})
+            manifest = freeze(
+                self.surroundings.model_copy(update={"subject_info": info}),
+                device="cpu", subject=copy, model=self.model, seed=self.seed,
+                selection=f"selftest {fault.id if fault else PACKAGE}", selected=selected,
+            )  # fmt: skip
+            run_dir = folder / "run"
+            events.create(run_dir, manifest)
+            with events.lock(run_dir) as held:
+                for phase in sorted({check.phase for check in selected}):
+                    part = [check for check in selected if check.phase == phase]
+                    if not self.stopping():
+                        PhaseProcess(
+                            run_dir, self.root, manifest, part, stopping=self.stopping, held=held.fileno()
+                        ).run(_Quiet())  # fmt: skip
+            if self.stopping():
+                raise Interrupted
+            return list(events.read_results(run_dir).values())
+
+
+def _read(place: Path) -> _Kept | None:
+    with suppress(OSError, ValueError):  # not there, or not whole: it is tried again
+        return _Kept.model_validate_json(place.read_bytes())
+    return None
+
+
+def _write(place: Path, kept: _Kept) -> None:
+    keep(place, kept.model_dump_json() + "\n")
+
+
+def _cell(fault: Fault, check: Check, result: CheckResult | None, before: Verdict | None) -> Cell:
+    if result is None:
+        return Cell(check=check.id, outcome=Outcome.NOT_RUN, verdict=f"{before or 'not run'} without the fault")
+    if result.verdict in (Verdict.SKIP, Verdict.BLOCKED):
+        outcome = Outcome.NOT_RUN
+    else:
+        outcome = Outcome.KILLED if caught(fault, result.verdict, result.message) else Outcome.SURVIVED
+    return Cell(check=check.id, outcome=outcome, verdict=result.verdict, message=result.message)
+
+
+def caught(fault: Fault, verdict: Verdict, message: str) -> bool:
+    """Whether a check that ended so caught the fault: as one of its verdicts, and saying what it should say."""
+    return verdict in fault.verdicts and re.search(fault.says, message) is not None

@@ -1,0 +1,1 @@
+"""Phase 7: vLLM servers, driven and judged."""

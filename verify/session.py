@@ -1,0 +1,33 @@
+"""What the pytest process of a run, or of a part of one, was asked to do."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from verify.machine.device import Device
+from verify.record.schema import Record
+from verify.run.manifest import Manifest
+from verify.subject.subject import Subject
+
+
+@dataclass(slots=True)
+class Session:
+    """What this process was asked to do, and what it has found out since."""
+
+    root: Path
+    device: Device
+    subject: Subject
+    model: str
+    seed: int
+    phases: frozenset[int]
+    run_dir: Path | None = None
+    manifest: Manifest | None = None
+    record: Record | None = None
+    begun: float = field(default_factory=time.perf_counter)
+
+
+SESSION = pytest.StashKey[Session]()

@@ -1,0 +1,1 @@
+"""The implementation under test: where it is, what it offers, what it launches."""

@@ -1,0 +1,151 @@
+"""The published API as data: what a subject must offer, in which order, with which defaults.
+
+Source: plan 2.3 and the public repository's release 0.2.0. A signature is compared by parameter names, order and
+defaults; a subject may append keyword-only parameters with defaults.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A published name and, where it is callable, its parameters as ``name`` or ``name=default`` (``repr`` of the
+    default).
+    """
+
+    module: str
+    name: str
+    parameters: str | None = None
+
+
+_SCORES = "key_states, cache_positions, head_stats, omega, offsets, freq_scale_sq, config, round_start=None"
+_TABLE = "max_seq_len, compress_interval, offsets, omega, device"
+
+NAMES = (
+    Name("methods.triattention", "TriAttention", "config"),
+    Name("methods.triattention", "TriAttentionConfig"),
+    Name(
+        "methods.triattention",
+        "apply_triattention_patch",
+        "model, stats_path, model_path, kv_budget, offset_max_length=65536, score_aggregation='mean', pruning_seed=0, "
+        "metadata_expectations=None, normalize_scores=False, count_prompt_tokens=False, "
+        "allow_prefill_compression=False, "
+        "divide_length=128, use_slack_trigger=False, per_head_pruning=False, per_layer_perhead_pruning=False, "
+        "layer_perhead_aggregation='max', disable_mlr=False, disable_trig=False",
+    ),
+    Name("methods.pruning_utils", "build_rotary", "cache_device, model_path, dtype, config=None"),
+    Name(
+        "methods.pruning_utils",
+        "score_keys_for_round",
+        "key_indices, round_start, amp, phi, omega, extra, offsets, aggregation, freq_scale_sq, disable_trig=False",
+    ),
+    Name(
+        "methods.pruning_utils",
+        "compute_frequency_statistics_from_means",
+        "q_mean_complex, q_abs_mean, k_unrot, style='half', disable_mlr=False",
+    ),
+    Name("methods.pruning_utils", "load_head_frequency_stats", "stats_path, device"),
+    Name("methods.pruning_utils", "save_head_frequency_stats", "output_path, sampled_heads, stats_map, metadata"),
+    Name("methods.pruning_utils", "build_geometric_offsets", "max_length, device"),
+    Name("methods.pruning_utils", "compute_frequency_scaling", "rotary, head_dim, dtype, device"),
+    Name(
+        "vllm.core.kernels.triton_scoring",
+        "triattention_scoring",
+        "K_rot, position_indices, q_mean_real, q_mean_imag, q_abs_mean, freq_scale_sq, omega, offsets, round_start, "
+        "aggregation='max', trig_cache=None, trig_values=None, rope_style='interleaved', disable_mlr=False",
+    ),
+    Name("vllm.core.kernels.triton_scoring", "TrigTableCache", _TABLE),
+    Name("vllm.core.kernels.triton_scoring", "create_trig_cache", f"{_TABLE}, warn_threshold_mb=100.0"),
+    Name("vllm.core.scoring", "compute_scores", f"{_SCORES}, trig_cache=None"),
+    Name("vllm.core.scoring", "compute_scores_triton", f"{_SCORES}, trig_cache=None"),
+    Name("vllm.core.scoring", "compute_scores_pytorch", _SCORES),
+    Name("vllm.core.compressor", "TriAttentionCompressor", "config"),
+    Name("vllm.core.config", "TriAttentionConfig"),
+)
+
+#: Where the entry point of the published distribution says that vLLM finds the plugin.
+PLUGIN = "triattention.vllm.plugin:register_triattention_backend"
+
+#: What a subject may leave out; its checks are then SKIP(PKG_MISSING).
+OPTIONAL = (
+    Name("calibration", "calibrate", "model, forward_loop"),
+    Name("vllm.plugin", "register_triattention_backend", ""),
+)
+
+#: Defaults of the two configurations, by field; a window that is not set follows the budget and is left out.
+CONFIG_DEFAULTS = MappingProxyType(
+    {
+        "methods.triattention": {
+            "offset_max_length": 65536,
+            "score_aggregation": "mean",
+            "normalize_scores": False,
+            "count_prompt_tokens": False,
+            "allow_prefill_compression": False,
+            "divide_length": 128,
+            "use_slack_trigger": False,
+            "per_head_pruning": False,
+            "per_layer_perhead_pruning": False,
+            "layer_perhead_aggregation": "max",
+            "disable_mlr": False,
+            "disable_trig": False,
+        },
+        "vllm.core.config": {
+            "kv_budget": 2048,
+            "divide_length": 128,
+            "sparse_round_window": 32,
+            "pruning_mode": "per_head",
+            "score_aggregation": "mean",
+            "offset_max_length": 65536,
+            "disable_top_n_high_freq": 0,
+            "disable_mlr": False,
+            "disable_trig": False,
+            "include_prefill_in_budget": True,
+            "protect_prefill": True,
+            "sparse_normalize_scores": True,
+            "triton_block_size": 128,
+            "use_triton_scoring": True,
+            "use_trig_cache": True,
+            "trig_cache_max_seq_len": None,
+            "trig_cache_warn_threshold_mb": 100.0,
+            "stats_path": None,
+            "model_path": None,
+            "rope_style": "half",
+            "head_dim": None,
+            "num_kv_heads": None,
+            "num_layers": None,
+            "seed": None,
+            "enable_debug_logging": False,
+        },
+    }
+)
+
+
+def signature_differs(name: Name, found: Callable[..., object]) -> str:
+    """What is wrong with the signature of ``found``, in words, or an empty string."""
+    if name.parameters is None:
+        return ""
+    parts = filter(None, name.parameters.split(","))
+    want = [tuple(part.strip() for part in text.split("=")) for text in parts]
+    have = [p for p in inspect.signature(found).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    for index, (parameter, *default) in enumerate(want):
+        if index >= len(have) or have[index].name != parameter:
+            other = have[index].name if index < len(have) else "nothing"
+            return f"parameter {index + 1} is {other}, published is {parameter}"
+        given = have[index].default
+        shown = [] if given is inspect.Parameter.empty else [repr(given)]
+        if shown != default:
+            theirs, ours = (values[0] if values else "none" for values in (shown, default))
+            return f"{parameter} has default {theirs}, published is {ours}"
+    for extra in have[len(want) :]:
+        if extra.kind is not extra.KEYWORD_ONLY or extra.default is extra.empty:
+            return f"{extra.name} is not published; an added parameter must be keyword-only with a default"
+    return ""

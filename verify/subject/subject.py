@@ -1,0 +1,240 @@
+"""The implementation under test: found by ``--subject``, imported lazily, and never named anywhere else."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from verify.errors import ConfigurationError, SubjectLacks
+from verify.record.digest import digest_of
+from verify.record.grounds import PACKAGE
+from verify.record.schema import SubjectInfo
+from verify.subject.toml import read
+
+_IMPORT_LIMIT_S = 180
+_GIT_LIMIT_S = 30
+#: Converting, calibrating and answering two questions take a minute on two cores.
+_COMMAND_LIMIT_S = 420
+
+#: Prints where the package was found and its version; run in a child, so that asking costs this process nothing.
+_PROBE = """
+import importlib, importlib.metadata, json
+package = importlib.import_module({package!r})
+version = getattr(package, "__version__", None)
+if version is None:
+    try:
+        version = importlib.metadata.version({package!r})
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+print(json.dumps({{"where": next(iter(package.__path__)), "version": str(version)}}))
+"""
+
+
+class OnlyItsOwn(MetaPathFinder):
+    """Finds the package's modules where the package lies, and keeps every other finder from answering for them.
+
+    An editable installation of this project may have one that would lend its modules to a subject that lacks them.
+    """
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not f"{fullname}.".startswith(f"{self.package}."):
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+        return spec
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One implementation: ``root`` is the directory from which ``package`` imports, ``source`` how a record names it.
+
+    ``name`` is what ``--subject`` was given, ``file`` its ``subject.toml`` where there is one, and ``names`` are the
+    names that this maps: ``module:attribute`` by published name.
+    """
+
+    name: str
+    root: Path
+    source: str
+    package: str = PACKAGE
+    file: Path | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """This subject as JSON has it, for a child that makes it anew by ``described``."""
+        told = asdict(self)
+        return told | {key: str(told[key]) for key in ("root", "file") if told[key]}
+
+    @classmethod
+    def described(cls, told: Mapping[str, Any]) -> Subject:
+        return cls(**told | {key: Path(told[key]) for key in ("root", "file") if told[key]})
+
+    @property
+    def option(self) -> str:
+        """What ``--subject`` must be given to mean this subject from any directory."""
+        return str(self.root) if self.source.startswith("checkout:") else self.name
+
+    @property
+    def folder(self) -> Path:
+        """The directory of the package."""
+        return self.root.joinpath(*self.package.split("."))
+
+    def activate(self) -> None:
+        """Make this process import the package from ``root``.
+
+        Raises ConfigurationError when the package does not import, or comes from somewhere else.
+        """
+        if not any(isinstance(finder, OnlyItsOwn) and finder.package == self.package for finder in sys.meta_path):
+            sys.meta_path.insert(0, OnlyItsOwn(self.package))
+        if str(self.root) in sys.path:
+            sys.path.remove(str(self.root))
+        sys.path.insert(0, str(self.root))
+        importlib.invalidate_caches()
+        try:
+            package = importlib.import_module(self.package)
+        except Exception as error:  # a subject may raise anything at import; all of it means the same here
+            raise self._not_importable(f"{type(error).__name__}: {error}") from error
+        self._must_be_here(next(iter(package.__path__)))
+
+    def module(self, path: str = "") -> ModuleType:
+        """Import ``<package>.<path>``. Raises SubjectLacks when it, or a module that it needs, is absent."""
+        __tracebackhide__ = True
+        return self._import(self._inside(path))
+
+    def attribute(self, path: str, name: str) -> Any:
+        """``<package>.<path>.<name>``, or what the subject file names instead. Raises SubjectLacks naming what is
+        absent.
+        """
+        __tracebackhide__ = True
+        where, attribute = self.place(path, name)
+        module = self._import(where)
+        try:
+            return getattr(module, attribute)
+        except AttributeError as error:
+            raise SubjectLacks(f"subject {self.source!r} lacks {attribute} in {where}") from error
+
+    def place(self, path: str, name: str) -> tuple[str, str]:
+        """The module and the attribute that the published name ``<path>.<name>`` is in this subject."""
+        module, _, attribute = self.names.get(f"{path}.{name}", f"{self._inside(path)}:{name}").partition(":")
+        return module, attribute
+
+    def _inside(self, path: str) -> str:
+        return f"{self.package}.{path}" if path else self.package
+
+    def _import(self, name: str) -> ModuleType:
+        __tracebackhide__ = True
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise SubjectLacks(f"subject {self.source!r} lacks the module {name} ({error})") from error
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line that runs the subject's own CLI; use it with ``environment()``."""
+        return [sys.executable, "-m", self.package, *arguments]
+
+    def run(self, *arguments: str, limit_s: float = _COMMAND_LIMIT_S) -> str:
+        """What the subject's own CLI printed. Raises AssertionError, with its last line, unless it ends well."""
+        __tracebackhide__ = True
+        try:
+            child = subprocess.run(
+                self.command(*arguments), capture_output=True, text=True, timeout=limit_s, env=self.environment()
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{arguments[0]} did not end within {limit_s:g} s") from error
+        last = (child.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+        assert child.returncode == 0, f"{arguments[0]} ended with exit code {child.returncode}: {last}"
+        return child.stdout
+
+    def environment(self) -> dict[str, str]:
+        """The environment in which a child process imports this subject, wherever the child is started."""
+        inherited = os.environ.get("PYTHONPATH")
+        path = os.pathsep.join([str(self.root), *([inherited] if inherited else [])])
+        # without PYTHONSAFEPATH `python -m` would put the current directory, and another package in it, first
+        return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+    def info(self) -> SubjectInfo:
+        """What a record says about the subject, which is imported in a child.
+
+        Raises ConfigurationError if it does not import.
+        """
+        program = _PROBE.format(package=self.package)
+        try:
+            child = subprocess.run(
+                [sys.executable, "-c", program],
+                capture_output=True, text=True, timeout=_IMPORT_LIMIT_S, env=self.environment(),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise self._not_importable(f"no answer within {_IMPORT_LIMIT_S} s") from error
+        if child.returncode:
+            problem = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+            raise self._not_importable(problem)
+        # a subject may print, even when its interpreter ends
+        found = json.loads(next(line for line in child.stdout.splitlines() if line.startswith('{"where"')))
+        self._must_be_here(found["where"])
+        about = read(self.file).subject if self.file else None
+        # a checkout that merely lies around the package, as around a virtual environment, says nothing about it
+        sha = self._git("rev-parse", "HEAD") if self._git("ls-files", "--", str(self.folder)) else None
+        return SubjectInfo(
+            name=(about and about.name) or self.package,
+            version=(about and about.version) or found["version"],
+            source=self.source,
+            git_sha=sha or "none",
+            dirty=sha is None or not self._committed(),
+            content_sha256=self.content_sha256(),
+        )
+
+    def content_sha256(self) -> str:
+        """A digest of the package's files but its tests, and of the subject file, so that two runs can tell whether
+        they test the same thing.
+        """
+        folder, beside = self.folder, {"__pycache__", "tests"}
+        files = {
+            path for path in folder.rglob("*") if path.is_file() and not beside & {*path.relative_to(folder).parts}
+        }
+        if self.file is None or self.file in files:
+            return digest_of(files, folder)
+        return digest_of({*files, self.file}, self.root)
+
+    def _committed(self) -> bool:
+        """Whether the commit vouches for every file of the package; an ignored or untracked one is not in it."""
+        tracked, place = self._git("ls-files", "--", str(self.folder)), str(self.folder)
+        # file by file, because a folder that is shown as one could hold more than caches
+        changes = self._git("status", "--porcelain", "--untracked-files=all", "--ignored=traditional", "--", place)
+        if not tracked or changes is None:
+            return False
+        return all("__pycache__/" in line for line in changes.splitlines())
+
+    def _not_importable(self, problem: str) -> ConfigurationError:
+        return ConfigurationError(f"subject {self.name!r} does not import ({problem}); repair it or name another")
+
+    def _must_be_here(self, where: str) -> None:
+        if not Path(where).resolve().is_relative_to(self.root.resolve()):
+            raise ConfigurationError(
+                f"subject {self.name!r} should be {self.folder}, but {self.package} was imported from {where}; "
+                "start a new process, or remove the other one from PYTHONPATH"
+            )
+
+    def _git(self, *arguments: str) -> str | None:
+        """The output of git in ``root``, or None where that is not a checkout with a commit, or git is missing."""
+        command = ["git", "-C", str(self.root), *arguments]
+        try:
+            child = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_LIMIT_S)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return child.stdout.strip() if child.returncode == 0 else None

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from verify.architectures import EMULATED, find
+from verify.record.schema import Measurement, Record
+from verify.record.verdict import assess
+from verify.report.matrix import bound, grid, headroom, rows
+from verify.tests.samples import checks, measured, record, result
+
+
+def row_of(family: str, *results):
+    cells = assess(find(120), [record("sm120", results)], checks()).cells
+    return next(row for row in rows(cells) if row.spec.family == family)
+
+
+def test_phases_ascend_and_the_plan_table_stands_first_in_each() -> None:
+    families = [row.spec.family for row in rows(assess(find(120), [], checks()).cells)]
+    assert families == ["p1.torch_sees", "p1.bf16", "p1.nvcc", "p4.triton_pytorch", "p4.oracle", "p8.kernel"]
+
+
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        ([], "NOT RUN 2"),
+        ([result("p4.oracle.n1"), result("p4.oracle.n33")], "PASS 2"),
+        ([result("p4.oracle.n1")], "NOT RUN 1/2"),
+        ([result("p4.oracle.n1"), result("p4.oracle.n33", "FAIL")], "FAIL 1/2"),
+        ([result("p4.oracle.n1", "CRASH"), result("p4.oracle.n33", "FAIL")], "CRASH 1/2"),
+        ([result("p4.oracle.n1"), result("p4.oracle.n33", "SKIP", code="VRAM")], "SKIP VRAM 1/2"),
+        ([result("p4.oracle.n1", "BLOCKED"), result("p4.oracle.n33", "BLOCKED")], "BLOCKED by p1.bf16.matmul 2"),
+    ],
+)
+def test_a_family_shows_its_worst_verdict_and_how_many_have_it(results: list, words: str) -> None:
+    assert row_of("p4.oracle", *results).verdict == words
+
+
+def test_a_family_of_one_is_not_counted() -> None:
+    assert row_of("p1.bf16", result("p1.bf16.matmul")).verdict == "PASS"
+
+
+def test_a_row_shows_its_tightest_number() -> None:
+    loose, tight = measured(1e-7, 1e-5), measured(3e-6, 1e-5)
+    row = row_of("p4.oracle", result("p4.oracle.n1", measurements=loose), result("p4.oracle.n33", measurements=tight))
+    assert (bound(row.tightest), headroom(row.tightest)) == ("3.0e-06 / 1.0e-05", "3.3x")
+
+
+def test_not_a_number_is_the_tightest_of_all() -> None:
+    nan = result("p4.oracle.n1", "FAIL", measurements=measured(math.nan, 1.0))
+    row = row_of("p4.oracle", nan, result("p4.oracle.n33", measurements=measured(0.9, 1.0)))
+    assert (bound(row.tightest), headroom(row.tightest)) == ("nan / 1", "nan")
+
+
+@pytest.mark.parametrize(
+    ("value", "allowed", "unit", "shown", "room"),
+    [
+        (0.0, 0.0, "", "0 / 0", "exact"),
+        (3, 128, "tokens", "3 / 128 tokens", "42.7x"),
+        (1.5, 20.0, "ms", "1.5 / 20 ms", "13.3x"),
+        (2.25e-3, 1e-2, "a long unit", "2.2e-03 / 0.01", "4.4x"),
+        (math.inf, 1.0, "", "inf / 1", "0.0x"),
+        (1e-9, 1e-2, "", "1.0e-09 / 0.01", "1e+07x"),
+    ],
+)
+def test_numbers_fit_their_columns(value: float, allowed: float, unit: str, shown: str, room: str) -> None:
+    measurement = Measurement(name="x", measured=value, allowed=allowed, unit=unit)
+    assert (bound(measurement), headroom(measurement)) == (shown, room)
+    assert len(shown) <= 17
+
+
+def other_subject() -> Record:
+    """A newer record without results that is about another subject."""
+    made = record("sm120", [], day=2)
+    return made.model_copy(update={"subject": made.subject.model_copy(update={"name": "another"})})
+
+
+@pytest.mark.parametrize(
+    ("records", "shown"),
+    [
+        ([], "·"),
+        ([record("sm120", [result("p8.kernel.ms")])], "●P"),
+        ([record("sm120", [result("p8.kernel.ms", "CRASH")])], "●C"),
+        ([record("sm120", [result("p8.kernel.ms", "XFAIL")])], "●w"),
+        ([record("sm120", [result("p8.kernel.ms", evidence="compiled")])], "◆P"),
+        ([record("emulated", [result("p8.kernel.ms", evidence="emulated")])], "·"),
+        ([record("sm120", [result("p8.kernel.ms")]), other_subject()], "●P~"),
+        # a skip said nothing, then or now
+        ([record("sm120", [result("p8.kernel.ms", "SKIP")]), other_subject()], "·"),
+    ],
+)
+def test_a_mark_shows_evidence_by_shape_and_what_is_stale_apart(records: list, shown: str) -> None:
+    marks = {spec.family: found for spec, found in grid([assess(find(120), records, checks())])}
+    assert str(marks["p8.kernel"]["sm120"]) == shown
+
+
+def test_of_what_is_stale_the_worst_shows() -> None:
+    before = record("sm120", [result("p4.oracle.n1"), result("p4.oracle.n33", "FAIL")])
+    marks = {spec.family: found for spec, found in grid([assess(find(120), [before, other_subject()], checks())])}
+    assert str(marks["p4.oracle"]["sm120"]) == "●F~"
+
+
+def test_the_grid_has_hard_checks_first_and_no_mark_where_a_check_does_not_apply() -> None:
+    found = grid([assess(target, [], checks()) for target in (find(120), EMULATED)])
+    gates = [spec.gate for spec, _ in found]
+    assert gates == sorted(gates)
+    assert "emulated" not in {spec.family: marks for spec, marks in found}["p1.torch_sees"]

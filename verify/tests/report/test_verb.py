@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from verify.architectures import find
+from verify.record.verdict import TargetVerdict, assess
+from verify.report import terminal
+from verify.tests.samples import checks, passing, record, result
+
+
+def printed(function, assessment, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    function(assessment, console)
+    return console.file.getvalue()
+
+
+def test_a_runs_matrix_shows_what_it_ran_and_the_verdict_counts_the_rest() -> None:
+    text = printed(terminal.print_run, assess(find(120), [record("sm120", passing()[:1])], checks()))
+    assert "p1.bf16" in text
+    assert "p4.oracle" not in text
+    assert "INCOMPLETE" in text
+    assert "1 of 6 must-pass checks passed" in text
+
+
+def test_messages_are_shown_as_they_are_and_not_as_markup() -> None:
+    failed = result("p4.oracle.n1", "FAIL", message="K[0] [bold]is[/bold] wrong", repeat="python -m pytest 'x[y]'")
+    text = printed(terminal.print_run, assess(find(120), [record("sm120", [failed])], checks()))
+    assert "K[0] [bold]is[/bold] wrong" in text
+    assert "repeat: python -m pytest 'x[y]'\n" in text
+
+
+def test_a_command_is_on_one_line_in_a_narrow_terminal() -> None:
+    failed = result("p4.oracle.n1", "FAIL", repeat="python -m pytest " + "x" * 100)
+    text = printed(terminal.print_run, assess(find(120), [record("sm120", [failed])], checks()), width=60)
+    assert f"repeat: python -m pytest {'x' * 100}\n" in text
+
+
+def test_many_runs_and_stale_ones_are_counted() -> None:
+    records = [record("sm120", passing(), day=day) for day in range(1, 9)]
+    old = record("sm120", passing(), day=9)
+    newest = record("sm120", passing(), day=10)
+    newest = newest.model_copy(update={"subject": newest.subject.model_copy(update={"name": "another"})})
+    text = printed(terminal.print_report, assess(find(120), [*records, old], checks()))
+    assert "and 4 more records" in text
+    text = printed(terminal.print_report, assess(find(120), [old, newest], checks()))
+    assert "stale  run-sm120-9" in text
+    assert "another subject" in text
+
+
+def test_only_verified_is_green() -> None:
+    green = [verdict for verdict in TargetVerdict if "green" in terminal._VERDICT_STYLE.get(verdict, "")]
+    assert green == [TargetVerdict.VERIFIED]
+
+
+def test_the_report_is_the_same_every_time() -> None:
+    records = [record("sm120", passing(), day=day) for day in (2, 1)]
+    once = printed(terminal.print_report, assess(find(120), records, checks()))
+    assert once == printed(terminal.print_report, assess(find(120), records[::-1], checks()))
+
+
+@pytest.mark.parametrize("sm", [88, 110])
+def test_a_toolchain_gap_and_a_note_are_told(sm: int) -> None:
+    known = find(sm)
+    text = " ".join(printed(terminal.print_report, assess(known, [], checks())).split())
+    assert known.note in text
+    assert known.toolchain_gap in text

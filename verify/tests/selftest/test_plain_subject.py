@@ -1,0 +1,96 @@
+"""The plain subject: all green, and nobody else's code; and the statistics that every subject is given."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from verify.model.live_model import published_layout
+from verify.record.schema import Record, Verdict, read_record
+from verify.tests.tree import REPOSITORY
+
+_ROOT = REPOSITORY / "verify" / "examples" / "plain"
+_PACKAGE = _ROOT / "triattention"
+_SOURCES = sorted(_PACKAGE.rglob("*.py"))
+
+
+def _run(phases: str, out: Path, limit_s: float) -> Record:
+    """The record of a run on the plain subject. Raises AssertionError where any check failed, HARD or SOFT."""
+    command = [sys.executable, "-m", "verify", "run", "--subject", str(_ROOT), "--phases", phases, "--device", "cpu"]
+    child = subprocess.run(
+        [*command, "--strict-soft", "--out", str(out)], cwd=REPOSITORY, capture_output=True, text=True, timeout=limit_s
+    )
+    assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-2000:]
+    return read_record(next(out.glob("*/record.json")))
+
+
+def test_phases_2_to_5_are_green_and_skip_only_what_needs_a_gpu(tmp_path: Path) -> None:
+    results = _run("2-5", tmp_path, 300).results
+    assert {result.verdict for result in results} == {Verdict.PASS, Verdict.SKIP}
+    assert {result.code for result in results if result.verdict is Verdict.SKIP} == {"NO_GPU"}
+    assert sum(result.verdict is Verdict.PASS for result in results) > 150
+
+
+@pytest.mark.slow
+def test_phase_6_is_green_and_skips_only_what_is_not_published(tmp_path: Path) -> None:
+    skipped = {r.id: r.code for r in _run("6", tmp_path, 3000).results if r.verdict is not Verdict.PASS}
+    assert skipped.pop("p6.cli_flash.flash_attention_2") == "NO_GPU"
+    assert set(skipped.values()) == {"NOT_IMPLEMENTED"}
+    assert {name.split(".")[1] for name in skipped} == {"keep_set_mode", "calibration", "calibration_restores"}
+
+
+@pytest.mark.parametrize("source", _SOURCES, ids=lambda path: path.relative_to(_PACKAGE).as_posix())
+def test_it_imports_nothing_but_itself_torch_triton_and_transformers(source: Path) -> None:
+    allowed = {"torch", "triton", "transformers", *sys.stdlib_module_names}
+    depth = len(source.relative_to(_PACKAGE).parts)
+    for node in ast.walk(ast.parse(source.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level <= depth, f"line {node.lineno} reaches out of the package"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            assert {name.partition(".")[0] for name in names} <= allowed, f"line {node.lineno} imports {names}"
+
+
+def _bodies(folder: Path) -> set[str]:
+    """Every function of more than one statement below ``folder``, without its name, signature and docstring."""
+    found = set()
+    for source in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                found |= {ast.dump(ast.Module(body, []))} if len(body) > 1 else set()
+    return found
+
+
+def test_no_function_of_it_is_one_of_the_reference() -> None:
+    assert not _bodies(_PACKAGE) & _bodies(REPOSITORY / "triattention")
+
+
+def _statistics(folder: Path, unrotated: int) -> Path:
+    draw = torch.Generator().manual_seed(0)
+    content = {name: torch.randn(2, 3, 4, generator=draw) for name in ("q_mean_real", "q_mean_imag", "q_abs_mean")}
+    content["q_pass_mean"] = torch.zeros(2, 3, unrotated)
+    content["architecture"] = {"num_layers": 2, "num_query_heads": 3, "head_dim": 8, "rope_style": "half"}
+    torch.save(content, folder / "ours.pt")
+    return folder / "ours.pt"
+
+
+def test_a_subject_is_given_the_oracle_s_numbers_in_the_published_layout(tmp_path: Path) -> None:
+    ours = torch.load(_statistics(tmp_path, 0), weights_only=True)
+    given = torch.load(published_layout(tmp_path / "ours.pt"), weights_only=True)
+    heads = [[layer, head] for layer in range(2) for head in range(3)]
+    assert given["metadata"] == {"sampled_heads": heads, "head_dim": 8, "rope_style": "half"}
+    for layer, head in heads:
+        for name, values in given["stats"][f"layer{layer:02d}_head{head:02d}"].items():
+            assert torch.equal(values, ours[name][layer, head]), name
+
+
+def test_means_of_unrotated_dims_have_no_place_there(tmp_path: Path) -> None:
+    ours = _statistics(tmp_path, 4)
+    assert published_layout(ours) == ours
+    assert list(tmp_path.iterdir()) == [ours]
