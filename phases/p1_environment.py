@@ -9,17 +9,11 @@ from typing import TYPE_CHECKING
 from verify import Measure, check, skip
 from verify.architectures import SUITE_MINIMUMS, find
 from verify.errors import InfraError
-from verify.judge.tolerance import matmul_ratio
+from verify.judge.tolerance import matmul_error
+from verify.machine.environment import at_least
 
 if TYPE_CHECKING:
     from verify.record.schema import Gpu
-
-
-def _at_least(found: str, minimum: str) -> bool:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", text)[:2]]
-
-    return numbers(found) >= numbers(minimum)
 
 
 def _card() -> Gpu:
@@ -46,7 +40,7 @@ def test_driver(case: str, target: str) -> None:
     if f"sm{card.sm}" != target:
         raise InfraError(f"NVML sees sm{card.sm} ({card.name}) and the run's target is {target}; start a new run")
     minimum = find(card.sm).minimums.driver
-    assert minimum is None or _at_least(card.driver, minimum), (
+    assert minimum is None or at_least(card.driver, minimum), (
         f"driver {card.driver} is older than {minimum}, which {target} needs"
     )
 
@@ -63,7 +57,7 @@ def test_toolkit(case: str) -> None:
     version = cuda_toolkit()
     if not re.match(r"\d", version):
         skip("PKG_MISSING", f"nvcc: {version}")
-    assert _at_least(version, SUITE_MINIMUMS.cuda), f"nvcc is {version}, the suite's minimum is {SUITE_MINIMUMS.cuda}"
+    assert at_least(version, SUITE_MINIMUMS.cuda), f"nvcc is {version}, the suite's minimum is {SUITE_MINIMUMS.cuda}"
 
 
 @check(
@@ -97,7 +91,7 @@ def test_bf16_matmul(case: str, device: str, seed: int, measure: Measure) -> Non
     draw = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(128, 128, generator=draw).to(torch.bfloat16) for _ in range(2))
     got = (a.to(device) @ b.to(device)).double().cpu()
-    measure("error over budget", matmul_ratio(got.numpy(), a.double().numpy(), b.double().numpy()), 1.0)
+    measure("error", *matmul_error(got.numpy(), a.double().numpy(), b.double().numpy()))
 
 
 @check(

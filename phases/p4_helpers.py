@@ -11,7 +11,7 @@ from verify import Measure, check
 from verify.judge import oracle
 from verify.judge.guarded import call
 from verify.judge.problems import Shape, drawn, make
-from verify.judge.tolerance import CLASS_A_UNITS, UNIT, budget_pre_rope, over
+from verify.judge.tolerance import CLASS_A_UNITS, UNIT, budget_pre_rope, worst
 from verify.subject.subject import Subject
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def test_scores_from_unrotated_keys(
         found = call(scores, problem.tensors() | {"key_indices": positions, "q_mean_complex": torch.view_as_real(m)})
         assert not found.changed, f"it wrote to {', '.join(found.changed)}"
         error = found.scores.reshape(1, 1, -1) - oracle.scores(exact)
-        measure("error over the budget", over(error, budget_pre_rope(exact)), 1.0, where=shape.told())
+        measure("error", *worst(error, budget_pre_rope(exact)), where=shape.told())
 
 
 _STYLES = {"half": "half", "interleaved": "interleaved"}
@@ -115,7 +115,7 @@ def test_invert_rope(case: tuple[str, float], subject: Subject, device: str, see
         )
         want = problem.case.k0 / scale
         error = abs(oracle.pairs(got.scores, style) - want)
-        measure("error over 8 x 2^-24", over(error, CLASS_A_UNITS * UNIT * abs(want)), 1.0, where=shape.told())
+        measure("error", *worst(error, CLASS_A_UNITS * UNIT * abs(want)), where=shape.told())
 
 
 @check(
@@ -162,7 +162,7 @@ def test_frequency_scaling(case: float, subject: Subject, device: str, seed: int
     found = subject.attribute(_UTILITIES, "compute_frequency_scaling")(Rotary(), 64, torch.float32, device)
     assert tuple(found.shape) == (32,), f"the scaling has shape {tuple(found.shape)}, expected (32,)"
     error = found.double().cpu().numpy() - case**2
-    measure("error over 8 x 2^-24", over(error, np.full(32, CLASS_A_UNITS * UNIT * case**2)), 1.0)
+    measure("error", *worst(error, np.full(32, CLASS_A_UNITS * UNIT * case**2)))
 
 
 @check(

@@ -14,7 +14,7 @@ from verify import Measure, check, skip
 from verify.judge import oracle
 from verify.judge.guarded import PATHS, engine
 from verify.judge.problems import Problem, Shape, drawn, make
-from verify.judge.tolerance import accuracy, budget_b, key_rounding, over
+from verify.judge.tolerance import accuracy, budget_b, key_rounding, worst
 from verify.subject.subject import Subject
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def test_drawn_shapes(case: str, subject: Subject, device: str, seed: int, measu
     for shape in drawn(seed, 3 * _EXAMPLES):
         problem = make(shape, seed, device)
         found = accuracy(_scores(subject, case, problem), problem.case)
-        measure("error over class B budget", found.of_b, 1.0, where=f"{_where(case, shape)}, {found.where}")
+        measure("error", *found.class_b, where=f"{_where(case, shape)}, {found.where}")
 
 
 @check(
@@ -97,7 +97,7 @@ def test_shift(case: str, subject: Subject, device: str, seed: int, measure: Mea
         there = _rekeyed(here, keys, positions=moved.positions).changed(shape=replace(shape, t=moved.t))
         difference = _scores(subject, case, there) - _scores(subject, case, here)
         allowed = budget_b(here.case) + budget_b(there.case) + key_rounding(here.case)
-        measure("difference over both budgets", over(difference, allowed), 1.0, where=f"{_where(case, shape)} + {by}")
+        measure("difference", *worst(difference, allowed), where=f"{_where(case, shape)} + {by}")
 
 
 @check(
@@ -113,7 +113,7 @@ def test_key_phase(case: str, subject: Subject, device: str, seed: int, measure:
         times, there, predicted, allowed = max((_turned(here, random) for _ in range(_TURNS)), key=itemgetter(0))
         assert times > _NOT_LITTLE, f"no turn of the keys of {shape.told()} can be told from none; draw more turns"
         change = _scores(subject, case, there) - _scores(subject, case, here)
-        measure("change off the predicted one", over(change - predicted, allowed), 1.0, where=_where(case, shape))
+        measure("change off the predicted one", *worst(change - predicted, allowed), where=_where(case, shape))
 
 
 @check(
@@ -136,8 +136,8 @@ def test_linear(case: str, subject: Subject, device: str, seed: int, measure: Me
         both = one.changed(keys=2.0 * one.keys - 0.75 * other.keys)
         a, b, c = (_scores(subject, case, problem) for problem in (one, other, both))
         allowed = 2.0 * budget_b(one.case) + 0.75 * budget_b(other.case) + budget_b(both.case)
-        ratio = over(c - (2.0 * a - 0.75 * b), allowed + key_rounding(both.case))
-        measure("difference over the budgets", ratio, 1.0, where=_where(case, shape))
+        found = worst(c - (2.0 * a - 0.75 * b), allowed + key_rounding(both.case))
+        measure("difference", *found, where=_where(case, shape))
 
 
 _AXES = {"rows": 0, "heads": 1, "keys": 2}
@@ -167,7 +167,7 @@ def test_permute(case: tuple[str, int], subject: Subject, device: str, seed: int
         want = _scores(subject, path, here).take(order.cpu().numpy(), axis)
         difference = _scores(subject, path, there) - want
         allowed = budget_b(there.case) + budget_b(here.case).take(order.cpu().numpy(), axis)
-        measure("difference over both budgets", over(difference, allowed), 1.0, where=_where(path, shape))
+        measure("difference", *worst(difference, allowed), where=_where(path, shape))
 
 
 @check(
@@ -206,7 +206,7 @@ def test_scale(case: tuple[str, tuple[str, ...]], subject: Subject, device: str,
         there = here.changed(**{name: 4.0 * getattr(here, name) for name in names})
         difference = _scores(subject, path, there) - 4.0 * _scores(subject, path, here)
         allowed = budget_b(there.case) + 4.0 * budget_b(here.case)
-        measure("difference over both budgets", over(difference, allowed), 1.0, where=_where(path, shape))
+        measure("difference", *worst(difference, allowed), where=_where(path, shape))
 
 
 def _mean_and_max(subject: Subject, path: str, shape: Shape, seed: int, device: str) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +226,7 @@ def _mean_and_max(subject: Subject, path: str, shape: Shape, seed: int, device: 
 def test_one_offset(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, _EXAMPLES, offsets=((1.0,), (3.0,), (65536.0,))):
         difference, allowed = _mean_and_max(subject, case, shape, seed, device)
-        measure("difference over both budgets", over(difference, allowed), 1.0, where=_where(case, shape))
+        measure("difference", *worst(difference, allowed), where=_where(case, shape))
 
 
 @check(
@@ -241,8 +241,8 @@ def test_max_is_not_below_mean(case: str, subject: Subject, device: str, seed: i
 
     for shape in drawn(seed, _EXAMPLES, offsets=((1.0, 2.0, 4.0), tuple(float(1 << i) for i in range(17)))):
         above, allowed = _mean_and_max(subject, case, shape, seed, device)
-        ratio = over(np.minimum(above, 0.0), allowed)
-        measure("mean above the maximum, over both budgets", ratio, 1.0, where=_where(case, shape))
+        found = worst(np.minimum(above, 0.0), allowed)
+        measure("mean above the maximum", *found, where=_where(case, shape))
         assert (above > allowed).any(), f"the maximum is the mean: {_where(case, shape)}"
 
 
@@ -260,7 +260,7 @@ def test_layout(case: str, subject: Subject, device: str, seed: int, measure: Me
         pairs = half.changed(keys=keys, shape=replace(shape, style="interleaved"))
         difference = _scores(subject, case, pairs) - _scores(subject, case, half)
         allowed = budget_b(half.case) + budget_b(pairs.case)
-        measure("difference over both budgets", over(difference, allowed), 1.0, where=_where(case, shape))
+        measure("difference", *worst(difference, allowed), where=_where(case, shape))
 
 
 @check(
@@ -285,8 +285,8 @@ def test_chunked(case: str, subject: Subject, device: str, seed: int, measure: M
         ]  # fmt: skip
         joined = np.concatenate([_scores(subject, case, piece) for piece in pieces], -1)
         difference = joined - _scores(subject, case, whole)
-        ratio = over(difference, 2 * budget_b(whole.case))
-        measure("difference over both budgets", ratio, 1.0, where=f"{_where(case, shape)}, cut at {cuts.tolist()}")
+        found = worst(difference, 2 * budget_b(whole.case))
+        measure("difference", *found, where=f"{_where(case, shape)}, cut at {cuts.tolist()}")
 
 
 @check(
@@ -307,7 +307,7 @@ def test_reused_buffers(case: str, subject: Subject, device: str, seed: int, mea
             for name, tensor in held.tensors().items():
                 tensor.copy_(fresh[name])
             found = accuracy(_scores(subject, case, replace(held, shape=new.shape, case=new.case)), new.case)
-            measure("error over class B budget", found.of_b, 1.0, where=f"{_where(case, shape)}, {found.where}")
+            measure("error", *found.class_b, where=f"{_where(case, shape)}, {found.where}")
 
 
 @check(
@@ -330,9 +330,7 @@ def test_not_finite(case: tuple[str, float], subject: Subject, device: str, seed
         assert not finite.any(), f"{int(finite.sum())} keys with a {value} got a finite score: {_where(path, shape)}"
         scores[:, :, bad] = oracle.scores(good.case)[:, :, bad]
         found = accuracy(scores, good.case)
-        measure(
-            "error of the others over class B budget", found.of_b, 1.0, where=f"{_where(path, shape)}, {found.where}"
-        )
+        measure("error of the others", *found.class_b, where=f"{_where(path, shape)}, {found.where}")
 
 
 #: Two strides reach over 2^31 elements, one does not, so the product of an index and a stride is what overflows.
@@ -366,4 +364,4 @@ def test_large_indices(case: tuple[str, int], subject: Subject, device: str, see
     far.copy_(problem.keys)
     assert torch.equal(far, problem.keys), "torch does not reach that far here"
     found = accuracy(_scores(subject, path, replace(problem, keys=far)), problem.case)
-    measure("error over class B budget", found.of_b, 1.0, where=f"{PATHS[path]} path, {found.where}")
+    measure("error", *found.class_b, where=f"{PATHS[path]} path, {found.where}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from verify import Measure, check
 from verify.judge.guarded import KERNELS, kernel
 from verify.judge.problems import Shape, make
-from verify.judge.tolerance import accuracy, budget_b, over, trig_entry_ratio
+from verify.judge.tolerance import accuracy, budget_b, trig_entry_error, worst
 from verify.subject.subject import Subject
 
 _INTERVAL, _MAX_SEQ_LEN = 128, 8192
@@ -38,8 +38,8 @@ def test_table(case: int, subject: Subject, device: str, seed: int, measure: Mea
     cos, sin = _table(subject, problem).get_trig_values(t)
     angle = (t + problem.case.offsets)[:, None] * problem.case.omega
     for name, got, exact in (("cos", cos, np.cos(angle)), ("sin", sin, np.sin(angle))):
-        ratio = trig_entry_ratio(got.cpu().numpy(), exact, angle)
-        measure(f"{name} entry: error over its budget", ratio, 1.0, where=f"row of t = {t}")
+        found = trig_entry_error(got.cpu().numpy(), exact, angle)
+        measure(f"{name} entry: error", *found, where=f"row of t = {t}")
 
 
 @check(
@@ -57,7 +57,7 @@ def test_cached(case: tuple[str, int], subject: Subject, device: str, seed: int,
     cached = kernel(subject, problem, trig_cache=_table(subject, problem))
     for name, call in (("cached", cached), ("uncached", kernel(subject, problem))):
         found = accuracy(call.scores, problem.case)
-        measure(f"{name}: error over class B budget", found.of_b, 1.0, where=found.where)
+        measure(f"{name}: error", *found.class_b, where=found.where)
 
 
 @check(
@@ -81,9 +81,9 @@ def test_every_row(case: tuple[int, int], subject: Subject, device: str, seed: i
         problem = first.changed(shape=replace(base, t=t, aggregation="max" if t // interval % 2 else "mean"))
         cached, uncached = kernel(subject, problem, trig_cache=table).scores, kernel(subject, problem).scores
         found = accuracy(cached, problem.case)
-        measure("error over class B budget", found.of_b, 1.0, where=f"t = {t}, {found.where}")
-        ratio = over(cached - uncached, 2 * budget_b(problem.case))
-        measure("cached from uncached, over both budgets", ratio, 1.0, where=f"t = {t}")
+        measure("error", *found.class_b, where=f"t = {t}, {found.where}")
+        found = worst(cached - uncached, 2 * budget_b(problem.case))
+        measure("cached from uncached", *found, where=f"t = {t}")
 
 
 @check(
@@ -103,7 +103,7 @@ def test_reused_table(case: str, subject: Subject, device: str, seed: int, measu
             tensor.copy_(fresh[name])
         for tensors in (replace(held, shape=new.shape), new):
             found = accuracy(kernel(subject, tensors, trig_cache=table).scores, new.case)
-            measure("error over class B budget", found.of_b, 1.0, where=f"call {number + 1}, t = {t}, {found.where}")
+            measure("error", *found.class_b, where=f"call {number + 1}, t = {t}, {found.where}")
 
 
 @check(
@@ -125,7 +125,7 @@ def test_stale_table(case: str, subject: Subject, device: str, seed: int, measur
     except ValueError:
         measure("scores given", 0, 0, where="refused")
         return
-    measure("error over class B budget", found.of_b, 1.0, where=found.where)
+    measure("error", *found.class_b, where=found.where)
 
 
 _BETWEEN = {f"t{t}": t for t in (1, 127, 129, 5000, 8191)}
@@ -144,7 +144,7 @@ def test_between(case: int, subject: Subject, device: str, seed: int, measure: M
     if found is None:
         measure("scores given", 0, 0, where="refused")
     else:
-        measure("error over class B budget", found.of_b, 1.0, where=found.where)
+        measure("error", *found.class_b, where=found.where)
 
 
 @check(

@@ -270,7 +270,7 @@ def test_quality(
     case: str, model: LiveModel, model_name: str, measured_quality: quality.Measured, measure: Measure
 ) -> None:
     if model_name != "embedded":
-        skip("NOT_IMPLEMENTED", f"margins are recorded for the embedded model, not for {model_name}")
+        skip("NO_BASELINE", f"margins are recorded for the embedded model, not for {model_name}")
     if "window_size" not in model.patch_options():
         skip("PKG_MISSING", "the subject's patch has no window_size, and the controls protect a window")
     recorded = quality.recorded_margins()[case]

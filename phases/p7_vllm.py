@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from verify import Draw, Measure, check, skip
+from verify.architectures import SUITE_MINIMUMS
+from verify.machine.environment import at_least
 from verify.serving.chat import assembled, converse
 from verify.serving.judge import (
     ASKED,
@@ -184,7 +186,7 @@ def test_engine(case: str, subject: Subject) -> None:
     )  # fmt: skip
     assert child.returncode == 0, f"import vllm failed: {child.stderr.strip().splitlines()[-1]}"
     found = child.stdout.split()[-1]
-    assert [int(part) for part in re.findall(r"\d+", found)[:2]] >= [0, 19], f"vLLM is {found}, the minimum is 0.19"
+    assert at_least(found, SUITE_MINIMUMS.vllm), f"vLLM is {found}, the minimum is {SUITE_MINIMUMS.vllm}"
 
 
 @check(

@@ -20,13 +20,9 @@ Gate = Literal["hard", "soft"]
 SKIP_CODES = MappingProxyType(
     {
         "NO_GPU": "the check needs an NVIDIA GPU and the run has none",
-        "SM_OUT_OF_RANGE": "the check does not apply to this compute capability",
         "PKG_MISSING": "an optional package, or an optional part of the subject, is not there",
         "VRAM": "the GPU has less memory than the check needs",
-        "OFFLINE": "the check needs a download and the run is offline",
-        "NOT_LINUX": "the check applies to Linux only",
         "NO_BASELINE": "there is no earlier record to compare with",
-        "NOT_IMPLEMENTED": "the suite does not implement this soft check yet; it counts as absent",
     }
 )
 
@@ -76,8 +72,6 @@ class CheckSpec:
     needs: tuple[str, ...] = ()
     needs_gpu: bool = False
     ahead_of_time: bool = False
-    sm_min: int = 80
-    sm_max: int = 121
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -119,9 +113,7 @@ class Check:
 
     def applies_to(self, target: str) -> bool:
         """Whether this check belongs to the list of ``target``: ``emulated`` or ``sm<NN>``."""
-        if target == "emulated":
-            return not self.spec.needs_gpu
-        return self.spec.sm_min <= int(target.removeprefix("sm")) <= self.spec.sm_max
+        return target != "emulated" or not self.spec.needs_gpu
 
 
 class Measure(Protocol):

@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from verify.checks import DEFAULT_SEED
-from verify.errors import ConfigurationError
+from verify.errors import ConfigurationError, Exit
 from verify.files import repository_root
 from verify.run.request import RunRequest, parse_expect, parse_phases
-
-EXIT_CONFIGURATION = 3
-
-EXIT_INTERRUPTED = 2
 
 _SUBJECT = "bundled (default), installed, the path of a checkout, or module:NAME"
 
@@ -82,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but a usage error is exit 3: 2 means that a run was interrupted."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_CONFIGURATION, f"verify: {message}; see `{self.prog} --help`\n")
+        self.exit(Exit.CANNOT, f"verify: {message}; see `{self.prog} --help`\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -147,10 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except ConfigurationError as error:
         print(f"verify: {error}", file=sys.stderr)
-        return EXIT_CONFIGURATION
+        return Exit.CANNOT
     except KeyboardInterrupt:
         print(f"verify: {chosen.verb} was interrupted; call it again", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return Exit.INTERRUPTED
     except BrokenPipeError:
         # the reader (head, less) left; point stdout at nothing so that the interpreter's last flush is silent
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -242,7 +238,7 @@ def _compile(chosen: argparse.Namespace) -> int:
         print(
             "verify: interrupted, and nothing was recorded; what was built is kept for the next time", file=sys.stderr
         )
-        return EXIT_INTERRUPTED
+        return Exit.INTERRUPTED
 
 
 def _add_quality(verbs: argparse._SubParsersAction) -> None:

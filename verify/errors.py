@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NoReturn
 
 from verify.checks import SKIP_CODES
+
+
+class Exit(IntEnum):
+    """The exit codes of ``python -m verify``; each verb says in its help which of them it has."""
+
+    OK = 0
+    FAILED = 1  #: a HARD check failed, or what else the verb looked for is wrong
+    INTERRUPTED = 2
+    CANNOT = 3  #: what was asked for cannot be done, or the machine kept a check from a verdict
+    SOFT = 4  #: with --strict-soft, only SOFT checks failed
+    UNREADABLE = 5  #: the report was made without the records that could not be read
 
 
 class ConfigurationError(Exception):

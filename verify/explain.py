@@ -77,8 +77,7 @@ def _must(spec: CheckSpec) -> tuple[str, str]:
     """Which GPUs, and whether the emulated target, cannot do without this family."""
     if spec.gate == "soft":
         return "-", "-"
-    gpus = "all" if (spec.sm_min, spec.sm_max) == (80, 121) else f"sm{spec.sm_min}-{spec.sm_max}"
-    return gpus, "-" if spec.needs_gpu else "yes"
+    return "all", "-" if spec.needs_gpu else "yes"
 
 
 def _limit(ids: Iterable[str], limits: Mapping[str, Limit]) -> Limit | None:
@@ -101,8 +100,6 @@ def _family_data(spec: CheckSpec, limits: Mapping[str, Limit]) -> dict[str, obje
         "in_plan_table": spec.plan in PLAN_TABLE,
         "must_pass_gpu": spec.gate == "hard",
         "must_pass_emulated": spec.gate == "hard" and not spec.needs_gpu,
-        "sm_min": spec.sm_min,
-        "sm_max": spec.sm_max,
         "claim": spec.claim,
         "checks": ids,
         "detection_limits": {name: limits[name].model_dump() for name in ids if name in limits},

@@ -12,6 +12,10 @@ from typing import Any
 
 from verify.errors import ConfigurationError
 
+#: Below a repository: all that is reported, the published records, and the runs of this machine.
+REPORTS = Path("reports")
+EVIDENCE, RUNS = REPORTS / "evidence", REPORTS / "runs"
+
 #: The directory that this package is imported from.
 IMPORT_ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,7 +64,7 @@ def keep(place: Path, text: str) -> None:
 
 
 def default_out() -> Path:
-    return repository_root() / "reports" / "runs"
+    return repository_root() / RUNS
 
 
 def write_out(text: str, out: Path | None) -> None:

@@ -15,7 +15,7 @@ from verify.machine.processors import cores
 from verify.record.builds import Build, Compilation
 from verify.record.curves import Curve, clash
 from verify.record.schema import Measurement
-from verify.run.recorder import CURVES, MEASUREMENTS, id_of, repeat_command
+from verify.run.recorder import CURVES, MEASUREMENTS, id_of
 from verify.session import SESSION
 from verify.subject.subject import Subject
 
@@ -116,7 +116,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 def measure(request: pytest.FixtureRequest) -> Measure:
     """``measure(name, measured, allowed, *, unit="", where="")``: record a number, fail outside its bound."""
     session = request.config.stash[SESSION]
-    repeat = repeat_command(request.node.nodeid, session.manifest, session.root)
+    repeat = session.manifest.repeat_command(request.node.nodeid, session.root)
     taken = request.node.stash[MEASUREMENTS]
 
     def measure(name: str, measured: float, allowed: float, *, unit: str = "", where: str = "") -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from verify.checks import DEFAULT_SEED, PHASES, derive_seed
 from verify.errors import ConfigurationError
+from verify.files import RUNS
 from verify.machine.device import Device, prepare, resolve
 from verify.machine.environment import localise
 from verify.machine.processors import RUN_VARIABLE, cores
@@ -29,9 +30,9 @@ from verify.record.follow.sitecustomize import LOG
 from verify.record.grounds import PACKAGE, Checkout, Grounds, follow
 from verify.run import events
 from verify.run.durations import Timekeeper, long_files
-from verify.run.manifest import Manifest, Selected, freeze, survey
+from verify.run.manifest import Manifest, freeze, survey
 from verify.run.probe import Probe
-from verify.run.recorder import Recorder, id_of, in_phases, spec_of
+from verify.run.recorder import Recorder, id_of, in_phases, selected, spec_of
 from verify.run.request import parse_expect, parse_phases
 from verify.session import SESSION, Session
 from verify.subject.find import find_subject
@@ -180,7 +181,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     # here and not when collection finishes: that hook is called even after a usage error
     config, checks = session.config, [item for item in session.items if spec_of(item) is not None]
     if selection := config.getoption("select_to"):
-        selection.write_text(json.dumps([_selected(item).model_dump() for item in checks]))
+        selection.write_text(json.dumps([selected(item).model_dump() for item in checks]))
     failed = session.testsfailed and not config.option.continue_on_collection_errors
     if config.option.collectonly or failed or not checks:
         return
@@ -191,7 +192,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         except ConfigurationError as error:
             raise pytest.UsageError(str(error)) from error
         scratch = config.getoption("scratch")
-        current.run_dir = scratch or current.root / "reports" / "runs" / current.manifest.run_id
+        current.run_dir = scratch or current.root / RUNS / current.manifest.run_id
         events.create(current.run_dir, current.manifest)
         if scratch:
             probe = Probe(scratch, config.getoption("plant_error") or 0.0, config.getoption("seeds"), current.seed)
@@ -214,14 +215,6 @@ def _grounds(session: Session) -> Grounds:
     return Grounds(Path(log), Checkout(session.root, session.subject.root, package))
 
 
-def _selected(item: pytest.Item) -> Selected:
-    spec = spec_of(item)
-    slow = item.get_closest_marker("slow") is not None
-    return Selected(
-        id=id_of(item), node=item.nodeid, gate=spec.gate, plan=spec.plan, timeout_s=spec.timeout_s, slow=slow
-    )
-
-
 def _manifest(config: pytest.Config, checks: list[pytest.Item]) -> Manifest:
     session, expect = config.stash[SESSION], config.getoption("expect")
     return freeze(
@@ -231,7 +224,7 @@ def _manifest(config: pytest.Config, checks: list[pytest.Item]) -> Manifest:
         model=session.model,
         seed=session.seed,
         selection=_words(config),
-        selected=tuple(_selected(item) for item in checks),
+        selected=tuple(selected(item) for item in checks),
     )
 
 

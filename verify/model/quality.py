@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verify.errors import ConfigurationError
-from verify.files import cache_folder, keep, kept_place, repository_root, write_atomic
+from verify.files import REPORTS, cache_folder, keep, kept_place, repository_root, write_atomic
 from verify.machine.environment import version_of
 from verify.model.controls import CONTROLS, Answers, Asked, Setting, begin, feed
 
@@ -213,7 +213,7 @@ def _kept(place: Path) -> list[float] | None:
 
 def recorded() -> Path:
     """The file of the values that the gates come from, of the bundled reference on the embedded model."""
-    return repository_root() / "reports" / "quality" / "embedded.json"
+    return repository_root() / REPORTS / "quality" / "embedded.json"
 
 
 @cache

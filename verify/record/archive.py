@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from verify.errors import ConfigurationError
-from verify.files import repository_root
+from verify.files import EVIDENCE, RUNS, repository_root
 from verify.record.schema import Record, UnreadableRecord, read_record
 
 RECORD = "record.json"
@@ -113,7 +113,7 @@ def digest_of_file(path: Path) -> str:
 
 def paths(folders: Sequence[Path] = ()) -> list[Path]:
     """Every file that should be a record. Raises ConfigurationError for a folder that is not there."""
-    return list(_given(folders) if folders else _default(repository_root() / "reports"))
+    return list(_given(folders) if folders else _default(repository_root()))
 
 
 def locate(name: str) -> list[Path]:
@@ -121,21 +121,21 @@ def locate(name: str) -> list[Path]:
 
     Raises ConfigurationError for a name that is none of them.
     """
-    path, reports = Path(name), repository_root() / "reports"
+    path, root = Path(name), repository_root()
     if path.is_file():
         return [path]
-    for folder in (path, reports / "runs" / name):
+    for folder in (path, root / RUNS / name):
         if folder.is_dir() and (found := [*folder.glob(RECORD), *sorted(folder.glob(_BUILT))]):
             return found
-    if found := sorted((reports / "evidence").rglob(f"{glob.escape(path.name)}.json")):
+    if found := sorted((root / EVIDENCE).rglob(f"{glob.escape(path.name)}.json")):
         return found[:1]
     raise ConfigurationError(f"there is no record {name!r}; give a file, the directory of a run, or the id of a run")
 
 
-def _default(reports: Path) -> Iterator[Path]:
-    yield from sorted((reports / "evidence").rglob("*.json"))
-    yield from sorted((reports / "runs").glob(f"*/{RECORD}"))
-    yield from sorted((reports / "runs").glob(f"*/{_BUILT}"))
+def _default(root: Path) -> Iterator[Path]:
+    yield from sorted((root / EVIDENCE).rglob("*.json"))
+    yield from sorted((root / RUNS).glob(f"*/{RECORD}"))
+    yield from sorted((root / RUNS).glob(f"*/{_BUILT}"))
 
 
 def _given(folders: Iterable[Path]) -> Iterator[Path]:

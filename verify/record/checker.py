@@ -17,12 +17,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from verify.checks import Check, catalogue
-from verify.errors import ConfigurationError
+from verify.errors import ConfigurationError, Exit
 from verify.record.archive import locate
 from verify.record.rules import FILE_RULES, RULES, Json
 from verify.record.schema import Record, shape_problem
-
-EXIT_SOUND, EXIT_UNSOUND = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ def check(names: Sequence[str], *, as_json: bool = False) -> int:
         )
     else:
         print("\n".join(map(str, problems)) or f"sound: {', '.join(map(str, paths))}")
-    return EXIT_UNSOUND if problems else EXIT_SOUND
+    return Exit.FAILED if problems else Exit.OK
 
 
 def examine(paths: Iterable[Path], checks: Sequence[Check]) -> list[Problem]:

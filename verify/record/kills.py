@@ -10,11 +10,12 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from verify.errors import ConfigurationError
+from verify.files import REPORTS
 from verify.record.schema import SubjectInfo
 from verify.record.strict import Sha256, Strict
 
 #: Below the repository.
-FOLDER = Path("reports") / "selftest"
+FOLDER = REPORTS / "selftest"
 
 
 class Outcome(StrEnum):

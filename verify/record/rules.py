@@ -170,8 +170,6 @@ def _verdict(result: Json, one: Check, by_id: Mapping[str, Json]) -> Iterator[st
         yield f"SKIP(NO_GPU) with {result['evidence']} evidence of a check that " + (
             "needs a GPU" if one.spec.needs_gpu else "needs none"
         )
-    if code == "NOT_IMPLEMENTED" and one.spec.gate == "hard":
-        yield "a HARD check cannot be SKIP(NOT_IMPLEMENTED)"
     if (verdict == "BLOCKED") != (by is not None):
         yield f"{verdict} by {by}"
     elif verdict == "BLOCKED":

@@ -33,14 +33,12 @@ class Verdict(StrEnum):
     CRASH = "CRASH"
     TIMEOUT = "TIMEOUT"
     SKIP = "SKIP"
-    XFAIL = "XFAIL"
-    XPASS = "XPASS"
     BLOCKED = "BLOCKED"
     INFRA = "INFRA"
 
 
-#: Verdicts that say that something is wrong, as against SKIP, BLOCKED and XFAIL, which say that nothing was learnt.
-FAILING = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.XPASS, Verdict.INFRA})
+#: Verdicts that say that something is wrong, as against SKIP and BLOCKED, which say that nothing was learnt.
+FAILING = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.INFRA})
 
 #: What a result proves; the three are never mixed in one cell.
 Evidence = Literal["hardware", "compiled", "emulated"]
@@ -102,8 +100,6 @@ class CheckResult(Strict):
             raise ValueError(f"{self.id}: a SKIP has a code and nothing else has one (code {self.code!r})")
         if self.code is not None and self.code not in SKIP_CODES:
             raise ValueError(f"{self.id}: unknown skip code {self.code!r}; known: {', '.join(SKIP_CODES)}")
-        if self.code == "NOT_IMPLEMENTED" and self.gate == "hard":
-            raise ValueError(f"{self.id}: a hard check cannot be NOT_IMPLEMENTED")
         if self.code == "NO_GPU" and self.evidence == "hardware":
             raise ValueError(f"{self.id}: SKIP(NO_GPU) contradicts its hardware evidence")
         if (self.verdict is Verdict.BLOCKED) != (self.by is not None):

@@ -10,15 +10,13 @@ from pathlib import Path
 
 from verify.architectures import EMULATED, Target, parse_target
 from verify.checks import Check, catalogue
-from verify.errors import ConfigurationError
+from verify.errors import ConfigurationError, Exit
 from verify.record.archive import locate, newest_first
 from verify.record.index import Index, Point, open_index
 from verify.record.schema import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
 from verify.record.verdict import TargetVerdict, assess, describe_subject, must_pass
 from verify.report.documents import dumps
 from verify.report.matrix import count
-
-EXIT_SAME, EXIT_WORSE = 0, 1
 
 #: Without a history a number may grow by this factor, and a duration besides by a second, before it is told.
 _FACTOR, _SECONDS = 1.5, 1.0
@@ -61,7 +59,7 @@ def diff(names: Sequence[str], since: str | None, gpu: str | None, folders: Sequ
         )
     else:
         _print(before, after, changes)
-    return EXIT_WORSE if any(one.worse for one in changes) else EXIT_SAME
+    return Exit.FAILED if any(one.worse for one in changes) else Exit.OK
 
 
 def compare(before: Record, after: Record, history: Callable[[str, str], Iterable[Point]]) -> Iterator[Change]:

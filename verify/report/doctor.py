@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,7 +14,15 @@ from verify.architectures import SUITE_MINIMUMS, find
 from verify.checks import SKIP_CODES, Check, catalogue
 from verify.errors import ConfigurationError
 from verify.machine import nvml
-from verify.machine.environment import NOT_INSTALLED, cuda_runtime, cuda_toolkit, variables, version_of, vllm_version
+from verify.machine.environment import (
+    NOT_INSTALLED,
+    at_least,
+    cuda_runtime,
+    cuda_toolkit,
+    variables,
+    version_of,
+    vllm_version,
+)
 from verify.record.schema import Gpu
 from verify.record.verdict import describe_subject
 from verify.report.matrix import count
@@ -147,14 +154,8 @@ def examine_subject(subject: Subject) -> list[Finding]:
 
 def skips(machine: Machine, checks: Sequence[Check]) -> dict[str, int]:
     """How many checks this machine will certainly skip, by skip code."""
-    gpu = machine.gpu
-    counts: Counter[str] = Counter()
-    for check in checks:
-        if gpu is None and check.spec.needs_gpu:
-            counts["NO_GPU"] += 1
-        elif gpu is not None and not check.applies_to(f"sm{gpu.sm}"):
-            counts["SM_OUT_OF_RANGE"] += 1
-    return dict(counts)
+    without = sum(check.spec.needs_gpu for check in checks) if machine.gpu is None else 0
+    return {"NO_GPU": without} if without else {}
 
 
 def _minimum(machine: Machine, field: str) -> str | None:
@@ -165,7 +166,7 @@ def _minimum(machine: Machine, field: str) -> str | None:
 
 
 def _older(found: str, minimum: str | None) -> bool:
-    return minimum is not None and Version(found.split()[0]) < Version(minimum)
+    return minimum is not None and not at_least(found.split()[0], minimum)
 
 
 def _package(what: str, found: str, minimum: str | None, step: str) -> Finding:

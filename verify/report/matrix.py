@@ -26,13 +26,11 @@ WORST_FIRST: tuple[str, ...] = (
     Verdict.TIMEOUT,
     Verdict.ERROR,
     Verdict.FAIL,
-    Verdict.XPASS,
     Verdict.INFRA,
     Verdict.BLOCKED,
     NOT_RUN,
     Verdict.SKIP,
     COMPILED,
-    Verdict.XFAIL,
     Verdict.PASS,
 )
 
@@ -107,11 +105,10 @@ class Mark:
 SHAPES: Mapping[Evidence, str] = MappingProxyType({"hardware": "●", "compiled": "◆", "emulated": "○"})
 LETTERS = MappingProxyType(
     {"PASS": "P", "FAIL": "F", "ERROR": "E", "CRASH": "C", "TIMEOUT": "T", "INFRA": "I", "SKIP": "S", "BLOCKED": "B"}
-    | {"XFAIL": "w", "XPASS": "x"}
 )
 LEGEND = (
     "● hardware  ◆ compiled  ○ emulated  · no result; P pass  F fail  E error  C crash  T timeout  I infra  "
-    "S skip  B blocked  w waived  x passed unexpectedly; ~ stale, which counts for nothing"
+    "S skip  B blocked; ~ stale, which counts for nothing"
 )
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from verify.architectures import known_targets, parse_target
 from verify.checks import catalogue
-from verify.errors import ConfigurationError
-from verify.files import repository_root, write_out
+from verify.errors import ConfigurationError, Exit
+from verify.files import REPORTS, repository_root, write_out
 from verify.heartbeat import Heartbeat
 from verify.record.archive import newest_first
 from verify.record.index import open_index
@@ -21,9 +21,6 @@ from verify.report.matrix import count
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-#: The report was made, but some records could not be read.
-EXIT_UNREADABLE = 5
 
 
 def report(
@@ -88,7 +85,7 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None) -> in
 
     if gpu is not None:
         raise ConfigurationError(f"--format html makes the pages of every target; drop --gpu {gpu}")
-    reports = repository_root() / "reports"
+    reports = repository_root() / REPORTS
     site = (out or reports / "site").resolve()
     checks = list(catalogue())
     homes = [home.resolve() for folder in folders or [reports] for home in (folder, folder / "runs")]
@@ -109,7 +106,7 @@ def _told(unreadable: Sequence[str]) -> int:
     """Name each record that could not be read; return the exit code that says whether there are any."""
     for sentence in unreadable:
         print(f"verify: unreadable record {sentence}", file=sys.stderr)
-    return EXIT_UNREADABLE if unreadable else 0
+    return Exit.UNREADABLE if unreadable else 0
 
 
 def _print_terminal(assessments: Sequence[Assessment], one: bool, every_check: bool) -> None:

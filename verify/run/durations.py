@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from verify.files import IMPORT_ROOT, write_atomic
+from verify.files import IMPORT_ROOT, RUNS, write_atomic
 from verify.heartbeat import Heartbeat
 from verify.record.archive import newest_runs
 
@@ -82,7 +82,7 @@ class Timekeeper:
 
     @cached_property
     def _checks_s(self) -> dict[str, float]:
-        newest = next(newest_runs(self._root / "reports" / "runs"), None)
+        newest = next(newest_runs(self._root / RUNS), None)
         return {result.id: result.duration_s for result in newest.results} if newest else {}
 
     def _told(self) -> str:

@@ -92,7 +92,8 @@ class Follower:
             self.new()
 
     def new(self) -> list[dict[str, Any]]:
-        """The new events in order; what follows the last newline is still being written and is not an event yet.
+        """The new events in order, with the objects they hold. What follows the last newline is still being written and
+        is not an event yet.
 
         Raises ConfigurationError naming the file and the line of a whole line that is not an event.
         """
@@ -115,9 +116,9 @@ def _event(line: bytes, path: Path, number: int) -> dict[str, Any]:
         if not isinstance(event, dict) or not event.keys() >= _FIELDS[event["event"]]:
             raise ValueError("not an event")
         if event["event"] == "result":
-            CheckResult.model_validate(event["result"])
+            event["result"] = CheckResult.model_validate(event["result"])
         if event["event"] == "machine":
-            MachineState.model_validate(event["state"])
+            event["state"] = MachineState.model_validate(event["state"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"{path}, line {number}, is damaged; start a new run") from error
     return event
@@ -130,7 +131,11 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 def read_results(run_dir: Path) -> dict[str, CheckResult]:
     """The final result of every check that has one. Raises ConfigurationError for a damaged file."""
-    results = (CheckResult.model_validate(e["result"]) for e in read_events(run_dir) if e["event"] == "result")
+    return _results(read_events(run_dir))
+
+
+def _results(happened: Iterable[dict[str, Any]]) -> dict[str, CheckResult]:
+    results = (event["result"] for event in happened if event["event"] == "result")
     return {result.id: result for result in results}
 
 
@@ -151,7 +156,7 @@ def judged(results: Mapping[str, CheckResult]) -> set[str]:
 def _sittings(found: Iterable[dict[str, Any]]) -> list[Sitting]:
     sittings: list[Sitting] = []
     for event in found:
-        state, phase = MachineState.model_validate(event["state"]), event["phase"]
+        state, phase = event["state"], event["phase"]
         if event["at"] == "start":
             sittings.append(Sitting(phase=phase, start=state))
             continue
@@ -192,7 +197,8 @@ def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"])
     Results stand in the order of the selection.
     """
     manifest = read_manifest(run_dir)
-    found, happened = read_results(run_dir), read_events(run_dir)
+    happened = read_events(run_dir)
+    found = _results(happened)
     results, rests_on = _grounded(
         [check for check in manifest.selected if check.id in found], found, happened, manifest
     )

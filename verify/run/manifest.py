@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from verify.architectures import parse_target
-from verify.checks import Gate
+from verify.checks import Gate, derive_seed
 from verify.errors import ConfigurationError
 from verify.machine.device import DeviceName
 from verify.machine.environment import capture
 from verify.record.digest import instrument_of
 from verify.record.grounds import Checkout
-from verify.record.schema import Environment, Evidence, Sha256, SubjectInfo
+from verify.record.schema import CheckResult, Environment, Evidence, Sha256, SubjectInfo, Verdict
 from verify.subject.subject import Subject
 
 
@@ -103,6 +105,29 @@ class Manifest(Surroundings):
     def evidence(self) -> Evidence:
         return "hardware" if self.device == "cuda" else "emulated"
 
+    def repeat_command(self, node: str, root: Path) -> str:
+        """The command line that repeats one check from the repository root; a path in it is relative to that root."""
+        words = ["python", "-m", "pytest", shlex.quote(node), "--device", self.device, "--seed", str(self.seed)]
+        if self.subject != "bundled":
+            words.append(f"--subject={shlex.quote(_relative(self.subject, root))}")
+        if self.model != "embedded":
+            words.append(f"--model={shlex.quote(_relative(self.model, root))}")
+        if "--sanitize" in self.selection.split():
+            words.append("--sanitize")
+        return " ".join(words)
+
+    def result(self, check: Selected, verdict: Verdict, root: Path, **fields: Any) -> CheckResult:
+        """The result of a check of this run; ``fields`` are those that the run does not decide."""
+        return CheckResult(
+            id=check.id,
+            gate=check.gate,
+            plan=check.plan,
+            verdict=verdict,
+            seed=derive_seed(self.seed, check.id),
+            repeat=self.repeat_command(check.node, root),
+            **({"evidence": self.evidence} | fields),
+        )
+
 
 def survey(device: DeviceName, subject: Subject, root: Path, expect: int | None = None) -> Surroundings:
     """Look at the machine, the subject and the instrument with the phases of ``root`` as they are now.
@@ -160,3 +185,7 @@ def utc_now() -> str:
 def new_run_id(target: str) -> str:
     """A name that sorts by time and that two runs of the same second do not share."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{target}-{secrets.token_hex(2)}"
+
+
+def _relative(name: str, root: Path) -> str:
+    return os.path.relpath(name, root) if Path(name).is_absolute() else name

@@ -12,15 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from verify.checks import derive_seed
 from verify.machine import processors
 from verify.machine.environment import localise
 from verify.record import grounds
-from verify.record.schema import CheckResult, Verdict
+from verify.record.schema import Verdict
 from verify.run import events
 from verify.run.manifest import Manifest, Selected
 from verify.run.progress import PhaseProgress
-from verify.run.recorder import repeat_command
 from verify.subject.find import find_subject
 
 #: On top of a check's own limit, at which pytest-timeout stops it unless it is in native code that never returns.
@@ -118,11 +116,11 @@ class PhaseProcess:
                 self._watch = processors.Watch.begin(os.getpid(), self._manifest.run_id)
                 self._deadline = self._current_since + self._limits[event["id"]] + GRACE_S
                 progress.started(event["id"])
-            elif event["event"] == "result" and event["result"]["id"] in self._limits:
+            elif event["event"] == "result" and event["result"].id in self._limits:
                 self._current = None
-                self._finished.add(event["result"]["id"])
+                self._finished.add(event["result"].id)
                 self._deadline = time.monotonic() + IDLE_LIMIT_S
-                progress.finished(CheckResult.model_validate(event["result"]))
+                progress.finished(event["result"])
 
     def _end(self, *steps: tuple[signal.Signals, float]) -> None:
         """Signal the process, then harder; a user who asks again does not wait for the gentle ways."""
@@ -162,23 +160,16 @@ class PhaseProcess:
             else:
                 verdict, by = Verdict.ERROR, None
                 message = f"the process {how} without running this check; {self._log.name} ends: {self._tail()}"
-            result = self._result(check, verdict, by, message)
+            result = self._manifest.result(
+                check,
+                verdict,
+                self._root,
+                by=by,
+                duration_s=time.monotonic() - self._current_since if check.id == culprit else 0.0,
+                message=localise(message, self._root, self._manifest.places),
+            )
             events.append_result(self._run_dir, result)
             progress.finished(result)
-
-    def _result(self, check: Selected, verdict: Verdict, by: str | None, message: str) -> CheckResult:
-        return CheckResult(
-            id=check.id,
-            gate=check.gate,
-            plan=check.plan,
-            verdict=verdict,
-            by=by,
-            evidence=self._manifest.evidence,
-            seed=derive_seed(self._manifest.seed, check.id),
-            duration_s=time.monotonic() - self._current_since if check.id == self._current else 0.0,
-            message=localise(message, self._root, self._manifest.places),
-            repeat=repeat_command(check.node, self._manifest, self._root),
-        )
 
     def _tail(self) -> str:
         """The last lines of the log, without the frames of pytest and of the interpreter's own start."""

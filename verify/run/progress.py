@@ -27,8 +27,6 @@ _WORDS = {
     Verdict.INFRA: "not judged",
     Verdict.BLOCKED: "blocked",
     Verdict.SKIP: "skipped",
-    Verdict.XFAIL: "failed as known",
-    Verdict.XPASS: "passed unexpectedly",
 }
 
 

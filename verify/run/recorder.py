@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import threading
 import time
@@ -15,7 +14,7 @@ from types import TracebackType
 
 import pytest
 
-from verify.checks import SKIP_CODES, CheckSpec, derive_seed
+from verify.checks import SKIP_CODES, CheckSpec
 from verify.errors import InfraError, SubjectLacks, skip
 from verify.files import IMPORT_ROOT
 from verify.machine import processors
@@ -24,7 +23,7 @@ from verify.record.curves import Curve
 from verify.record.grounds import Grounds
 from verify.record.schema import FAILING, CheckResult, Measurement, Verdict
 from verify.run import events
-from verify.run.manifest import Manifest
+from verify.run.manifest import Manifest, Selected
 
 #: Where the measurements of a check collect between the ``measure`` fixture and its result.
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
@@ -54,20 +53,13 @@ def id_of(item: pytest.Item) -> str:
     return spec_of(item).id_of(item.callspec.id)
 
 
-def repeat_command(node: str, manifest: Manifest, root: Path) -> str:
-    """The command line that repeats one check from the repository root; a path in it is relative to that root."""
-    words = ["python", "-m", "pytest", shlex.quote(node), "--device", manifest.device, "--seed", str(manifest.seed)]
-    if manifest.subject != "bundled":
-        words.append(f"--subject={shlex.quote(_relative(manifest.subject, root))}")
-    if manifest.model != "embedded":
-        words.append(f"--model={shlex.quote(_relative(manifest.model, root))}")
-    if "--sanitize" in manifest.selection.split():
-        words.append("--sanitize")
-    return " ".join(words)
-
-
-def _relative(name: str, root: Path) -> str:
-    return os.path.relpath(name, root) if Path(name).is_absolute() else name
+def selected(item: pytest.Item) -> Selected:
+    """A check as a manifest names it."""
+    spec = spec_of(item)
+    slow = item.get_closest_marker("slow") is not None
+    return Selected(
+        id=id_of(item), node=item.nodeid, gate=spec.gate, plan=spec.plan, timeout_s=spec.timeout_s, slow=slow
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +228,6 @@ class Recorder:
         target = self.manifest.target
         if spec.needs_gpu and target == "emulated":
             skip("NO_GPU", SKIP_CODES["NO_GPU"])
-        if target != "emulated" and not spec.sm_min <= int(target.removeprefix("sm")) <= spec.sm_max:
-            skip("SM_OUT_OF_RANGE", f"the check applies to sm{spec.sm_min} to sm{spec.sm_max}, this is {target}")
         if by := events.blocker(spec.needs, self._results):
             blocked = pytest.skip.Exception(f"blocked by {by}")
             blocked.by = by
@@ -262,24 +252,21 @@ class Recorder:
         return report
 
     def _result(self, item: pytest.Item, duration_s: float) -> CheckResult:
-        spec, check_id = spec_of(item), id_of(item)
+        spec = spec_of(item)
         ending = self._ending or Ending(Verdict.PASS, "")
         measurements = item.stash[MEASUREMENTS]
         outside = [m.name for m in measurements if not m.within]
         if ending.verdict is Verdict.PASS and outside:
             ending = Ending(Verdict.ERROR, f"the check swallowed the failure of its measurement {outside[0]!r}")
-        return CheckResult(
-            id=check_id,
-            gate=spec.gate,
-            plan=spec.plan,
-            verdict=ending.verdict,
+        return self.manifest.result(
+            selected(item),
+            ending.verdict,
+            self.root,
             code=ending.code,
             by=ending.by,
-            evidence="compiled" if spec.ahead_of_time else self.manifest.evidence,
-            seed=derive_seed(self.manifest.seed, check_id),
             duration_s=duration_s,
             measurements=measurements,
             curves=item.stash[CURVES],
             message=ending.message,
-            repeat=repeat_command(item.nodeid, self.manifest, self.root),
+            **({"evidence": "compiled"} if spec.ahead_of_time else {}),
         )

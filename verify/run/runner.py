@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from verify.checks import PHASES
-from verify.errors import ConfigurationError
+from verify.errors import ConfigurationError, Exit
 from verify.files import default_out, repository_root
 from verify.machine.device import prepare, resolve
 from verify.machine.processors import cores
@@ -35,7 +35,6 @@ from verify.subject.find import find_subject
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXIT_OK, EXIT_HARD, EXIT_INTERRUPTED, EXIT_CONFIGURATION, EXIT_SOFT = range(5)
 
 _COLLECTION_LIMIT_S = 180
 
@@ -71,7 +70,7 @@ def run(request: RunRequest) -> int:
                 return _conclude(run_dir, finished, request.strict_soft, console)
     except KeyboardInterrupt:  # while phases run, Interruption counts signals and none arrives here
         console.print("interrupted before the first check")
-        return EXIT_INTERRUPTED
+        return Exit.INTERRUPTED
 
 
 def exit_code(results: Iterable[CheckResult], *, strict_soft: bool = False) -> int:
@@ -85,10 +84,10 @@ def exit_code(results: Iterable[CheckResult], *, strict_soft: bool = False) -> i
     failed = [_blocker(result, by_id) if result.verdict is Verdict.BLOCKED else result for result in hard]
     verdicts = {result.verdict for result in failed} & (FAILING | {Verdict.BLOCKED})
     if verdicts - {Verdict.INFRA}:
-        return EXIT_HARD
+        return Exit.FAILED
     if any(result.verdict is Verdict.INFRA for result in by_id.values()):
-        return EXIT_CONFIGURATION
-    return EXIT_SOFT if soft_failed and strict_soft else EXIT_OK
+        return Exit.CANNOT
+    return Exit.SOFT if soft_failed and strict_soft else Exit.OK
 
 
 def _blocker(blocked: CheckResult, by_id: Mapping[str, CheckResult]) -> CheckResult:
@@ -329,4 +328,4 @@ def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console
         if not finished:
             lines.append(f"interrupted; resume with: python -m verify run --resume {_resume_name(run_dir)}")
         console.print("\n".join(lines), markup=False, soft_wrap=True)
-    return exit_code(record.results, strict_soft=strict_soft) if finished else EXIT_INTERRUPTED
+    return exit_code(record.results, strict_soft=strict_soft) if finished else Exit.INTERRUPTED

@@ -16,7 +16,7 @@ from threading import Event, Lock
 from typing import TypeVar
 
 from verify.checks import Check, catalogue
-from verify.errors import ConfigurationError
+from verify.errors import ConfigurationError, Exit
 from verify.files import repository_root
 from verify.machine.device import prepare
 from verify.machine.processors import cores
@@ -28,8 +28,6 @@ from verify.selftest.faults import LAYERS, Fault, load_faults
 from verify.selftest.plant import subject_key
 from verify.selftest.trial import Bench, Interrupted
 from verify.subject.find import find_subject
-
-EXIT_OK, EXIT_SURVIVED, EXIT_INTERRUPTED = range(3)
 
 _MODEL = "embedded"
 
@@ -92,7 +90,7 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
             rows = _tried(bench, plan, jobs or len(cores()))
         except Interrupted:
             print("verify: interrupted; what was tried is kept, and the same command goes on from it", file=sys.stderr)
-            return EXIT_INTERRUPTED
+            return Exit.INTERRUPTED
     if choice.full is not None:
         claims = [{check.id for check in fault.claimed(checks)} for fault, _ in plan]
         rows = [row.without_bystanders(claimed) for row, claimed in zip(rows, claims, strict=True)]
@@ -106,7 +104,7 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
     if kept:
         write(matrix, path)
     print_matrix(matrix, form, path if kept else None)
-    return EXIT_SURVIVED if any(map(_uncaught, rows)) or false_claims(matrix) else EXIT_OK
+    return Exit.FAILED if any(map(_uncaught, rows)) or false_claims(matrix) else Exit.OK
 
 
 def _uncaught(row: Row) -> bool:

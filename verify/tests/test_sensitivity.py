@@ -16,7 +16,7 @@ from verify.judge import oracle
 from verify.judge.keep_set import Selection
 from verify.judge.perturb import CAUGHT, TOLERATED, Limit, Plant, element, judged, planting
 from verify.judge.problems import Shape, make
-from verify.judge.tolerance import accuracy, matmul_ratio, over, paths_differ, trig_entry_ratio
+from verify.judge.tolerance import accuracy, matmul_error, paths_differ, trig_entry_error, worst
 from verify.tests.tree import make_tree
 
 _CASE = make(Shape(n=33, t=64), 5, "cpu").case
@@ -26,11 +26,11 @@ _A, _B = np.random.default_rng(0).normal(size=(2, 8, 8))
 
 #: Each comparison with an exact result: how much of what is allowed is used up.
 _COMPARISONS: dict[str, Callable[[], float]] = {
-    "scores": lambda: accuracy(_EXACT, _CASE).of_b,
-    "paths": lambda: paths_differ(_EXACT, _EXACT, _CASE)[1],
-    "table": lambda: trig_entry_ratio(np.cos(_ANGLE), np.cos(_ANGLE), _ANGLE),
-    "matmul": lambda: matmul_ratio(_A @ _B, _A, _B),
-    "errors": lambda: over(np.zeros(3), np.array([0.0, 1e-7, 2.0])),
+    "scores": lambda: accuracy(_EXACT, _CASE).class_b.ratio,
+    "paths": lambda: paths_differ(_EXACT, _EXACT, _CASE)[1].ratio,
+    "table": lambda: trig_entry_error(np.cos(_ANGLE), np.cos(_ANGLE), _ANGLE).ratio,
+    "matmul": lambda: matmul_error(_A @ _B, _A, _B).ratio,
+    "errors": lambda: worst(np.zeros(3), np.array([0.0, 1e-7, 2.0])).ratio,
 }
 
 
@@ -90,14 +90,14 @@ def test_a_planted_error_is_caught_from_30_times_the_tolerance_and_not_at_a_thir
 
 
 _NUMERIC = """
-from verify.judge.tolerance import trig_entry_ratio
+from verify.judge.tolerance import trig_entry_error
 
 @check("p1.numeric", gate="hard", cases="one", **WORDS)
 def test_numeric(case, seed, measure):
     import numpy as np
     angle = np.linspace(0, 1, 5)
     near = np.cos(angle) + np.float64(seed % 3) * 2.0**-25
-    measure("error", trig_entry_ratio(near, np.cos(angle), angle), 1.0)
+    measure("error", *trig_entry_error(near, np.cos(angle), angle))
 
 @check("p1.count", gate="hard", cases="one", **WORDS)
 def test_count(case, seed, measure):

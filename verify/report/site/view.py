@@ -45,8 +45,6 @@ def tone_of(word: str, shape: str) -> str:
     """How a verdict is coloured; only a pass on hardware is green."""
     if word in FAILING:
         return "fail"
-    if word == Verdict.XFAIL:
-        return "waived"
     if word == STALE:
         return "stale"
     if word == COMPILED or (word == Verdict.PASS and shape == "compiled"):

@@ -93,7 +93,7 @@ def test_a_nan_score_is_class_c_and_named(case: oracle.Case) -> None:
     scores[0, 3, 11] = np.nan
     found = tolerance.accuracy(scores, case)
     assert found.accuracy_class == "C"
-    assert not found.of_b <= 1
+    assert not found.class_b.ratio <= 1
     assert found.where.startswith("row 0, query head 3, key 11")
 
 

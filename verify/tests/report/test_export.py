@@ -30,14 +30,14 @@ def test_junit_has_a_suite_for_each_phase_and_keeps_codes_and_numbers() -> None:
         result("p1.bf16.matmul", "CRASH", message=hostile),
         result("p4.oracle.n1", measurements=measured(float("nan"), 1.0), verdict="FAIL"),
         result("p4.oracle.n33", measurements=measured(0.5, 1.0)),
-        result("p8.kernel.ms", "SKIP", code="NOT_IMPLEMENTED"),
+        result("p8.kernel.ms", "SKIP", code="NO_BASELINE"),
     ]
     whole = ElementTree.fromstring(export.junit([("sm120", results)]).encode())
     suites = {suite.get("name"): suite for suite in whole}
     assert list(suites) == ["sm120: 1 environment", "sm120: 4 equivalence", "sm120: 8 latency"]
     assert suites["sm120: 1 environment"].find("testcase/error").get("message") == "<b>&? wrong"
     assert suites["sm120: 4 equivalence"].get("failures") == "1"
-    assert suites["sm120: 8 latency"].find("testcase/skipped").get("type") == "NOT_IMPLEMENTED"
+    assert suites["sm120: 8 latency"].find("testcase/skipped").get("type") == "NO_BASELINE"
     told = {one.get("name"): one.get("value") for one in suites["sm120: 4 equivalence"].iter("property")}
     assert told["error"] == "measured 0.5, allowed 1, headroom 2"
     assert told["repeat"].startswith("python -m pytest")

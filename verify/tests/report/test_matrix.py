@@ -82,7 +82,6 @@ def other_subject() -> Record:
         ([], "·"),
         ([record("sm120", [result("p8.kernel.ms")])], "●P"),
         ([record("sm120", [result("p8.kernel.ms", "CRASH")])], "●C"),
-        ([record("sm120", [result("p8.kernel.ms", "XFAIL")])], "●w"),
         ([record("sm120", [result("p8.kernel.ms", evidence="compiled")])], "◆P"),
         ([record("emulated", [result("p8.kernel.ms", evidence="emulated")])], "·"),
         ([record("sm120", [result("p8.kernel.ms")]), other_subject()], "●P~"),

@@ -52,8 +52,8 @@ def records() -> list[Record]:
     """A card that passes, one that fails and is hostile, one that is stale, one compiled, and a run without any."""
     failed = result("p4.oracle.n33", "FAIL", message=HOSTILE, measurements=measured(3, 1, HOSTILE))
     drawn = result("p8.kernel.ms", curves=[curve(HOSTILE, [(0, 1), (1, 2)])], measurements=measured(2, 4))
-    waived = result("p1.nvcc.version", "XFAIL")
-    hostile = record("sm120", [*(one for one in passing() if one.id != failed.id), failed, drawn, waived], day=3)
+    blocked = result("p1.nvcc.version", "BLOCKED", by=failed.id)
+    hostile = record("sm120", [*(one for one in passing() if one.id != failed.id), failed, drawn, blocked], day=3)
     environment = hostile.environment
     renamed = environment.model_copy(update={"gpu": environment.gpu.model_copy(update={"name": HOSTILE})})
     newest = record("sm80", passing()[:2], day=2)
@@ -152,7 +152,7 @@ def test_the_matrix_tells_evidence_and_how_each_cell_ended(site: Path) -> None:
         "p4.oracle on sm80: STALE, hardware evidence, was PASS",
         "p4.oracle on emulated: PASS, emulated evidence, 10.0x",
         "p4.oracle on sm86: NOT RUN, no evidence",
-        "p1.nvcc on sm120: XFAIL, hardware evidence",
+        "p1.nvcc on sm120: BLOCKED, no evidence",
     ):
         assert f'aria-label="{words}' in told, words
 
@@ -190,9 +190,9 @@ def test_faults_name_what_killed_them_and_survivors_stand_out(site: Path, tmp_pa
 
 
 def test_latency_that_nobody_measures_is_said_to_be_absent(tmp_path: Path) -> None:
-    skipped = result("p8.kernel.ms", "SKIP", code="NOT_IMPLEMENTED")
+    skipped = result("p8.kernel.ms", "SKIP", code="NO_BASELINE")
     told = text(made(tmp_path, [record("sm90", [skipped])]), "latency.html")
-    assert "1 result of phase 8 is NOT_IMPLEMENTED, the suite does not implement this soft check yet" in told
+    assert "1 result of phase 8 is NO_BASELINE, there is no earlier record to compare with" in told
 
 
 def test_a_bar_ends_at_what_is_allowed() -> None:
@@ -315,7 +315,7 @@ def test_a_deep_link_restores_the_filters(page: Page, site: Path) -> None:
     page.goto(f"{(site / 'index.html').as_uri()}#verdict=FAIL&evidence=hardware")
     assert rows(page) == ["p4.oracle"]
     assert page.get_by_label("Verdict").input_value() == "FAIL"
-    page.goto(f"{(site / 'run/run-sm120-3.html').as_uri()}#verdict=XFAIL")
+    page.goto(f"{(site / 'run/run-sm120-3.html').as_uri()}#verdict=BLOCKED")
     assert page.locator(".results tbody tr:visible th[scope=row]").all_text_contents() == ["p1.nvcc.version"]
     assert not page.locator(".message:visible").count()
 

@@ -30,7 +30,7 @@ def test_needs(case): raise RuntimeError("a blocked check must not run")
 
 @check("p1.soft", gate="soft", cases={"coded": 0, "bare": 1, "unknown": 2, "infra": 3, "error": 4}, **WORDS)
 def test_soft(case):
-    if case == 0: skip("OFFLINE", "no network")
+    if case == 0: skip("VRAM", "too small")
     if case == 1: pytest.skip("because")
     if case == 2: skip("NOPE", "no such code")
     if case == 3: raise InfraError("the driver is broken")
@@ -120,7 +120,7 @@ def results(tree: Tree, output: str) -> dict[str, CheckResult]:
         ("p1.values.good", "PASS", None),
         ("p1.values.bad", "FAIL", None),
         ("p1.needs.family", "BLOCKED", "p1.values.bad"),
-        ("p1.soft.coded", "SKIP", "OFFLINE"),
+        ("p1.soft.coded", "SKIP", "VRAM"),
         ("p1.soft.bare", "ERROR", None),
         ("p1.soft.unknown", "ERROR", None),
         ("p1.soft.infra", "INFRA", None),

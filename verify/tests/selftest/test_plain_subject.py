@@ -40,7 +40,7 @@ def test_phases_2_to_5_are_green_and_skip_only_what_needs_a_gpu(tmp_path: Path) 
 def test_phase_6_is_green_and_skips_only_what_is_not_published(tmp_path: Path) -> None:
     skipped = {r.id: r.code for r in _run("6", tmp_path, 3000).results if r.verdict is not Verdict.PASS}
     assert skipped.pop("p6.cli_flash.flash_attention_2") == "NO_GPU"
-    assert set(skipped.values()) == {"NOT_IMPLEMENTED"}
+    assert set(skipped.values()) == {"NO_BASELINE"}
     assert {name.split(".")[1] for name in skipped} == {"keep_set_mode", "calibration", "calibration_restores"}
 
 
