@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from verify import check, skip
+from verify import Measure, check, skip
 from verify.build import resources
 from verify.checks import SKIP_CODES
 from verify.judge.guarded import call
@@ -80,19 +80,22 @@ def test_plan_as_written(case: Shape, subject: Subject, device: str, seed: int, 
 
 @check(
     "p3.resources", gate="soft", needs_gpu=True, ahead_of_time=True,
-    cases={"stack": resources.stack, "registers": resources.registers},
-    claim="No kernel needs a stack, and none needs over 10 % more registers than in the last record of the GPU.",
+    cases={"stack": resources.stack, "registers": resources.registers, "instructions": resources.instructions},
+    claim=(
+        "No kernel needs a stack, and none needs over 10 % more registers, or instructions per key, than in the last "
+        "record of the GPU."
+    ),
     reason="What does not fit into registers goes to memory, and a kernel that is bound by memory has none to spare.",
     remedy=(
         "python -m verify compile shows every kernel's resources; smaller blocks or more warps need fewer registers. "
         "A growth that is meant is accepted by publishing the new record."
     ),
-    tolerance="0 bytes of stack; 1.1 times the registers of the same kernel and variant in the last record.",
+    tolerance="0 bytes of stack; 1.1 times what the same kernel and variant have in the last record.",
     timeout_s=180,
 )  # fmt: skip
 def test_resources(
     case: Callable[[Compilation, Compilation | None], list[Measurement]],
-    compilation: Compilation, last_compilation: Compilation | None, measure: Callable[..., None],
+    compilation: Compilation, last_compilation: Compilation | None, measure: Measure,
 ) -> None:  # fmt: skip
     told = compilation.gap or next((build.message for build in compilation.builds), "nothing is launched")
     assert any(build.resources for build in compilation.builds), f"no kernel was built, so none is measured: {told}"

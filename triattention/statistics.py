@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 
 from triattention.architecture import Architecture, describe, rope_of
 from triattention.errors import TriAttentionError
+from triattention.files import write_atomic
 
 #: What torch.load raises, depending on where a file is cut or changed.
 _UNREADABLE = (
@@ -141,14 +141,7 @@ def save(path: str | os.PathLike[str], statistics: Statistics) -> None:
 def _save_atomic(path: str | os.PathLike[str], payload: dict[str, Any]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            torch.save(payload, stream)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomic(target, lambda stream: torch.save(payload, stream))
 
 
 def load(path: str | os.PathLike[str]) -> Statistics:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 #: A reader of a log that grows by nothing for a minute takes it for dead.
 EVERY_S = 30.0
@@ -38,6 +39,15 @@ class Heartbeat:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while not self._ended.wait(EVERY_S):
             self._console.print(f"  ... {self._tell()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def bar(console: Console, field: str = "") -> Progress:
+    """A progress bar, shown on a terminal only, that leaves nothing there; tasks may have a ``field`` of words."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns += [TextColumn(f"{{task.fields[{field}]}}", style="dim")] if field else []
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def about(seconds: float) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from triattention.errors import TriAttentionError
+from triattention.files import write_text
 
 if TYPE_CHECKING:
     from triattention.cli.plan import Plan
@@ -219,13 +219,13 @@ class Results:
 
     def _rewrite(self, batches: Mapping[int, Sequence[Line]]) -> None:
         lines = [line for batch in sorted(batches) for line in batches[batch]]
-        write_atomic(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write ``<name>.summary.json`` beside the lines at ``path``."""
     with _cannot_write(path):
-        write_atomic(summary_path(path), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        write_text(summary_path(path), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
 def summary_path(path: Path) -> Path:
@@ -247,17 +247,3 @@ def _make_directories(directory: Path) -> list[Path]:
     absent = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return absent
-
-
-def write_atomic(path: Path, content: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

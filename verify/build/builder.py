@@ -102,8 +102,8 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Who is told what happens: what was imported to ask the subject, how many builds there are to make, then each one
-    that ended.
+    """What is called as an order is carried out: with the files imported to ask the subject, with how many builds there
+    are to make, and with each build that has ended.
     """
 
     imported: Callable[[Iterable[Path]], None] = lambda files: None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from verify.record.archive import load, newest_first
 from verify.record.builds import Build, Compilation, Resources
 from verify.record.schema import Measurement, Record
 
-#: How many times the registers of the last record a build may need.
+#: How many times the registers, or the instructions, of the last record a build may have.
 GROWTH_ALLOWED = 1.1
 
 
@@ -24,27 +24,44 @@ def stack(now: Compilation, last: Compilation | None) -> list[Measurement]:
 
 
 def registers(now: Compilation, last: Compilation | None) -> list[Measurement]:
-    """The registers of each build over those of the same one in ``last``; empty where there is none.
+    """The registers of each build over those of the same one in ``last``; empty where there is none."""
+    return _grown("registers", now, last, lambda used: used.registers)
+
+
+def instructions(now: Compilation, last: Compilation | None) -> list[Measurement]:
+    """The instructions that a warp executes per key, over those of the same build in ``last``; empty without any.
+
+    A build whose instructions cannot be counted (``Code.uncounted``) is left out.
+    """
+    return _grown(
+        "warp instructions per key", now, last, lambda used: used.code and used.code.warp_instructions_per_key
+    )
+
+
+def _grown(
+    what: str, now: Compilation, last: Compilation | None, size: Callable[[Resources], float | None]
+) -> list[Measurement]:
+    """The size of each build over that of the same one in ``last``, where both have one.
 
     The same one is the only build of its kernel for the variant, whatever its constants; among several, it is the one
     with the same options and constants.
     """
     before = _by_launch(last) if last is not None else {}
     pairs = [
-        (build, found, earlier)
+        (build, size(found), size(earlier))
         for key, builds in _by_launch(now).items()
         for build, found in builds
         if (earlier := _alike(build, builds, before.get(key, [])))
     ]
     return [
         Measurement(
-            name="registers over the last record's",
-            measured=found.registers / earlier.registers,
-            allowed=GROWTH_ALLOWED,
-            where=f"{_where(now, build)}: {found.registers}, {earlier.registers} in the last record "
-            f"(triton {now.triton}, then {last.triton})",
+            name=what,
+            measured=ours,
+            allowed=GROWTH_ALLOWED * theirs,
+            where=f"{_where(now, build)}: {theirs:g} in the last record (triton {now.triton}, then {last.triton})",
         )
-        for build, found, earlier in pairs
+        for build, ours, theirs in pairs
+        if ours and theirs
     ]
 
 

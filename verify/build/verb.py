@@ -129,36 +129,28 @@ def _with_progress(order: Order) -> tuple[list[Compilation], list[Path]]:
     Returns what was built, and the files that were imported to ask the subject.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
 
-    from verify.heartbeat import Heartbeat
+    from verify.heartbeat import Heartbeat, bar
 
     console = Console(stderr=True, highlight=False)
-    columns = (
-        "{task.description}",
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
     begun, made = time.monotonic(), 0
 
     def told() -> str:
-        shown = bar.tasks[task]
-        return f"{made} of {shown.total or 'some'} builds for {len(order.architectures)} GPUs, {shown.fields['last']}"
+        building = shown.tasks[task]
+        total, last = building.total or "some", building.fields["last"]
+        return f"{made} of {total} builds for {len(order.architectures)} GPUs, {last}"
 
-    bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with bar, Heartbeat(console, told):
-        task = bar.add_task("building", total=None, last="asking the subject what it launches")
+    shown = bar(console, "last")
+    with shown, Heartbeat(console, told):
+        task = shown.add_task("building", total=None, last="asking the subject what it launches")
 
         def planned(number: int) -> None:
-            bar.update(task, total=(bar.tasks[task].total or 0) + number, last="starting")
+            shown.update(task, total=(shown.tasks[task].total or 0) + number, last="starting")
 
         def ended(what: str, answer: Answer) -> None:
             nonlocal made
             made += 1
-            bar.update(task, advance=1, last=what)
+            shown.update(task, advance=1, last=what)
             if answer.verdict in (BuildVerdict.CRASH, BuildVerdict.TIMEOUT):
                 console.print(f"  {answer.verdict} {what}: {answer.message}", markup=False, soft_wrap=True)
 

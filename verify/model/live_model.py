@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verify.files import cache_folder, keep
+from verify.files import cache_folder, keep, repository_root
 from verify.judge import oracle
 from verify.judge.compressor import write_statistics
 from verify.judge.live_case import scoring_problem
+from verify.record.grounds import Checkout, aside, tell_again
 from verify.subject.subject import Subject
 
 if TYPE_CHECKING:
@@ -66,25 +67,31 @@ def load(location: str, statistics: Path, subject: Subject, device: str, default
 def locate(bundled: Subject, model: str, device: str) -> tuple[str, Path]:
     """The directory of ``model``, and its statistics in float32, both by the bundled command line.
 
-    The embedded model is converted, and either is calibrated, once; both are kept in the cache, and where they lie is
-    noted there, for as long as the command line is the same.
+    The embedded model is converted, and either is calibrated, once; both are kept in the cache. Where they are is noted
+    there, with the files of the reference that made them, for as long as the reference is the same.
     """
     if model != "embedded":
-        return model, _calibrated(bundled, model, device)
+        return model, _calibrated(bundled, model, device, bundled.environment())
+    root = repository_root()
     note = cache_folder() / "located" / f"{bundled.content_sha256()}-{device}.json"
     with suppress(OSError, ValueError):  # not there, or not whole: it is asked again
-        location, statistics = json.loads(note.read_bytes())
+        location, statistics, opened = json.loads(note.read_bytes())
         if Path(location).is_dir() and Path(statistics).is_file():
+            tell_again(opened, Checkout(root, bundled.root, bundled.folder))
             return location, Path(statistics)
-    location = bundled.run("download-models", "--model", "embedded").strip().splitlines()[-1]
-    statistics = _calibrated(bundled, location, device)
-    keep(note, json.dumps([location, str(statistics)]))
+    with aside(root, bundled.root, bundled.folder, bundled.environment()) as watched:
+        asked = bundled.run("download-models", "--model", "embedded", environment=watched.environment)
+        location = asked.strip().splitlines()[-1]
+        statistics = _calibrated(bundled, location, device, watched.environment)
+        opened = watched.names()
+    tell_again(opened, Checkout(root, bundled.root, bundled.folder))
+    keep(note, json.dumps([location, str(statistics), opened]))
     return location, statistics
 
 
-def _calibrated(bundled: Subject, location: str, device: str) -> Path:
-    printed = bundled.run("build-stats", "--model", location, "--dtype", "float32", "--device", device)
-    return Path(printed.strip().splitlines()[-1])
+def _calibrated(bundled: Subject, location: str, device: str, environment: Mapping[str, str]) -> Path:
+    options = ("--model", location, "--dtype", "float32", "--device", device)
+    return Path(bundled.run("build-stats", *options, environment=environment).strip().splitlines()[-1])
 
 
 def published_layout(statistics: Path) -> Path:

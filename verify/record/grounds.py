@@ -12,9 +12,11 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from verify.files import IMPORT_ROOT
 from verify.record.follow import sitecustomize as follower
@@ -227,6 +229,35 @@ def environment(log: Path, root: Path, package: Path, inherited: Mapping[str, st
 
 def _watched(root: Path, package: Path) -> tuple[Path, ...]:
     return IMPORT_ROOT / "verify", root / "phases", package
+
+
+@contextmanager
+def aside(root: Path, above: Path, package: Path, inherited: Mapping[str, str]) -> Iterator[Aside]:
+    """For children whose work is kept: what they open is known when it is kept, and told again when it is used."""
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "opened"
+        yield Aside(environment(log, root, package, inherited), log, Checkout(root, above, package))
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """``environment`` is for the children; ``names`` are those of the files that they have opened so far."""
+
+    environment: Mapping[str, str]
+    log: Path
+    checkout: Checkout
+
+    def names(self) -> list[str]:
+        lines = self.log.read_bytes().splitlines() if self.log.exists() else []
+        return sorted(self.checkout.names_of(Path(os.fsdecode(line)) for line in lines))
+
+
+def tell_again(names: Iterable[str], checkout: Checkout) -> None:
+    """Note files as opened that somebody opened earlier to make what is used now."""
+    if log := os.environ.get(follower.LOG):
+        places = [place for name in names if (place := checkout.place(name))]
+        with open(log, "ab", buffering=0) as stream:
+            stream.write(b"".join(os.fsencode(place) + b"\n" for place in places))
 
 
 def follow(log: Path, root: Path, package: Path) -> None:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from verify.checks import PHASES
-from verify.heartbeat import Heartbeat, about
+from verify.heartbeat import Heartbeat, about, bar
 from verify.record.schema import FAILING, CheckResult, Verdict
 from verify.run.manifest import Selected
 
@@ -40,20 +40,11 @@ class RunProgress:
     def __init__(
         self, console: Console, lanes: Sequence[Sequence[Selected]], durations_s: Mapping[str, float] | None
     ) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
         self.console, self._lanes, self._durations_s = console, lanes, durations_s
         #: The ids of the checks that have ended.
         self.finished: set[str] = set()
         self._running: dict[int, PhaseProgress] = {}
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[check]}", style="dim"),
-        )
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.bar = bar(console, "check")
         self._heartbeat = Heartbeat(console, self._told)
 
     def __enter__(self) -> RunProgress:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from verify.heartbeat import Heartbeat
+from verify.heartbeat import Heartbeat, bar
 from verify.record.kills import Matrix, Outcome, Row
 from verify.report.matrix import count
 from verify.selftest.faults import LAYERS, load_faults
@@ -26,12 +26,9 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
 
         self._console = Console(stderr=True, highlight=False)
-        columns = ("{task.description}", BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._bar = bar(self._console)
         self._task = self._bar.add_task("planting", total=total)
         self._total, self._tried, self._doing = total, 0, "starting"
         self._heartbeat = Heartbeat(self._console, self._told)

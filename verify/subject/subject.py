@@ -148,12 +148,18 @@ class Subject:
         """The command line that runs the subject's own CLI; use it with ``environment()``."""
         return [sys.executable, "-m", self.package, *arguments]
 
-    def run(self, *arguments: str, limit_s: float = _COMMAND_LIMIT_S) -> str:
+    def run(
+        self, *arguments: str, limit_s: float = _COMMAND_LIMIT_S, environment: Mapping[str, str] | None = None
+    ) -> str:
         """What the subject's own CLI printed. Raises AssertionError, with its last line, unless it ends well."""
         __tracebackhide__ = True
         try:
             child = subprocess.run(
-                self.command(*arguments), capture_output=True, text=True, timeout=limit_s, env=self.environment()
+                self.command(*arguments),
+                capture_output=True,
+                text=True,
+                timeout=limit_s,
+                env=environment or self.environment(),
             )
         except subprocess.TimeoutExpired as error:
             raise AssertionError(f"{arguments[0]} did not end within {limit_s:g} s") from error

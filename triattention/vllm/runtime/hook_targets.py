@@ -13,9 +13,7 @@ import ast
 import functools
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from itertools import chain
 from pathlib import Path
 
 from triattention.errors import TriAttentionError
+from triattention.files import write_text
 
 #: What a target is: the names of a function's parameters, or ``attribute`` or ``property``.
 Form = list[str] | str
@@ -146,10 +145,7 @@ def _keep(place: Path, content: str) -> None:
     """Write ``content`` whole or not at all; what cannot be kept is found again by the next process."""
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=place.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(content)
-        os.replace(temporary, place)
+        write_text(place, content)
 
 
 def version_of(root: Path | None = None) -> str:

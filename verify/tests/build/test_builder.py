@@ -17,7 +17,7 @@ import pytest
 from verify.build import compiler, resources
 from verify.build.builder import Order, Progress, compile_ahead, failed
 from verify.errors import ConfigurationError
-from verify.record.builds import Build, Compilation
+from verify.record.builds import Build, Code, Compilation
 from verify.tests.kernels import GOOD, TEMPERS, order, write_subject
 from verify.tests.tree import REPOSITORY
 
@@ -232,7 +232,25 @@ def compilation(registers: int, stack: int = 0, triton: str = "3.7.1") -> Compil
 def test_registers_may_grow_by_a_tenth(registers: int, within: bool) -> None:
     (found,) = resources.registers(compilation(registers, triton="3.9.0"), compilation(100))
     assert found.within is within
-    assert found.where == (f"k on sm120, v: {registers}, 100 in the last record (triton 3.9.0, then 3.7.1)")
+    assert found.where == ("k on sm120, v: 100 in the last record (triton 3.9.0, then 3.7.1)")
+
+
+def test_instructions_per_key_may_grow_by_a_tenth_where_they_can_be_counted() -> None:
+    def counted(per_key: float | None) -> Compilation:
+        found = compilation(100)
+        used = found.builds[0].resources
+        code = Code(
+            instructions=10, spill_store_bytes=0, spill_load_bytes=0, loads={}, special_functions=0,
+            warp_instructions_per_key=per_key, uncounted="" if per_key else "a loop depends on data",
+        )  # fmt: skip
+        build = found.builds[0].model_copy(update={"resources": used.model_copy(update={"code": code})})
+        return found.model_copy(update={"builds": [build]})
+
+    for now, within in ((11.0, True), (11.1, False)):
+        (found,) = resources.instructions(counted(now), counted(10.0))
+        assert (found.within, found.name) == (within, "warp instructions per key")
+    assert resources.instructions(counted(None), counted(10.0)) == []
+    assert resources.instructions(compilation(100), counted(10.0)) == []
 
 
 def test_any_stack_is_a_failure_that_names_kernel_and_sm() -> None:
@@ -256,12 +274,12 @@ def test_configurations_of_one_kernel_are_compared_each_with_itself() -> None:
         return compilation(1).model_copy(update={"builds": builds})
 
     found = resources.registers(configured(40, 200), configured(40, 100))
-    assert [one.measured for one in found] == [1.0, 2.0]
+    assert [(one.measured, one.allowed) for one in found] == [(40, pytest.approx(44)), (200, pytest.approx(110))]
     # one that is new among several is like none before
     assert len(resources.registers(configured(40, 200, 30), configured(40, 100))) == 2
     # and one alone is the same launch with whatever constant
     (alone,) = resources.registers(configured(80), compilation(40))
-    assert alone.measured == 2.0
+    assert (alone.measured, alone.within) == (80, False)
 
 
 def replace_kernel(one: Compilation) -> Compilation:

@@ -18,9 +18,9 @@ def _environment_restored(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_cuda_without_a_gpu_is_refused_and_auto_is_emulated() -> None:
-    if device.resolve("auto").name == "cuda":
-        pytest.skip("this machine has a GPU")
+def test_cuda_without_a_gpu_is_refused_and_auto_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_driver_installed", lambda: False)
+    assert device.resolve("auto").name == "cpu"
     with pytest.raises(
         ConfigurationError, match=r"^--device cuda is not to be had: .*; see `python -m verify doctor`$"
     ):
