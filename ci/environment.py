@@ -25,7 +25,7 @@ class Outcome:
 
     @property
     def reason(self) -> str:
-        """Why it failed, in a line made from pip's own words."""
+        """Why it failed, in one line taken from pip's output."""
         conflict = re.search(r"The conflict is caused by:\n((?: {4}.*\n)+)", self.output)
         missing = conflict or "No matching distribution found" in self.output
         if missing and (broken := re.search(r"connection broken by '(\w+)", self.output)):
@@ -43,7 +43,7 @@ Runner = Callable[[Sequence[str]], Outcome]
 
 @dataclass(frozen=True)
 class LoggedRunner:
-    """Runs commands with their output in ``log``; ``lock`` stays open in the children.
+    """Runs commands and appends their output to ``log``; child processes inherit the open ``lock``.
 
     So a pip that outlives a killed set-up still holds the lock, and the next set-up waits for it.
     """
@@ -99,7 +99,7 @@ class Venv:
         return sorted(path.parent.name for path in self.site_packages.glob("*.dist-info/RECORD"))
 
     def drop_torn_distributions(self) -> None:
-        """Remove what a killed pip left behind; pip takes a ``dist-info`` folder for an installed package."""
+        """Remove what a killed pip left behind, because pip takes any ``dist-info`` folder for an installed package."""
         for leftover in self.site_packages.glob("~*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for info in self.site_packages.glob("*.dist-info"):
@@ -107,7 +107,7 @@ class Venv:
                 shutil.rmtree(info)
 
     def read_stamp(self) -> dict[str, Any]:
-        """The stamp, or an empty one where there is none that can be read."""
+        """The stamp; empty if it is missing or unreadable."""
         try:
             stamp = json.loads(self.stamp.read_text(encoding="utf-8"))
         except (OSError, ValueError):

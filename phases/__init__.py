@@ -1,1 +1,1 @@
-"""The checks of the verification plan, one module per phase; helpers and instruments live in ``verify``."""
+"""The checks of the verification plan, one or more modules per phase; their helpers are in ``verify``."""

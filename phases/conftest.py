@@ -1,4 +1,4 @@
-"""What the checks of phases 6 and 7 share: the model, its statistics, the patch on it, the judge of what is served."""
+"""Fixtures shared by phases 6 and 7: the model, its statistics, its patch, and the judge of served answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from verify.subject.subject import Subject
 
 @pytest.fixture(scope="session")
 def located(model_name: str, device: str, pytestconfig: pytest.Config) -> tuple[str, Path]:
-    """The directory of the model and its statistics, by the bundled command line, whatever the subject is."""
+    """The model directory and its statistics, made by the bundled command line for every subject."""
     return locate(find_subject("bundled", pytestconfig.rootpath), model_name, device)
 
 
@@ -31,7 +31,7 @@ def location(located: tuple[str, Path]) -> str:
 
 @pytest.fixture(scope="session")
 def stats_path(located: tuple[str, Path]) -> str:
-    """The statistics that the command line of the subject is given."""
+    """The statistics file to pass to the subject's command line."""
     return str(published_layout(located[1]))
 
 
@@ -42,7 +42,7 @@ def loaded(located: tuple[str, Path], subject: Subject, device: str) -> LiveMode
 
 @pytest.fixture
 def model(loaded: LiveModel) -> Iterator[LiveModel]:
-    """The model, unpatched at the start; whatever forward a check put there is taken away after it."""
+    """The model, unpatched at the start; after each check its original forward is restored."""
     original = loaded.model.forward
     own = set(vars(loaded.model))
     yield loaded
@@ -55,7 +55,7 @@ def model(loaded: LiveModel) -> Iterator[LiveModel]:
 
 @pytest.fixture(scope="module")
 def served(subject: Subject, request: pytest.FixtureRequest) -> tuple[str, Path]:
-    """The directory of the model and its statistics, where there are an engine and a plugin to serve it."""
+    """The model directory and its statistics; skips if vLLM or the subject's plugin is missing."""
     if importlib.util.find_spec("vllm") is None:
         skip("PKG_MISSING", "vllm is not installed")
     optional(subject, "vllm.plugin", "register_triattention_backend")

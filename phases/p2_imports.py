@@ -1,4 +1,4 @@
-"""Phase 2: does everything that the plan names import, as published (plan 2.2, 2.3)."""
+"""Phase 2: whether every name in the plan imports and matches the published API (plan 2.2, 2.3)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from verify.subject.subject import Subject
 @check(
     "p2.names", gate="hard", plan="2.3",
     cases={f"{name.module.replace('.', '-')}-{name.name}": name for name in NAMES},
-    claim="A published name imports and takes the published parameters, in order, with the published defaults.",
+    claim="Each published name imports and takes the published parameters, in order, with the published defaults.",
     reason="Existing callers use these names; a missing or reordered argument changes results without an error.",
-    remedy="Add the name, or move additions to keyword-only parameters with defaults.",
+    remedy="Add the name, or make added parameters keyword-only with defaults.",
 )  # fmt: skip
 def test_name(case, subject: Subject) -> None:
     found = subject.attribute(case.module, case.name)
@@ -26,9 +26,9 @@ def test_name(case, subject: Subject) -> None:
 
 @check(
     "p2.defaults", gate="hard", plan="2.3", cases={module.replace(".", "-"): module for module in CONFIG_DEFAULTS},
-    claim="A configuration has the published options with the published defaults.",
-    reason="Defaults are what nearly every run uses; another default is another algorithm.",
-    remedy="Restore the published default, or name the deviation in the subject's documentation and here.",
+    claim="Each configuration class has the published options with the published defaults.",
+    reason="Nearly every run uses the defaults; a different default is a different algorithm.",
+    remedy="Restore the published default, or document the deviation in the subject's documentation and here.",
 )  # fmt: skip
 def test_defaults(case: str, subject: Subject) -> None:
     fields = {field.name: field.default for field in dataclasses.fields(subject.attribute(case, "TriAttentionConfig"))}
@@ -42,9 +42,9 @@ def test_defaults(case: str, subject: Subject) -> None:
 
 @check(
     "p2.config", gate="hard", plan="3.2", cases="plan_budget",
-    claim="The plan's configuration is accepted: a budget of 128 tokens, with a window that nobody set.",
-    reason="Its block 3.2 begins with it; a default window as large as the budget must not refuse the budget.",
-    remedy="Let a window that is not set follow the budget; a window that is set may be refused.",
+    claim="The plan's configuration, a budget of 128 tokens without a window size, is accepted.",
+    reason="Plan block 3.2 starts with it; a default window as large as the budget must not make the budget invalid.",
+    remedy="Derive a window that is not set from the budget; an explicit window may be refused.",
 )  # fmt: skip
 def test_plan_budget(case: str, subject: Subject) -> None:
     made = subject.attribute("vllm.core.config", "TriAttentionConfig")(
@@ -56,8 +56,8 @@ def test_plan_budget(case: str, subject: Subject) -> None:
 
 @check(
     "p2.context", gate="hard", cases="no_cuda",
-    claim="Importing every published module makes no CUDA context.",
-    reason="A context made by an import breaks forked workers and takes memory on the wrong GPU.",
+    claim="Importing the published modules does not create a CUDA context.",
+    reason="A context created by an import breaks forked workers and takes memory on the wrong GPU.",
     remedy="Move the CUDA call out of module level.",
     timeout_s=180,
 )  # fmt: skip
@@ -69,14 +69,14 @@ def test_no_cuda_context(case: str, subject: Subject) -> None:
     )
     last = (child.stderr.strip().splitlines() or ["no output"])[-1]
     assert child.returncode == 0, f"importing the published modules failed: {last}"
-    assert json.loads(child.stdout.splitlines()[-1]) is False, "importing the published modules made a CUDA context"
+    assert json.loads(child.stdout.splitlines()[-1]) is False, "importing the published modules created a CUDA context"
 
 
 @check(
     "p2.flash_attn", gate="soft", cases="small_call", plan="2.2", needs_gpu=True,
-    claim="flash-attn imports and one small causal call is right.",
-    reason="A build for another architecture imports and fails at the first launch.",
-    tolerance="Output and probabilities are rounded to bf16 (2^-8 relative each): 2^-7 of the largest value.",
+    claim="flash-attn imports, and one small causal call is correct.",
+    reason="A build for another architecture imports, but fails at the first launch.",
+    tolerance="Output and probabilities are each rounded to bf16 (2^-8 relative): 2^-7 of the largest value.",
     remedy="Use attn_implementation sdpa, or build flash-attn from source with CUDA 12.8 or newer.",
 )  # fmt: skip
 def test_flash_attn(case: str, seed: int, measure: Measure) -> None:
@@ -91,7 +91,6 @@ def test_flash_attn(case: str, seed: int, measure: Measure) -> None:
     draw = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 64, 2, 64, generator=draw).to("cuda", torch.bfloat16) for _ in range(3))
     got = flash_attn_func(q, k, v, causal=True).double()
-    want = torch.nn.functional.scaled_dot_product_attention(
-        *(x.double().transpose(1, 2) for x in (q, k, v)), is_causal=True
-    ).transpose(1, 2)
+    exact_q, exact_k, exact_v = (x.double().transpose(1, 2) for x in (q, k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(exact_q, exact_k, exact_v, is_causal=True).transpose(1, 2)
     measure("error", float((got - want).abs().max()), 2.0**-7 * float(v.abs().max()))

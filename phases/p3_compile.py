@@ -1,6 +1,6 @@
-"""Phase 3: does the scoring kernel compile for this device, load and launch (plan 3.1).
+"""Phase 3: whether the scoring kernel compiles for this device, loads and launches (plan 3.1).
 
-On a GPU each variant is also built ahead of time for that GPU, by the code of ``python -m verify compile``.
+On a GPU each variant is also built ahead of time for that GPU, as ``python -m verify compile`` does.
 """
 
 from __future__ import annotations
@@ -23,12 +23,9 @@ if TYPE_CHECKING:
 
 @check(
     "p3.scoring", gate="hard", cases=SCORING, needs=("p1.identity", "p1.triton",),
-    claim="The scoring kernel compiles and launches for a key dtype, a pair layout, an aggregation and their corners.",
-    reason=(
-        "Triton compiles each variant anew for each GPU; one that does not compile is found here and "
-        "not in a service."
-    ),
-    remedy="Read the compiler's message; python -m verify doctor says whether this triton knows the GPU.",
+    claim="The scoring kernel compiles and launches for every key dtype, pair layout, aggregation and corner case.",
+    reason="Triton compiles each variant separately for each GPU; a compile error should show here, not in production.",
+    remedy="Read the compiler's message; python -m verify doctor says whether this triton supports the GPU.",
     timeout_s=180,
 )  # fmt: skip
 def test_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
@@ -38,8 +35,8 @@ def test_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, 
 @check(
     "p3.grouped", gate="soft", cases=GROUPED, needs=("p1.identity", "p1.triton",),
     claim="The scoring kernel compiles and launches for four query heads per KV head in one call.",
-    reason="It is how engines call it. A subject may refuse grouped statistics (p4.gqa_served), so this is SOFT.",
-    remedy="As for p3.scoring; p4.gqa says whether the scores are right.",
+    reason="Engines call it this way. A subject may refuse grouped statistics (p4.gqa_served), so this is SOFT.",
+    remedy="As for p3.scoring; p4.gqa tests whether the scores are correct.",
     timeout_s=180,
 )  # fmt: skip
 def test_grouped_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
@@ -48,8 +45,8 @@ def test_grouped_kernel_launches(case: Shape, subject: Subject, device: str, see
 
 @check(
     "p3.plan", gate="hard", cases=PLAN, plan="3.1", needs=("p1.identity", "p1.triton",),
-    claim="The plan's call of the scoring kernel returns finite scores of the right shape.",
-    reason="It is the plan's HARD gate 3.1, with its own sizes and its unusual statistics (a below |m|).",
+    claim="The plan's call of the scoring kernel returns finite scores of the expected shape.",
+    reason="It is the plan's HARD gate 3.1, with the plan's sizes and its unusual statistics (E|q| below |E[q]|).",
     remedy="See p3.scoring for the variant bfloat16-half-mean.",
     timeout_s=180,
 )  # fmt: skip
@@ -82,22 +79,22 @@ def test_plan_as_written(case: Shape, subject: Subject, device: str, seed: int, 
     "p3.resources", gate="soft", needs_gpu=True, ahead_of_time=True,
     cases={"stack": resources.stack, "registers": resources.registers, "instructions": resources.instructions},
     claim=(
-        "No kernel needs a stack, and none needs over 10 % more registers, or instructions per key, than in the last "
-        "record of the GPU."
+        "No kernel uses stack memory, and registers and instructions per key are at most 10 % above the last record "
+        "of the GPU."
     ),
-    reason="What does not fit into registers goes to memory, and a kernel that is bound by memory has none to spare.",
+    reason="Spilled registers go to memory, and a memory-bound kernel has no bandwidth to spare.",
     remedy=(
         "python -m verify compile shows every kernel's resources; smaller blocks or more warps need fewer registers. "
-        "A growth that is meant is accepted by publishing the new record."
+        "If the growth is intended, publish the new record."
     ),
-    tolerance="0 bytes of stack; 1.1 times what the same kernel and variant have in the last record.",
+    tolerance="0 bytes of stack; 1.1 times the value of the same kernel and variant in the last record.",
     timeout_s=180,
 )  # fmt: skip
 def test_resources(
     case: Callable[[Compilation, Compilation | None], list[Measurement]],
     compilation: Compilation, last_compilation: Compilation | None, measure: Measure,
 ) -> None:  # fmt: skip
-    told = compilation.gap or next((build.message for build in compilation.builds), "nothing is launched")
+    told = compilation.gap or next((build.message for build in compilation.builds), "no kernel is launched")
     assert any(build.resources for build in compilation.builds), f"no kernel was built, so none is measured: {told}"
     found = case(compilation, last_compilation)
     if not found:
@@ -109,12 +106,12 @@ def test_resources(
 def _launches(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
     _all_built(builds)
     found = call(lambda: score(subject, case, seed, device), {})
-    assert found.launched, "the call launched no Triton kernel, so something else made these scores"
+    assert found.launched, "the call launched no Triton kernel, so something else computed these scores"
     _shape_and_finite(*found.result)
 
 
 def _all_built(builds: list[Build]) -> None:
-    """Fail for a kernel that is refused; one that hung, was killed or could not be found is left to the launch."""
+    """Fail if the compiler refuses a kernel. A build that hung, was killed or was not found is left to the launch."""
     for build in builds:
         refused = build.verdict in REFUSED
         assert not refused, f"{build.kernel} built ahead of time: {build.verdict}: {build.message}"

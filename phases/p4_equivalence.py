@@ -10,10 +10,10 @@ from verify.judge.problems import Problem, Shape, make
 from verify.judge.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, blamed, paths_differ
 from verify.subject.subject import Subject
 
-#: Small phases, so that class B is nearly as sharp as class A and a fault of layout, size or dtype has nowhere to hide.
+#: Small phases make class B nearly as strict as class A, so errors of layout, size or dtype cannot hide in it.
 _BASE = Shape(t=64, offsets=(1.0, 2.0, 4.0))
 
-#: One property at a time from a usual problem (N = 255, D = 128, bf16 keys); positions and offsets on their own.
+#: A usual problem (N = 255, D = 128, bf16 keys) with one property changed at a time; positions and offsets separately.
 _SHAPES = (
     {f"n{n}": replace(_BASE, n=n) for n in (1, 31, 32, 33, 255, 1024, 4097)}
     | {f"d{d}": replace(_BASE, d=d, n=65) for d in (64, 96, 256)}
@@ -39,8 +39,8 @@ _HIGH_T = {
 }
 
 _CLASS_B = (
-    "Class B: 8 x 2^-24 of the sum of absolute terms T for roundings, plus |t omega| 2^-23 per "
-    "term for honest fp32 phases."
+    "Class B: 8 x 2^-24 of the sum of absolute terms T for rounding, plus |t omega| 2^-23 per term for phases "
+    "computed in fp32."
 )
 _CLASS_A = (
     "Class A: 8 x 2^-24 of the sum of absolute terms T at every t; folded float64 phases measured 0.6 to 2.5 units."
@@ -56,7 +56,7 @@ def _within_b(path: str, call: Call, problem: Problem, measure: Measure) -> None
 @check(
     "p4.triton_oracle", gate="hard", cases=_SHAPES, needs=("p1.identity", "p1.triton", "p3.plan"), tolerance=_CLASS_B,
     claim="The Triton kernel's scores agree with the float64 oracle.",
-    reason="Comparing two paths of one implementation finds their differences only, and blames the wrong one.",
+    reason="Comparing two paths of one implementation finds only their differences, not which path is wrong.",
     remedy="Compare the worst key named in the message by hand; if p1 to p3 pass on this GPU, suspect the kernel.",
     timeout_s=180,
 )  # fmt: skip
@@ -68,7 +68,7 @@ def test_triton_oracle(case: Shape, subject: Subject, device: str, seed: int, me
 @check(
     "p4.pytorch_oracle", gate="hard", cases=_SHAPES, tolerance=_CLASS_B,
     claim="The PyTorch path's scores agree with the float64 oracle.",
-    reason="The PyTorch path is what the kernel is usually judged by, so it must be judged first.",
+    reason="The PyTorch path is the usual reference for the kernel, so it must be correct itself.",
     remedy="Look for keys or norms held in bf16, and for TF32 matrix products.",
 )  # fmt: skip
 def test_pytorch_oracle(case: Shape, subject: Subject, device: str, seed: int, measure: Measure) -> None:
@@ -79,13 +79,16 @@ def test_pytorch_oracle(case: Shape, subject: Subject, device: str, seed: int, m
 @check(
     "p4.options", gate="hard", needs=("p1.identity", "p1.triton",), tolerance=_CLASS_B,
     cases={
-        f"{path}-{option}": (path, replace(_BASE, n=65, **{option: True}))
+        f"{path}-{option}": (path, shape)
         for path in PATHS
-        for option in ("disable_mlr", "disable_trig")
+        for option, shape in {
+            "disable_mlr": replace(_BASE, n=65, disable_mlr=True),
+            "disable_trig": replace(_BASE, n=65, disable_trig=True),
+        }.items()
     },
-    claim="Both paths honour disable_mlr (the second coefficient becomes a) and disable_trig (the second term alone).",
-    reason="An option that is accepted and ignored makes an ablation that measures nothing.",
-    remedy="Honour the option on the path that the message names, or raise before any work is done.",
+    claim="Both paths honour disable_mlr (the norm term is weighted by E|q|) and disable_trig (only the norm term).",
+    reason="If an option is accepted but ignored, an ablation with it measures nothing.",
+    remedy="Honour the option on the path named in the message, or raise before any work is done.",
 )  # fmt: skip
 def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, shape = case
@@ -96,12 +99,11 @@ def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: i
 @check(
     "p4.plan", gate="hard", cases="triton_vs_pytorch", plan="3.2", needs=("p1.identity", "p1.triton", "p3.plan"),
     claim="On the plan's inputs the two paths differ by less than 1e-2, and by less than twice the class A budget.",
-    reason="It is the plan's HARD gate 3.2; the derived bound beside it is what correct paths can keep.",
+    reason="It is the plan's HARD gate 3.2; the second, derived bound is what correct paths achieve.",
     tolerance=(
-        "The plan's fixed 1e-2; derived: each path may be off by 8 x 2^-24 T, so they may differ "
-        "by 16 x 2^-24 T."
+        "The plan's fixed 1e-2. Derived: each path may be off by 8 x 2^-24 T, so they may differ by 16 x 2^-24 T."
     ),
-    remedy="The message says which path is wrong by the oracle; p4.triton_oracle and p4.pytorch_oracle say where.",
+    remedy="The message says which path disagrees with the oracle; p4.triton_oracle and p4.pytorch_oracle say where.",
 )  # fmt: skip
 def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     shape = Shape(n=256, h=4, t=256, offsets=(1.0, 2.0, 4.0, 8.0, 16.0))
@@ -110,15 +112,15 @@ def test_plan_triton_vs_pytorch(case: str, subject: Subject, device: str, seed: 
     judged = blamed({"Triton": accuracy(triton, problem.case), "PyTorch": accuracy(pytorch, problem.case)})
     difference, against_both = paths_differ(triton, pytorch, problem.case)
     measure("max |Triton - PyTorch|", difference, PLAN_MAX_DIFF, where=f"the plan's inputs: {judged}")
-    measure("difference from path to path", *against_both, where=f"the plan's inputs: {judged}")
+    measure("difference between the paths", *against_both, where=f"the plan's inputs: {judged}")
 
 
 @check(
     "p4.accuracy_class", gate="soft", needs=("p1.identity", "p1.triton", "p3.plan"), tolerance=_CLASS_A,
     cases={f"{path}-{name}": (path, shape) for path in PATHS for name, shape in _HIGH_T.items()},
-    claim="A path is of accuracy class A: its error does not grow with the position.",
-    reason="fp32 phases are off by 7.8e-2 at a million tokens; models of that length exist.",
-    remedy="Form and reduce the phases in float64: a few thousand numbers per round.",
+    claim="Each path reaches accuracy class A: its error does not grow with the position.",
+    reason="fp32 phases are off by 7.8e-2 at a million tokens, and models with such contexts exist.",
+    remedy="Compute and reduce the phases in float64: a few thousand numbers per round.",
 )  # fmt: skip
 def test_accuracy_class(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, shape = case
@@ -136,9 +138,9 @@ _GQA = {
 
 @check(
     "p4.gqa", gate="hard", cases=_GQA, needs=("p1.identity", "p1.triton",), tolerance=_CLASS_B,
-    claim="Statistics of G query heads per KV head are scored right (query head h against KV head h // G), or refused.",
-    reason="Every current model groups its query heads; a wrong mapping scores each key with another head's wishes.",
-    remedy="Accept statistics with H x G rows, giving H x G rows, or raise ValueError.",
+    claim="With G query heads per KV head, query head h is scored against KV head h // G, or ValueError is raised.",
+    reason="Every current model uses GQA; a wrong mapping scores each key with another head's statistics.",
+    remedy="Accept statistics with H x G rows and return H x G rows, or raise ValueError.",
 )  # fmt: skip
 def test_gqa(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, shape = case
@@ -153,8 +155,8 @@ def test_gqa(case: tuple[str, Shape], subject: Subject, device: str, seed: int, 
 
 @check(
     "p4.gqa_served", gate="soft", cases=_GQA, needs=("p1.identity", "p1.triton",),
-    claim="Statistics of G query heads per KV head are scored in one call.",
-    reason="Without it callers repeat K for each query head and read it G times.",
+    claim="Statistics of G query heads per KV head are accepted in one call.",
+    reason="Otherwise callers repeat K for each query head and read it G times.",
     remedy="Accept statistics with H x G rows; the result has H x G rows too.",
 )  # fmt: skip
 def test_gqa_served(case: tuple[str, Shape], subject: Subject, device: str, seed: int) -> None:

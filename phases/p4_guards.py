@@ -1,6 +1,6 @@
-"""Phase 4, integrity: a path writes what it should and nothing else, by the kernel it names, with the same bits again.
+"""Phase 4, integrity: each path writes only its output, runs the kernel it names, and is bitwise repeatable.
 
-Every other check of phases 3 to 5 calls a subject in the same guarded way (``verify/judge/guarded.py``) and judges
+The other checks of phases 3 to 5 call the subject through the same guards (``verify/judge/guarded.py``) and compare
 numbers.
 """
 
@@ -18,7 +18,7 @@ _CASES = dict(zip(PATHS, PATHS, strict=True))
 _NEEDS = ("p1.identity", "p1.triton")
 _BASE = Shape(t=64, offsets=(1.0, 2.0, 4.0))
 
-#: Shapes whose tails a kernel can run over, and drawn ones.
+#: Shapes with partial blocks at the end, where a kernel may write out of bounds.
 _TAILS = tuple(replace(_BASE, n=n, b=2, aggregation=a) for n in (1, 33, 65, 255) for a in ("mean", "max"))
 
 
@@ -28,10 +28,10 @@ def _shapes(seed: int) -> tuple[Shape, ...]:
 
 @check(
     "p4.inputs", gate="hard", cases=_CASES, needs=_NEEDS,
-    claim="Scoring leaves every tensor it is given untouched, to the bit.",
+    claim="Scoring leaves every input tensor bitwise unchanged.",
     reason="A kernel that edits its inputs agrees with any reference computed afterwards.",
     tolerance="Bitwise equality with copies taken before the call.",
-    remedy="Find the in-place operation on the argument that the message names.",
+    remedy="Find the in-place operation on the argument named in the message.",
 )  # fmt: skip
 def test_inputs_untouched(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in _shapes(seed):
@@ -45,10 +45,10 @@ def test_inputs_untouched(case: str, subject: Subject, device: str, seed: int, m
 
 @check(
     "p4.guards", gate="hard", cases=_CASES, needs=_NEEDS,
-    claim="Scoring writes nothing beside the tensors it allocates.",
-    reason="A store without its mask destroys whatever lies beside the scores, and the scores themselves are right.",
+    claim="Scoring writes nothing outside the tensors it allocates.",
+    reason="An unmasked store corrupts the memory next to the scores, while the scores themselves are correct.",
     tolerance="4096 guard bytes on each side of every allocation, compared bitwise; the payload starts as NaN.",
-    remedy="Mask the store of the last block; the message says on which side of which tensor it went.",
+    remedy="Mask the store of the last block; the message names the tensor and the side.",
 )  # fmt: skip
 def test_nothing_is_written_beside_the_output(
     case: str, subject: Subject, device: str, seed: int, measure: Measure
@@ -56,7 +56,7 @@ def test_nothing_is_written_beside_the_output(
     for shape in _shapes(seed):
         overruns = guarded.engine(subject, case, make(shape, seed, device)).overruns
         where = f"the {PATHS[case]} path {'; '.join(overruns)} ({shape.told()})" if overruns else shape.told()
-        measure("allocations written beside", len(overruns), 0, where=where)
+        measure("out-of-bounds writes", len(overruns), 0, where=where)
 
 
 @check(
@@ -65,9 +65,9 @@ def test_nothing_is_written_beside_the_output(
         **{path: (path, None) for path in PATHS},
         **{f"dispatch_{path}": (path, "compute_scores") for path in PATHS},
     },
-    claim="The Triton path launches a kernel and the PyTorch path none, also where use_triton_scoring chooses.",
-    reason="A path that quietly takes the other one makes their comparison one of a thing with itself.",
-    remedy="Let each entry point run its own path, or raise; there is no fallback in between.",
+    claim="The Triton path launches a kernel and the PyTorch path does not, also when use_triton_scoring selects it.",
+    reason="If one path silently runs the other, comparing the two compares a path with itself.",
+    remedy="Let each entry point run its own path or raise, without a fallback.",
 )  # fmt: skip
 def test_each_path_is_the_one_it_says(case: tuple[str, str | None], subject: Subject, device: str, seed: int) -> None:
     path, through = case
@@ -79,10 +79,10 @@ def test_each_path_is_the_one_it_says(case: tuple[str, str | None], subject: Sub
 @check(
     "p4.ghost", gate="hard", needs=_NEEDS,
     cases={"mean": _BASE, "max": replace(_BASE, aggregation="max"), "interleaved": replace(_BASE, style="interleaved")},
-    claim="With every kernel replaced by nothing, no score is right.",
-    reason="A score that is there without the kernel was made by something else, or left over from another call.",
+    claim="With every kernel launch skipped, no score is correct.",
+    reason="A correct score without the kernel was computed by something else, or left over from another call.",
     tolerance="No score within its class B budget of the oracle.",
-    remedy="Find what computes the score beside the kernel.",
+    remedy="Find what computes the scores apart from the kernel.",
 )  # fmt: skip
 def test_without_its_kernel_nothing_is_right(
     case: Shape, subject: Subject, device: str, seed: int, measure: Measure
@@ -91,7 +91,7 @@ def test_without_its_kernel_nothing_is_right(
     from verify.subject.launches import skipped
 
     problem = make(case, seed, device)
-    guarded.engine(subject, "triton", problem)  # whatever a first call leaves behind
+    guarded.engine(subject, "triton", problem)  # a first call may leave its scores behind
     with skipped():
         found = guarded.engine(subject, "triton", problem)
     right = abs(found.scores - oracle.scores(problem.case)) <= tolerance.budget_b(problem.case)
@@ -100,8 +100,8 @@ def test_without_its_kernel_nothing_is_right(
 
 @check(
     "p4.repeat", gate="hard", cases=_CASES, needs=_NEEDS,
-    claim="The same call gives the same bits, every time.",
-    reason="Keep sets are decided by comparisons; a score that varies makes a run that cannot be reproduced.",
+    claim="Repeated identical calls return bitwise identical scores.",
+    reason="Keep sets depend on comparisons of scores; a score that varies makes a run irreproducible.",
     tolerance="Bitwise equality over repeated calls (20 on a GPU, 3 in the interpreter).",
     remedy="Look for atomics, races or uninitialised memory.",
 )  # fmt: skip

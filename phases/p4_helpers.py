@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,10 @@ _ONE_HEAD = {"b": (1,), "h": (1,), "dtype": ("float32",), "strides": ("contiguou
         "mean": {}, "max": {"aggregation": "max"}, "interleaved": {"style": "interleaved"},
         "no_mlr": {"disable_mlr": True}, "no_trig": {"disable_trig": True},
     },
-    claim="score_keys_for_round over compute_frequency_statistics_from_means agrees with the oracle.",
-    reason="It is the paper's own form, from keys before RoPE and their positions; calibration tools rank keys by it.",
-    tolerance="Class B, and 8 x 2^-24 T more for amplitudes and phases that are handed over in float32.",
-    remedy="Check the sign of the distance (t + o - p), the conjugate in m conj k, and what disable_mlr leaves.",
+    claim="score_keys_for_round, given compute_frequency_statistics_from_means, agrees with the oracle.",
+    reason="It is the paper's formula, from keys before RoPE and their positions; calibration tools rank keys with it.",
+    tolerance="Class B, plus 8 x 2^-24 T because amplitudes and phases are passed in float32.",
+    remedy="Check the sign of the distance (t + o - p), the conjugate in m conj k, and the effect of disable_mlr.",
 )  # fmt: skip
 def test_scores_from_unrotated_keys(
     case: dict[str, Any], subject: Subject, device: str, seed: int, measure: Measure
@@ -68,8 +69,8 @@ _SCALINGS = {"plain": 1.0, "yarn": 1.2079}
 @check(
     "p4.rotary_pairs", gate="hard", cases=_STYLES,
     claim="to_complex_pairs pairs the dims of a head as rope_style says, and rotate_half multiplies every pair by i.",
-    reason="Everything else is computed from these pairs; the other layout correlates with this one by half.",
-    tolerance="Exact: nothing is computed but a sign.",
+    reason="All scores are computed from these pairs; the wrong layout gives scores that correlate by half.",
+    tolerance="Exact: only signs change.",
     remedy="half pairs (f, f + D/2), interleaved (2f, 2f + 1); i (a + ib) is -b + ia.",
 )  # fmt: skip
 def test_rotary_pairs(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
@@ -78,7 +79,8 @@ def test_rotary_pairs(case: str, subject: Subject, device: str, seed: int, measu
     for shape in drawn(seed, 8):
         keys = make(shape, seed, device).keys
         want = oracle.pairs(keys.double().cpu().numpy(), case)
-        got = call(lambda keys=keys: (pairs(keys, style=case), turn(keys, style=case)), {"tensor": keys}).result
+        both = partial(lambda keys: (pairs(keys, style=case), turn(keys, style=case)), keys)
+        got = call(both, {"tensor": keys}).result
         measure("pairs that differ", int((_numbers(got[0]) != want).sum()), 0, where=shape.told())
         turned = oracle.pairs(got[1].double().cpu().numpy(), case)
         measure("turned pairs that differ", int((turned != 1j * want).sum()), 0, where=shape.told())
@@ -91,10 +93,10 @@ def _numbers(tensor: Any) -> np.ndarray:
 @check(
     "p4.invert_rope", gate="hard",
     cases={f"{style}-{name}": (style, scaling) for style in _STYLES for name, scaling in _SCALINGS.items()},
-    claim="invert_rope gives the key before RoPE, without the attention scaling that the cached key carries.",
-    reason="A scaling that stays in, or is taken out once too often, weighs every key of a YaRN model wrongly.",
-    tolerance="8 x 2^-24 of each pair: two products, a sum, a division, and cos and sin rounded once.",
-    remedy="cos and sin of the rotary module carry the scaling, and so does the key: divide by its square.",
+    claim="invert_rope returns the key before RoPE, without the attention scaling contained in the cached key.",
+    reason="If the scaling is not removed, or removed twice, every key of a YaRN model gets the wrong weight.",
+    tolerance="8 x 2^-24 of each pair: two products, a sum, a division, and one rounding of cos and sin.",
+    remedy="The key and the rotary module's cos and sin all contain the scaling: divide by its square.",
 )  # fmt: skip
 def test_invert_rope(case: tuple[str, float], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
@@ -110,7 +112,7 @@ def test_invert_rope(case: tuple[str, float], subject: Subject, device: str, see
             torch.from_numpy(scale * spread(part)).to(device, torch.float32) for part in (np.cos(angle), np.sin(angle))
         )
         got = call(
-            lambda keys=problem.keys, cos=cos, sin=sin: invert(keys, cos, sin, scale, style=style),
+            partial(invert, problem.keys, cos, sin, scale, style=style),
             {"rotated": problem.keys, "cos": cos, "sin": sin},
         )
         want = problem.case.k0 / scale
@@ -120,15 +122,15 @@ def test_invert_rope(case: tuple[str, float], subject: Subject, device: str, see
 
 @check(
     "p4.offsets", gate="hard", cases={f"max{n}": n for n in (1, 2, 5, 65535, 65536, 100_000)},
-    claim="build_geometric_offsets gives 1, 2, 4, ... up to and including the maximum.",
-    reason="The offsets are the distances at which a key is asked for; one too many or too few is another method.",
+    claim="build_geometric_offsets returns the powers of two up to and including the maximum.",
+    reason="Scores are aggregated over these future distances; one offset too many or too few is a different method.",
     tolerance="Exact: powers of two.",
     remedy="65536 gives 17 offsets, 65535 gives 16.",
 )  # fmt: skip
 def test_offsets(case: int, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     offsets = subject.attribute(_UTILITIES, "build_geometric_offsets")(case, device)
     want = [float(1 << i) for i in range(case.bit_length())]
-    assert offsets.device.type == device, f"the offsets are on {offsets.device} and {device} was asked for"
+    assert offsets.device.type == device, f"the offsets are on {offsets.device}, expected {device}"
     got = offsets.tolist()
     assert len(got) == len(want), f"the offsets up to {case} are {got}, expected {want}"
     measure("offsets that differ", sum(a != b for a, b in zip(got, want, strict=True)), 0, where=f"{got}")
@@ -136,19 +138,20 @@ def test_offsets(case: int, subject: Subject, device: str, seed: int, measure: M
 
 @check(
     "p4.frequency_scaling", gate="hard", cases=_SCALINGS,
-    claim="compute_frequency_scaling is the square of the attention scaling at every frequency.",
-    reason="It weighs unrotated keys: the query carries one factor of the scaling and the key the other.",
+    claim="compute_frequency_scaling returns the square of the attention scaling at every frequency.",
+    reason="It is the weight of unrotated keys: query and key each contribute one factor of the scaling.",
     tolerance="8 x 2^-24 of the value.",
-    remedy="Square the rotary module's attention_scaling; cached keys, which carry one factor, need it once.",
+    remedy="Square the rotary module's attention_scaling; cached keys contain one factor already and need one more.",
 )  # fmt: skip
 def test_frequency_scaling(case: float, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
     import torch
 
     class Rotary(torch.nn.Module):
-        """A rotary module as transformers has it: it returns cos and sin times its attention scaling."""
+        """A rotary module as in transformers: it returns cos and sin times its attention scaling."""
 
         attention_scaling = case
+        inv_freq: torch.Tensor
 
         def __init__(self) -> None:
             super().__init__()
@@ -167,8 +170,8 @@ def test_frequency_scaling(case: float, subject: Subject, device: str, seed: int
 
 @check(
     "p4.statistics_file", gate="hard", cases="round_trip",
-    claim="What save_head_frequency_stats writes, load_head_frequency_stats reads, head by head and to the bit.",
-    reason="A file whose heads are read in another order scores every layer with another's wishes, without a word.",
+    claim="load_head_frequency_stats returns bitwise what save_head_frequency_stats wrote, for every head.",
+    reason="If heads are read in another order, each is silently scored with another head's statistics.",
     tolerance="Exact: float32 in, float32 out.",
     remedy="Look up a head by its layer and number, not by its place in the file.",
 )  # fmt: skip
@@ -177,7 +180,7 @@ def test_statistics_file(case: str, subject: Subject, device: str, seed: int, tm
 
     save = subject.attribute(_UTILITIES, "save_head_frequency_stats")
     load = subject.attribute(_UTILITIES, "load_head_frequency_stats")
-    problem = make(Shape(n=1, h=33), seed, device)  # more than one digit, so that an order of names is not one of heads
+    problem = make(Shape(n=1, h=33), seed, device)  # two-digit heads: sorting by name differs from sorting by number
     heads = [(number % 11, number // 11) for number in range(33)]
     means = torch.complex(problem.q_mean_real, problem.q_mean_imag)
     given = {
@@ -186,8 +189,8 @@ def test_statistics_file(case: str, subject: Subject, device: str, seed: int, tm
     }
     save(tmp_path / "statistics.pt", heads, given, {"head_dim": 128, "note": "kept"})
     metadata, found = load(tmp_path / "statistics.pt", device)
-    assert metadata.get("note") == "kept", f"the metadata has {sorted(metadata)}, and not what was given"
-    assert set(found) == set(given), f"{len(found)} heads were read of {len(given)}"
+    assert metadata.get("note") == "kept", f"the metadata has {sorted(metadata)}, not the entries that were saved"
+    assert set(found) == set(given), f"{len(found)} of {len(given)} heads were read"
     wrong = [
         head
         for head, one in given.items()

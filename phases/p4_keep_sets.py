@@ -1,4 +1,4 @@
-"""Phase 4, the published compressor: what it keeps, of keys and of values, and what its options do."""
+"""Phase 4, the published compressor: which keys and values it keeps, and what its options do."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def _evictable(length: int, prompt: int = 0, window: int = 0) -> np.ndarray:
 
 
 def _judge(caches: Caches, kept: Kept, layer: int, length: int, options: dict, measure: Measure, **where: int) -> None:
-    """The oracle's keep set of every row; ``where`` has t, prompt and window."""
+    """Compare every row's keep set with the oracle's; ``where`` has t, prompt and window."""
     evictable = _evictable(length, where.get("prompt", 0), where.get("window", 0))
     for row in range(kept.indices.shape[0]):
         selection = caches.selection(layer, row, slice(0, length), where.get("t", length), evictable, options)
         held = kept.mask(row, length)
         assert held[:, ~evictable].all(), f"row {row}: a protected token was evicted"
         if len(selection.scores) == 1:
-            assert (held == held[:1]).all(), "the KV heads of a layer keep other tokens, and the mode is per_layer"
+            assert (held == held[:1]).all(), "the KV heads of a layer keep different tokens in mode per_layer"
             held = held[:1]
         measure(
             "best evicted over worst kept score", selection.inversion(held, evictable), selection.allowed,
@@ -47,10 +47,10 @@ def _judge(caches: Caches, kept: Kept, layer: int, length: int, options: dict, m
         "below": {"length": 63, "kept": 63}, "due": {"length": 64}, "beyond": {"length": 97},
         "bfloat16": {"length": 97, "dtype": "bfloat16"}, "two_rows": {"length": 80, "rows": 2},
     },
-    claim="The compressor keeps everything below budget + divide_length and the budget from there on, and moves keys "
-    "and values together, bit for bit.",
-    reason="A budget without effect costs no error, and values of other tokens than their keys stay fluent a while.",
-    tolerance="Exact counts; bitwise equality with the tokens that the indices name.",
+    claim="Below budget + divide_length tokens the compressor keeps all of them, from there on exactly the budget, and "
+    "kept keys and values are bitwise those of the returned indices.",
+    reason="A budget without effect raises no error, and text stays fluent for a while when values do not match keys.",
+    tolerance="Exact counts; bitwise equality with the tokens at the returned indices.",
     remedy="Gather keys and values with the same indices, and compare lengths with >=.",
 )  # fmt: skip
 def test_compressor(
@@ -65,15 +65,15 @@ def test_compressor(
     kept = compress(caches.compressor(subject), keys, values, layer_idx=1)
     assert not kept.call.changed, f"it wrote to {', '.join(kept.call.changed)}"
     assert not kept.call.overruns, f"it {'; '.join(kept.call.overruns)}"
-    measure("tokens kept off the expected number", abs(kept.keys.shape[2] - expected), 0, unit="tokens")
+    measure("kept tokens, off by", abs(kept.keys.shape[2] - expected), 0, unit="tokens")
     for head in kept.indices.flatten(0, 1).tolist():
         assert len(set(head) & set(range(length))) == expected, f"the indices are not those of {expected} tokens"
     where = kept.indices[..., None].expand(-1, -1, -1, keys.shape[-1])
     for what, given, held in (("keys", keys, kept.keys), ("values", values, kept.values)):
-        measure(f"{what} that are not those of the indices", int((given.gather(2, where) != held).sum()), 0)
+        measure(f"{what} that do not match the indices", int((given.gather(2, where) != held).sum()), 0)
 
 
-#: Options that leave the keep set as it is, and options that change it.
+#: Options that do not change the keep set, and options that do.
 _NEUTRAL: dict[str, dict[str, Any]] = {
     "default": {},
     "pytorch": {"use_triton_scoring": False},
@@ -93,10 +93,10 @@ _CHANGING: dict[str, dict[str, Any]] = {
 
 @check(
     "p4.compressor_keep_set", gate="hard", **_FAMILY, cases=_NEUTRAL | _CHANGING,
-    claim="The compressor keeps what the oracle keeps, with each option that it accepts.",
-    reason="An option that is accepted and ignored makes an ablation that measures nothing.",
-    tolerance="The oracle's set, except inside score gaps below twice the class B error (verify/judge/keep_set.py).",
-    remedy="Honour the option, or refuse it when the configuration is made.",
+    claim="With each option, the compressor's keep set matches the oracle's.",
+    reason="If an option is accepted but ignored, an ablation with it measures nothing.",
+    tolerance="The oracle's set; scores closer than twice the class B error may swap (verify/judge/keep_set.py).",
+    remedy="Honour the option, or refuse it when the configuration is created.",
 )  # fmt: skip
 def test_compressor_keep_set(
     case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
@@ -116,11 +116,11 @@ def test_compressor_keep_set(
         "both": {"window_size": _WINDOW, "protect_prefill": True},
         "prompt_on_top": {"protect_prefill": True, "include_prefill_in_budget": False},
     },
-    claim="The window and the prompt, where they are protected, are kept whatever they score, and the rest is ranked "
-    "as the oracle ranks it, with z-scores over what can be evicted.",
-    reason="A newest token that is gone before it was ever read, or a lost question, is the costliest eviction.",
-    tolerance="Exact for the protected; the oracle's set for the others (verify/judge/keep_set.py).",
-    remedy="Rank protected tokens first, and leave them out of the mean and deviation of the z-scores.",
+    claim="A protected window or prompt is always kept, and the other tokens are ranked as by the oracle, with "
+    "z-scores over the evictable tokens only.",
+    reason="Evicting a new token before it was ever read, or the question, costs the most.",
+    tolerance="Exact for protected tokens; the oracle's set for the others (verify/judge/keep_set.py).",
+    remedy="Rank protected tokens first, and exclude them from the mean and deviation of the z-scores.",
 )  # fmt: skip
 def test_compressor_protects(
     case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
@@ -130,24 +130,24 @@ def test_compressor_protects(
     budget = _BUDGET + (0 if case.get("include_prefill_in_budget", True) else prompt)
     length = budget + _DIVIDE
     caches = make_caches(tmp_path, seed, device, tokens=length)
-    for keys in caches.keys:  # far from the others, so that it matters whether they are counted in
+    for keys in caches.keys:  # far from the others, so that z-scores which include them differ
         keys[:, :, :_PROMPT] *= 30.0
         keys[:, :, length - _WINDOW :] *= -30.0
     compressor = caches.compressor(subject, **case)
     for layer, (keys, values) in enumerate(zip(caches.keys, caches.values, strict=True)):
         compress(compressor, keys[:, :, :_PROMPT], values[:, :, :_PROMPT], layer_idx=layer)
         kept = compress(compressor, keys, values, layer_idx=layer)
-        measure("tokens kept off the budget", abs(kept.keys.shape[2] - budget), 0, unit="tokens")
+        measure("kept tokens, off the budget by", abs(kept.keys.shape[2] - budget), 0, unit="tokens")
         _judge(caches, kept, layer, length, case, measure, prompt=prompt, window=window)
 
 
 @check(
     "p4.compressor_order", gate="soft", cases={"ascending": False, "ties": True}, **_FAMILY,
-    claim="The kept indices ascend, and among keys that score the same the lowest index is kept.",
-    reason="Without an order and a rule for ties, two runs of one text keep different tokens. The published "
+    claim="The kept indices ascend, and among keys with equal scores the lowest indices are kept.",
+    reason="Without an order and a rule for ties, two runs of one text can keep different tokens. The published "
     "compressor promises neither, so this is SOFT.",
-    tolerance="Exact; tied keys are the same key, to the bit.",
-    remedy="Sort by score with a stable sort, then the indices.",
+    tolerance="Exact; tied keys are bitwise identical.",
+    remedy="Sort by score with a stable sort, then sort the kept indices.",
 )  # fmt: skip
 def test_compressor_order(
     case: bool, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
@@ -155,7 +155,7 @@ def test_compressor_order(
     length = 96
     caches = make_caches(tmp_path, seed, device, tokens=length)
     keys = caches.keys[0]
-    if case:  # every second key is the same one, and so many that the last place kept is always among them
+    if case:  # every second key is identical: so many that the budget always cuts through them
         keys[:, :, ::2] = keys[:, :, :1]
         keys[:, :, 1::4] = 0.01 * keys[:, :, :1]
         keys[:, :, 3::4] = 3.0 * keys[:, :, :1]
@@ -165,12 +165,12 @@ def test_compressor_order(
     if case:
         for head in kept.mask(0, length):
             tied = head[::2]
-            assert 0 < tied.sum() < len(tied), f"{tied.sum()} of {len(tied)} equal keys are kept; that tests nothing"
+            assert 0 < tied.sum() < len(tied), f"{tied.sum()} of {len(tied)} equal keys are kept; this tests nothing"
             measure("equal keys kept after an evicted one", int(tied[tied.argmin() :].sum()), 0)
 
 
 def _grow(caches: Caches, compressor: Any, layers: tuple[int, ...], steps: int) -> dict[int, list[Kept]]:
-    """Fill each layer's cache to the trigger ``steps`` times, layers in turn, from what was kept before."""
+    """Fill each layer's cache up to the trigger ``steps`` times, layer by layer, starting from what was kept."""
     import torch
 
     held = {layer: (caches.keys[layer][:, :, :_BUDGET], caches.values[layer][:, :, :_BUDGET]) for layer in layers}
@@ -191,10 +191,10 @@ def _grow(caches: Caches, compressor: Any, layers: tuple[int, ...], steps: int) 
 @check(
     "p4.compressor_state", gate="hard", **_FAMILY,
     cases={"layers": "layers", "reset": "reset", "small_steps": "small_steps"},
-    claim="What a layer keeps depends on its own cache alone: not on other layers' rounds, on the sequence before a "
-    "reset, or on calls below the trigger.",
-    reason="State that is shared or survives moves the position of the next round, and so what it keeps.",
-    tolerance="The same bits.",
+    claim="A layer's keep set depends only on its own cache, not on other layers' rounds, a sequence before reset(), "
+    "or calls below the trigger.",
+    reason="Shared or surviving state shifts the position of the next round, and with it the keep set.",
+    tolerance="Bitwise equality.",
     remedy="Keep state per layer, and clear all of it in reset().",
 )  # fmt: skip
 def test_compressor_state(
@@ -217,12 +217,11 @@ def test_compressor_state(
 
 @check(
     "p4.compressor_rounds", gate="hard", **_FAMILY, cases={"counted": None, "given": 500},
-    claim="A later round stands at the position of the next token: tokens seen since the reset, or the newest of the "
-    "cache_positions that are given, plus one.",
-    reason="After a round the length of a cache is no position any more; a round that takes it for one ranks by other "
-    "distances.",
-    tolerance="The oracle's set, except inside score gaps below twice the class B error (verify/judge/keep_set.py).",
-    remedy="Add what was evicted to the length, or take the largest given position plus one.",
+    claim="A later round scores from the position of the next token: the number of tokens seen since the reset, or the "
+    "largest given cache_positions plus one.",
+    reason="After a round the cache length is no longer the position; using it ranks keys by wrong distances.",
+    tolerance="The oracle's set; scores closer than twice the class B error may swap (verify/judge/keep_set.py).",
+    remedy="Add the number of evicted tokens to the length, or take the largest given position plus one.",
 )  # fmt: skip
 def test_compressor_rounds(
     case: int | None, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
@@ -247,9 +246,9 @@ def test_compressor_rounds(
 @check(
     "p4.compressor_statistics", gate="hard", **_FAMILY,
     cases={name: name for name in ("layer_absent", "head_absent", "layer_beyond", "no_file")},
-    claim="A layer or head without statistics is an error, and nothing else's statistics take their place.",
-    reason="A substitute ranks every key by what another head asks for, and no number looks wrong.",
-    remedy="Raise before any work is done, naming the layer and head that the file lacks.",
+    claim="A layer or head without statistics is an error; no other statistics are substituted.",
+    reason="A substitute ranks every key by another head's statistics, and no number looks wrong.",
+    remedy="Raise before any work is done, and name the layer and head missing from the file.",
 )  # fmt: skip
 def test_compressor_statistics(case: str, subject: Subject, device: str, seed: int, tmp_path: Path) -> None:
     caches = make_caches(tmp_path, seed, device, tokens=64)
@@ -265,4 +264,4 @@ def test_compressor_statistics(case: str, subject: Subject, device: str, seed: i
         raise
     except Exception:  # any other error is a refusal: a subject has errors of its own
         return
-    raise AssertionError(f"layer {layer} was compressed, for which there are no statistics")
+    raise AssertionError(f"layer {layer} was compressed without statistics")

@@ -1,7 +1,7 @@
-"""Phase 4, families of properties: what must hold between scores of related problems, whatever their shape.
+"""Phase 4, properties: relations that must hold between the scores of related problems of any shape.
 
-hypothesis draws the shapes from the check's seed. A score is compared with the score of another problem, and the error
-of each may be its class B budget, so a fault has to be the same in both to hide.
+hypothesis draws the shapes from the check's seed. The scores of two problems are compared, each with its class B
+budget, so only an error that is the same in both goes unnoticed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _CASES = dict(zip(PATHS, PATHS, strict=True))
 _EXAMPLES = 8
 
-#: A score that ignores phases is off by more than so many times what is allowed; the turn that shows it best is taken
-#: of so many, because one may leave the score of an only key nearly where it was.
+#: A score that ignores phases must be off by more than this multiple of the allowed error. The best of several random
+#: rotations is used, because a single one may hardly change the score when there is only one key.
 _NOT_LITTLE, _TURNS = 10, 4
 
 _BOTH = "The sum of the class B budgets of the scores compared"
@@ -46,8 +46,8 @@ def _draw(seed: int) -> np.random.Generator:
 
 
 def _turned(problem: Problem, random: np.random.Generator) -> tuple[float, Problem, np.ndarray, np.ndarray]:
-    """How often what is allowed goes into the most that a score changes, when the phases of the keys are turned; the
-    problem with turned keys; the change of its scores; and what is allowed.
+    """Rotate the phases of the keys at random. Returns the largest ratio of score change to allowed error, the problem
+    with the rotated keys, the change of its scores, and the allowed error.
     """
     import numpy as np
 
@@ -63,14 +63,14 @@ def _rekeyed(problem: Problem, keys: np.ndarray, **parts: Any) -> Problem:
     """The problem with other keys ``[B, H, N, D]``, rounded to float32."""
     import torch
 
-    keys = torch.from_numpy(keys).to(problem.keys.device, torch.float32)
-    return problem.changed(keys=keys, shape=replace(problem.shape, dtype="float32"), **parts)
+    moved = torch.from_numpy(keys).to(problem.keys.device, torch.float32)
+    return problem.changed(keys=moved, shape=replace(problem.shape, dtype="float32"), **parts)
 
 
 @check(
     "p4.drawn", cases=_CASES, **_FAMILY,
-    claim="Scores of drawn shapes agree with the oracle: sizes, head dims, dtypes, layouts, strides, odd positions.",
-    reason="Cases that somebody chose leave out what nobody thought of.",
+    claim="Scores agree with the oracle for random sizes, head dims, dtypes, layouts, strides and positions.",
+    reason="Hand-picked cases miss the combinations that nobody thought of.",
     tolerance="Class B, as in p4.triton_oracle.",
     remedy="Repeat with the shape in the message; change one field at a time towards the default.",
 )  # fmt: skip
@@ -84,8 +84,8 @@ def test_drawn_shapes(case: str, subject: Subject, device: str, seed: int, measu
 @check(
     "p4.shift", cases=_CASES, **_FAMILY,
     claim="Scores stay the same when t and the position of every key move by the same amount.",
-    reason="A score depends on distances alone; one that depends on where a text begins ranks a long context wrongly.",
-    tolerance=f"{_BOTH}, and 2^-24 T, because the moved keys are rounded to float32 once.",
+    reason="Scores depend only on distances; a dependence on absolute positions ranks long contexts wrongly.",
+    tolerance=f"{_BOTH}, plus 2^-24 T, because the moved keys are rounded to float32 once.",
     remedy="Look at how t enters the phases: a table row, a modulus, an integer type.",
 )  # fmt: skip
 def test_shift(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
@@ -102,33 +102,33 @@ def test_shift(case: str, subject: Subject, device: str, seed: int, measure: Mea
 
 @check(
     "p4.key_phase", cases=_CASES, **_FAMILY,
-    claim="Turning the phase of the keys changes the scores by what the oracle predicts, which is not little.",
-    reason="A score of norms alone is plausible, and it is not this method.",
-    tolerance=f"{_BOTH}, for the change; for some key the predicted change is 10 times that.",
-    remedy="Check that the two parts of a pair are paired as rope_style says, and the sign of the phase.",
+    claim="Rotating the phases of the keys changes the scores noticeably, by the amount that the oracle predicts.",
+    reason="Scores from norms alone look plausible, but are a different method.",
+    tolerance=f"{_BOTH}, for the change; for some key the predicted change is over 10 times that.",
+    remedy="Check the pairing of dims (rope_style) and the sign of the phase.",
 )  # fmt: skip
 def test_key_phase(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, _EXAMPLES, dtype=("float32",)):
         here, random = make(shape, seed, device), _draw(seed)
         times, there, predicted, allowed = max((_turned(here, random) for _ in range(_TURNS)), key=itemgetter(0))
-        assert times > _NOT_LITTLE, f"no turn of the keys of {shape.told()} can be told from none; draw more turns"
+        assert times > _NOT_LITTLE, f"no rotation of the keys of {shape.told()} changes a score enough; draw more"
         change = _scores(subject, case, there) - _scores(subject, case, here)
-        measure("change off the predicted one", *worst(change - predicted, allowed), where=_where(case, shape))
+        measure("error of the change", *worst(change - predicted, allowed), where=_where(case, shape))
 
 
 @check(
     "p4.linear", cases=_CASES, **_FAMILY,
-    claim="The mean over the offsets of the trigonometric part is linear in the key.",
-    reason="Folding the offsets into one weight is exact for this reason only.",
-    tolerance="The class B budgets of the three scores, weighted alike, and 2^-24 T for rounding the combined key.",
-    remedy="Look for a clamp, an absolute value or an epsilon in the first term.",
+    claim="The trigonometric term, averaged over the offsets, is linear in the key.",
+    reason="Only because of this is folding the offsets into one weight exact.",
+    tolerance="The class B budgets of the three scores, weighted alike, plus 2^-24 T for rounding the combined key.",
+    remedy="Look for a clamp, an absolute value or an epsilon in the trigonometric term.",
 )  # fmt: skip
 def test_linear(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import torch
 
     for shape in drawn(seed, _EXAMPLES, dtype=("float32",), aggregation=("mean",)):
         one = make(shape, seed, device)
-        # one part of each mean is 0, so that |m| is exact and a = |m| leaves the first term alone
+        # the real or the imaginary part of each mean is 0, so |m| is exact, and a = |m| cancels the norm term
         real = torch.arange(shape.d // 2, device=device) % 2 == 0
         parts = {"q_mean_real": one.q_mean_real * real, "q_mean_imag": one.q_mean_imag * ~real}
         one = one.changed(**parts, q_abs_mean=sum(abs(part) for part in parts.values()))
@@ -146,8 +146,8 @@ _AXES = {"rows": 0, "heads": 1, "keys": 2}
 @check(
     "p4.permute", **_FAMILY,
     cases={f"{path}-{axis}": (path, number) for path in PATHS for axis, number in _AXES.items()},
-    claim="Permuting keys, heads (with their statistics) or batch rows permutes the scores.",
-    reason="What a key scores must not depend on which keys, heads or rows stand beside it, or where it stands.",
+    claim="Permuting keys, heads (with their statistics) or batch rows permutes the scores in the same way.",
+    reason="A key's score must not depend on its neighbours or on its index along any axis.",
     tolerance=f"{_BOTH}.",
     remedy="Look for a mask, a block or a stride that treats the first or last row, head or key differently.",
 )  # fmt: skip
@@ -155,11 +155,12 @@ def test_permute(case: tuple[str, int], subject: Subject, device: str, seed: int
     import torch
 
     path, axis = case
-    several = {0: {"b": (3, 2)}, 1: {"h": (3, 2)}, 2: {"n": (33, 31, 64, 65, 129, 200)}}[axis]
-    for shape in drawn(seed, _EXAMPLES, **several):
+    several: dict[int, dict[str, tuple[int, ...]]]
+    several = {0: {"b": (3, 2)}, 1: {"h": (3, 2)}, 2: {"n": (33, 31, 64, 65, 129, 200)}}
+    for shape in drawn(seed, _EXAMPLES, **several[axis]):
         here = make(shape, seed, device)
         size = here.keys.shape[axis]
-        order = torch.arange(size, device=device).roll(1 + seed % (size - 1))  # nothing stays where it is
+        order = torch.arange(size, device=device).roll(1 + seed % (size - 1))  # every index moves
         names = ("q_mean_real", "q_mean_imag", "q_abs_mean", "freq_weight") if axis == 1 else ()
         parts = {name: getattr(here, name)[order] for name in names}
         positions = here.case.positions[order.cpu().numpy()] if axis == 2 else here.case.positions
@@ -173,9 +174,9 @@ def test_permute(case: tuple[str, int], subject: Subject, device: str, seed: int
 @check(
     "p4.zero", cases=_CASES, **_FAMILY,
     claim="Statistics that are zero give scores that are exactly zero.",
-    reason="An epsilon under a square root makes something out of nothing, by which keys are then ranked.",
-    tolerance="0: the class B budget of a score without terms.",
-    remedy="Take epsilons out of the norms; nothing is divided by them.",
+    reason="An epsilon under a square root turns zeros into small scores, and keys are then ranked by them.",
+    tolerance="0: the class B budget when all terms are 0.",
+    remedy="Remove epsilons from the norms; nothing is divided by them.",
 )  # fmt: skip
 def test_zero(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, _EXAMPLES):
@@ -194,9 +195,9 @@ def test_zero(case: str, subject: Subject, device: str, seed: int, measure: Meas
             "weights": ("freq_weight",), "statistics": ("q_mean_real", "q_mean_imag", "q_abs_mean"), "keys": ("keys",)
         }.items()
     },
-    claim="Scores grow in proportion to the weights, to the statistics and to the keys.",
-    reason="A weight that is squared or dropped is 1 in most tests, and is not 1 where RoPE is scaled.",
-    tolerance=f"{_BOTH}; the factor is a power of two, so that nothing else is rounded.",
+    claim="Scores are proportional to the weights, to the statistics and to the keys.",
+    reason="Most tests use weights of 1, so a squared or dropped weight shows only in models with scaled RoPE.",
+    tolerance=f"{_BOTH}; the factor is a power of two, so nothing else is rounded.",
     remedy="freq_scale_sq is the weight, used as given; look for its square, its root, or a clamp.",
 )  # fmt: skip
 def test_scale(case: tuple[str, tuple[str, ...]], subject: Subject, device: str, seed: int, measure: Measure) -> None:
@@ -210,18 +211,19 @@ def test_scale(case: tuple[str, tuple[str, ...]], subject: Subject, device: str,
 
 
 def _mean_and_max(subject: Subject, path: str, shape: Shape, seed: int, device: str) -> tuple[np.ndarray, np.ndarray]:
-    """max - mean of the scores of a shape, and by how much honest errors may move it."""
+    """max - mean of the scores of a shape, and the allowed error of this difference."""
     both = [make(replace(shape, aggregation=aggregation), seed, device) for aggregation in ("max", "mean")]
     largest, mean = (_scores(subject, path, problem) for problem in both)
-    return largest - mean, sum(budget_b(problem.case) for problem in both)
+    of_largest, of_mean = (budget_b(problem.case) for problem in both)
+    return largest - mean, of_largest + of_mean
 
 
 @check(
     "p4.one_offset", cases=_CASES, **_FAMILY,
-    claim="With one offset the mean and the maximum over the offsets are the same score.",
-    reason="The two are often two kernels; one offset is where they must meet.",
+    claim="With one offset, mean and max aggregation give the same score.",
+    reason="The two are often separate kernels, which must agree when there is only one offset.",
     tolerance=f"{_BOTH}.",
-    remedy="Look at what the mean divides by, and at what the maximum begins with.",
+    remedy="Look at the divisor of the mean and at the initial value of the maximum.",
 )  # fmt: skip
 def test_one_offset(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, _EXAMPLES, offsets=((1.0,), (3.0,), (65536.0,))):
@@ -231,10 +233,10 @@ def test_one_offset(case: str, subject: Subject, device: str, seed: int, measure
 
 @check(
     "p4.max_mean", cases=_CASES, **_FAMILY,
-    claim="The maximum over the offsets is nowhere below the mean, and somewhere above it.",
-    reason="A maximum that leaves out an offset, or is taken per frequency, can pass for a mean.",
+    claim="The maximum over the offsets is never below the mean, and above it for some key.",
+    reason="A maximum that misses an offset or is taken per frequency can look like a mean.",
     tolerance=f"{_BOTH}.",
-    remedy="Check that the maximum is taken of whole scores, over every offset.",
+    remedy="Take the maximum of whole scores over every offset.",
 )  # fmt: skip
 def test_max_is_not_below_mean(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
@@ -243,15 +245,15 @@ def test_max_is_not_below_mean(case: str, subject: Subject, device: str, seed: i
         above, allowed = _mean_and_max(subject, case, shape, seed, device)
         found = worst(np.minimum(above, 0.0), allowed)
         measure("mean above the maximum", *found, where=_where(case, shape))
-        assert (above > allowed).any(), f"the maximum is the mean: {_where(case, shape)}"
+        assert (above > allowed).any(), f"the maximum equals the mean: {_where(case, shape)}"
 
 
 @check(
     "p4.layout", cases=_CASES, **_FAMILY,
-    claim="Keys in the half layout score as the same keys with their pairs interleaved do.",
-    reason="The wrong layout pairs a real part with another's: scores correlate by half and look plausible.",
+    claim="Keys in the half layout get the same scores as the same keys in the interleaved layout.",
+    reason="The wrong layout pairs the wrong dims, and the resulting scores look plausible: they correlate by half.",
     tolerance=f"{_BOTH}.",
-    remedy="half pairs (f, f + D/2), interleaved (2f, 2f + 1); see which of the two a call got.",
+    remedy="half pairs (f, f + D/2), interleaved (2f, 2f + 1); check which of the two a call received.",
 )  # fmt: skip
 def test_layout(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, _EXAMPLES, style=("half",)):
@@ -265,10 +267,10 @@ def test_layout(case: str, subject: Subject, device: str, seed: int, measure: Me
 
 @check(
     "p4.chunked", cases=_CASES, **_FAMILY,
-    claim="Keys that are scored in pieces get the scores they get together.",
-    reason="A keep set must not depend on how scoring was tiled; engines score pages, chunks and whole caches.",
+    claim="Keys get the same scores in several calls as in one call.",
+    reason="A keep set must not depend on how scoring is tiled; engines score pages, chunks and whole caches.",
     tolerance=f"{_BOTH}.",
-    remedy="Look for what is taken from the length of the call: a round start, a normalisation, a block's tail.",
+    remedy="Look for values derived from the length of the call: a round start, a normalisation, a block's tail.",
 )  # fmt: skip
 def test_chunked(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
@@ -291,16 +293,16 @@ def test_chunked(case: str, subject: Subject, device: str, seed: int, measure: M
 
 @check(
     "p4.reused", cases=_CASES, **_FAMILY,
-    claim="A second call with the same tensors, which hold other numbers by then, scores those numbers.",
-    reason="Serving writes into the same buffers for ever; what is remembered by address or object is soon stale.",
+    claim="If the tensors hold new numbers at the second call, the scores are those of the new numbers.",
+    reason="A serving engine reuses its buffers; anything cached by address or object identity becomes stale.",
     tolerance="Class B, against the oracle of the new numbers.",
-    remedy="Remember nothing by a tensor's identity or address, or compare its contents.",
+    remedy="Cache nothing by a tensor's identity or address, or compare its contents.",
 )  # fmt: skip
 def test_reused_buffers(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     for shape in drawn(seed, _EXAMPLES):
         held = make(shape, seed, device)
         _scores(subject, case, held)
-        # at the same moment, by which something may be remembered too, and at another
+        # at the same t, which may be a cache key too, and at another
         for later in (0, 3):
             new = make(replace(shape, t=shape.t + later, theta=5e5), seed + 1 + later, device)
             fresh = new.tensors()
@@ -313,10 +315,10 @@ def test_reused_buffers(case: str, subject: Subject, device: str, seed: int, mea
 @check(
     "p4.not_finite", **_FAMILY,
     cases={f"{path}-{name}": (path, float(name)) for path in PATHS for name in ("nan", "inf")},
-    claim="A key with a NaN or Inf in it gets a score that is not finite, and touches the score of no other key.",
-    reason="The plan's HARD gate 3.1 asks for finite scores; a path that makes a number of a NaN blinds it.",
+    claim="A key that contains NaN or Inf gets a score that is not finite, and does not affect other scores.",
+    reason="The plan's HARD gate 3.1 asks for finite scores; a path that turns NaN into a number defeats it.",
     tolerance="Not finite for the bad keys; class B for the others.",
-    remedy="Take out nan_to_num, clamps, and maxima that drop NaN; mask tails before they are summed.",
+    remedy="Remove nan_to_num, clamps, and maxima that drop NaN; mask tails before the sum.",
 )  # fmt: skip
 def test_not_finite(case: tuple[str, float], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, value = case
@@ -333,17 +335,17 @@ def test_not_finite(case: tuple[str, float], subject: Subject, device: str, seed
         measure("error of the others", *found.class_b, where=f"{_where(path, shape)}, {found.where}")
 
 
-#: Two strides reach over 2^31 elements, one does not, so the product of an index and a stride is what overflows.
+#: Two strides exceed 2^31 elements, one does not, so only the product of index and stride overflows.
 _FAR = 2**30 + 64
 
 
 @check(
     "p4.large", **_FAMILY, needs_gpu=True,
     cases={f"{path}-{axis}": (path, number) for path in PATHS for axis, number in _AXES.items()},
-    claim="Keys beyond 2^31 elements from the first are scored like any other, along each axis.",
-    reason="A cache of a long context or a large batch is that large; an index of 32 bits wraps and reads other keys.",
+    claim="Keys more than 2^31 elements after the first are scored correctly, along each axis.",
+    reason="The cache of a long context or a large batch is that large; a 32-bit index wraps and reads other keys.",
     tolerance="Class B.",
-    remedy="Form addresses in int64: cast the index before it is multiplied with a stride.",
+    remedy="Compute addresses in int64: cast the index before multiplying it by a stride.",
 )  # fmt: skip
 def test_large_indices(case: tuple[str, int], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import torch
@@ -352,16 +354,16 @@ def test_large_indices(case: tuple[str, int], subject: Subject, device: str, see
     shape = Shape(b=3, h=3, n=3, t=64, d=64, offsets=(1.0, 2.0, 4.0))
     strides = [9 * 64, 3 * 64, 64, 1]
     strides[axis] = _FAR
-    # an index that wraps lands 2^31 elements below the first key, still inside
+    # an index that wraps reads 2^31 elements before the first key, still inside the buffer
     elements = 2**31 + 2 * _FAR + 2**16
     needed, free = 2 * elements, torch.cuda.mem_get_info()[0]
     if free < needed + 2**30:
-        skip("VRAM", f"the keys span {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free")
+        skip("VRAM", f"the keys span {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
     problem = make(shape, seed, device)
     buffer = torch.empty(elements, dtype=torch.bfloat16, device=device).untyped_storage()
-    # no view of a tensor, which would be copied to be compared: the memory is not there twice
+    # not a view of a tensor, which the comparison would copy: there is no memory for a second one
     far = torch.empty(0, dtype=torch.bfloat16, device=device).set_(buffer, 2**31, problem.keys.shape, strides)
     far.copy_(problem.keys)
-    assert torch.equal(far, problem.keys), "torch does not reach that far here"
+    assert torch.equal(far, problem.keys), "torch itself cannot index that far on this device"
     found = accuracy(_scores(subject, path, replace(problem, keys=far)), problem.case)
     measure("error", *found.class_b, where=f"{PATHS[path]} path, {found.where}")

@@ -1,4 +1,4 @@
-"""Phase 4 and the launches of phase 3 once more, under compute-sanitizer; only where ``--sanitize`` asks for it."""
+"""Phase 4 and the launches of phase 3 again under compute-sanitizer, only with ``--sanitize``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from verify.subject.subject import Subject
 @check(
     "p4.sanitizer", gate="soft", needs_gpu=True, cases={tool: tool for tool in sanitizer.TOOLS},
     needs=("p1.identity", "p1.triton", "p3.plan"),
-    claim="Under compute-sanitizer the kernel checks touch only memory that is theirs and written, and do not race.",
-    reason="A read beyond the end of a tensor, or of memory that nothing wrote, gives right scores most of the time.",
-    tolerance="No error; of racecheck no warning either.",
-    remedy="Look at the first error: a mask of a load or a store, or a barrier that is missing.",
+    claim="compute-sanitizer finds no invalid access, no uninitialised read and no race in the kernel checks.",
+    reason="Reading past the end of a tensor, or uninitialised memory, gives correct scores most of the time.",
+    tolerance="No error, and no racecheck warning.",
+    remedy="Look at the first error: a missing mask of a load or store, or a missing barrier.",
     timeout_s=sanitizer.LIMIT_S + 60,
 )  # fmt: skip
 def test_sanitizer(case: str, subject: Subject, device: str, measure: Measure) -> None:

@@ -1,4 +1,4 @@
-"""Phase 5: the precomputed cos and sin tables (plan 3.3)."""
+"""Phase 5: the precomputed tables of cos and sin (plan 3.3)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,8 @@ def _table(subject: Subject, problem):
 @check(
     "p5.table", gate="hard", cases={"first": 1, "middle": 32, "last": _MAX_SEQ_LEN // _INTERVAL}, plan="3.3",
     claim="Every entry of a table row is the cos or sin of (t + o) omega.",
-    reason=(
-        "A row that is off by one interval scores every key as if the query stood elsewhere, and "
-        "still looks plausible."
-    ),
-    tolerance="1.5 units of 2^-24 per entry for one rounding, plus 2 |x| units where the phase x was formed in fp32.",
+    reason="A row that is off by one interval scores every key for another query position, and looks plausible.",
+    tolerance="1.5 units of 2^-24 per entry for one rounding, plus 2 |x| units if the phase x was computed in fp32.",
     remedy="Rows are at interval, 2 interval, ...; the last one is at the largest multiple up to max_seq_len.",
 )  # fmt: skip
 def test_table(case: int, subject: Subject, device: str, seed: int, measure: Measure) -> None:
@@ -45,10 +42,10 @@ def test_table(case: int, subject: Subject, device: str, seed: int, measure: Mea
 @check(
     "p5.cached", gate="hard", plan="3.3", needs=("p1.identity", "p1.triton", "p3.plan"),
     cases={f"{aggregation}-t{t}": (aggregation, t) for aggregation in ("mean", "max") for t in (128, 4096, 8192)},
-    claim="Scores through the table agree with the oracle as scores without it do.",
-    reason="The table is an optimisation; it must not be another algorithm.",
+    claim="Scores computed with the table and scores computed without it both agree with the oracle.",
+    reason="The table is an optimisation; it must not change the algorithm.",
     tolerance="Class B, as without the table.",
-    remedy="If p5.table passes, look at which row the kernel reads.",
+    remedy="If p5.table passes, check which row the kernel reads.",
     timeout_s=180,
 )  # fmt: skip
 def test_cached(case: tuple[str, int], subject: Subject, device: str, seed: int, measure: Measure) -> None:
@@ -62,12 +59,12 @@ def test_cached(case: tuple[str, int], subject: Subject, device: str, seed: int,
 
 @check(
     "p5.every_row", gate="hard", needs=("p1.identity", "p1.triton", "p3.plan"),
-    # compress_interval and max_seq_len: the usual one, one whose last row is not at max_seq_len, the densest
+    # compress_interval and max_seq_len: the usual values, a last row below max_seq_len, the densest table
     cases={"interval128": (128, 8192), "interval100": (100, 6050), "interval1": (1, 64)},
-    claim="At every row of a table, scores through it agree with the oracle and with scores without it.",
-    reason="One wrong row is one wrong round in sixty, which no fluent text shows.",
+    claim="At every row of a table, scores with it agree with the oracle and with scores without it.",
+    reason="One wrong row spoils one round in sixty, which does not show in fluent text.",
     tolerance="Class B against the oracle; the sum of both class B budgets between the two.",
-    remedy="Compare the row that the message names with its neighbours; then how a position finds its row.",
+    remedy="Compare the row named in the message with its neighbours, then check how a position is mapped to its row.",
     timeout_s=180,
 )  # fmt: skip
 def test_every_row(case: tuple[int, int], subject: Subject, device: str, seed: int, measure: Measure) -> None:
@@ -82,16 +79,16 @@ def test_every_row(case: tuple[int, int], subject: Subject, device: str, seed: i
         cached, uncached = kernel(subject, problem, trig_cache=table).scores, kernel(subject, problem).scores
         found = accuracy(cached, problem.case)
         measure("error", *found.class_b, where=f"t = {t}, {found.where}")
-        found = worst(cached - uncached, 2 * budget_b(problem.case))
-        measure("cached from uncached", *found, where=f"t = {t}")
+        apart = worst(cached - uncached, 2 * budget_b(problem.case))
+        measure("cached minus uncached", *apart, where=f"t = {t}")
 
 
 @check(
     "p5.reused", gate="hard", cases="same_table", needs=("p1.identity", "p1.triton", "p3.plan"),
-    claim="One table serves calls with other keys, statistics, weights and rounds, in the same or in other tensors.",
-    reason="A table lives as long as an engine; what it remembers of one call is wrong in the next.",
+    claim="One table is correct for other keys, statistics, weights and rounds, in the same tensors or in others.",
+    reason="A table lives as long as the engine; anything it caches from one call is wrong in the next.",
     tolerance="Class B.",
-    remedy="Keep in a table what depends on t, the offsets and omega, and nothing else.",
+    remedy="Store in a table only what depends on t, the offsets and omega.",
 )  # fmt: skip
 def test_reused_table(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     held = make(Shape(n=33), seed, device)
@@ -109,15 +106,15 @@ def test_reused_table(case: str, subject: Subject, device: str, seed: int, measu
 @check(
     "p5.stale", gate="soft", needs=("p1.identity", "p1.triton",),
     cases={"omega": "omega", "offsets": "offsets"},
-    claim="A table is refused, or not used, once the tensor that it was made of holds other numbers.",
-    reason="Its rows are of the old numbers. The published API says nothing about it, so this is SOFT.",
+    claim="After omega or the offsets change in place, a table made from them is refused or not used.",
+    reason="Its rows still hold the old numbers. The published API does not specify this case, so it is SOFT.",
     tolerance="Class B, or ValueError.",
-    remedy="Keep a copy of what the table was made of, and compare contents, not objects.",
+    remedy="Keep a copy of the tensors a table was made from, and compare contents, not identity.",
 )  # fmt: skip
 def test_stale_table(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     problem = make(Shape(n=33), seed, device)
     table = _table(subject, problem)
-    kernel(subject, problem, trig_cache=table)  # whatever it compares, it may compare now
+    kernel(subject, problem, trig_cache=table)  # a first call, which may check the table once and for all
     getattr(problem, case).mul_(1.5)
     new = problem.changed()
     try:
@@ -133,10 +130,10 @@ _BETWEEN = {f"t{t}": t for t in (1, 127, 129, 5000, 8191)}
 
 @check(
     "p5.between", gate="hard", cases=_BETWEEN, needs=("p1.identity", "p1.triton",),
-    claim="A round between two rows is scored as the oracle scores it, or refused with ValueError.",
-    reason="Reading the nearest row instead gives plausible scores of another moment.",
+    claim="A round between two rows gets the oracle's scores, or ValueError is raised.",
+    reason="Reading the nearest row instead gives plausible scores for a different position.",
     tolerance="Class B.",
-    remedy="Turn the row below by the residual angle, or raise.",
+    remedy="Rotate the row below by the residual angle, or raise ValueError.",
     timeout_s=180,
 )  # fmt: skip
 def test_between(case: int, subject: Subject, device: str, seed: int, measure: Measure) -> None:
@@ -149,9 +146,9 @@ def test_between(case: int, subject: Subject, device: str, seed: int, measure: M
 
 @check(
     "p5.any_round", gate="soft", cases=_BETWEEN, needs=("p1.identity", "p1.triton",),
-    claim="A round between two rows is served.",
-    reason="Odd prompts and multi-token steps put rounds between the rows; an engine must not fail there.",
-    remedy="Turn the row below by the residual angle.",
+    claim="A round between two rows is scored, not refused.",
+    reason="Odd prompt lengths and multi-token steps put rounds between the rows; an engine must not fail there.",
+    remedy="Rotate the row below by the residual angle.",
     timeout_s=180,
 )  # fmt: skip
 def test_any_round(case: int, subject: Subject, device: str, seed: int) -> None:
@@ -159,7 +156,7 @@ def test_any_round(case: int, subject: Subject, device: str, seed: int) -> None:
 
 
 def _between(t: int, subject: Subject, device: str, seed: int):
-    """Accuracy of the scores through the table at ``t``, or None where the subject raises ValueError."""
+    """Accuracy of the scores with the table at ``t``, or None if the subject raises ValueError."""
     problem = make(Shape(n=65, t=t), seed, device)
     try:
         call = kernel(subject, problem, trig_cache=_table(subject, problem))
@@ -171,8 +168,8 @@ def _between(t: int, subject: Subject, device: str, seed: int):
 @check(
     "p5.errors", gate="hard", plan="3.3", cases={"off_interval": 200, "before_first": 0, "beyond_last": 8320},
     claim="get_trig_values raises ValueError for a position without a row.",
-    reason="Returning a neighbouring row instead would be wrong scores without a word.",
-    remedy="Raise ValueError off the interval and outside the table.",
+    reason="Returning a neighbouring row would silently give wrong scores.",
+    remedy="Raise ValueError between the rows and outside the table.",
 )  # fmt: skip
 def test_errors(case: int, subject: Subject, device: str, seed: int) -> None:
     table = _table(subject, make(Shape(n=8), seed, device))
@@ -185,8 +182,8 @@ def test_errors(case: int, subject: Subject, device: str, seed: int) -> None:
 
 @check(
     "p5.beyond_table", gate="hard", plan="3.3", cases="scoring", needs=("p1.identity", "p1.triton",),
-    claim="triattention_scoring with a table that does not cover the round raises ValueError.",
-    reason="Reading past the table would be an illegal access on a GPU, or wrong scores.",
+    claim="triattention_scoring raises ValueError for a table that does not cover the round.",
+    reason="Reading past the table is an illegal access on a GPU, or gives wrong scores.",
     remedy="Compare round_start with the table's range before launching.",
 )  # fmt: skip
 def test_beyond_table(case: str, subject: Subject, device: str, seed: int) -> None:
@@ -200,9 +197,9 @@ def test_beyond_table(case: str, subject: Subject, device: str, seed: int) -> No
 
 @check(
     "p5.plan", gate="hard", cases="as_written", plan="3.3",
-    claim="The table prints itself readably, has the published attributes and warns above the memory threshold.",
-    reason="The plan's block prints it; an engineer reads from it how much memory the tables take.",
-    tolerance="1e-3 MiB of the 0.156 that the formula gives; in MB the number would be 8e-3 larger.",
+    claim="The table has a readable repr and the published attributes, and warns above the memory threshold.",
+    reason="The plan's code prints it; engineers read there how much memory the tables take.",
+    tolerance="1e-3 MiB around the formula's 0.156 MiB; in MB the number would be 8e-3 larger.",
     remedy="See the published attributes of TrigTableCache.",
 )  # fmt: skip
 def test_plan(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
@@ -213,7 +210,7 @@ def test_plan(case: str, subject: Subject, device: str, seed: int, measure: Meas
     assert "TrigTableCache" in repr(table), f"repr is {table!r}"
     sizes = (table.num_positions, table.num_offsets, table.freq_count)
     assert sizes == (64, 5, 64), f"positions, offsets and frequencies are {sizes}, expected (64, 5, 64)"
-    measure("memory off the formula", abs(table.memory_mb - 2 * 64 * 5 * 64 * 4 / 2**20), 1e-3, unit="MiB")
+    measure("memory, off the formula by", abs(table.memory_mb - 2 * 64 * 5 * 64 * 4 / 2**20), 1e-3, unit="MiB")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         subject.attribute(KERNELS, "create_trig_cache")(

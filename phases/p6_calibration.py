@@ -1,4 +1,4 @@
-"""Phase 6, calibration: the statistics that scoring ranks by, from the queries of a real model."""
+"""Phase 6, calibration: the query statistics used for scoring, collected from a real model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from verify.model.settings import PROMPTS
 from verify.subject.offered import optional
 
 _CALIBRATION = {
-    "reason": "Statistics of other queries than those that attend make every score wrong, and nothing fails.",
+    "reason": "Statistics of queries other than those used in attention make every score wrong without any error.",
     "tolerance": "1e-6 of E|q|: float64 sums of the same queries, rounded once to float32.",
-    "remedy": "Take q where the rotation takes it: after q_norm, before RoPE.",
+    "remedy": "Take q at the input of RoPE: after q_norm, before the rotation.",
     "timeout_s": 300,
 }
 
 
 def _calibration_error(model: LiveModel, loop: Any) -> float:
-    """Largest difference of calibrated means from direct ones over what ``loop`` runs, relative to E|q|."""
+    """Largest difference between calibrated and directly computed means over ``loop``, relative to E|q|."""
     import numpy as np
 
     from verify.judge.oracle import pairs
@@ -36,7 +36,7 @@ def _calibration_error(model: LiveModel, loop: Any) -> float:
     errors = []
     for layer in range(layers):
         q = np.concatenate([queries[0].double().cpu().numpy() for queries in taken[layer::layers]], axis=1)
-        assert q.shape[0] == heads, f"{heads} query heads were calibrated and the model has {q.shape[0]}"
+        assert q.shape[0] == heads, f"{heads} query heads were calibrated, but the model has {q.shape[0]}"
         rotated = pairs(q[..., : 2 * n_freq], getattr(got.architecture, "rope_style", "half"))
         size = np.abs(rotated).mean(1)
         mean = got.q_mean_real[layer].double().numpy() + 1j * got.q_mean_imag[layer].double().numpy()
@@ -50,7 +50,7 @@ def _calibration_error(model: LiveModel, loop: Any) -> float:
 
 @check(
     "p6.calibration", gate="soft", needs=("p1.identity",), cases={"model": False, "extreme_q_norm": True},
-    claim="Calibration averages exactly the queries that the model rotates, in any number of batches.", **_CALIBRATION,
+    claim="Calibration averages exactly the queries that enter RoPE, for any split into batches.", **_CALIBRATION,
 )  # fmt: skip
 def test_calibration_agrees_with_a_direct_computation(
     case: bool, model: LiveModel, seed: int, measure: Measure
@@ -71,7 +71,7 @@ def test_calibration_agrees_with_a_direct_computation(
 
 
 def _extreme_qwen3(seed: int) -> Any:
-    """A tiny model whose q_norm stretches and shrinks: statistics of the projection alone would be far off."""
+    """A tiny model with extreme q_norm weights: statistics taken before q_norm would be far off."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -88,7 +88,7 @@ def _extreme_qwen3(seed: int) -> Any:
 
 @check(
     "p6.calibration_restores", gate="soft", needs=("p1.identity",), cases={"after_success": False, "after_error": True},
-    claim="Calibration leaves the model exactly as it was, also when the text fails.", **_CALIBRATION,
+    claim="Calibration leaves the model unchanged, also when the text loop raises.", **_CALIBRATION,
 )  # fmt: skip
 def test_calibration_restores_the_model(case: bool, model: LiveModel, measure: Measure) -> None:
     import torch
@@ -114,4 +114,4 @@ def test_calibration_restores_the_model(case: bool, model: LiveModel, measure: M
 
 
 class _TextError(Exception):
-    """What a loop over broken text raises."""
+    """The error raised by the text loop."""

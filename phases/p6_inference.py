@@ -7,7 +7,7 @@ import math
 import re
 from itertools import pairwise
 from pathlib import Path
-from time import perf_counter  # taken here: a subject may put another in its place
+from time import perf_counter  # imported by name, so that a subject cannot replace it
 from typing import Any
 
 import pytest
@@ -20,10 +20,10 @@ from verify.model.settings import BUDGET, DIVIDE, PER_LAYER_PER_HEAD, PROMPT, PR
 from verify.subject.subject import Subject
 
 _MAX_QUESTIONS = 2
-#: So many that what a round took away shows in the text after it.
+#: Enough that a wrong eviction shows in the text after the round.
 _NEW_TOKENS = 48
 
-#: Greedy steps by hand, the first of a prompt that just fits into the budget: they pass the trigger three times.
+#: Greedy steps after a prompt that just fits into the budget: enough to reach the trigger three times.
 _STEPS = 56
 
 
@@ -41,7 +41,7 @@ def _run_one(subject: Subject, location: str, device: str, out: Path, *options: 
         "run-one", "--model", location, "--dataset", "smoke", "--max-questions", str(_MAX_QUESTIONS),
         "--max-new-tokens", "64", "--device", device, "--out", str(out), *options,
     )  # fmt: skip
-    assert "accuracy" in printed, "the summary line has no accuracy"
+    assert "accuracy" in printed, "the printed summary has no accuracy"
     answers = _answers(out)
     assert len(answers) == _MAX_QUESTIONS, f"{len(answers)} of {_MAX_QUESTIONS} questions were answered"
     empty = [answer["question"] for answer in answers if not answer["answer"].strip()]
@@ -50,16 +50,16 @@ def _run_one(subject: Subject, location: str, device: str, out: Path, *options: 
 
 
 _CLI = {
-    "reason": "It is what a user does first, from the command line to a graded answer.",
-    "remedy": "Run the same command by hand and read its output; then the other checks of this phase.",
+    "reason": "It is a user's first run, from the command line to a graded answer.",
+    "remedy": "Run the same command by hand and read its output, then look at the other checks of this phase.",
     "timeout_s": 600,
 }
 
 
 @check(
     "p6.cli", gate="hard", needs=("p1.identity",), cases="sdpa", plan="4.1",
-    claim="The command line answers questions with a compressed cache under sdpa, and compression happened.",
-    tolerance="Spec: the cache holds less than budget + divide_length tokens after every step.", **_CLI,
+    claim="The command line answers questions under sdpa while compressing the KV cache.",
+    tolerance="Exact, by the trigger rule: fewer than budget + divide_length tokens after every step.", **_CLI,
 )  # fmt: skip
 def test_cli_sdpa(
     case: str, subject: Subject, location: str, stats_path: str, device: str, tmp_path: Path, measure: Measure
@@ -69,24 +69,24 @@ def test_cli_sdpa(
         "--budget", "40", "--divide-length", "8", "--window-size", "16", "--allow-prefill-compression",
         "--stats-path", stats_path,
     )  # fmt: skip
-    assert sum(answer["rounds"] for answer in answers) > 0, "no round happened, so nothing was compressed"
+    assert sum(answer["rounds"] for answer in answers) > 0, "no round happened: nothing was compressed"
     measure("peak KV tokens", max(answer["peak_kv_tokens"] for answer in answers), 40 + 8 - 1, unit="tokens")
 
 
 @check(
     "p6.cli_full", gate="hard", needs=("p1.identity",), cases="sdpa", plan="4.3",
-    claim="The command line answers questions with the full cache, and What is 2+2? with 4.", **_CLI,
+    claim="With the full cache the command line answers questions, and answers What is 2+2? with 4.", **_CLI,
 )  # fmt: skip
 def test_cli_full(case: str, subject: Subject, location: str, device: str, tmp_path: Path) -> None:
     answers = _run_one(subject, location, device, tmp_path, "--method", "full", "--attn-implementation", case)
-    assert not any(answer["rounds"] for answer in answers), "the full method compressed"
+    assert not any(answer["rounds"] for answer in answers), "the method full compressed the cache"
     (said,) = (answer["answer"] for answer in answers if answer["question"] == "What is 2+2?")
     assert re.search(r"\b(4|four)\b", said), f"the answer to What is 2+2? is {said!r}"
 
 
 @check(
     "p6.cli_flash", gate="soft", needs=("p1.identity",), cases="flash_attention_2", plan="4.2", needs_gpu=True,
-    claim="The command line answers questions with a compressed cache under flash_attention_2.", **_CLI,
+    claim="The command line answers questions under flash_attention_2 with a compressed KV cache.", **_CLI,
 )  # fmt: skip
 def test_cli_flash(case: str, subject: Subject, location: str, stats_path: str, device: str, tmp_path: Path) -> None:
     import importlib.util
@@ -102,9 +102,9 @@ def test_cli_flash(case: str, subject: Subject, location: str, stats_path: str, 
 
 @check(
     "p6.baseline", gate="hard", needs=("p1.identity",), cases="budget_above_length",
-    claim="A budget that is never reached gives exactly the tokens of the unpatched model.",
-    reason="Whatever differs then is not compression: a mask, a position or a cache that the patch got wrong.",
-    tolerance="Token ids are equal; nothing was evicted, so the arithmetic is the same.",
+    claim="With a budget that is never reached, the patched model generates exactly the tokens of the unpatched one.",
+    reason="Without evictions, any difference is an error of the patch in a mask, a position or the cache.",
+    tolerance="Token ids are equal; nothing is evicted, so the arithmetic is the same.",
     remedy="Compare the position ids and the mask of the first differing step with the unpatched model's.",
     timeout_s=600,
 )  # fmt: skip
@@ -122,10 +122,10 @@ def test_baseline(case: str, model: LiveModel, measure: Measure) -> None:
 
 @check(
     "p6.cache", gate="hard", needs=("p1.identity",), cases={"per_head": True, "union": False},
-    claim="The cache holds less than budget + divide_length tokens after every step, and the budget after a round.",
-    reason="A budget that has no effect is the most reported fault of cache compression, and it costs no error.",
-    tolerance="Spec: length < max(budget, protected) + divide_length after every step and its round.",
-    remedy="Check that the round runs after the step, and that its trigger is a watermark.",
+    claim="The cache holds fewer than budget + divide_length tokens after every step, and the budget after a round.",
+    reason="A budget without effect is the most reported bug of KV cache compression, and raises no error.",
+    tolerance="Exact, by the trigger rule: length < max(budget, protected) + divide_length after a step and its round.",
+    remedy="Check that the round runs after the step, and that the trigger compares with >=.",
     timeout_s=300,
 )  # fmt: skip
 def test_cache_bound(case: bool, model: LiveModel, measure: Measure) -> None:
@@ -139,18 +139,18 @@ def test_cache_bound(case: bool, model: LiveModel, measure: Measure) -> None:
 
 @check(
     "p6.prefill", gate="hard", needs=("p1.identity",),
-    # tokens of the first step and of every other, and the options of the patch
+    # tokens of the first step, tokens of each later step, options of the patch
     cases={
         "chunked": (37, 37, {}),
         "multi_token_steps": (PROMPT, 5, {}),
         "interval_steps": (PROMPT, 5, {"use_slack_trigger": False}),
         "one_step": (160, 160, {}),
     },
-    claim="Prompt chunks and steps of several tokens that step over the trigger cannot pass the bound by more than "
-    "themselves.",
-    reason="A trigger that tests for equality is stepped over by every step of several tokens.",
-    tolerance="Spec: during a step the bound may be exceeded by the step's own tokens; after it, it holds.",
-    remedy="Make the trigger a watermark (>=) and run the round after each chunk.",
+    claim="With chunked prefill and multi-token steps, the cache is below budget + divide_length again after every "
+    "step.",
+    reason="A trigger that tests for equality is skipped when a step adds several tokens.",
+    tolerance="Exact, by the trigger rule: only within a step may its own tokens exceed the bound.",
+    remedy="Compare with >= in the trigger, and run the round after each chunk.",
     timeout_s=300,
 )  # fmt: skip
 def test_chunked_prefill(case: tuple[int, int, dict[str, Any]], model: LiveModel, measure: Measure) -> None:
@@ -158,7 +158,7 @@ def test_chunked_prefill(case: tuple[int, int, dict[str, Any]], model: LiveModel
 
     prompt, step, options = case
     ids = model.tokens(" ".join(PROMPTS * 4))["input_ids"][:, :160]
-    assert ids.shape[1] > 2 * BUDGET, f"the prompt has {ids.shape[1]} tokens, too few to test anything"
+    assert ids.shape[1] > 2 * BUDGET, f"the prompt has {ids.shape[1]} tokens, too few for this test"
     model.patch(kv_budget=BUDGET, allow_prefill_compression=True, **options)
     cache = model.new_cache()
     with torch.inference_mode():
@@ -173,9 +173,9 @@ def test_chunked_prefill(case: tuple[int, int, dict[str, Any]], model: LiveModel
 
 @check(
     "p6.positions", gate="hard", needs=("p1.identity",), cases="keep_counting",
-    claim="The position of the next token is the number of tokens ever seen, however many were evicted.",
-    reason="Positions that follow the physical length repeat after a round, and attention reads the wrong distances.",
-    remedy="Count the tokens fed, not the tokens held.",
+    claim="The position of the next token is the number of tokens seen so far, regardless of evictions.",
+    reason="Positions taken from the cache length repeat after a round, and attention uses wrong distances.",
+    remedy="Count the tokens seen, not the tokens held in the cache.",
     timeout_s=300,
 )  # fmt: skip
 def test_positions(case: str, model: LiveModel) -> None:
@@ -183,7 +183,7 @@ def test_positions(case: str, model: LiveModel) -> None:
     rotary = next(module for module in model.model.modules() if hasattr(module, "inv_freq"))
 
     def note(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
         seen.append(positions[0].tolist())
 
     handle = rotary.register_forward_pre_hook(note, with_kwargs=True)
@@ -195,16 +195,16 @@ def test_positions(case: str, model: LiveModel) -> None:
     got = [position for step in seen for position in step]
     wrong = next((i for i, position in enumerate(got) if position != i), None)
     assert wrong is None, f"token {wrong} was given position {got[wrong]}"
-    assert len(got) == sum(fed), f"{len(got)} positions for {sum(fed)} tokens"
+    assert len(got) == sum(fed), f"{sum(fed)} tokens were given {len(got)} positions"
 
 
 @check(
     "p6.batch", gate="hard", needs=("p1.identity",),
     cases={"padded_equals_single": {}, "per_layer_per_head": PER_LAYER_PER_HEAD},
-    claim="A left-padded row of a batch gets the tokens it gets alone, through several rounds.",
-    reason="Length, trigger, budget and normalisation are per row; a pad that is counted shifts all of them.",
-    tolerance="Token ids are equal; in float32 a gap between two scores or logits is far above the rounding of either.",
-    remedy="Look for a length taken from the tensor's shape where the row's own count is meant.",
+    claim="A left-padded row of a batch generates the same tokens as alone, through several rounds.",
+    reason="Length, trigger, budget and normalisation are per row; counting padding shifts all of them.",
+    tolerance="Token ids are equal; in float32, gaps between scores or logits are far above their rounding errors.",
+    remedy="Look for a length taken from the tensor's shape instead of the row's own count.",
     timeout_s=600,
 )  # fmt: skip
 def test_padded_batch(case: dict[str, Any], model: LiveModel, measure: Measure) -> None:
@@ -217,8 +217,8 @@ def test_padded_batch(case: dict[str, Any], model: LiveModel, measure: Measure) 
 
 @check(
     "p6.reset", gate="hard", needs=("p1.identity",), cases="between_generations",
-    claim="A second generation is not touched by what the first one evicted.",
-    reason="State that survives a generation evicts from the next one at the wrong moment.",
+    claim="A generation is not affected by the evictions of earlier ones.",
+    reason="State that survives a generation makes the next one evict at the wrong step.",
     tolerance="Token ids are equal; the same call on the same inputs computes the same numbers.",
     remedy="Tie the state to the cache, not to the model.",
     timeout_s=300,
@@ -226,14 +226,14 @@ def test_padded_batch(case: dict[str, Any], model: LiveModel, measure: Measure) 
 def test_reset(case: str, model: LiveModel, measure: Measure) -> None:
     model.patch(kv_budget=BUDGET // 2, divide_length=DIVIDE // 2)
     first = model.generate(model.tokens(PROMPTS[1]), _NEW_TOKENS)
-    model.generate(model.tokens(PROMPTS[0]), _NEW_TOKENS // 2)  # of a prompt that makes a round due at once
+    model.generate(model.tokens(PROMPTS[0]), _NEW_TOKENS // 2)  # a prompt that triggers a round at once
     measure("tokens that differ", int((model.generate(model.tokens(PROMPTS[1]), _NEW_TOKENS) != first).sum()), 0)
 
 
 @check(
     "p6.attention", gate="soft", needs=("p1.identity",), cases="eager_equals_sdpa",
-    claim="eager and sdpa attention give nearly the same next-token distribution over a compressed cache.",
-    reason="The two build their masks differently; a mask that only one of them honours shows here.",
+    claim="With a compressed cache, eager and sdpa attention give nearly the same next-token distribution.",
+    reason="The two build their masks differently; a mask that only one of them applies shows here.",
     tolerance="1e-3 on teacher-forced float32 log-probabilities: two summation orders over thirty layers.",
     remedy="Compare the masks of the first step after a round.",
     timeout_s=300,
@@ -260,10 +260,10 @@ def test_eager_equals_sdpa(case: str, model: LiveModel, measure: Measure) -> Non
 
 @check(
     "p6.quality", gate="soft", needs=("p1.identity",), cases={name: name for name in quality.gated()},
-    claim="Compression loses less than a simple control at the same budget, by the margin that was recorded.",
-    reason="Every other check passes on a method that keeps useless tokens; this one asks what the model still knows.",
-    tolerance="Half of the recorded margin (reports/quality); margins whose interval holds 0 have no gate.",
-    remedy="Run python -m verify quality and compare it seed by seed with the recorded one.",
+    claim="Compression beats a simple control method at the same budget by at least half of the recorded margin.",
+    reason="All other checks can pass with a method that keeps useless tokens; this one measures the model's output.",
+    tolerance="Half of the recorded margin (reports/quality); a margin whose interval contains 0 is not tested.",
+    remedy="Run python -m verify quality and compare with the recorded values seed by seed.",
     timeout_s=900,
 )  # fmt: skip
 def test_quality(
@@ -283,20 +283,20 @@ def test_quality(
 
 @pytest.fixture(scope="module")
 def measured_quality() -> quality.Measured:
-    """What has been measured so far, so that every control is compared with one measurement of the subject."""
+    """The measurements so far: the subject is measured once and compared with every control."""
     return quality.Measured(keep=True)
 
 
 @pytest.mark.slow
 @check(
     "p6.throughput", gate="soft", needs=("p1.identity",),
-    # beside a prompt, tokens to generate and the least speed-up
+    # prompt tokens, generated tokens, required speed-up
     cases={"prompt_2k": (2048, 2048, 1.2), "generated_4k": (64, 4096, 1.0)},
-    claim="Generation with a compressed cache is faster than with the full one, prefill included, by 1.2 times after a "
-    "prompt of 2,048 tokens.",
-    reason="A compressed cache that is no faster has only its memory to offer.",
-    tolerance="1.2 times the tokens per second after a long prompt, 1 after a short one, where a small model mostly "
-    "reads weights; rounds at most 5 % of the time (a step with one, less its neighbours).",
+    claim="Including prefill, generation with a compressed cache is 1.2 times as fast as with the full cache after a "
+    "2,048-token prompt, and not slower after a short one.",
+    reason="Compression should save time, not only memory.",
+    tolerance="1.2 times the tokens per second after a long prompt; 1 after a short one, where a small model mostly "
+    "reads weights. Rounds take at most 5 % of the time (a step with a round, minus the median of those before).",
     remedy="Profile one round, then one step: neither may wait for the device or loop over heads.",
     timeout_s=3600,
 )  # fmt: skip
@@ -314,15 +314,15 @@ def test_throughput(case: tuple[int, int, float], model: LiveModel, measure: Mea
         measure(f"seconds, {name}", seconds, math.inf, unit="s", where=f"{where}: {new / seconds:.2f} tokens/s")
     measure("time of compressed over full", total / sum(seconds for seconds, _ in full), 1 / speed_up, where=where)
     rounds = [n for n in range(1, new) if compressed[n][1] <= compressed[n - 1][1]]
-    spent = max(compressed[0][0] - full[0][0], 0.0)  # the prompt is longer than the budget: its step has a round
+    spent = max(compressed[0][0] - full[0][0], 0.0)  # a prompt above the budget has a round in its step
     for n in rounds:
         usual = sorted(seconds for seconds, _ in compressed[max(n - 9, 1) : n])
         spent += max(compressed[n][0] - usual[len(usual) // 2], 0.0)
-    measure("share of the time that rounds take", spent / total, 0.05, where=f"{where}, {len(rounds) + 1} rounds")
+    measure("share of time spent in rounds", spent / total, 0.05, where=f"{where}, {len(rounds) + 1} rounds")
 
 
 def _timed_steps(model: LiveModel, ids: Any, steps: int) -> list[tuple[float, int]]:
-    """Seconds of each greedy step, the prefill first, and the physical length after it."""
+    """Seconds of each greedy step, starting with the prefill, and the cache length after it."""
     found, started = [], perf_counter()
     for _, cache in model.decode({"input_ids": ids}, steps):
         if ids.is_cuda:

@@ -1,8 +1,8 @@
-"""Phase 6, keep sets: what a round keeps of a real model's cache, and whose statistics it ranks by."""
+"""Phase 6, keep sets: which tokens a round keeps in a real model's cache, and which statistics it uses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ def _ids(model: LiveModel) -> Any:
 
 
 def _prompt(options: dict[str, Any]) -> int:
-    """Tokens of the first step: few where the prompt is protected, or where it must not make the first round due."""
+    """Tokens of the first step: few if the prompt is protected or must not trigger the first round."""
     protected = not options.get("allow_prefill_compression")
     return PROMPT if protected or not options.get("use_slack_trigger", True) else NEAR
 
 
-#: Settings whose three rounds one check judges; of the same rounds others judge the first.
+#: Settings whose three rounds are checked by ``p6.rounds``; other checks reuse them.
 _THREE_ROUNDS = {
     "per_head": EVICT_PROMPT,
     "union": {**EVICT_PROMPT, **_UNION},
@@ -45,12 +45,12 @@ _THREE_ROUNDS = {
 
 @dataclass
 class _Taken:
-    """The rounds of one setting, as far as they went, and what ended them, if anything did."""
+    """The rounds of one setting, and the error that ended them, if any."""
 
     rounds: list[Round] = field(default_factory=list)
     error: Exception | None = None
 
-    def __iter__(self) -> Iterator[Round]:
+    def __iter__(self) -> Generator[Round, None, None]:
         yield from self.rounds
         if self.error is not None:
             raise self.error
@@ -58,12 +58,12 @@ class _Taken:
 
 @pytest.fixture(scope="module")
 def three_rounds() -> dict[str, _Taken]:
-    """What was taken so far, by the name of its setting."""
+    """The rounds taken so far, by the name of their setting."""
     return {}
 
 
-def _rounds(model: LiveModel, options: dict[str, Any], taken: dict[str, _Taken]) -> Iterator[Round]:
-    """The rounds that the patch with ``options`` makes of a prompt and single tokens, from ``taken`` where they are."""
+def _rounds(model: LiveModel, options: dict[str, Any], taken: dict[str, _Taken]) -> Generator[Round, None, None]:
+    """The rounds with the patch ``options`` for a prompt and single tokens after it, from ``taken`` if present."""
     model.patch(**options)
     name = next((name for name, one in _THREE_ROUNDS.items() if one == options), None)
     if name not in taken:
@@ -74,17 +74,17 @@ def _rounds(model: LiveModel, options: dict[str, Any], taken: dict[str, _Taken])
         try:
             for one in rounds:
                 found.rounds.append(one)
-        except Exception as error:  # whose round it is decides which check fails with it
+        except Exception as error:  # raised again when a check reaches the round that failed
             found.error = error
-        taken[name] = found  # not where a timeout ended it, which is no Exception
+        taken[name] = found  # not reached after a timeout, which is not an Exception
     return iter(taken[name])
 
 
 _KEEP_SET = {
-    "claim": "A round keeps the tokens that the oracle keeps, and moves their keys and values together, bit for bit.",
-    "reason": "A cache of the right length can hold the wrong tokens, or values of others; text stays fluent a while.",
-    "tolerance": "The oracle's set, except inside score gaps below twice the class B error (verify/judge/keep_set.py).",
-    "remedy": "Check query head to KV head, the statistics' layer, the position of the round, then the sort.",
+    "claim": "A round keeps the same tokens as the oracle, with their keys and values bitwise unchanged.",
+    "reason": "A cache of the right length can hold the wrong tokens or mismatched values; text stays fluent a while.",
+    "tolerance": "The oracle's set; scores closer than twice the class B error may swap (verify/judge/keep_set.py).",
+    "remedy": "Check the query to KV head mapping, the statistics' layer, the position of the round, then the sort.",
     "timeout_s": 300,
 }
 
@@ -113,7 +113,7 @@ def test_keep_set(case: dict[str, Any], model: LiveModel, three_rounds: dict[str
 
 @check(
     "p6.keep_set_mode", gate="soft", needs=("p1.identity",),
-    # one is no option of the published patch, the other is one whose meaning is not written down anywhere
+    # the published patch lacks the first option, and the meaning of the second is not documented anywhere
     cases={
         "per_layer": {**EVICT_PROMPT, **_UNION, "pruning_mode": "per_layer"},
         "group_mean": {**EVICT_PROMPT, **PER_LAYER_PER_HEAD, "layer_perhead_aggregation": "mean"},
@@ -128,15 +128,15 @@ def test_keep_set_of_an_unpublished_mode(case: dict[str, Any], model: LiveModel,
 
 def _check_keep_set(
     case: dict[str, Any],
-    rounds: Iterator[Round],
+    rounds: Generator[Round, None, None],
     model: LiveModel,
     measure: Measure,
     *,
     layers: Sequence[int] | None = None,
 ) -> None:
-    """The first of ``rounds``: what is held, of keys and of values, and that the oracle would have kept it.
+    """Compare the first of ``rounds`` with the oracle: protected tokens, size and keep set.
 
-    ``layers`` are those whose statistics each layer is ranked by.
+    ``layers[i]`` is the layer whose statistics rank layer i.
     """
     import numpy as np
 
@@ -144,14 +144,14 @@ def _check_keep_set(
 
     mode = _mode(case)
     first = next(rounds, None)
-    assert first is not None, f"no round happened in {FED} tokens with a budget of {BUDGET}"
+    assert first is not None, f"no round happened within {FED} tokens at a budget of {BUDGET}"
     rounds.close()
     evictable = np.ones(first.seen, dtype=bool)
     evictable[: 0 if case.get("allow_prefill_compression") else PROMPT] = False
     kept = sets_of(first.kept, mode)
     assert kept[:, ~evictable].all(), "a protected token was evicted"
     assert (kept.sum(-1) == BUDGET).all(), (
-        f"{kept.sum(-1).tolist()} tokens are held after a round, the budget is {BUDGET}"
+        f"{kept.sum(-1).tolist()} tokens are held after a round; the budget is {BUDGET}"
     )
     numbers = range(len(first.keys)) if layers is None else layers
     cases = [
@@ -167,9 +167,10 @@ def _check_keep_set(
 @check(
     "p6.rounds", gate="hard", needs=("p1.identity",),
     cases=_THREE_ROUNDS,
-    claim="Three rounds in a row each keep what the oracle keeps of what the one before left and what came since.",
-    reason="After a round, positions, regions and lengths are not what they seem; a slip shows from the second on.",
-    tolerance="The oracle's set, except inside score gaps below twice the class B error (verify/judge/keep_set.py).",
+    claim="In three consecutive rounds the kept tokens match the oracle's, given the survivors of the previous round "
+    "and the new tokens.",
+    reason="After a round, cache index and position differ; confusing them shows only from the second round on.",
+    tolerance="The oracle's set; scores closer than twice the class B error may swap (verify/judge/keep_set.py).",
     remedy="Check the position of the round (tokens seen, not held) and the z-score region after an eviction.",
     timeout_s=300,
 )  # fmt: skip
@@ -183,7 +184,7 @@ def test_rounds(case: dict[str, Any], model: LiveModel, three_rounds: dict[str, 
     for round_ in _rounds(model, case, three_rounds):
         count += 1
         sizes = sets_of(round_.kept, mode).sum(-1)
-        assert (sizes == BUDGET).all(), f"{sizes.tolist()} tokens are held after round {count}, expected {BUDGET}"
+        assert (sizes == BUDGET).all(), f"{sizes.tolist()} tokens are held after round {count}; expected {BUDGET}"
         for layers, heads in _sharing(mode, *round_.kept.shape[:2]):
             held = round_.before[layers[0], heads[0]].nonzero()[0]
             head = heads[0] if len(heads) == 1 else None
@@ -198,11 +199,11 @@ def test_rounds(case: dict[str, Any], model: LiveModel, three_rounds: dict[str, 
                 "best evicted over worst kept score", selection.inversion(kept, everything), selection.allowed,
                 where=f"round {count}, layer {layers[0]}, KV head {heads[0]}",
             )  # fmt: skip
-    assert count == 3, f"{count} rounds happened in {FED} tokens, expected 3"
+    assert count == 3, f"{count} rounds happened within {FED} tokens; expected 3"
 
 
 def _sharing(mode: str, n_layers: int, n_heads: int) -> list[tuple[list[int], list[int]]]:
-    """The layers and KV heads that share each keep set of a mode."""
+    """The groups of layers and KV heads that share one keep set in a mode."""
     if mode == "union":
         return [(list(range(n_layers)), list(range(n_heads)))]
     if mode == "per_head":
@@ -213,7 +214,7 @@ def _sharing(mode: str, n_layers: int, n_heads: int) -> list[tuple[list[int], li
 @check(
     "p6.long_prompt", gate="hard", needs=("p1.identity",),
     cases={"per_head": EVICT_PROMPT, "max": {**EVICT_PROMPT, "score_aggregation": "max"}},
-    **{**_KEEP_SET, "claim": "A prompt beyond the trigger is compressed after its one step, to what the oracle keeps."},
+    **{**_KEEP_SET, "claim": "After a prompt above the trigger, fed in one step, the oracle's keep set remains."},
 )  # fmt: skip
 def test_long_prompt(case: dict[str, Any], model: LiveModel, measure: Measure) -> None:
     model.patch(**case)
@@ -222,11 +223,11 @@ def test_long_prompt(case: dict[str, Any], model: LiveModel, measure: Measure) -
 
 @check(
     "p6.layer_statistics", gate="hard", needs=("p1.identity",), cases={"in_place": False, "exchanged": True},
-    **{**_KEEP_SET, "claim": "Each layer is ranked by its own statistics: exchanging those of two layers in the file "
-    "changes the keep sets as the oracle says."},
+    **{**_KEEP_SET, "claim": "Each layer is ranked by its own statistics: swapping those of two layers in the file "
+    "changes the keep sets as the oracle predicts."},
 )  # fmt: skip
 def test_statistics_of_each_layer(case: bool, model: LiveModel, tmp_path: Path, measure: Measure) -> None:
-    # near offsets: far ones let honest fp32 phases blur the gaps between scores
+    # near offsets: with far ones, correct fp32 phases have errors as large as the gaps between scores
     options = {**EVICT_PROMPT, **PER_LAYER_PER_HEAD, "offset_max_length": 64}
     layers = [*range(model.model.config.num_hidden_layers)]
     if case:
@@ -239,10 +240,10 @@ def test_statistics_of_each_layer(case: bool, model: LiveModel, tmp_path: Path, 
 @check(
     "p6.statistics", gate="hard", needs=("p1.identity",),
     cases={name: name for name in ("layer_absent", "head_absent", "fewer_layers", "expectation")},
-    claim="Statistics that lack a layer or head, are of a model with other layers, or are not what was expected of "
-    "them, are refused.",
-    reason="A substitute ranks every key by what another head asks for, and no number looks wrong.",
-    remedy="Compare the file with the model when the patch is applied, and name what is absent.",
+    claim="Statistics that lack a layer or head, belong to a model with another number of layers, or contradict "
+    "metadata_expectations are refused.",
+    reason="A substitute ranks every key by another head's statistics, and no number looks wrong.",
+    remedy="Compare the file with the model when the patch is applied, and name what is missing.",
     timeout_s=300,
 )  # fmt: skip
 def test_statistics_of_another_model(case: str, model: LiveModel, tmp_path: Path) -> None:
@@ -255,18 +256,18 @@ def test_statistics_of_another_model(case: str, model: LiveModel, tmp_path: Path
     try:
         restated.patch(**EVICT_PROMPT, **expected)
         next(restated.rounds(_ids(model), FED), None)
-    except CRASHES:  # a subject that lacks the entry point, or an argument of it, has not refused anything
+    except CRASHES:  # a missing entry point or argument is not a refusal
         raise
     except Exception:  # any other error is a refusal: a subject has errors of its own
         return
-    raise AssertionError("the model was patched, and compressed its cache")
+    raise AssertionError("the patch was applied and the cache was compressed")
 
 
 @check(
     "p6.attention_keep_set", gate="soft", needs=("p1.identity",), cases="eager_equals_sdpa",
     claim="eager and sdpa attention keep the same tokens through three rounds in float32.",
-    reason="What is kept should depend on the model, not on the kernel that computes its attention.",
-    tolerance="The sets are equal; in float32 a gap between two scores is far above the rounding of either.",
+    reason="Keep sets should depend on the model, not on the attention kernel.",
+    tolerance="The sets are equal; in float32, gaps between scores are far above their rounding errors.",
     remedy="Compare the scores of the first round; then the masks.",
     timeout_s=300,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Phase 7: the vLLM plugin on the real engine, as servers that are asked over HTTP (plan 5.1 to 5.3)."""
+"""Phase 7: the vLLM plugin in real vLLM servers, queried over HTTP (plan 5.1 to 5.3)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,19 +38,19 @@ from verify.subject.subject import Subject
 
 _ACTIVATED = "[TriAttention] Runtime (V2) plugin activated: patch_scheduler=True patch_worker=True"
 
-#: Tokens that are generated; beside others, enough for a round and for a pool that is too small.
+#: Tokens to generate. ``_BESIDE`` is for concurrent requests: enough for a round and to exhaust the block pool.
 _SHORT, _BESIDE = 64, 150
-#: A prompt that fits into the budget, and how many tokens are generated after it: two rounds.
+#: A prompt that fits into the budget, and the number of tokens to generate: two rounds.
 _DECODED = (STORY * 11, 140)
 
-#: On a CPU this spares the worker a process, which takes as long to start as the engine's (vllm/platforms/cpu.py).
+#: On a CPU this saves the worker process, which takes as long to start as the engine's (vllm/platforms/cpu.py).
 _ONE_ENGINE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 class Servers:
     """Three servers: ``plain`` vLLM, one with the plugin switched ``off``, and one with it ``on``.
 
-    Those that a check asks for first are started together; what runs stays until the last check.
+    Servers requested together start together, and run until the last check.
     """
 
     def __init__(self, made: Mapping[str, Server], stack: ExitStack, *, one_by_one: bool) -> None:
@@ -60,7 +61,7 @@ class Servers:
         return name in self._launched
 
     def __call__(self, *names: str) -> list[Server]:
-        """The servers of these names, healthy. Raises AssertionError, again and again, for one that is not."""
+        """The servers with these names, healthy. Every call raises AssertionError for a server that is not."""
         for name in names:
             self.launch(name)
         for name in names:
@@ -68,12 +69,12 @@ class Servers:
         return [self._made[name] for name in names]
 
     def launch(self, name: str) -> None:
-        """Start the server where it does not run, without waiting for it."""
+        """Start the server if it is not running, without waiting for it."""
         if name not in self._launched:
             self._launched.add(name)
             self._stack.callback(self._made[name].stop)
             self._made[name].launch()
-            if self._one_by_one:  # each measures the whole card's free memory when it starts
+            if self._one_by_one:  # each measures the free memory of the whole card at its start
                 self._made[name].await_health()
 
 
@@ -81,17 +82,17 @@ class Servers:
 def servers(
     served: tuple[str, Path], subject: Subject, device: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Servers]:
-    """The servers, of which none runs yet; they are stopped whatever happens."""
+    """The servers, not yet started; they are always stopped at the end."""
     folder = tmp_path_factory.mktemp("servers")
-    # the least pool that vLLM starts with, so that six requests at once do not fit
+    # the smallest block pool that vLLM accepts, so that six concurrent requests do not fit
     pool = ("--num-gpu-blocks-override", str(LONGEST // block_size(device) + 1))
     flags = ("--max-model-len", str(LONGEST), "--max-num-batched-tokens", str(CHUNK), *pool)
     made = {
-        name: server_of(served, subject, device, folder / name, *flags, **environment)
+        name: server_of(served, subject, device, folder / name, *flags, alone=False, **environment)
         for name, environment in (
             ("plain", {"VLLM_PLUGINS": "", **_ONE_ENGINE_PROCESS}),
             ("off", {"ENABLE_TRIATTENTION": "0", **_ONE_ENGINE_PROCESS}),
-            ("on", {}),  # as users have it
+            ("on", {}),  # the configuration of users
         )
     }
     with ExitStack() as stack:
@@ -106,7 +107,7 @@ def on(servers: Servers) -> Server:
 
 @pytest.fixture(scope="module")
 def same(servers: Servers) -> dict[str, Answer]:
-    """One short request to each server, by its name."""
+    """The answers of the servers to one short request, by server name."""
     names = ("plain", "off", "on")
     with ThreadPoolExecutor(len(names)) as pool:
         return dict(zip(names, pool.map(lambda one: complete(one, STORY, _SHORT), servers(*names)), strict=True))
@@ -114,9 +115,9 @@ def same(servers: Servers) -> dict[str, Answer]:
 
 @pytest.fixture(scope="module")
 def decode(servers: Servers, on: Server) -> dict[str, Answer]:
-    """One request that passes the budget while it is generated.
+    """The answer to a request that exceeds the budget during decoding.
 
-    ``grown`` is the same without the plugin, asked at the same time where that server runs already.
+    ``grown`` is the same request without the plugin, sent at the same time if that server is already running.
     """
     asked = {"decode": on, **({"grown": servers("off")[0]} if servers.launched("off") else {})}
     with ThreadPoolExecutor(len(asked)) as pool:
@@ -125,8 +126,8 @@ def decode(servers: Servers, on: Server) -> dict[str, Answer]:
 
 
 @pytest.fixture(scope="module")
-def grown(servers: Servers, decode: dict[str, Answer]) -> list[Step]:
-    """The steps of that request without the plugin."""
+def grown(servers: Servers, decode: dict[str, Answer]) -> tuple[Step, ...]:
+    """The scheduler steps of that request without the plugin."""
     (off,) = servers("off")
     answer = decode.get("grown") or complete(off, *_DECODED)
     off.idle()
@@ -135,14 +136,14 @@ def grown(servers: Servers, decode: dict[str, Answer]) -> list[Step]:
 
 @pytest.fixture(scope="module")
 def busy(on: Server) -> dict[str, Answer]:
-    """Requests in a pool that is too small for them: long prompts, shared prefixes, several at once, one that hangs up.
+    """Answers from a block pool that is too small: long prompts, shared prefixes, concurrency, a client that hangs up.
 
-    ``beside`` is one that was not preempted, and ``alone`` is the same request afterwards.
+    ``beside`` is a concurrent request that was not preempted, and ``alone`` is the same request afterwards.
     """
     long = " ".join(STORY + f"It has {n} wagons." for n in range(24))
     answers = {"chunked_prefill": complete(on, long, 40)}
     with ThreadPoolExecutor(8) as pool:
-        # the second finds the first one's prompt in the prefix cache while it is compressed, the third afterwards
+        # the second finds the first's prompt in the prefix cache while that is being compressed, the third afterwards
         shared = [pool.submit(complete, on, long[:1800] + what, 60) for what in ASKED[:2]]
         answers |= {f"shared_prefix_{n}": each.result() for n, each in enumerate(shared)}
         answers["shared_prefix_2"] = complete(on, long[:1800] + ASKED[2], 30)
@@ -150,7 +151,7 @@ def busy(on: Server) -> dict[str, Answer]:
         hung_up = pool.submit(_hang_up, on)
         answers |= {f"concurrent_{n}": each.result() for n, each in enumerate(several)}
         hung_up.result()
-    # vLLM preempts the latest request, so the earliest was not, whichever of them that is
+    # vLLM preempts the latest request, so at least the earliest was not preempted
     calm = trace_of(on)
     beside = next(
         answer for name, answer in answers.items()
@@ -162,7 +163,7 @@ def busy(on: Server) -> dict[str, Answer]:
 
 
 def _hang_up(server: Server) -> None:
-    """Leave a stream of a request that is above its budget, without a word."""
+    """Drop the connection of a streaming request that is above the budget."""
     body = {"prompt": STORY * 14, "max_tokens": 900, "temperature": 0, "ignore_eos": True}
     chunks = server.stream("/v1/completions", body)
     for _ in range(60):
@@ -172,7 +173,7 @@ def _hang_up(server: Server) -> None:
 
 @check(
     "p7.engine", gate="soft", cases="imports", plan="5.1", claim="vLLM imports and is new enough.",
-    reason=COMMON["reason"], remedy="pip install vllm, or build it from source for a GPU that its wheel lacks.",
+    reason=COMMON["reason"], remedy="pip install vllm, or build it from source for a GPU its wheel does not support.",
 )  # fmt: skip
 def test_engine(case: str, subject: Subject) -> None:
     import subprocess
@@ -186,23 +187,24 @@ def test_engine(case: str, subject: Subject) -> None:
     )  # fmt: skip
     assert child.returncode == 0, f"import vllm failed: {child.stderr.strip().splitlines()[-1]}"
     found = child.stdout.split()[-1]
-    assert at_least(found, SUITE_MINIMUMS.vllm), f"vLLM is {found}, the minimum is {SUITE_MINIMUMS.vllm}"
+    minimum = SUITE_MINIMUMS.vllm
+    assert minimum is None or at_least(found, minimum), f"vLLM is {found}, the minimum is {minimum}"
 
 
 @check(
     "p7.plugin", plan="5.2", cases="activates", **{**COMMON, "needs": ("p1.identity", "p7.engine")},
-    claim="After installation vLLM finds the plugin by itself, and every process of a server activates it.",
-    tolerance="No process activates it where it is switched off.",
+    claim="vLLM discovers the installed plugin, and every process of a server activates it.",
+    tolerance="No process activates it when it is switched off.",
 )  # fmt: skip
 def test_plugin(case: str, servers: Servers, measure: Measure) -> None:
     off, text = (server.text() for server in servers("off", "on"))
-    servers.launch("plain")  # which is needed later, and has the time until then to start
+    servers.launch("plain")  # needed later; it starts in the meantime
     said = [line for line in text.splitlines() if _ACTIVATED in line]
-    assert said, f"the log has no activation line; it ends: {telling(text)}"
+    assert said, f"the log has no activation line; it ends with: {telling(text)}"
     for process in ("EngineCore", "Worker"):
         there = f"({process}" in text or f"(Vllm{process}" in text
         activated = any(process in line for line in said)
-        assert activated or not there, f"the process {process} did not activate it: {said}"
+        assert activated or not there, f"the process {process} did not activate the plugin: {said}"
     measure("processes that activate it though switched off", off.count(_ACTIVATED), 0)
 
 
@@ -223,11 +225,12 @@ def test_server(case: str, on: Server) -> None:
 
 @check(
     "p7.stream", cases={"completion": "completion", "chat": "chat"}, **COMMON,
-    claim="A streamed answer is the same as one that is not, and usage counts every token, evicted ones included.",
-    tolerance="Token ids and counts are equal: the same greedy request twice, from a cache that is hit or not.",
+    claim="Streamed and unstreamed answers are the same, and usage counts every token, including evicted ones.",
+    tolerance="Token ids and counts are equal: the same greedy request twice, with or without a prefix cache hit.",
 )  # fmt: skip
 def test_stream(case: str, on: Server, measure: Measure) -> None:
-    new = 16  # the prompt is above the budget already
+    new = 16  # the prompt alone exceeds the budget
+    asked: dict[str, Any]
     if case == "chat":
         path, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": STORY * 16}]}
     else:
@@ -244,7 +247,7 @@ def test_stream(case: str, on: Server, measure: Measure) -> None:
             "total_tokens": len(whole.prompt) + new,
         }
         found = {name: answer.usage[name] for name in counted}
-        assert found == counted, f"usage says {found}, and the tokens are {counted}"
+        assert found == counted, f"usage says {found}, but the token counts are {counted}"
         assert answer.finish_reason == "length", f"the answer ended with {answer.finish_reason!r}"
 
 
@@ -257,8 +260,8 @@ _ANSWERS = {
 
 @check(
     "p7.replay", cases=_ANSWERS, **COMMON,
-    claim="Every token above the budget is the one that an independent model with the oracle's keep sets gives, in "
-    "the chunks, rounds and preemptions that the scheduler made.",
+    claim="The served tokens match those of an independent model that uses the oracle's keep sets and repeats the "
+    "scheduler's chunks, rounds and preemptions.",
     tolerance=REPLAYED,
 )  # fmt: skip
 def test_replay(case: list[str], on: Server, judge: Judge, measure: Measure, request: pytest.FixtureRequest) -> None:
@@ -269,15 +272,15 @@ def test_replay(case: list[str], on: Server, judge: Judge, measure: Measure, req
     for name in case:
         found = judge(answers[name], trace.steps(answers[name].id), measure, name)
         rounds, anew = rounds + found.rounds, anew + found.preemptions
-    assert rounds >= len(case), f"{rounds} rounds happened in {len(case)} answers, so nothing was compressed"
+    assert rounds >= len(case), f"only {rounds} rounds happened in {len(case)} answers: expected one per answer"
     if len(case) == len(ASKED):
-        assert anew, "no request was preempted, so nothing was computed anew"
+        assert anew, "no request was preempted, so recomputation was not tested"
 
 
 @check(
     "p7.together", cases="equals_alone", **COMMON,
-    claim="A request that is served beside others, and not preempted, has the tokens that it has alone.",
-    tolerance="Token ids are equal; batches of another size round otherwise, which near ties show (p7.replay counts).",
+    claim="A request served concurrently with others, without preemption, generates the same tokens as alone.",
+    tolerance="Token ids are equal, unless a near tie was decided by batch-size-dependent rounding (see p7.replay).",
 )  # fmt: skip
 def test_together(case: str, on: Server, busy: dict[str, Answer], judge: Judge, measure: Measure) -> None:
     beside, alone = busy["beside"], busy["alone"]
@@ -291,11 +294,17 @@ def test_together(case: str, on: Server, busy: dict[str, Answer], judge: Judge, 
 
 @check(
     "p7.blocks", cases="bounded", **COMMON,
-    claim="The KV blocks of a request stay bounded while it generates; without the plugin they grow with every token.",
-    tolerance="Blocks of budget + interval + one step, and one block that is begun (spec: physical length).",
+    claim="The number of KV blocks of a request stays bounded during decoding; without the plugin it keeps growing.",
+    tolerance="The blocks of budget + divide_length - 1 + one step's tokens, rounded up.",
 )  # fmt: skip
 def test_blocks(
-    case: str, on: Server, decode: dict[str, Answer], grown: list[Step], judge: Judge, measure: Measure, curve: Draw
+    case: str,
+    on: Server,
+    decode: dict[str, Answer],
+    grown: tuple[Step, ...],
+    judge: Judge,
+    measure: Measure,
+    curve: Draw,
 ) -> None:
     on.idle()
     answer = decode["decode"]
@@ -304,15 +313,15 @@ def test_blocks(
 
 @check(
     "p7.leaks", cases="pool_is_full_again", **COMMON,
-    claim="After preemptions, shared prefixes and a client that hung up, every block is back in the pool.",
+    claim="After preemptions, shared prefixes and a dropped connection, every KV block is back in the pool.",
     tolerance="No block may be missing.",
 )  # fmt: skip
 def test_leaks(case: str, on: Server, busy: dict[str, Answer], measure: Measure) -> None:
-    # a scheduler that is idle makes no step: one more request shows what those before it left
+    # an idle scheduler makes no step; one more request shows what the previous ones left
     complete(on, "What is left?", 2)
     last = trace_of(on).records[-1]
     missing = last.pool - last.free - sum(last.held.values())
-    measure("blocks that nobody holds and that are not free, or free twice", abs(missing), 0, unit="blocks")
+    measure("blocks lost or freed twice", abs(missing), 0, unit="blocks")
     idle = on.idle()
     measure("KV cache usage of an idle server", idle["vllm:kv_cache_usage_perc"], 0)
     assert idle["vllm:num_preemptions_total"] > 0, "no request was preempted"
@@ -320,15 +329,15 @@ def test_leaks(case: str, on: Server, busy: dict[str, Answer], measure: Measure)
 
 @check(
     "p7.counters", cases="metrics", **COMMON,
-    claim="The plugin's counters in /metrics tell what the scheduler did, and no round was missed.",
-    tolerance="Counts are equal to those of the block tables.",
+    claim="The plugin's counters in /metrics match the scheduler's trace, and no round was missed.",
+    tolerance="Counts equal those of the scheduler's trace.",
 )  # fmt: skip
 def test_counters(case: str, on: Server, busy: dict[str, Answer], measure: Measure) -> None:
     rounds = evicted = 0
     metrics = on.idle()
     for steps in trace_of(on).requests.values():
         for before, step in zip([None, *steps[:-1]], steps, strict=True):
-            more = step.evicted - (0 if admitted(before, step) else before.evicted)
+            more = step.evicted - (0 if before is None or admitted(before, step) else before.evicted)
             rounds, evicted = rounds + (more > 0), evicted + more
     for name, count in (("rounds_total", rounds), ("evicted_tokens_total", evicted), ("rounds_missed_total", 0)):
         measure(f"{name}: difference from the trace", abs(metrics[f"triattention:{name}"] - count), 0)
@@ -340,7 +349,7 @@ def test_counters(case: str, on: Server, busy: dict[str, Answer], measure: Measu
 
 @check(
     "p7.chat", cases="agent_turns", **COMMON,
-    claim="A conversation in the wire form of an agent's client, with a tool call, is served above the budget.",
+    claim="A multi-turn agent conversation with a tool call is served correctly above the budget.",
     tolerance=REPLAYED,
 )  # fmt: skip
 def test_chat(case: str, on: Server, judge: Judge, measure: Measure) -> None:
@@ -355,8 +364,8 @@ def test_chat(case: str, on: Server, judge: Judge, measure: Measure) -> None:
 
 @check(
     "p7.untouched", cases={"switched_off": "off", "below_budget": "on"}, **COMMON,
-    claim="Switched off, or below the budget, the tokens are those of vLLM without the plugin.",
-    tolerance="Token ids are equal: nothing was evicted, so the arithmetic is the same.",
+    claim="With the plugin switched off, or below the budget, the tokens are those of vLLM without the plugin.",
+    tolerance="Token ids are equal: nothing is evicted, so the arithmetic is the same.",
 )  # fmt: skip
 def test_untouched(case: str, same: dict[str, Answer], measure: Measure) -> None:
     plain, here = same["plain"], same[case]

@@ -1,4 +1,4 @@
-"""What a live Hugging Face model looks like to TriAttention, read off the model and never guessed from a name."""
+"""The shape and rotary parameters of a Hugging Face model, read from the model itself, never guessed from a name."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 
 from triattention.errors import TriAttentionError
 
-#: Model types whose attention is projection (-> q_norm) -> RoPE -> cache, with their pair layout.
+#: Supported model types (attention: projection, optional q_norm, RoPE, cache) and their rotary pair layouts.
 STYLE_OF_TYPE = {
     "llama": "half", "qwen2": "half", "qwen3": "half", "phi3": "half", "glm": "interleaved", "glm4": "interleaved",
 }  # fmt: skip
 
-#: RoPE kinds whose omega never changes with the length of the sequence, and those where it does at some length.
+#: RoPE kinds whose omega does not depend on the sequence length, and those whose omega changes at some length.
 STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 GROWING_ROPE_TYPES = ("dynamic", "longrope")
 
-#: Configuration entries that decide what a model's queries are; token ids, dropout and the like do not.
+#: Configuration entries that affect a model's queries; token ids, dropout and the like do not.
 _SHAPING = (
     "model_type", "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters",
@@ -31,10 +31,10 @@ _SHAPING = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape and rotary parameters of a model; ``omega`` is float32 ``[F]`` as its rotary module holds it.
+    """Shape and rotary parameters of a model; ``omega`` is float32 ``[F]`` as in its rotary module.
 
-    ``rotary_dim`` of the ``head_dim`` dims are rotated, the first ones. ``max_positions`` is the longest sequence for
-    which omega stays what it is, None where that is any.
+    The first ``rotary_dim`` of the ``head_dim`` dims are rotated. ``max_positions`` is the longest sequence for which
+    omega does not change, None if it never does.
     """
 
     model_id: str
@@ -60,7 +60,7 @@ class Architecture:
         return architecture
 
     def require_same(self, live: Architecture, source: str) -> None:
-        """Raise TriAttentionError, naming both values, unless ``live`` is the model these statistics are of."""
+        """Raise TriAttentionError, naming both values, unless ``live`` is the model of these statistics."""
         for name in (
             "num_layers",
             "num_query_heads",
@@ -105,12 +105,12 @@ def decoder_of(model: Any) -> Any:
 
 
 def describe(model: Any) -> Architecture:
-    """Read a live causal language model. Raises TriAttentionError, naming the kind, for what cannot be served."""
+    """Describe a live causal language model. Raises TriAttentionError, naming the kind, if it is not supported."""
     return _describe(model.config.get_text_config(), lambda: decoder_of(model).rotary_emb)
 
 
 def describe_config(config: Any) -> Architecture:
-    """The same from a model's configuration alone, for an engine that has a model class of its own."""
+    """``describe`` from the configuration alone, for engines with their own model classes."""
     return _describe(config.get_text_config(), lambda: build_rotary("cpu", "", torch.float32, config))
 
 
@@ -150,13 +150,13 @@ def _refuse_sliding(config: Any) -> None:
 
 
 def rope_of(rotary: Any) -> tuple[torch.Tensor, float, int | None]:
-    """omega float32 ``[F]``, s and ``max_positions`` of a live rotary module, as it is for short sequences.
+    """omega float32 ``[F]``, s and ``max_positions`` of a live rotary module, for short sequences.
 
-    Raises TriAttentionError naming an unknown kind.
+    Raises TriAttentionError, naming the kind, if it is unknown.
     """
     kind, omega, limit = rotary.rope_type, rotary.inv_freq, None
     if kind in GROWING_ROPE_TYPES:
-        # inv_freq is replaced in place by a long sequence; the first one is kept beside it
+        # a long sequence replaces inv_freq in place; the module also keeps the original
         omega = rotary.original_inv_freq
         parameters = rotary.config.rope_parameters
         limit = parameters["original_max_position_embeddings"] if kind == "longrope" else rotary.original_max_seq_len
@@ -172,9 +172,8 @@ def build_rotary(
 ) -> torch.nn.Module:
     """The rotary module of the model at ``model_path`` (or of ``config``), built by the model's own class.
 
-    ``inv_freq`` stays float32 whatever ``dtype`` is: a frequency rounded to bf16 is off by 0.4 %. ``dtype`` is that
-    of the cos and sin it returns, which the module takes from its input. Raises TriAttentionError for a path
-    without a config.
+    ``dtype`` has no effect: cos and sin take the dtype of the module's input, and ``inv_freq`` stays float32, because a
+    frequency rounded to bf16 is off by 0.4 %. Raises TriAttentionError for a path without a config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,11 +1,11 @@
-"""A Hugging Face cache whose layers can forget: columns seen, columns held, and which of them are real tokens.
+"""A Hugging Face cache whose layers can evict tokens: columns fed, columns held, and which of those are real tokens.
 
-A compressed layer answers like the library's own sliding-window layers: ``get_seq_length`` counts every column ever
-fed, and the mask sizes say that the held ones are the newest. So positions, masks and ``generate`` stay right without a
-patch of their own; the physical length is ``layer.keys.shape[-2]``.
+A compressed layer behaves like the library's own sliding-window layers: ``get_seq_length`` counts every column ever
+fed, and the mask sizes say that the held columns are the newest. So positions, masks and ``generate`` need no patch
+of their own; the physical length is ``layer.keys.shape[-2]``.
 
     columns ever fed:   [ evicted ......... | held: pads, then real tokens, ascending ]
-    2D mask handed on:  [ 0 ............... | valid                                   ]
+    2D mask passed on:  [ 0 ............... | valid                                   ]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triattention.errors import TriAttentionError
 
 
 class CompressedLayer(DynamicLayer):
-    """A dynamic layer that has dropped ``evicted`` columns and holds ``held``."""
+    """A dynamic layer that has evicted ``evicted`` columns and holds ``held``."""
 
     is_croppable = False
     evicted: int = 0
@@ -40,7 +40,7 @@ class CompressedLayer(DynamicLayer):
         self.is_initialized, self.evicted = False, 0
 
     def keep(self, indices: torch.Tensor) -> None:
-        """Hold only ``indices`` ``[B, H, K]``, in this order; keys and values move bit for bit, the rest is freed."""
+        """Keep only ``indices`` ``[B, H, K]``, in this order, with unchanged keys and values; the rest is freed."""
         self.evicted += self.held - indices.shape[-1]
         gather = indices[..., None].to(self.keys.device)
         self.keys = self.keys.gather(2, gather.expand(-1, -1, -1, self.keys.shape[-1]))
@@ -62,14 +62,14 @@ class CompressedLayer(DynamicLayer):
 
 @dataclass
 class CacheState:
-    """What is known of the rows of one cache beside its tensors; kept on the cache, so it dies with it.
+    """The state of one cache's rows apart from its tensors; stored on the cache, so it has the cache's lifetime.
 
     ``valid`` bool ``[B, P]``: real tokens among the held columns. ``seen`` int64 ``[B]``: real tokens ever fed,
     which is the position of the next one. ``prompt`` int64 ``[B]``: tokens of the prompt. The rest is on the host,
-    so that a decode step asks the device nothing: ``longest``, an upper bound of the real tokens in any row;
-    ``until_due``, how many more no row can be due before; ``ragged``, whether any held column may be a pad;
-    ``last_step``, columns of the last step of a prefill that may still go on, 0 once it is over; ``fed``, columns
-    ever fed. ``recent`` are the queries of the newest columns, oldest first, ``[L, B, q, H*G, D]`` for each step.
+    so that a decode step never waits for the device: ``longest``, an upper bound of the real tokens in any row;
+    ``until_due``, how many more tokens no row can need a round before; ``ragged``, whether any held column may be a
+    pad; ``last_step``, columns of the last step while the prefill may continue, 0 once it is over; ``fed``, columns
+    ever fed. ``recent``: the queries of the newest columns, oldest first, ``[L, B, q, H*G, D]`` for each step.
     """
 
     valid: torch.Tensor
@@ -91,8 +91,8 @@ class CacheState:
     def append(self, new: torch.Tensor, ragged: bool) -> torch.Tensor:
         """Add new columns ``[B, q]`` (real or pad) and return the positions of their tokens ``[B, q]`` (0 for a pad).
 
-        The prompt is the first step and the chunks after it, up to the first that is shorter than the one before; a
-        chunk of one token cannot be told from a decode step and is taken for one.
+        The prompt is the first step and the chunks after it, up to the first that is shorter than the previous one. A
+        chunk of one token is indistinguishable from a decode step and counts as one.
         """
         counts = new.to(torch.int64).cumsum(-1)
         positions = (self.seen[:, None] + counts - 1).masked_fill(~new, 0)
@@ -111,18 +111,18 @@ class CacheState:
         return positions
 
     def copy(self) -> CacheState:
-        """The state as it is now; no step changes a tensor in place."""
+        """A copy of the current state; tensors are shared, because no step changes them in place."""
         return replace(self, recent=list(self.recent))
 
     def observe(self, step: torch.Tensor, window: int) -> None:
-        """Remember the queries ``[L, B, q, H*G, D]`` of a step, and forget all but those of the newest ``window``."""
+        """Store the queries ``[L, B, q, H*G, D]`` of a step, and drop steps older than the newest ``window``."""
         self.recent.append(step)
         width = sum(part.shape[2] for part in self.recent)
         while width - self.recent[0].shape[2] >= window:
             width -= self.recent.pop(0).shape[2]
 
     def observed(self, window: int) -> torch.Tensor | None:
-        """Queries of the newest ``window`` columns, or of all there are: ``[L, B, W, H*G, D]``; None without any."""
+        """Queries of up to ``window`` newest columns: ``[L, B, W, H*G, D]``, or None if there are none."""
         return torch.cat(self.recent, dim=2)[:, :, -window:] if self.recent else None
 
 

@@ -15,12 +15,12 @@ from triattention.queries import queries_read, real_tokens_noted
 from triattention.rope import split_pairs
 from triattention.statistics import Statistics
 
-#: Tokens that are widened to float64 at a time: a batch of long sequences would take gigabytes.
+#: Tokens converted to float64 at a time: a whole batch of long sequences would take gigabytes.
 _WIDENED = 4096
 
 
 class _Means:
-    """Streaming float64 sums of every layer's queries over real tokens, kept where each layer is."""
+    """Streaming float64 sums of every layer's queries over real tokens, on the device of each layer."""
 
     def __init__(self, live: Architecture) -> None:
         self.live = live
@@ -64,12 +64,12 @@ class _Means:
 
 
 def calibrate(model: Any, forward_loop: Callable[[Any], None]) -> Statistics:
-    """Statistics of ``model`` over whatever ``forward_loop(model)`` runs through it: any number of batches.
+    """Statistics of ``model`` over the text that ``forward_loop(model)`` runs through it, in any number of batches.
 
-    Padding that a 2D ``attention_mask`` marks does not count. The model is left as it was, also when the loop raises.
-    Sums are float64, so they neither depend on the batches nor lose a token among millions. Raises TriAttentionError
-    for a model that cannot be served, a loop that ran no tokens, and queries that are NaN or Inf. Source: paper, Q/K
-    centers.
+    Padding marked by a 2D ``attention_mask`` does not count. The model is restored, also if the loop raises. Sums are
+    float64, so they do not depend on the batches, and even millions of tokens lose no precision. Raises
+    TriAttentionError for an unsupported model, a loop that ran no tokens, and queries that are NaN or Inf. Source:
+    paper, Q/K centers.
     """
     if hasattr(model, "triattention"):
         raise TriAttentionError("the model is patched to compress; call remove_triattention_patch(model) first")

@@ -1,4 +1,4 @@
-"""Compression of a live cache: what a row may hold, when a round is due, and the round. A method only scores tokens."""
+"""Compression of a live cache: budget, trigger and eviction rounds. A method only scores tokens."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a row may hold, and when a round is due; counts are cached tokens.
+    """How many cached tokens a row may hold, and when a round is due.
 
-    ``kv_budget`` is beyond the prompt unless ``count_prompt_tokens``. The newest ``window_size`` tokens are protected,
-    and the prompt unless ``allow_prefill_compression``. ``use_slack_trigger`` waits for kv_budget + divide_length
-    tokens; without it a round is due whenever a multiple of ``divide_length`` tokens has been passed since the budget
-    was. The defaults are the recommended setting. Raises TriAttentionError for what cannot work together.
+    ``kv_budget`` excludes the prompt unless ``count_prompt_tokens``. The newest ``window_size`` tokens are protected,
+    and the prompt unless ``allow_prefill_compression``. With ``use_slack_trigger`` a round is due at kv_budget +
+    divide_length tokens; without it, when the tokens seen reach a multiple of ``divide_length`` above the budget. The
+    defaults are the recommended setting. Raises TriAttentionError for values that contradict each other.
     """
 
     kv_budget: int
@@ -47,22 +47,22 @@ class Budget:
         check_budget(self.kv_budget, self.divide_length, self.window_size)
 
     def limits(self, prompt: int) -> tuple[int, int]:
-        """Tokens that a row with a prompt of ``prompt`` tokens keeps, and how many of them are protected."""
+        """Tokens that a row with ``prompt`` prompt tokens keeps, and how many of them are protected."""
         protected = (0 if self.allow_prefill_compression else prompt) + self.window_size
         return self.kv_budget + (0 if self.count_prompt_tokens else prompt), protected
 
     def protected(self, valid: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """Prompt and window among the real tokens ``valid`` ``[B, N]``, of prompts ``[B]``: bool ``[B, N]``."""
+        """Which real tokens ``valid`` ``[B, N]`` are in the window or in the prompt ``[B]``: bool ``[B, N]``."""
         rank = valid.to(torch.int64).cumsum(-1) - 1
         in_window = rank >= valid.sum(-1, keepdim=True) - self.window_size
         in_prompt = rank < (0 if self.allow_prefill_compression else prompt[:, None])
         return valid & (in_window | in_prompt)
 
     def until_due(self, length: int, limit: int, seen: int, *, after: bool = False) -> int:
-        """Tokens that a row of ``length`` can still take before a round is due; 0 or less: it is due.
+        """Tokens that a row of ``length`` can still take before a round is due; it is due at 0 or less.
 
-        Without the slack trigger a round is due when, since the limit was passed, a multiple of ``divide_length``
-        has been seen; ``after`` a look at the row, that is the next multiple.
+        Without the slack trigger a round is due at the first multiple of ``divide_length`` tokens seen after the row
+        exceeded ``limit``, or, ``after`` the current step was handled, at the next multiple.
         """
         if self.use_slack_trigger:
             return limit + self.divide_length - length
@@ -73,12 +73,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class View:
-    """What a method sees of a cache that is due.
+    """The input of a method: a cache that is due for a round.
 
-    ``keys`` and ``values`` hold one ``[B, H, N, D]`` per layer, rotated as they are cached; ``seen`` is the position of
-    the next token, one for all rows or int64 ``[B]``; ``valid`` and ``region`` bool ``[B, N]``: real tokens, and those
-    of them that can be evicted. ``queries`` ``[L, B, W, H*G, D]``, before RoPE, are those of the last W columns, for
-    a method that ``observes``.
+    ``keys`` and ``values`` hold one ``[B, H, N, D]`` per layer, as cached (keys rotated); ``seen`` is the position of
+    the next token, one for all rows or int64 ``[B]``; ``valid`` and ``region`` bool ``[B, N]``: the real tokens, and
+    the evictable ones among them. ``queries`` ``[L, B, W, H*G, D]``, before RoPE, are those of the last W columns, for
+    methods with ``observes``.
     """
 
     keys: Sequence[torch.Tensor]
@@ -90,7 +90,7 @@ class View:
 
 
 class Compression(ABC):
-    """A budget, a selection mode, and scores to select by; the subclass has the scores.
+    """A compression method: a budget, a selection mode, and the scores, which the subclass defines.
 
     ``rounds`` and ``peak_length`` (physical tokens of the longest row, after a step and its round) count since
     ``reset``.
@@ -98,7 +98,7 @@ class Compression(ABC):
 
     #: Whether ``scores`` needs the queries of the window.
     observes = False
-    #: The longest sequence that the patched model's RoPE allows, None for any.
+    #: The longest sequence that the patched model's RoPE allows, None if unlimited.
     max_positions: int | None = None
 
     def __init__(self, budget: Budget, mode: str) -> None:
@@ -107,20 +107,20 @@ class Compression(ABC):
         self.reset()
 
     def reset(self) -> None:
-        """Count rounds and peak from zero, before the next sequence."""
+        """Reset the counters before a new sequence."""
         self.rounds = 0
         self.peak_length = 0
 
     @abstractmethod
     def scores(self, view: View) -> Iterator[torch.Tensor]:
-        """One ``[B, H, N]`` per layer, the higher the better to keep; what is outside the region does not matter."""
+        """One ``[B, H, N]`` per layer; higher scores are kept. Values outside the region are ignored."""
 
     def selection_scores(self, view: View) -> torch.Tensor:
-        """What a round keeps the best of: ``[B, S, N]`` for the S sets of the mode (``selection.combine``)."""
+        """The scores that decide the S keep sets of the mode, ``[B, S, N]`` (``selection.combine``)."""
         return combine(self.scores(view), self.mode)
 
     def after_step(self, cache: Any, state: CacheState) -> None:
-        """Compress the rows of ``cache`` that are due after a forward step, and keep the counters."""
+        """Compress the rows of ``cache`` that are due after a forward step, and update the counters."""
         if state.until_due <= 0:
             budget = self.budget
             # the only wait for the device before a round: three small vectors
@@ -140,7 +140,7 @@ class Compression(ABC):
         self.peak_length = max(self.peak_length, state.longest)
 
     def _limit(self, state: CacheState, length: int, prompt: int) -> int:
-        """How many tokens a row holds after a round: its budget, or its protected tokens where those are more."""
+        """How many tokens a row holds after a round: the larger of its budget and its protected tokens."""
         budget, protected = self.budget.limits(prompt)
         if min(length, protected) > budget and not state.warned:
             state.warned = True
@@ -155,7 +155,7 @@ class Compression(ABC):
         )
         n_kv_heads = keys[0].shape[1]
         scores = self.selection_scores(view)
-        del keys, values, view  # else the whole old cache would live beside the new one
+        del keys, values, view  # else the whole old cache would stay alive next to the new one
         finite = scores.masked_fill(~state.valid[:, None], 0).isfinite().all()
         mask = keep_mask(scores, state.valid, protected, evict)
         kept = [n - gone for n, gone in zip(lengths, evict, strict=True)]
@@ -167,7 +167,7 @@ class Compression(ABC):
         state.valid = column >= width - to_device(kept, column.device)[:, None]
         state.ragged = min(kept) < width
         self.rounds += 1
-        require_finite(finite)  # waits for the device, so it comes when the whole round is queued
+        require_finite(finite)  # waits for the device, so it comes after the whole round is queued
 
 
 def require_finite(finite: torch.Tensor) -> None:

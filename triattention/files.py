@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import IO
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a file that takes the place of ``path`` once it is whole; an OSError leaves nothing behind."""
+    """Let ``write`` fill a temporary file that then replaces ``path``; after an error nothing is left behind."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -25,5 +25,5 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """``write_atomic`` of a text in UTF-8."""
+    """``write_atomic`` for UTF-8 text."""
     write_atomic(path, lambda stream: stream.write(content.encode()))

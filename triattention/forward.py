@@ -1,4 +1,4 @@
-"""A ``forward`` that compresses: what stands between a model and its cache while the patch is on."""
+"""The patched ``forward``, which compresses the model's cache."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from triattention.queries import queries_read
 
 
 def patch(model: Any, make: Callable[[Architecture], Compression]) -> None:
-    """Make ``model`` compress by the method that ``make`` makes for it, until ``unpatch``.
+    """Make ``model`` compress its cache with the method that ``make`` returns, until ``unpatch``.
 
-    The method is ``model.triattention``. Raises TriAttentionError for a model that is patched already or that cannot be
-    served.
+    The method is stored as ``model.triattention``. Raises TriAttentionError for a model that is already patched or not
+    supported.
     """
     if hasattr(model, "triattention"):
         raise TriAttentionError("the model is patched already; call remove_triattention_patch(model) first")
@@ -31,7 +31,7 @@ def patch(model: Any, make: Callable[[Architecture], Compression]) -> None:
         raise TriAttentionError(f"the model is spread over {', '.join(sorted(devices))}; load it on one device")
     live = describe(model)
     method = make(live)
-    # another library's hook may have put functions of its own on the instance
+    # another library may have set its own functions on the instance
     method.replaced = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
     method.max_positions = live.max_positions
     model.triattention = method
@@ -41,7 +41,7 @@ def patch(model: Any, make: Callable[[Architecture], Compression]) -> None:
 
 
 def unpatch(model: Any) -> None:
-    """Undo ``patch``; a model without it is left as it is."""
+    """Undo ``patch``; does nothing to an unpatched model."""
     if not hasattr(model, "triattention"):
         return
     before = model.triattention.replaced
@@ -52,7 +52,7 @@ def unpatch(model: Any) -> None:
 
 
 def _limited(generate: Callable[..., Any], model: Any, max_positions: int) -> Callable[..., Any]:
-    """``generate`` that refuses at the start what would pass the length where the model's RoPE changes."""
+    """``generate`` that raises at the start if the sequence could exceed the length where the model's RoPE changes."""
     signature = inspect.signature(generate)
 
     @wraps(generate)
@@ -67,7 +67,7 @@ def _limited(generate: Callable[..., Any], model: Any, max_positions: int) -> Ca
 
 
 def _longest(given: dict[str, Any], default: Any) -> int:
-    """Tokens that the longest row of a call of ``generate`` may feed; its last new token is never fed."""
+    """The most tokens that a row of this ``generate`` call may feed; the last new token is never fed."""
     named = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
     ids = next((x for x in named if x is not None), None)
     mask = given.get("attention_mask")
@@ -80,23 +80,23 @@ def _longest(given: dict[str, Any], default: Any) -> int:
 
     new = option("max_new_tokens")
     if new is None:
-        # as in generate: without either, replies end after 20 tokens
+        # the default of generate: 20 new tokens
         new = 20 if (whole := option("max_length")) is None else max(whole - width, 1)
     return prompt + new - 1
 
 
 def require_length(tokens: int, max_positions: int | None) -> None:
-    """Raise TriAttentionError when a sequence of ``tokens`` passes the length where the model's RoPE changes."""
+    """Raise TriAttentionError if a sequence of ``tokens`` exceeds the length where the model's RoPE changes."""
     if max_positions is not None and tokens > max_positions:
         raise TriAttentionError(
-            f"the sequence would have {tokens} tokens and the frequencies of the model's RoPE change after "
-            f"{max_positions}, which a compressed cache cannot follow; ask for fewer tokens"
+            f"the sequence would have {tokens} tokens, but the frequencies of the model's RoPE change after "
+            f"{max_positions}, which a compressed cache does not support; ask for fewer tokens"
         )
 
 
 @contextmanager
 def _observing(model: Any, method: Compression, live: Architecture, state: CacheState) -> Iterator[None]:
-    """Within it, one step's queries of the newest columns are collected and left with ``state``."""
+    """Collects the queries of the newest columns during one step and stores them in ``state``."""
     if not method.observes:
         yield
         return
@@ -109,10 +109,9 @@ def _observing(model: Any, method: Compression, live: Architecture, state: Cache
 def _compressing(
     forward: Callable[..., Any], model: Any, method: Compression, live: Architecture
 ) -> Callable[..., Any]:
-    """``forward`` with masks and positions of a compressed cache before the step, and a round after it where one is
-    due.
+    """``forward`` with the masks and positions of a compressed cache, and a round after the step if one is due.
 
-    A call without a cache (``use_cache=False``) goes through unchanged.
+    A call without a cache (``use_cache=False``) is passed through unchanged.
     """
     signature = inspect.signature(forward)
 
@@ -135,16 +134,16 @@ def _compressing(
         try:
             new, ragged = _new_columns(given.get("attention_mask"), inputs, cache.get_seq_length())
             positions = state.append(new, ragged)
-            # the first step is looked at whatever its width: a caller that has lost its cache begins anew far from 0
+            # the first step is checked at any width: a caller that lost its cache restarts with positions far from 0
             _require_positions(given.get("position_ids"), positions, new, always=before.fed == 0)
             if live.max_positions is not None and state.fed > live.max_positions:
-                require_length(int(state.seen.max()), live.max_positions)  # padding may have been fed, so count
+                require_length(int(state.seen.max()), live.max_positions)  # fed includes padding, so count real tokens
             mask = torch.nn.functional.pad(state.valid, (cache.layers[0].evicted, 0)) if state.ragged else None
             given |= {"past_key_values": cache, "attention_mask": mask, "position_ids": positions, "use_cache": True}
             with _observing(model, method, live, state):
                 output = forward(**given)
         except BaseException:
-            cache.triattention = before  # what the cache really holds is compared with it at the next step
+            cache.triattention = before  # the next step compares it with what the cache really holds
             raise
         if cache.layers[0].keys is not None:  # gradient checkpointing drops the cache
             method.after_step(cache, state)
@@ -154,18 +153,16 @@ def _compressing(
 
 
 def _state_of(cache: Any, inputs: torch.Tensor) -> CacheState:
-    """The state kept on ``cache``, made when the cache is empty; a cache that others have changed is refused."""
+    """The state stored on ``cache``, created for an empty cache. A cache that others have changed is refused."""
     held = cache.layers[0].held
     state = getattr(cache, "triattention", None)
     if held == 0:
         state = cache.triattention = CacheState.empty(inputs.shape[0], inputs.device)
     elif state is None:
-        raise TriAttentionError(
-            f"the cache holds {held} tokens that were cached without the patch; start with an empty cache"
-        )
+        raise TriAttentionError(f"the cache holds {held} tokens from before the patch; start with an empty cache")
     elif held != state.valid.shape[1]:
         raise TriAttentionError(
-            f"the cache holds {held} columns and {state.valid.shape[1]} were fed through the patched model; "
+            f"the cache holds {held} columns, but the patched model expects {state.valid.shape[1]}; "
             "start with an empty cache"
         )
     if inputs.shape[1] == 0:
@@ -180,8 +177,8 @@ def _state_of(cache: Any, inputs: torch.Tensor) -> CacheState:
 def _new_columns(attention_mask: torch.Tensor | None, inputs: torch.Tensor, cached: int) -> tuple[torch.Tensor, bool]:
     """Which of the new columns are real, bool ``[B, q]``, and whether any may be a pad.
 
-    The mask covers everything ever fed, as in every Hugging Face model; only its last q columns are news. One row's
-    single decode token is real whatever the mask says.
+    The mask covers everything ever fed, as in every Hugging Face model; only its last q columns are used. The single
+    decode token of a single row is always real.
     """
     batch, q_len = inputs.shape[:2]
     if isinstance(attention_mask, dict):
@@ -195,12 +192,12 @@ def _new_columns(attention_mask: torch.Tensor | None, inputs: torch.Tensor, cach
     if attention_mask is None or (batch == 1 and q_len == 1):
         return torch.ones(batch, q_len, dtype=torch.bool, device=inputs.device), False
     new = attention_mask[:, -q_len:].to(inputs.device, torch.bool)
-    # a prefill may wait for the device to learn that nothing is padded; a decode step must not, so it assumes the worst
+    # a prefill may wait for the device to see whether anything is padded; a decode step must not, so it assumes so
     return new, q_len == 1 or not bool(new.all())
 
 
 def _require_positions(given: torch.Tensor | None, positions: torch.Tensor, new: torch.Tensor, *, always: bool) -> None:
-    """Refuse position ids that disagree with the tokens counted here; of one-token steps only where ``always``."""
+    """Refuse position ids that disagree with the tokens counted here; one-token steps only if ``always``."""
     if given is None or (positions.shape[1] == 1 and not always):
         return
     differs = (given.to(positions.device) != positions) & new
@@ -208,6 +205,6 @@ def _require_positions(given: torch.Tensor | None, positions: torch.Tensor, new:
         row, column = differs.nonzero()[0].tolist()
         wrong = int(given.expand_as(positions)[row, column])
         raise TriAttentionError(
-            f"position_ids[{row}, {column}] is {wrong} and the tokens seen so far make it "
+            f"position_ids[{row}, {column}] is {wrong}, but by the tokens seen so far it is "
             f"{int(positions[row, column])}; leave position_ids out"
         )

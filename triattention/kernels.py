@@ -1,4 +1,4 @@
-"""The scoring kernel: reads each key once, whatever the number of offsets (mean) and of query heads per KV head.
+"""The scoring kernel: reads each key once, for any number of offsets and of query heads per KV head.
 
 S[n] = agg_a (k_re[n] . w_re[a] + k_im[n] . w_im[a]) + |k[n]| . w_abs [+ k_pass[n] . w_pass], with the weights of
 ``trig.fold``; a key is [rotated dims, 2 F | unrotated dims, P], and P is 0 for most models.
@@ -25,7 +25,7 @@ from triattention.trig import Weights
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-# N changes at every round, and no access is wider for knowing that it divides by 16: one build serves them all
+# N changes at every round, and specializing on its divisibility by 16 widens no access: one build for all N
 @triton.jit(do_not_specialize=["N"])
 def score_kernel(
     # K, weights [Bw, H*G, A, 2, F], [H*G, F] and [H*G, P], scores [B, H*G, N]
@@ -39,7 +39,7 @@ def score_kernel(
     tl.static_assert(BLOCK_P >= P, "one block must hold all unrotated dims")
     i_n, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_heads = tl.num_programs(1) * G
-    # a cache of a long context passes 2^31 elements, so every address is formed in int64
+    # the cache of a long context exceeds 2^31 elements, so every address is computed in int64
     o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_f = tl.arange(0, BLOCK_F)
     m_n, m_f = o_n < N, o_f < F
@@ -86,10 +86,10 @@ def score_kernel(
         tl.store(p_out, b_score, mask=m_n)
 
 
-#: Keys and warps per program, by head dim, bytes per key element and whether the tile is gone over once only (one query
-#: head, and the mean). Each is the block with the fewest instructions per key of those that need at most 96 registers
+#: Keys and warps per program, by head dim, bytes per key element and whether the tile is used only once (one query
+#: head, and the mean). Each entry has the fewest instructions per key among the blocks that need at most 96 registers
 #: and no stack on any architecture: 64 values of K per thread, or 32 where fp32 values, or values and norms kept for
-#: another head or offset, take more. ``python -m verify compile`` measures them.
+#: another head or offset, need more registers. ``python -m verify compile`` measures them.
 _BLOCKS = {
     (64, 2, True): (64, 2), (64, 4, True): (32, 2), (64, 2, False): (64, 4), (64, 4, False): (64, 4),
     (128, 2, True): (64, 4), (128, 4, True): (32, 4), (128, 2, False): (32, 4), (128, 4, False): (32, 4),
@@ -100,8 +100,8 @@ _BLOCKS = {
 def block(head_dim: int, key_bytes: int, passes: int) -> tuple[int, int]:
     """``(BLOCK_N, num_warps)`` for keys of ``head_dim`` values of ``key_bytes`` each.
 
-    ``passes`` is how often a key is multiplied: query heads times offsets. A head dim between two rows of the table
-    takes the larger one; above 256 the tile keeps its size.
+    ``passes`` is the number of products per key: query heads times offsets. A head dim between two rows of the table
+    uses the larger one; above 256 the tile size in values stays the same.
     """
     padded = triton.next_power_of_2(head_dim)
     keys, warps = _BLOCKS[min(max(padded, 64), 256), key_bytes, passes == 1]
@@ -111,11 +111,11 @@ def block(head_dim: int, key_bytes: int, passes: int) -> tuple[int, int]:
 def score_triton(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tensor:
     """Scores of rotated keys by the Triton kernel: ``[B, H, N, D]`` in bf16, fp16 or fp32 to float32 ``[B, H*G, N]``.
 
-    Any strides and storage offset. Raises TriAttentionError for CPU keys outside the interpreter.
+    Works for any strides and storage offset. Raises TriAttentionError for CPU keys outside the interpreter.
     """
     if not keys.is_cuda and not INTERPRETED:
         raise TriAttentionError(
-            f"the keys are on {keys.device} and the Triton kernel needs a CUDA device; use the PyTorch path "
+            f"the keys are on {keys.device}, but the Triton kernel needs a CUDA device; use the PyTorch path "
             "(use_triton_scoring=False), or set TRITON_INTERPRET=1 before triton is imported"
         )
     batch, heads, n_tokens, _ = keys.shape
@@ -125,13 +125,13 @@ def score_triton(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tens
         return out
     table = torch.stack([weights.re, weights.im], dim=-2).to(torch.float32).contiguous()
     norm = weights.norm.to(torch.float32).contiguous()
-    # None, which the kernel is built without, costs no register
+    # with None the kernel is built without this part, which saves registers
     content = None if weights.content is None else weights.content.to(torch.float32).contiguous()
     n_pass = 0 if content is None else content.shape[-1]
     group = n_query_heads // heads
     keys_per_program, warps = block(2 * n_freq + n_pass, keys.element_size(), group * width)
     grid = (triton.cdiv(n_tokens, keys_per_program), heads, batch)
-    # Triton launches on the current device, which need not be the one that holds the keys
+    # Triton launches on the current device, which may not be that of the keys
     with torch.cuda.device(keys.device) if keys.is_cuda else contextlib.nullcontext():
         score_kernel[grid](
             keys, table, norm, content, out,

@@ -1,4 +1,4 @@
-"""Where a model comes from, and loading it: the embedded model, a directory, or a hub name."""
+"""Finding and loading a model: the embedded model, a directory, or a hub name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ModelSource:
 
     @property
     def label(self) -> str:
-        """The last part of the name, fit for file names."""
+        """The last part of the name, usable in file names."""
         last = Path(self.name).expanduser().resolve().name if self.local and self.name != EMBEDDED else self.name
         return "".join(c if c.isalnum() or c in "._-" else "-" for c in last)
 
@@ -47,10 +47,10 @@ class LoadedModel:
 
 
 def find_source(name: str) -> ModelSource:
-    """Resolve ``embedded``, a directory or a hub name, without loading weights or touching the network.
+    """Resolve ``embedded``, a directory or a hub name, without loading weights or using the network.
 
-    Converts the embedded model when that was not done yet. Raises TriAttentionError for a directory without a
-    configuration or weights, and for a path that does not exist.
+    Converts the embedded model if needed. Raises TriAttentionError for a directory without a configuration or
+    weights, and for a path that does not exist.
     """
     if name == EMBEDDED:
         return ModelSource(name, str(embedded_directory()))
@@ -81,7 +81,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def fingerprint(source: ModelSource) -> str:
-    """16 hex digits of the configuration and the weight files (names, sizes, times): changes when the model does.
+    """16 hex digits over the configuration and the weight files (names, sizes, times): changes when the model does.
 
     A hub model must have been loaded before, so that its files are in the local hub cache.
     """
@@ -99,7 +99,7 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def fetch(source: ModelSource) -> Path:
-    """The directory of a model; a hub model is downloaded into the hub's cache, or TriAttentionError says why not."""
+    """The directory of a model; a hub model is downloaded into the hub's cache. Raises TriAttentionError on failure."""
     if source.local:
         return Path(source.location)
     from huggingface_hub import snapshot_download
@@ -113,7 +113,7 @@ def fetch(source: ModelSource) -> Path:
 
 
 def choose_device(device: str) -> torch.device:
-    """``auto`` is the GPU where torch sees one. Raises TriAttentionError for ``cuda`` where it sees none."""
+    """``auto`` is the GPU if torch sees one. Raises TriAttentionError for ``cuda`` if it does not."""
     import torch
 
     if device == "auto":
@@ -143,7 +143,7 @@ def load(source: ModelSource, *, dtype: str = "auto", device: str = "auto", atte
     """Load model and tokenizer for inference.
 
     ``dtype="auto"`` is the dtype of the checkpoint (bfloat16 for a float32 one under flash_attention_2, which has no
-    float32 kernels). Raises TriAttentionError, in one sentence, for anything that keeps transformers from loading it.
+    float32 kernels). Raises TriAttentionError, in one sentence, if transformers cannot load it.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -166,7 +166,7 @@ def load(source: ModelSource, *, dtype: str = "auto", device: str = "auto", atte
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(source, error) from error
     if missing := sorted(info["missing_keys"]):
-        # transformers would go on with random numbers in their place
+        # transformers would initialise them randomly and continue
         raise TriAttentionError(
             f"cannot load model {source.name}: {len(missing)} of its weights are not in its files (one: {missing[0]}); "
             "download it again"
@@ -177,7 +177,7 @@ def load(source: ModelSource, *, dtype: str = "auto", device: str = "auto", atte
 def _check_flash_attention(device: torch.device) -> None:
     if device.type != "cuda":
         raise TriAttentionError(
-            "flash_attention_2 needs a GPU and this run is on the CPU; use --attn-implementation sdpa"
+            "flash_attention_2 needs a GPU, but this run is on the CPU; use --attn-implementation sdpa"
         )
     try:
         metadata.version("flash-attn")

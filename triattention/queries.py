@@ -1,4 +1,4 @@
-"""Reading the queries of a live model: after q_norm where it has one, before RoPE, without changing its forward."""
+"""Reading the queries of a live model, after q_norm (if any) and before RoPE, without changing its forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from triattention.architecture import Architecture, decoder_of
 from triattention.errors import TriAttentionError
 
-#: Where a layer's queries can be read, in this order; a fused projection holds them first.
+#: Modules whose output contains a layer's queries, in order of preference; a fused projection has them first.
 _SOURCES = ("q_norm", "q_proj", "qkv_proj")
 
 Receive = Callable[[int, torch.Tensor], None]
@@ -20,7 +20,7 @@ Receive = Callable[[int, torch.Tensor], None]
 
 @contextmanager
 def queries_read(model: Any, live: Architecture, receive: Receive) -> Iterator[None]:
-    """Within it, every forward step calls ``receive(layer, q)`` with q ``[B, T, H*G, D]``, layer by layer.
+    """In this context every forward step calls ``receive(layer, q)`` with q ``[B, T, H*G, D]``, layer by layer.
 
     The hooks are removed at the end, also after an error. Raises TriAttentionError for a layer whose queries cannot
     be read.
@@ -48,7 +48,7 @@ def _hook(index: int, live: Architecture, receive: Receive) -> Callable[..., Non
     width = live.num_query_heads * live.head_dim
 
     def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        # [B, T, heads, D] after q_norm; [B, T, heads * D] after a projection, then keys and values where it is fused
+        # [B, T, heads, D] after q_norm; [B, T, heads * D] after a projection, followed by keys and values if fused
         flat = output.detach().flatten(2)[..., :width]
         receive(index, flat.unflatten(-1, (live.num_query_heads, live.head_dim)))
 
@@ -57,9 +57,9 @@ def _hook(index: int, live: Architecture, receive: Receive) -> Callable[..., Non
 
 @contextmanager
 def real_tokens_noted(model: Any, note: Callable[[torch.Tensor | None], None]) -> Iterator[None]:
-    """Within it, every forward step first calls ``note(mask)``: bool ``[B, T]``, which of its tokens are no padding.
+    """In this context every forward step first calls ``note(mask)``: bool ``[B, T]``, False for padding.
 
-    None stands for all of them. Raises TriAttentionError for a mask of another rank, which does not tell.
+    None means no padding. Raises TriAttentionError for a mask that is not 2D, which does not identify padding.
     """
     decoder = decoder_of(model)
     signature = inspect.signature(decoder.forward)
@@ -71,10 +71,10 @@ def real_tokens_noted(model: Any, note: Callable[[torch.Tensor | None], None]) -
         inputs = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         if mask is not None and mask.ndim != 2:
             raise TriAttentionError(
-                f"attention_mask has shape {tuple(mask.shape)}, which does not tell padding from text; give one of "
+                f"attention_mask has shape {tuple(mask.shape)}, which does not identify padding; give one of "
                 "shape [batch, tokens]"
             )
-        # with a cache the mask covers what is cached as well
+        # with a cache, the mask covers the cached tokens as well
         note(None if mask is None else mask[:, -inputs.shape[1] :].to(torch.bool))
 
     handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)

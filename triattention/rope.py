@@ -1,6 +1,6 @@
-"""Rotary pairs: how the D dims of a head make F = D / 2 complex numbers, and how a rotation is undone.
+"""Rotary pairs: how the D dims of a head form F = D / 2 complex numbers, rotating them, and undoing a rotation.
 
-Letters, used in the whole package: B batch, H KV heads, G query heads per KV head, N cached tokens, D head dim,
+Letters used in the whole package: B batch, H KV heads, G query heads per KV head, N cached tokens, D head dim,
 F frequencies, O offsets, t position of the next token, s attention scaling.
 """
 
@@ -47,10 +47,10 @@ def rotate_half(x: torch.Tensor, *, style: str = "half") -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, omega: torch.Tensor, scaling: float, style: str) -> torch.Tensor:
-    """RoPE: turn pair f of ``x`` ``[..., T, D]`` by position times omega_f and multiply by ``scaling``.
+    """RoPE: rotate pair f of ``x`` ``[..., T, D]`` by position times omega_f and multiply by ``scaling``.
 
     ``positions`` int ``[..., T]``, broadcast over the leading dims; ``omega`` ``[F]``. The first 2 F dims are rotated
-    and scaled, the rest passes. Phases are formed in float64.
+    and scaled, the others are unchanged. Phases are computed in float64.
     """
     angle = positions[..., None].to(torch.float64) * omega.to(torch.float64)
     cos, sin = ((scaling * part).to(x.dtype) for part in (angle.cos(), angle.sin()))
@@ -65,14 +65,14 @@ def invert_rope(
 ) -> torch.Tensor:
     """Undo rotation and attention scaling: the key before RoPE, ``[..., D]``.
 
-    ``cos`` and ``sin`` ``[..., D]`` are what the model's rotary module returns, so they already carry ``scale`` (s), as
-    the rotated key does; the result carries none. Raises TriAttentionError when ``scale`` is the number 0.
+    ``cos`` and ``sin`` ``[..., D]`` are the output of the model's rotary module, so they contain ``scale`` (s), as the
+    rotated key does; the result does not. Raises TriAttentionError if ``scale`` is the number 0.
     """
     if isinstance(scale, (int, float)) and scale == 0:
         raise TriAttentionError(
             "the attention scaling is 0; pass the rotary module's attention_scaling (1.0 without YaRN)"
         )
-    # rotated = s R k and cos = s cos(angle), so one more 1/s on top of the transposed rotation gives k
+    # rotated = s R k and cos = s cos(angle), so the inverse rotation gives s^2 k
     return (rotated * cos - rotate_half(rotated, style=style) * sin) / scale**2
 
 

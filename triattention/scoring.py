@@ -21,8 +21,8 @@ def check_inputs(
     """Raise TriAttentionError, naming the argument and its shape, unless the shapes and dtypes fit together.
 
     ``keys`` ``[B, H, N, D]``; each of ``statistics`` ``[H*G, F]``; ``omega`` ``[F]``; ``q_pass`` ``[H*G, P]`` with
-    D = 2 F + P, where P is 0 without it. Values are not looked at: that would wait for the device. A NaN key gets a
-    NaN score and touches no other.
+    D = 2 F + P, where P is 0 without it. Values are not checked, because that would wait for the device. A NaN key
+    gets a NaN score and does not affect others.
     """
     check_style(style)
     if keys.ndim != 4:
@@ -45,16 +45,16 @@ def check_inputs(
         if tensor.shape != (query_heads, n_freq):
             raise TriAttentionError(f"{name} has shape {tuple(tensor.shape)}; expected ({query_heads}, {n_freq})")
         if tensor.device != keys.device:
-            raise TriAttentionError(f"{name} is on {tensor.device} and the keys on {keys.device}; move one of them")
+            raise TriAttentionError(f"{name} is on {tensor.device}, but the keys on {keys.device}; move one of them")
     if heads == 0 or query_heads % heads:
-        raise TriAttentionError(f"statistics of {query_heads} query heads do not divide among {heads} KV heads")
+        raise TriAttentionError(f"the statistics' {query_heads} query heads are not a multiple of {heads} KV heads")
 
 
 def score_torch(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tensor:
     """Scores of rotated keys in PyTorch: ``[B, H, N, D]`` to float32 ``[B, H*G, N]``.
 
-    The products run in float64: no TF32 or bf16 matmul setting can reach them, and the score of a key does not depend
-    on how many keys or rows are scored with it.
+    The products run in float64, so TF32 and bf16 matmul settings do not apply, and the score of a key does not depend
+    on how many keys or rows are scored together.
     """
     batch, heads, n_tokens, _ = keys.shape
     rows, query_heads, width, n_freq = weights.re.shape
@@ -71,9 +71,9 @@ def score_torch(keys: torch.Tensor, weights: Weights, style: str) -> torch.Tenso
 
 
 def score(keys: torch.Tensor, weights: Weights, style: str, *, use_triton: bool | None = None) -> torch.Tensor:
-    """Scores float32 ``[B, H*G, N]`` by the kernel on a GPU and by PyTorch elsewhere, unless told which."""
+    """Scores float32 ``[B, H*G, N]``; ``use_triton`` None is the kernel for keys on a GPU and PyTorch elsewhere."""
     if keys.is_cuda if use_triton is None else use_triton:
-        from triattention.kernels import score_triton  # importing triton costs seconds, and a CPU run needs none
+        from triattention.kernels import score_triton  # importing triton takes seconds, and a CPU run does not need it
 
         return score_triton(keys, weights, style)
     return score_torch(keys, weights, style)

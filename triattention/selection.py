@@ -1,4 +1,4 @@
-"""From scores to a keep set. One function decides for every engine, given how many to evict and what is protected."""
+"""From scores to keep sets: one implementation for every engine, given the evictions per row and protected tokens."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 from triattention.errors import TriAttentionError
 
-#: One keep set per KV head shared by the layers; one for all; one per layer; one per layer and KV head.
+#: One keep set per KV head, shared by all layers; one for everything; one per layer; one per layer and KV head.
 MODES = ("per_head", "union", "per_layer", "per_layer_per_head")
 _ALIASES = {"per_layer_perhead": "per_layer_per_head"}
 
 
 def check_mode(mode: str) -> str:
-    """The mode under its own name. Raises TriAttentionError for an unknown one."""
+    """The mode with aliases resolved. Raises TriAttentionError for an unknown one."""
     mode = _ALIASES.get(mode, mode)
     if mode not in MODES:
         raise TriAttentionError(f"the pruning mode is {mode!r}; use one of {', '.join(MODES)}")
@@ -22,12 +22,12 @@ def check_mode(mode: str) -> str:
 
 
 def default_window(kv_budget: int) -> int:
-    """The window where none is given: ``min(128, kv_budget // 2)``, so that any budget of 1 or more is usable."""
+    """The default window, ``min(128, kv_budget // 2)``, so that any budget of 1 or more is usable."""
     return min(128, kv_budget // 2)
 
 
 def check_budget(kv_budget: int, divide_length: int, window_size: int) -> None:
-    """Raise TriAttentionError, naming the value, for a budget, interval or window that cannot work together."""
+    """Raise TriAttentionError, naming the value, for an invalid budget, interval or window."""
     if kv_budget < 1:
         raise TriAttentionError(f"the KV budget is {kv_budget}; it must be at least 1 token (2048 is usual)")
     if divide_length < 1:
@@ -35,12 +35,12 @@ def check_budget(kv_budget: int, divide_length: int, window_size: int) -> None:
     if window_size < 0 or window_size >= kv_budget:
         raise TriAttentionError(
             f"the window is {window_size} and the KV budget {kv_budget}; give a window from 0 to "
-            f"{kv_budget - 1}, or none"
+            f"{kv_budget - 1}, or leave it out"
         )
 
 
 def protection_exceeds(protected: int, budget: int) -> str:
-    """What to say, once, when the protected tokens alone do not fit the budget."""
+    """The warning, given once, that the protected tokens alone exceed the budget."""
     return (
         f"{protected} protected tokens (prompt and window) exceed the budget of {budget}; they are kept "
         "and the rest is "
@@ -49,7 +49,7 @@ def protection_exceeds(protected: int, budget: int) -> str:
 
 
 def to_device(values: list[int], device: torch.device) -> torch.Tensor:
-    """Host integers as int64 on ``device``, through pinned memory for a GPU, so that nothing waits for it."""
+    """Host integers as int64 on ``device``, through pinned memory for a GPU, so that the host does not wait."""
     if device.type == "cuda":
         return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
     return torch.tensor(values, device=device)
@@ -58,8 +58,8 @@ def to_device(values: list[int], device: torch.device) -> torch.Tensor:
 def z_score(scores: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
     """Standardise each query head over its evictable region: ``[B, H*G, N]`` with region ``[B, N]``, float64 out.
 
-    Population standard deviation (ddof 0) clamped at 1e-6, from deviations about the mean and never from E[x^2] -
-    E[x]^2. float64 makes the result independent of how a row was padded or batched.
+    Population standard deviation (ddof 0), at least 1e-6, computed from deviations from the mean, not as E[x^2] -
+    E[x]^2. float64 makes the result independent of padding and batching.
     """
     x, inside = scores.to(torch.float64), region[:, None]
     count = inside.sum(-1, keepdim=True).clamp_min(1)
@@ -82,10 +82,10 @@ def group_mean(scores: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
 
 
 def combine(layers: Iterable[torch.Tensor], mode: str) -> torch.Tensor:
-    """Per-layer scores ``[B, H, N]`` to those of the S keep sets of a mode, ``[B, S, N]``.
+    """Combine per-layer scores ``[B, H, N]`` into those of a mode's S keep sets, ``[B, S, N]``.
 
     per_head: mean over the layers, S = H. union: maximum over everything, S = 1. per_layer: maximum over the heads,
-    S = L. per_layer_per_head: as they are, S = L H, layer by layer.
+    S = L. per_layer_per_head: unchanged, S = L H, layer by layer.
     """
     if mode == "per_layer_per_head":
         return torch.cat(list(layers), dim=1)
@@ -103,7 +103,7 @@ def combine(layers: Iterable[torch.Tensor], mode: str) -> torch.Tensor:
 
 
 def layer_indices(indices: torch.Tensor, mode: str, layer: int, n_kv_heads: int) -> torch.Tensor:
-    """The indices ``[B, H, K]`` of one layer among those of a mode's keep sets ``[B, S, K]``."""
+    """The indices ``[B, H, K]`` of one layer, from those of a mode's keep sets ``[B, S, K]``."""
     if mode == "per_layer_per_head":
         return indices[:, layer * n_kv_heads : (layer + 1) * n_kv_heads]
     if mode == "per_layer":
@@ -112,19 +112,19 @@ def layer_indices(indices: torch.Tensor, mode: str, layer: int, n_kv_heads: int)
 
 
 def keep_mask(scores: torch.Tensor, valid: torch.Tensor, protected: torch.Tensor, evict: list[int]) -> torch.Tensor:
-    """Which cached tokens stay: bool ``[B, S, N]`` for S sets per row.
+    """Which cached tokens are kept: bool ``[B, S, N]`` for S sets per row.
 
     ``scores`` ``[B, S, N]``; ``valid`` and ``protected`` bool ``[B, N]`` (real tokens; those never evicted);
-    ``evict`` how many of the valid tokens of each row go. The highest scores stay; among equal scores the lowest
-    index wins. NaN scores are the caller's to refuse. Raises TriAttentionError when a row is asked to evict
-    protected or absent tokens, where that can be known without waiting for the device.
+    ``evict``: the number of valid tokens to evict from each row. The highest scores are kept; among equal scores the
+    lowest index wins. The caller must refuse NaN scores. Raises TriAttentionError if ``evict`` has another number of
+    rows than the scores, or a count below 0 or above N.
     """
     if len(evict) != scores.shape[0]:
-        raise TriAttentionError(f"evict names {len(evict)} rows and the scores have {scores.shape[0]}")
+        raise TriAttentionError(f"evict has {len(evict)} rows, but the scores have {scores.shape[0]}")
     if min(evict, default=0) < 0 or max(evict, default=0) > scores.shape[-1]:
-        raise TriAttentionError(f"evict is {evict}; it must lie between 0 and the {scores.shape[-1]} cached tokens")
-    # two stable sorts, the lesser key first: by score, then protected before evictable before absent; a marker value
-    # such as +inf would tie with real scores
+        raise TriAttentionError(f"evict is {evict}; each must be from 0 to {scores.shape[-1]}, the cached tokens")
+    # two stable sorts, the less significant key first: by score, then protected before evictable before absent; a
+    # marker value such as +inf would tie with real scores
     order = scores.argsort(dim=-1, descending=True, stable=True)
     kind = torch.where(protected, 0, torch.where(valid, 1, 2)).to(torch.uint8)[:, None].expand_as(order)
     order = order.gather(-1, kind.gather(-1, order).argsort(dim=-1, stable=True))
@@ -135,10 +135,9 @@ def keep_mask(scores: torch.Tensor, valid: torch.Tensor, protected: torch.Tensor
 
 
 def keep_indices(mask: torch.Tensor, width: int) -> torch.Tensor:
-    """Ascending indices of the kept tokens, right-aligned in ``width`` columns: bool ``[B, S, N]`` to int64 ``[B,
-    S, width]``.
+    """Ascending indices of the kept tokens, right-aligned: bool ``[B, S, N]`` to int64 ``[B, S, width]``.
 
-    A row that keeps fewer than ``width`` tokens begins with indices of evicted ones; its mask must hide those
+    A row that keeps fewer than ``width`` tokens starts with indices of evicted ones; its mask must hide those
     columns.
     """
     order = mask.to(torch.uint8).argsort(dim=-1, stable=True)
@@ -146,7 +145,5 @@ def keep_indices(mask: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def evictable(length: int, budget: int, protected: int) -> int:
-    """How many of ``length`` tokens go in a round: down to the budget, or to the protected ones if those alone
-    exceed it.
-    """
+    """How many of ``length`` tokens a round evicts: down to the budget, or to the protected tokens if more."""
     return max(0, length - max(budget, min(protected, length)))

@@ -1,4 +1,4 @@
-"""``calibrate`` and ``sparsify``: the two calls of NVIDIA's Model-Optimizer (pull request 1216), over the same code.
+"""``calibrate`` and ``sparsify``: the interface of NVIDIA's Model-Optimizer (pull request 1216) to the same code.
 
 model = calibrate(model, forward_loop=loop)
 model = sparsify(model, TriAttentionConfig(budget=2048, prune_interval=128))
@@ -17,16 +17,16 @@ from triattention.selection import default_window
 
 __all__ = ["TriAttentionConfig", "calibrate", "sparsify"]
 
-#: Where ``calibrate`` leaves the statistics of a model.
+#: The attribute in which ``calibrate`` stores a model's statistics.
 _STATISTICS = "triattention_statistics"
 
 
 @dataclass(frozen=True)
 class TriAttentionConfig:
-    """The recommended setting at a ``budget`` of cached tokens, pruned every ``prune_interval`` tokens.
+    """The recommended setting for a ``budget`` of cached tokens, compressed every ``prune_interval`` tokens.
 
-    ``window_size`` None is ``min(128, budget // 2)``; ``pruning_mode`` is one of ``selection.MODES``; the rest is as in
-    ``methods.triattention``.
+    ``window_size`` None is ``min(128, budget // 2)``; ``pruning_mode`` is one of ``selection.MODES``; the other options
+    are as in ``methods.triattention``.
     """
 
     budget: int = 2048
@@ -40,7 +40,7 @@ class TriAttentionConfig:
 
 
 def calibrate(model: Any, forward_loop: Callable[[Any], None]) -> Any:
-    """Take statistics of ``model`` over what ``forward_loop(model)`` runs, keep them on it, and return it.
+    """Collect statistics of ``model`` while ``forward_loop(model)`` runs, store them on it, and return it.
 
     Raises TriAttentionError as ``calibration.calibrate`` does.
     """

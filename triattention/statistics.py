@@ -1,7 +1,7 @@
-"""Calibration statistics: what a query head asks for on average, and everything needed to refuse a wrong file.
+"""Calibration statistics: the mean queries of each head, and the checks that refuse a wrong file.
 
-Two layouts are read: ours (one stacked tensor per quantity, with the model's description) and the published one
-(``{"metadata": ..., "stats": {"layer00_head00": {...}}}``), which carries dimensions only.
+Two layouts can be read: ours (one stacked tensor per quantity, with the model's description) and the published one
+(``{"metadata": ..., "stats": {"layer00_head00": {...}}}``), which contains dimensions only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triattention.architecture import Architecture, describe, rope_of
 from triattention.errors import TriAttentionError
 from triattention.files import write_atomic
 
-#: What torch.load raises, depending on where a file is cut or changed.
+#: Errors that torch.load raises for truncated or damaged files.
 _UNREADABLE = (
     RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError,
     TypeError,
@@ -36,9 +36,9 @@ class Statistics:
     """m = E[q] and a = E|q| per (layer, query head, frequency), over calibration text.
 
     ``q_mean_real``, ``q_mean_imag``, ``q_abs_mean``: float32 ``[L, H*G, F]``; ``q_pass_mean`` float32 ``[L, H*G, P]``,
-    the means of the P dims that are not rotated (P is 0 for most models). ``architecture`` describes the model
-    they were taken from; it is None for a published file, which does not say; ``declared``
-    is what little of it such a file's metadata names.
+    the means of the P dims that are not rotated (P is 0 for most models). ``architecture`` describes the calibrated
+    model; it is None for a published file, which does not contain it. ``declared`` are the parts of it that such a
+    file's metadata does contain.
     """
 
     q_mean_real: torch.Tensor
@@ -70,7 +70,7 @@ class Statistics:
             layer, head, freq = short[0].tolist()
             raise TriAttentionError(
                 f"{self.source}: |E q| exceeds E|q| at layer {layer}, head {head}, frequency {freq}, "
-                "which no data can give; calibrate again"
+                "which is impossible; calibrate again"
             )
 
     def concentration(self) -> torch.Tensor:
@@ -82,34 +82,33 @@ class Statistics:
         self.check_architecture(describe(model))
 
     def check_architecture(self, live: Architecture) -> None:
-        """``check_model`` for a model that has been described already."""
+        """``check_model`` for the description of a model."""
         here = (*self.q_abs_mean.shape, self.q_pass_mean.shape[-1])
         for name, mine in self.declared.items():
             if mine != getattr(live, name):
                 raise TriAttentionError(
-                    f"{self.source} declares {name} {mine!r} and the model {live.model_id} has "
+                    f"{self.source} declares {name} {mine!r}, but the model {live.model_id} has "
                     f"{getattr(live, name)!r}; "
                     "calibrate this model"
                 )
         wanted = (live.num_layers, live.num_query_heads, len(live.omega), live.head_dim - live.rotary_dim)
         if here != wanted:
             raise TriAttentionError(
-                f"{self.source} holds statistics of (layers, query heads, frequencies, unrotated dims) {here} and the "
-                "model "
-                f"{live.model_id} has {wanted}; calibrate this model"
+                f"{self.source} holds statistics of (layers, query heads, frequencies, unrotated dims) {here}, but the "
+                f"model {live.model_id} has {wanted}; calibrate this model"
             )
         if self.architecture is not None:
             self.architecture.require_same(live, self.source)
 
     def rope(self, model_path: str | os.PathLike[str] | None) -> tuple[torch.Tensor, float, str]:
-        """omega float32 ``[F]``, s and the pair layout: as the file has them, or the model at ``model_path``.
+        """omega float32 ``[F]``, s and the pair layout, from the file or else from the model at ``model_path``.
 
-        Raises TriAttentionError when the file does not say and no path is given.
+        Raises TriAttentionError if the file does not contain them and no path is given.
         """
         if self.architecture is not None:
             return self.architecture.omega, self.architecture.attention_scaling, self.architecture.rope_style
         if model_path is None:
-            raise TriAttentionError(f"{self.source} does not carry omega; give model_path as well, or calibrate again")
+            raise TriAttentionError(f"{self.source} does not contain omega; give model_path too, or calibrate again")
         from triattention.architecture import build_rotary
 
         omega, scaling, _ = rope_of(build_rotary("cpu", model_path, torch.float32))
@@ -117,7 +116,7 @@ class Statistics:
 
 
 def save(path: str | os.PathLike[str], statistics: Statistics) -> None:
-    """Write our layout atomically. Raises TriAttentionError when the statistics do not say which model they are of."""
+    """Write our layout atomically. Raises TriAttentionError if the statistics have no description of their model."""
     if statistics.architecture is None:
         raise TriAttentionError(
             f"{statistics.source} does not say which model it is of; calibrate the model to save it"
@@ -145,9 +144,7 @@ def _save_atomic(path: str | os.PathLike[str], payload: dict[str, Any]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Statistics:
-    """Read either layout with ``weights_only=True``. Raises TriAttentionError naming the file and what is wrong
-    with it.
-    """
+    """Read either layout with ``weights_only=True``. Raises TriAttentionError naming the file and the problem."""
     return parse(read_payload(path), str(path))
 
 
@@ -159,7 +156,7 @@ def parse(payload: Mapping[str, Any], source: str) -> Statistics:
         for name, expected in (("format_version", FORMAT_VERSION), ("capture_point", CAPTURE_POINT)):
             if payload[name] != expected:
                 raise TriAttentionError(
-                    f"{source} has {name} {payload[name]!r} and this release reads {expected!r}; calibrate again"
+                    f"{source} has {name} {payload[name]!r}, but this release reads {expected!r}; calibrate again"
                 )
         return Statistics(
             payload["q_mean_real"], payload["q_mean_imag"], payload["q_abs_mean"], payload["q_pass_mean"],
@@ -169,7 +166,7 @@ def parse(payload: Mapping[str, Any], source: str) -> Statistics:
 
 @contextmanager
 def _malformed(source: str) -> Iterator[None]:
-    """Whatever goes wrong inside, because an entry is absent or of another shape, is one sentence about ``source``."""
+    """Turns errors from missing or malformed entries into one TriAttentionError that names ``source``."""
     try:
         yield
     except TriAttentionError:
@@ -192,7 +189,7 @@ def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise TriAttentionError(
             f"the statistics file {source} ({source.stat().st_size} bytes) cannot be read, so it is damaged "
-            f"or no statistics file ({reason}); calibrate again"
+            f"or not a statistics file ({reason}); calibrate again"
         ) from error
     if not isinstance(payload, dict):
         raise TriAttentionError(f"{source} holds a {type(payload).__name__}, not statistics; calibrate again")
@@ -200,10 +197,9 @@ def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def published_heads(payload: Mapping[str, Any], source: str) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
-    """The entries of a published file by (layer, head), each with its three float32 tensors; it may hold some heads
-    only.
+    """The entries of a published file by (layer, head), each with three float32 tensors; heads may be missing.
 
-    Raises TriAttentionError for a head that is listed but absent, or malformed.
+    Raises TriAttentionError for a listed head without an entry, or with a malformed one.
     """
     with _malformed(source):
         found = {}
@@ -218,7 +214,7 @@ def published_heads(payload: Mapping[str, Any], source: str) -> dict[tuple[int, 
 
 
 def _from_published(payload: Mapping[str, Any], source: str) -> Statistics:
-    """Stack the published per-head entries; every layer must have every head, a gap is an error and never filled."""
+    """Stack the published per-head entries. Raises TriAttentionError unless every layer has every head."""
     heads = published_heads(payload, source)
     layers, per_layer = (1 + max(key[axis] for key in heads) for axis in (0, 1))
     every = [(layer, head) for layer in range(layers) for head in range(per_layer)]

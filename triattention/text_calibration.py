@@ -1,4 +1,4 @@
-"""Calibration on text: the bundled one or a file, with the result kept in the cache."""
+"""Calibration on the bundled text or on a text file, and the cache of its results."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from triattention.models import LoadedModel
     from triattention.statistics import Statistics
 
-#: Below this the means are noise: one paragraph, not a language.
+#: With fewer tokens, about a paragraph, the means are noise.
 MIN_TOKENS = 512
-#: Tokens per forward pass. Queries are taken before RoPE, so the cut costs context and nothing else.
+#: Tokens per forward pass. Queries are taken before RoPE, so splitting the text only shortens the context.
 _CHUNK = 1024
-#: Tokens used of a longer text; the means have long settled by then.
+#: Tokens used of a longer text; the means have converged by then.
 MAX_LENGTH = 32768
-#: Of runs of this many characters, the least share that is distinct in a text that can be calibrated on. Prose has
-#: nearly 1, code 0.6 and more; one sentence over and over next to nothing.
+#: The length in characters of the runs that are compared, and the minimum share of distinct ones in a usable text.
+#: Prose has nearly 1, code 0.6 and more, a repeated sentence nearly 0.
 _RUN, _MIN_DISTINCT = 32, 0.25
-#: No tokenizer makes tokens much longer than this many characters of text, so more of it is not looked at.
+#: An upper limit for the average token length, which decides how much of the text is checked for repetition.
 _CHARACTERS_PER_TOKEN = 8
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def bundled_text() -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises TriAttentionError for a file that cannot be read as such."""
+    """The text of a UTF-8 file. Raises TriAttentionError if it cannot be read or decoded."""
     try:
         return path.read_text("utf-8")
     except OSError as error:
@@ -68,19 +68,19 @@ def calibrate_on_text(
     ids = loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :max_length]
     if ids.shape[1] < MIN_TOKENS:
         raise TriAttentionError(
-            f"the calibration text has {ids.shape[1]} tokens; give at least {MIN_TOKENS}, better some thousands"
+            f"the calibration text has {ids.shape[1]} tokens; give at least {MIN_TOKENS}, better several thousand"
         )
     distinct = _distinct_runs(text[: max_length * _CHARACTERS_PER_TOKEN])
     if distinct < _MIN_DISTINCT:
         raise TriAttentionError(
-            f"the calibration text repeats itself: {distinct:.1%} of its runs of {_RUN} characters are distinct, and "
-            f"{_MIN_DISTINCT:.0%} is the least that means anything; give coherent text"
+            f"the calibration text repeats itself: {distinct:.1%} of its runs of {_RUN} characters are distinct, but "
+            f"at least {_MIN_DISTINCT:.0%} are needed; give coherent text"
         )
 
     def forward(model: Any) -> None:
         done = 0
         for chunk in ids.to(model.device).split(_CHUNK, dim=1):
-            # one position's logits are the fewest that can be asked for; none are needed
+            # no logits are needed, and one position is the minimum
             model(input_ids=chunk, use_cache=False, logits_to_keep=1)
             done += chunk.shape[1]
             if progress is not None:
@@ -90,16 +90,16 @@ def calibrate_on_text(
 
 
 def _distinct_runs(text: str) -> float:
-    """The share of distinct ones among all runs of 32 characters."""
+    """The share of distinct runs among all runs of 32 characters."""
     n_runs = max(len(text) - _RUN + 1, 1)
     return len({text[i : i + _RUN] for i in range(n_runs)}) / n_runs
 
 
 def cached_statistics(loaded: LoadedModel) -> Path:
-    """The cached statistics file of a model on the bundled text; calibrates when there is none that fits.
+    """The cached statistics file of a model on the bundled text; calibrates if no valid one exists.
 
-    One file per model (configuration and weight files), dtype and text. Of several processes one calibrates and the
-    others wait. Raises TriAttentionError when the cache cannot be written.
+    There is one file per model (configuration and weight files), dtype and text. If several processes need it, one
+    calibrates and the others wait. Raises TriAttentionError if the cache cannot be written.
     """
     text = bundled_text()
     of_text = hashlib.sha256(text.encode()).hexdigest()[:8]

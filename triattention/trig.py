@@ -1,6 +1,6 @@
-"""Phases and what is folded out of them: everything about t, the offsets and omega that does not depend on a key.
+"""The parts of a score that do not depend on the key: phases of t, offsets and omega, and weights folded from them.
 
-Phases are formed and reduced in float64 (a few thousand numbers per round), so that the error does not grow with t.
+Phases are computed and reduced in float64 (a few thousand numbers per round), so that the error does not grow with t.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def check_position(t: int) -> int:
 
 
 def phases(t: int | torch.Tensor, offsets: torch.Tensor, omega: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of (t + o) omega in float64: ``[O, F]`` for one t, ``[B, O, F]`` for a tensor of B of them.
+    """cos and sin of (t + o) omega in float64: ``[O, F]`` for one t, ``[B, O, F]`` for a tensor of B positions t.
 
-    ``omega`` ``[F]`` and ``offsets`` ``[O]`` are taken as given and widened exactly.
+    ``omega`` ``[F]`` and ``offsets`` ``[O]`` are converted to float64 exactly.
     """
     if offsets.numel() == 0:
         raise TriAttentionError("there are no offsets; give at least one (1, 2, 4, ... up to 65536 is usual)")
@@ -42,11 +42,11 @@ def phases(t: int | torch.Tensor, offsets: torch.Tensor, omega: torch.Tensor) ->
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What a key is multiplied with: S = agg_o (k_re . re + k_im . im) + |k| . norm [+ k_pass . content].
+    """The weights that multiply a key: S = agg_o (k_re . re + k_im . im) + |k| . norm [+ k_pass . content].
 
     ``re`` and ``im`` are float64 ``[Bw, H*G, A, F]``, where Bw is 1 or B and A is 1 (mean: folded over the offsets,
     which is exact because the mean is linear) or O (max); ``norm`` is float64 ``[H*G, F]``; ``content`` is float64
-    ``[H*G, P]`` for the P dims of a key that are not rotated, None where all are.
+    ``[H*G, P]`` for the P dims of a key that are not rotated, None if all are.
     """
 
     re: torch.Tensor
@@ -70,9 +70,9 @@ def fold(
 ) -> Weights:
     """Fold statistics and phases into the weights of one layer.
 
-    q_* and ``freq_weight`` are ``[H*G, F]``; ``cos`` and ``sin`` ``[O, F]`` or ``[B, O, F]``; ``q_pass`` ``[H*G, P]``
-    the means of the unrotated dims, which carry no weight. ``disable_mlr`` makes the second coefficient a instead of
-    a - |m|; ``disable_trig`` leaves the second term only. No epsilon anywhere: zero statistics give exactly 0. Raises
+    q_* and ``freq_weight`` are ``[H*G, F]``; ``cos`` and ``sin`` ``[O, F]`` or ``[B, O, F]``; ``q_pass`` ``[H*G, P]``:
+    the means of the unrotated dims, which are not weighted. ``disable_mlr`` replaces a - |m| by a in the norm term;
+    ``disable_trig`` leaves only the norm term. There is no epsilon: zero statistics give exactly 0. Raises
     TriAttentionError for an unknown aggregation.
     """
     if aggregation not in ("mean", "max"):
@@ -94,7 +94,7 @@ def fold(
 
 
 def _versions(*tensors: torch.Tensor) -> list[int | None]:
-    """How often each was written to in place, None where torch does not count."""
+    """How often each tensor was modified in place, None if torch does not count it."""
     return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
@@ -130,7 +130,7 @@ class TrigTableCache:
         shape = (self.num_positions, self.num_offsets, self.freq_count)
         self.cos_table = torch.empty(shape, dtype=torch.float32, device=self.device)
         self.sin_table = torch.empty(shape, dtype=torch.float32, device=self.device)
-        for part in torch.arange(self.num_positions, device=self.device).split(1024):  # bounds the float64 scratch
+        for part in torch.arange(self.num_positions, device=self.device).split(1024):  # limits the float64 memory
             self.cos_table[part], self.sin_table[part] = (
                 x.to(torch.float32) for x in phases(rows[part], self.offsets, self.omega)
             )
@@ -141,9 +141,7 @@ class TrigTableCache:
         return 2 * self.cos_table.numel() * self.cos_table.element_size() / 2**20
 
     def get_trig_values(self, round_start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The row of ``round_start``: cos and sin, float32 ``[O, F]``. Raises ValueError off the interval or the
-        table.
-        """
+        """The row of ``round_start``: cos and sin, float32 ``[O, F]``. Raises ValueError if there is no such row."""
         t = check_position(round_start)
         if t % self.compress_interval:
             raise TriAttentionError(f"round_start is {t}; the table has rows at multiples of {self.compress_interval}")
@@ -154,14 +152,14 @@ class TrigTableCache:
         return self.cos_table[row], self.sin_table[row]
 
     def phases_at(self, round_start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin at any integer up to ``max_seq_len``, float64 ``[O, F]``: a row, turned by the residual angle.
+        """cos and sin at any integer up to ``max_seq_len``, float64 ``[O, F]``: a row rotated by the residual angle.
 
         Raises TriAttentionError beyond the table.
         """
         t = check_position(round_start)
         if t > self.max_seq_len:
             raise TriAttentionError(
-                f"round_start is {t} and the trig table ends at {self.max_seq_len}; "
+                f"round_start is {t}, but the trig table ends at {self.max_seq_len}; "
                 "build it with a larger max_seq_len or call without trig_cache"
             )
         row = min(max(t // self.compress_interval, 1), self.num_positions)
@@ -176,8 +174,8 @@ class TrigTableCache:
     def require_same(self, offsets: torch.Tensor, omega: torch.Tensor) -> None:
         """Raise TriAttentionError unless the table was made with these offsets and frequencies.
 
-        Values are compared once per pair of tensors, and again when one was written to: looking at a tensor on a GPU
-        waits for it. Of tensors made in inference mode torch does not tell whether they were written to.
+        Values are compared once per pair of tensors, and again after a change in place, because reading a GPU tensor
+        waits for the device. Changes to tensors created in inference mode are not detected: torch does not count them.
         """
         versions = _versions(offsets, omega)
         if offsets is self._checked[0] and omega is self._checked[1] and versions == self._checked[2]:
@@ -185,7 +183,7 @@ class TrigTableCache:
         mine, given = (self.num_offsets, self.freq_count), (offsets.numel(), omega.numel())
         if mine != given:
             raise TriAttentionError(
-                f"trig_cache has {mine[0]} offsets and {mine[1]} frequencies and the call {given[0]} and {given[1]}; "
+                f"trig_cache has {mine[0]} offsets and {mine[1]} frequencies, the call {given[0]} and {given[1]}; "
                 "build it with the same offsets and omega"
             )
         same = torch.equal(self.offsets, offsets.to(self.device, torch.float32)) and torch.equal(
@@ -193,7 +191,7 @@ class TrigTableCache:
         )
         if not same:
             raise TriAttentionError(
-                "trig_cache was built with other offsets or another omega than the call; build it with the same ones"
+                "trig_cache was built with different offsets or omega than this call; build it with the same ones"
             )
         self._checked = (offsets, omega, versions)
 

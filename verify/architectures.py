@@ -1,4 +1,4 @@
-"""The NVIDIA architectures this suite speaks about: names, families, minimum software, toolchain gaps."""
+"""The NVIDIA architectures that this suite covers: names, families, minimum software, toolchain gaps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Family = Literal["Ampere", "Ada Lovelace", "Hopper", "Blackwell", "Rubin"]
 
 @dataclass(frozen=True, slots=True)
 class Minimums:
-    """The oldest versions that can run the suite on an architecture; None where no floor is known."""
+    """The oldest versions that can run the suite on an architecture; None where no minimum is known."""
 
     cuda: str | None = None
     driver: str | None = None
@@ -25,7 +25,7 @@ class Minimums:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one multiprocessor holds at a time (CUDA programming guide, specifications per compute capability)."""
+    """The limits per multiprocessor (CUDA programming guide, specifications per compute capability)."""
 
     warps: int
     blocks: int
@@ -33,14 +33,14 @@ class Limits:
 
     @property
     def shared_bytes_per_block(self) -> int:
-        """What one block may ask for: all but the 1 KiB that every block takes besides."""
+        """The most that one block can request: all but the 1 KiB that is reserved for each block."""
         return self.shared_kib * 1024 - 1024
 
     def occupancy(self, registers: int, warps: int, shared_bytes: int) -> float:
-        """The theoretical occupancy, of 1, of blocks of ``warps`` warps; 0 where not one fits.
+        """The theoretical occupancy, from 0 to 1, with blocks of ``warps`` warps; 0 if no block fits.
 
-        Registers are given out per warp in units of 256 to four partitions of 16,384; shared memory in units of 128
-        bytes, 1 KiB more per block than it asks for.
+        Registers are allocated per warp in units of 256, in four partitions of 16,384; shared memory in units of 128
+        bytes, with 1 KiB reserved per block.
         """
         per_warp = -(-registers * 32 // 256) * 256
         warps_by_registers = 4 * (16_384 // per_warp)
@@ -53,9 +53,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One compute capability: its SM number, the products that have it, what it needs and what it holds.
+    """One compute capability: its SM number, its products, its minimum software and its limits.
 
-    ``toolchain_gap`` says why no toolchain that the suite knows can build for it.
+    ``toolchain_gap`` says why no toolchain known to the suite can build for it.
     """
 
     sm: int
@@ -76,7 +76,7 @@ class Architecture:
         return f"{self.sm // 10}.{self.sm % 10}"
 
     def occupancy(self, registers: int, warps: int, shared_bytes: int) -> float | None:
-        """``Limits.occupancy``, None where the limits are not known."""
+        """``Limits.occupancy``; None if the limits are not known."""
         return self.limits.occupancy(registers, warps, shared_bytes) if self.limits else None
 
 
@@ -90,7 +90,7 @@ class Emulated:
 EMULATED = Emulated()
 Target = Architecture | Emulated
 
-#: What the suite needs on any GPU: the plan's table of minimum versions.
+#: The minimum versions on any GPU, from the plan's table.
 SUITE_MINIMUMS = Minimums(cuda="12.8", torch="2.6", triton="3.2", flash_attn="2.7", vllm="0.19")
 
 _A100, _GA10X, _ADA, _ORIN = Limits(64, 32, 164), Limits(48, 16, 100), Limits(48, 24, 100), Limits(48, 16, 164)
@@ -98,7 +98,7 @@ _HOPPER, _THOR, _RTX_50 = Limits(64, 32, 228), Limits(48, 24, 228), Limits(48, 2
 
 _BLACKWELL_RTX = Minimums(cuda="12.8", driver="570", torch="2.6", triton="3.2", flash_attn="2.7", vllm="0.19")
 
-#: Every architecture the suite covers, ascending. A gap in the numbers is a number NVIDIA never gave out.
+#: Every architecture that the suite covers, ascending. NVIDIA did not assign the missing numbers.
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(80, "Ampere", ("A100", "A30"), Minimums(cuda="11.0"), _A100),
     Architecture(86, "Ampere", ("GeForce RTX 30 series", "RTX A6000", "A10", "A40"), Minimums(cuda="11.1"), _GA10X),
@@ -135,7 +135,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
 )
 
-#: Names that NVIDIA changed: refused, so that no record is filed under a name the toolchain no longer uses.
+#: SM numbers that NVIDIA renamed: refused, so that no record has a name that the toolchain no longer uses.
 RENAMED = {101: 110}
 
 _BY_SM: dict[int, Architecture] = {architecture.sm: architecture for architecture in ARCHITECTURES}
@@ -143,7 +143,7 @@ _NAME = re.compile(r"(?:sm_?)?(?:(?P<sm>\d{2,3})|(?P<major>\d{1,2})\.(?P<minor>\
 
 
 def find(sm: int) -> Architecture | None:
-    """The architecture with this SM number, None where the suite does not cover it."""
+    """The architecture with this SM number; None if the suite does not cover it."""
     return _BY_SM.get(sm)
 
 
@@ -153,9 +153,9 @@ def known_targets() -> tuple[Target, ...]:
 
 
 def parse_target(text: str) -> Target:
-    """The target that ``text`` names: ``sm120``, ``SM_120``, ``120`` and ``12.0`` are one GPU; ``emulated`` is none.
+    """The target that ``text`` names: ``sm120``, ``SM_120``, ``120`` and ``12.0`` are one GPU; ``emulated`` is no GPU.
 
-    Raises ConfigurationError, with the names that would work, for anything else.
+    Raises ConfigurationError, with the valid names, for anything else.
     """
     name = text.strip()
     if name.lower() == EMULATED.target:
@@ -168,27 +168,30 @@ def parse_target(text: str) -> Target:
         if sm in RENAMED:
             new = _BY_SM[RENAMED[sm]]
             raise ConfigurationError(
-                f"sm{sm} was renamed {new.target} in CUDA 13 ({', '.join(new.products)}); ask for {new.target}"
+                f"sm{sm} was renamed to {new.target} in CUDA 13 ({', '.join(new.products)}); use {new.target}"
             )
     known = ", ".join(target.target for target in known_targets())
-    raise ConfigurationError(f"{text!r} is no GPU architecture that this suite covers; known are {known}")
+    raise ConfigurationError(f"{text!r} is not a GPU architecture that this suite covers; use one of {known}")
 
 
 def parse_targets(text: str) -> tuple[Architecture, ...]:
     """The GPUs that ``all``, ``120,121``, ``sm120`` or ``80-121`` names, ascending and without repeats.
 
-    A range names the architectures that there are between its ends. Raises ConfigurationError for a name that
-    ``parse_target`` refuses, ``emulated``, and a range that runs backwards.
+    A range includes the covered architectures from one end to the other. Raises ConfigurationError for a name that
+    ``parse_target`` refuses, for ``emulated``, and for a reversed range.
     """
     if text.strip().lower() == "all":
         return ARCHITECTURES
     chosen: set[int] = set()
     for part in text.split(","):
         ends = [parse_target(end) for end in part.split("-", 1)]
-        if EMULATED in ends:
-            raise ConfigurationError("emulated is no GPU, and nothing is built for it; name GPUs such as sm120 or all")
-        first, last = ends[0].sm, ends[-1].sm
+        gpus = [end for end in ends if isinstance(end, Architecture)]
+        if len(gpus) < len(ends):
+            raise ConfigurationError(
+                "nothing is built for emulated, which is not a GPU; name GPUs such as sm120 or all"
+            )
+        first, last = gpus[0].sm, gpus[-1].sm
         if first > last:
-            raise ConfigurationError(f"the range {part.strip()!r} runs backwards; write {last}-{first}")
+            raise ConfigurationError(f"the range {part.strip()!r} is reversed; write {last}-{first}")
         chosen.update(architecture.sm for architecture in ARCHITECTURES if first <= architecture.sm <= last)
     return tuple(architecture for architecture in ARCHITECTURES if architecture.sm in chosen)

@@ -1,7 +1,7 @@
-"""What a check is: gate, claim, reason and tolerance, declared beside the test as data.
+"""The declaration of a check: gate, claim, reason and tolerance, as data next to the test.
 
 The catalogue (``python -m verify gates``), the must-pass lists and ``explain`` are all made from these declarations, so
-a page about a check cannot drift from the check. This module imports neither torch nor the subject.
+they cannot drift from the checks. This module imports neither torch nor the subject.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Gate = Literal["hard", "soft"]
 SKIP_CODES = MappingProxyType(
     {
         "NO_GPU": "the check needs an NVIDIA GPU and the run has none",
-        "PKG_MISSING": "an optional package, or an optional part of the subject, is not there",
+        "PKG_MISSING": "an optional package, or an optional part of the subject, is missing",
         "VRAM": "the GPU has less memory than the check needs",
         "NO_BASELINE": "there is no earlier record to compare with",
     }
@@ -39,7 +39,7 @@ PHASES = MappingProxyType(
     }
 )
 
-#: The seed of a run that was given none: fixed, so that two runs without arguments draw the same inputs.
+#: The default seed of a run: fixed, so that two runs without arguments draw the same inputs.
 DEFAULT_SEED = 0
 
 _FAMILY = re.compile(r"p[1-8]\.[a-z0-9_]+")
@@ -51,14 +51,13 @@ class CheckSpec:
     """The declaration of one check, or of one family of checks that differ by ``case``.
 
     ``family`` is ``p<phase>.<topic>``; each key of ``cases`` makes one check with the stable id
-    ``p<phase>.<topic>.<case>``. ``claim`` says what a PASS proves, ``reason`` why anybody should care, ``remedy``
-    what to do if it fails, ``tolerance`` which bound applies and where it comes from, ``plan`` the item of the
-    verification plan (``"3.2"``) it answers. ``needs`` names checks (full ids, or families) whose failure
-    makes this one BLOCKED. ``needs_gpu`` checks are SKIP(NO_GPU) on the CPU target and are not on its must-pass
-    list. A result of an ``ahead_of_time`` check is compiled evidence, and that is all it takes: it is about kernels
-    that need not run.
+    ``p<phase>.<topic>.<case>``. ``claim`` says what a PASS proves, ``reason`` why it matters, ``remedy`` what to do if
+    it fails, ``tolerance`` which bound applies and where it comes from, ``plan`` which item of the verification plan
+    (``"3.2"``) it answers. ``needs`` names checks (full ids, or families) whose failure makes this one BLOCKED.
+    ``needs_gpu`` checks are SKIP(NO_GPU) on the CPU target and are not on its must-pass list. ``ahead_of_time`` checks
+    are about kernels that need not run: their results are compiled evidence, which is enough.
 
-    Raises ValueError naming the family when a field breaks these rules.
+    Raises ValueError naming the family if a field breaks these rules.
     """
 
     family: str
@@ -80,12 +79,12 @@ class CheckSpec:
         if self.gate not in ("hard", "soft"):
             raise ValueError(f"check {self.family} has gate {self.gate!r}; it must be 'hard' or 'soft'")
         if self.gate == "hard" and self.phase >= 7:
-            raise ValueError(f"check {self.family} is hard, but everything in phases 7 and 8 is soft by the plan")
+            raise ValueError(f"check {self.family} is hard, but the plan makes all of phases 7 and 8 soft")
         for name in ("claim", "reason", "remedy"):
             if not getattr(self, name).strip():
                 raise ValueError(f"check {self.family} has an empty {name}; write one sentence")
         if not self.cases:
-            raise ValueError(f"check {self.family} has no cases; a single check has one, named")
+            raise ValueError(f"check {self.family} has no cases; name at least one")
         bad = [case for case in self.cases if not _CASE.fullmatch(case)]
         if bad:
             raise ValueError(f"check {self.family} has a case named {bad[0]!r}; use letters, digits, '_' and '-'")
@@ -112,26 +111,26 @@ class Check:
         return self.spec.phase
 
     def applies_to(self, target: str) -> bool:
-        """Whether this check belongs to the list of ``target``: ``emulated`` or ``sm<NN>``."""
+        """Whether this check applies to ``target``: ``emulated`` or ``sm<NN>``."""
         return target != "emulated" or not self.spec.needs_gpu
 
 
 class Measure(Protocol):
-    """What the fixture ``measure`` is: it records a number and fails the check outside its bound."""
+    """The type of the fixture ``measure``, which records a number and fails the check if it is outside its bound."""
 
     def __call__(self, name: str, measured: float, allowed: float, *, unit: str = "", where: str = "") -> None: ...
 
 
 class Draw(Protocol):
-    """What the fixture ``curve`` is: it records ``(x, y)`` pairs for one plot with the check's other curves."""
+    """The type of the fixture ``curve``, which records ``(x, y)`` pairs; all curves of a check share one plot."""
 
     def __call__(self, name: str, points: Iterable[tuple[float, float]], *, x: str, y: str) -> None: ...
 
 
 def check(family: str, *, gate: Gate, cases: Mapping[str, Any] | str, **fields: Any) -> Callable:
-    """Declare the decorated test as a check; the test receives the value of its case as the argument ``case``.
+    """Declare the decorated test as a check, which receives the value of its case as the argument ``case``.
 
-    ``cases`` maps case names to values; a plain string names the only case, whose value is that string.
+    ``cases`` maps case names to values; a string is the name and value of the only case.
     """
     import pytest
 
@@ -139,7 +138,7 @@ def check(family: str, *, gate: Gate, cases: Mapping[str, Any] | str, **fields: 
     spec = CheckSpec(family=family, gate=gate, cases=MappingProxyType(named), **fields)
 
     def declare(test: Callable) -> Callable:
-        test.check_spec = spec
+        test.check_spec = spec  # type: ignore[attr-defined]  # an attribute of the function, for catalogue()
         test = pytest.mark.parametrize("case", list(named.values()), ids=list(named))(test)
         test = getattr(pytest.mark, gate)(test)
         return pytest.mark.check(spec)(test)
@@ -148,10 +147,10 @@ def check(family: str, *, gate: Gate, cases: Mapping[str, Any] | str, **fields: 
 
 
 def catalogue() -> Iterator[Check]:
-    """Every check of ``phases/`` in phase order, then in the order of declaration.
+    """Every check of ``phases/`` by phase, then in the order of declaration.
 
-    Imports the modules of ``phases/``, none of which imports torch at module level. Raises ValueError when two checks
-    share an id or a family declares another phase than the file it stands in.
+    Imports the modules of ``phases/``, none of which imports torch at module level. Raises ValueError if two checks
+    share an id, or a family's phase differs from that of its file.
     """
     import phases
 
@@ -164,7 +163,7 @@ def catalogue() -> Iterator[Check]:
             if spec is None:
                 continue
             if spec.phase != int(name[1]):
-                raise ValueError(f"check {spec.family} stands in phases/{name}.py, which is phase {name[1]}")
+                raise ValueError(f"check {spec.family} is in phases/{name}.py, which is for phase {name[1]}")
             for case in spec.cases:
                 check_id, node = spec.id_of(case), f"phases/{name}.py::{attribute}[{case}]"
                 if check_id in seen:
@@ -174,5 +173,5 @@ def catalogue() -> Iterator[Check]:
 
 
 def derive_seed(run_seed: int, check_id: str) -> int:
-    """The 32-bit seed of one check: it depends on the run's seed and the id, not on what ran before."""
+    """The 32-bit seed of one check; it depends on the run's seed and the id, not on what ran before."""
     return int.from_bytes(hashlib.sha256(f"{run_seed}:{check_id}".encode()).digest()[:4], "big")

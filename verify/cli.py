@@ -1,4 +1,4 @@
-"""The command line: parses, imports what the verb needs and nothing else, and turns errors into exit codes."""
+"""The command line: parses the arguments, imports only what the verb needs, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SUBJECT = "bundled (default), installed, the path of a checkout, or module:NAME
 
 _FORMATS = ("terminal", "markdown", "json")
 
-#: What a run is started with and keeps, by the option that chooses it.
+#: Options that are fixed when a run starts, by the name of their setting.
 _FIXED = {
     "phases": "--phases", "expression": "-m", "device": "--device", "model": "--model", "subject": "--subject",
     "seed": "--seed", "sanitize": "--sanitize",
@@ -26,26 +26,26 @@ _FIXED = {
 
 _EXAMPLES = """\
 examples:
-  python -m verify run                           everything, on whatever this machine has
+  python -m verify run                           every check that this machine can run
   python -m verify run --phases 1-4 --expect sm120
   python -m verify run --phase 4 -m hard
-  python -m verify run --resume RUN              go on with an interrupted run
-  python -m verify compile                       build every kernel for every GPU; none is needed
+  python -m verify run --resume RUN              continue an interrupted run
+  python -m verify compile                       build every kernel for every GPU; needs no GPU
   python -m verify compile --sm 120,121 --full
-  python -m verify quality                       what the embedded model still knows, beside simple controls
-  python -m verify selftest                      plant mistakes in the subject: does the suite catch them?
-  python -m verify report                        one line for every GPU
+  python -m verify quality                       model quality under compression, compared with simple controls
+  python -m verify selftest                      plant faults in the subject: does the suite catch them?
+  python -m verify report                        one line per GPU
   python -m verify report --all                  the matrix of every check on every GPU
   python -m verify report --gpu sm120 --format markdown
-  python -m verify diff --since last-green       what is worse than in the last run that was green
+  python -m verify diff --since last-green       what got worse since the last green run
   python -m verify history --check p4.triton_oracle
-  python -m verify check reports/runs/RUN        is a record sound, and nothing missing
-  python -m verify report --format html          pages to look at, from reports/site/index.html on
-  python -m verify doctor --expect sm90          is this machine ready, and is it the right one
+  python -m verify check reports/runs/RUN        is the record sound, with nothing missing
+  python -m verify report --format html          HTML pages; start at reports/site/index.html
+  python -m verify doctor --expect sm90          is this machine ready, and is its GPU an sm90
   python -m verify explain p4.triton_oracle
 
-exit codes: 0 fine; 1 a HARD check failed; 2 interrupted, can be gone on with; 3 configuration or usage;
-  4 a SOFT check failed under --strict-soft; 5 a report was made, but some records were unreadable
+exit codes: 0 success; 1 a HARD check failed; 2 interrupted, can be continued; 3 configuration or usage error;
+  4 a SOFT check failed under --strict-soft; 5 the report was made, but some records were unreadable
 """
 
 _RUN_EXAMPLES = """\
@@ -57,25 +57,26 @@ examples:
 
 
 _COMPILE_TEXT = """\
-Builds each kernel that the subject launches for each architecture, with the Triton that is installed and no GPU.
-What is built counts as compiled evidence: the kernel builds for that GPU, which has yet to run it. A build that hangs
-or ends its process costs its own place only, and what was built is kept, by source and toolchain, for the next time.
+Builds every kernel that the subject launches, for every architecture, with the installed Triton. Needs no GPU.
+A successful build is compiled evidence: the kernel builds for that GPU, but has not run on it. A build that hangs is
+reported as TIMEOUT, one that crashes the compiler as CRASH; the others continue. Builds are cached by source and
+toolchain.
 """
 
 _COMPILE_EXAMPLES = """\
 examples:
   python -m verify compile                       the default variants for every GPU from sm80 to sm121
-  python -m verify compile --sm sm120            one GPU, every kernel with what it takes
+  python -m verify compile --sm sm120            one GPU: the resources of every kernel
   python -m verify compile --sm 80-90 --json
   python -m verify compile --subject ../another-checkout --kernels their_kernel
 
-exit codes: 0 everything was built, or is a gap of the toolchain; 1 a kernel was not built; 2 interrupted, and what was
-  built is kept; 3 configuration or usage, or the toolchain can build for none of the GPUs
+exit codes: 0 everything was built, except for GPUs that the toolchain does not support; 1 a kernel was not built;
+  2 interrupted, finished builds are kept; 3 configuration or usage error, or the toolchain supports none of the GPUs
 """
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a usage error is exit 3: 2 means that a run was interrupted."""
+    """argparse, except that a usage error exits with 3, because 2 means an interrupted run."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(Exit.CANNOT, f"verify: {message}; see `{self.prog} --help`\n")
@@ -95,17 +96,19 @@ def parser() -> argparse.ArgumentParser:
     _add_compile(verbs)
     _add_quality(verbs)
     _add_selftest(verbs)
-    report = _add(verbs, "report", "the gate matrix of a GPU from the records, or one line for every GPU")
+    report = _add(verbs, "report", "the gate matrix of one GPU from the records, or one line per GPU")
     which = report.add_mutually_exclusive_group()
     which.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
     which.add_argument("--all", action="store_true", help="the matrix of every check on every GPU")
     report.add_argument("--format", choices=(*_FORMATS, "html", "junit", "badge"), default="terminal")
-    report.add_argument("--out", metavar="PATH", type=Path, help="the file, or folder, to write")
+    report.add_argument("--out", metavar="PATH", type=Path, help="the file or folder to write")
     _add_records(report)
     export = _add(verbs, "export", "a record as JUnit XML or as an in-toto test result")
     form = export.add_mutually_exclusive_group(required=True)
-    form.add_argument("--junit", dest="form", action="store_const", const="junit", help="a suite for each phase")
-    form.add_argument("--attestation", dest="form", action="store_const", const="attestation", help="in-toto, v0.1")
+    form.add_argument("--junit", dest="form", action="store_const", const="junit", help="JUnit XML, a suite per phase")
+    form.add_argument(
+        "--attestation", dest="form", action="store_const", const="attestation", help="in-toto test result, v0.1"
+    )
     export.add_argument("record", metavar="RECORD", help="a file, the directory of a run, or a run's id")
     export.add_argument("--out", metavar="FILE", type=Path, help="default: stdout")
     diff = _add(verbs, "diff", "what changed between two runs: exit 1 if a HARD check got worse, else 0")
@@ -113,20 +116,20 @@ def parser() -> argparse.ArgumentParser:
     diff.add_argument(
         "--since", choices=("last-green",), help="compare the newest run, or RUN, with the last green one"
     )
-    diff.add_argument("--gpu", metavar="GPU", help="with --since: the newest run of this target")
-    diff.add_argument("--json", action="store_true", help="every change as JSON")
+    diff.add_argument("--gpu", metavar="GPU", help="with --since: compare the newest run of this target")
+    diff.add_argument("--json", action="store_true", help="print every change as JSON")
     _add_records(diff)
-    history = _add(verbs, "history", "how verdicts and headroom went, run by run")
-    history.add_argument("--check", metavar="ID", help="a check or a family: its whole course")
-    history.add_argument("--gpu", metavar="GPU", help="only this target, with every family of checks")
-    history.add_argument("--json", action="store_true", help="every result as JSON")
+    history = _add(verbs, "history", "how verdicts and headroom changed from run to run")
+    history.add_argument("--check", metavar="ID", help="the whole history of this check or family")
+    history.add_argument("--gpu", metavar="GPU", help="only this target, every family of checks")
+    history.add_argument("--json", action="store_true", help="print every result as JSON")
     _add_records(history)
-    check = _add(verbs, "check", "whether records are sound, from their files alone: exit 0, or 1 with every problem")
+    check = _add(verbs, "check", "check that records are sound, from their files alone: exit 0, or 1 and every problem")
     check.add_argument("records", metavar="RECORD", nargs="+", help="a file, the directory of a run, or a run's id")
-    check.add_argument("--json", action="store_true", help="the problems as JSON")
+    check.add_argument("--json", action="store_true", help="print the problems as JSON")
     doctor = _add(verbs, "doctor", "found and minimum versions, what will be skipped and why, the next step")
     doctor.add_argument("--expect", metavar="GPU", help="the GPU this machine must have")
-    doctor.add_argument("--subject", metavar="S", help=f"examine its published names too: {_SUBJECT}")
+    doctor.add_argument("--subject", metavar="S", help=f"also check its published names: {_SUBJECT}")
     _add_format(_add(verbs, "gates", "every check: its gate, where it is must-pass, its claim"))
     explain = _add(verbs, "explain", "one check in full: claim, reason, tolerance, remedy, last results")
     explain.add_argument("id", metavar="ID", help="a check (p4.triton_oracle.n33) or a family (p4.triton_oracle)")
@@ -135,7 +138,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code; one line on stderr for a ConfigurationError, 3, and an interruption, 2."""
+    """Run one verb and return its exit code: 3 after a ConfigurationError, 2 after Ctrl-C, each with one line on
+    stderr.
+    """
     chosen = parser().parse_args(arguments)
     try:
         code = _VERBS[chosen.verb](chosen)
@@ -145,19 +150,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"verify: {error}", file=sys.stderr)
         return Exit.CANNOT
     except KeyboardInterrupt:
-        print(f"verify: {chosen.verb} was interrupted; call it again", file=sys.stderr)
+        print(f"verify: {chosen.verb} was interrupted; run it again", file=sys.stderr)
         return Exit.INTERRUPTED
     except BrokenPipeError:
-        # the reader (head, less) left; point stdout at nothing so that the interpreter's last flush is silent
+        # the reader (head, less) closed the pipe; redirect stdout to /dev/null, so that the final flush is silent
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def request_of(chosen: argparse.Namespace) -> RunRequest:
-    """The validated request of ``run``. Raises ConfigurationError; ``--resume`` refuses what its run has fixed."""
+    """The validated request of ``run``. Raises ConfigurationError, also for ``--resume`` with an option that its run
+    fixed.
+    """
     given = {name: value for name, value in vars(chosen).items() if name != "verb"}
     if "resume" in given and (fixed := [flag for name, flag in _FIXED.items() if name in given]):
-        raise ConfigurationError(f"--resume keeps the options that its run was started with; drop {', '.join(fixed)}")
+        raise ConfigurationError(f"--resume keeps the options of the original run; drop {', '.join(fixed)}")
     if "phases" in given:
         given["phases"] = parse_phases(",".join(given["phases"]))
     if "expect" in given:
@@ -185,9 +192,9 @@ def _add_records(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_run(verbs: argparse._SubParsersAction) -> None:
-    run = _add(verbs, "run", "run the checks here, print the gate matrix and write a record")
+    run = _add(verbs, "run", "run the checks on this machine, print the gate matrix and write a record")
     run.epilog, run.formatter_class = _RUN_EXAMPLES, argparse.RawDescriptionHelpFormatter
-    # an option that is not given is absent, so that one beside --resume is seen; RunRequest has the defaults
+    # an option that is not given is absent, so that options next to --resume are detected; RunRequest has the defaults
     run.argument_default = argparse.SUPPRESS
     run.add_argument(
         "--phases", "--phase", metavar="P", action="append", help="4, 1,3-5 or 1-8 (repeatable; default: all)"
@@ -206,7 +213,7 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
     run.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
     run.add_argument("--resume", metavar="RUN", help="the id or directory of an interrupted run; it keeps its options")
     run.add_argument(
-        "--sanitize", action="store_true", help="repeat the kernel checks under compute-sanitizer, in up to three hours"
+        "--sanitize", action="store_true", help="also run the kernel checks under compute-sanitizer (up to three hours)"
     )
     run.add_argument("--strict-soft", action="store_true", help="exit 4 when a SOFT check fails")
 
@@ -217,12 +224,12 @@ def _add_compile(verbs: argparse._SubParsersAction) -> None:
     verb.formatter_class = argparse.RawDescriptionHelpFormatter
     verb.add_argument("--sm", metavar="GPUS", default="all", help="all (default), 80-121, 120,121, sm120 or 12.0")
     verb.add_argument("--kernels", metavar="NAMES", help="only these kernels, by name, such as score_kernel")
-    verb.add_argument("--full", action="store_true", help="every combination, instead of the chosen variants")
+    verb.add_argument("--full", action="store_true", help="every combination, not only the default variants")
     verb.add_argument("--subject", metavar="S", default="bundled", help=_SUBJECT)
-    verb.add_argument("--jobs", type=int, metavar="N", help="builds at a time (default: one per processor)")
-    verb.add_argument("--timeout", type=float, metavar="S", help="seconds that one build may take (default: 60)")
-    verb.add_argument("--fresh", action="store_true", help="build anew what earlier calls have built")
-    verb.add_argument("--json", action="store_true", help="what was built, as JSON")
+    verb.add_argument("--jobs", type=int, metavar="N", help="parallel builds (default: one per processor)")
+    verb.add_argument("--timeout", type=float, metavar="S", help="time limit of one build, in seconds (default: 60)")
+    verb.add_argument("--fresh", action="store_true", help="ignore cached builds")
+    verb.add_argument("--json", action="store_true", help="print the builds as JSON")
     verb.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
 
 
@@ -235,14 +242,14 @@ def _compile(chosen: argparse.Namespace) -> int:
             limit_s=chosen.timeout, fresh=chosen.fresh, as_json=chosen.json, out=chosen.out,
         )  # fmt: skip
     except KeyboardInterrupt:
-        print(
-            "verify: interrupted, and nothing was recorded; what was built is kept for the next time", file=sys.stderr
-        )
+        print("verify: interrupted, no record was written; finished builds are kept for the next run", file=sys.stderr)
         return Exit.INTERRUPTED
 
 
 def _add_quality(verbs: argparse._SubParsersAction) -> None:
-    verb = _add(verbs, "quality", "perplexity and needle recall beside controls at the same budget, over five seeds")
+    verb = _add(
+        verbs, "quality", "perplexity and needle recall, compared with controls at the same budget, over five seeds"
+    )
     verb.add_argument("--subject", metavar="S", default="bundled", help=_SUBJECT)
     verb.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
@@ -257,19 +264,23 @@ def _quality(chosen: argparse.Namespace) -> int:
 
 
 def _add_selftest(verbs: argparse._SubParsersAction) -> None:
-    verb = _add(verbs, "selftest", "plant mistakes in copies of the subject, and show which check catches which")
+    verb = _add(verbs, "selftest", "plant faults in copies of the subject, and show which check catches which fault")
     verb.add_argument(
         "--only", metavar="FAULT", action="append", default=[], help="a fault by its id, or a layer (repeatable)"
     )
-    verb.add_argument("--sample", metavar="N", type=int, help="N of the faults, spread over the layers")
-    verb.add_argument("--seed", metavar="N", type=int, default=DEFAULT_SEED, help="which N; default: %(default)s")
+    verb.add_argument("--sample", metavar="N", type=int, help="try only N faults, spread over the layers")
+    verb.add_argument(
+        "--seed", metavar="N", type=int, default=DEFAULT_SEED, help="seed of the sample; default: %(default)s"
+    )
     verb.add_argument(
         "--full", metavar="PHASES", nargs="?", const="1-8",
-        help="every check of these phases (all of them) against each fault, not only those that claim to catch it",
+        help="run every check of these phases (default: all) against each fault, not only those that claim it",
     )  # fmt: skip
     verb.add_argument("--subject", metavar="S", default="bundled", help="bundled (default), or a checkout")
-    verb.add_argument("--jobs", type=int, metavar="N", help="faults at a time (default: one per processor)")
-    verb.add_argument("--out", type=Path, metavar="FILE", help="default: reports/selftest, when nothing is left out")
+    verb.add_argument("--jobs", type=int, metavar="N", help="faults tried in parallel (default: one per processor)")
+    verb.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: reports/selftest, unless --only or --sample is given"
+    )
     _add_format(verb)
 
 

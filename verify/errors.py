@@ -1,4 +1,4 @@
-"""How a check ends other than by passing or failing."""
+"""Exit codes, and the exceptions by which a check or a command ends."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from verify.checks import SKIP_CODES
 
 
 class Exit(IntEnum):
-    """The exit codes of ``python -m verify``; each verb says in its help which of them it has."""
+    """The exit codes of ``python -m verify``; the help of each verb says which of them it uses."""
 
     OK = 0
-    FAILED = 1  #: a HARD check failed, or what else the verb looked for is wrong
+    FAILED = 1  #: a HARD check failed, or the verb found another problem
     INTERRUPTED = 2
-    CANNOT = 3  #: what was asked for cannot be done, or the machine kept a check from a verdict
+    CANNOT = 3  #: the request cannot be carried out, or a check has no verdict because of the machine
     SOFT = 4  #: with --strict-soft, only SOFT checks failed
-    UNREADABLE = 5  #: the report was made without the records that could not be read
+    UNREADABLE = 5  #: some records could not be read and are missing from the report
 
 
 class ConfigurationError(Exception):
-    """The user asked for something that cannot be done; the message is one sentence with the next step (exit 3)."""
+    """The request cannot be carried out; the message is one sentence with the next step (exit code 3)."""
 
 
 class InfraError(Exception):
-    """The machine, not the subject, is at fault (a broken driver, the wrong card): the verdict is INFRA."""
+    """The machine, not the subject, is at fault (a broken driver, the wrong GPU): the verdict is INFRA."""
 
 
-#: What Python raises where code goes wrong by itself, or lacks what it was asked for; every other error is a refusal
-#: that somebody wrote. A KeyError is one: it names what is not there.
+#: Exceptions of code that crashes or lacks something; all others count as deliberate refusals. A KeyError is a refusal:
+#: it names what is missing.
 CRASHES = (AssertionError, AttributeError, IndexError, NameError, NotImplementedError, RecursionError, TypeError)
 
 
 class SubjectLacks(AssertionError):
-    """The subject does not have a name that the check needs: a FAIL of that check, in one sentence."""
+    """The subject lacks a name that the check needs: the check FAILs; the message is one sentence."""
 
 
 def skip(code: str, reason: str) -> NoReturn:
-    """End the running check as SKIP(``code``); ``reason`` is one sentence for the person who reads the matrix.
+    """End the running check as SKIP(``code``); ``reason`` is one sentence for a reader of the matrix.
 
-    Raises ValueError for a code that ``verify.checks.SKIP_CODES`` does not have.
+    Raises ValueError for a code that is not in ``verify.checks.SKIP_CODES``.
     """
     import pytest
 
     if code not in SKIP_CODES:
         raise ValueError(f"unknown skip code {code!r}; known: {', '.join(SKIP_CODES)}")
     skipped = pytest.skip.Exception(reason)
-    skipped.code = code
+    skipped.code = code  # type: ignore[attr-defined]  # pytest's exception carries it to the recorder
     raise skipped

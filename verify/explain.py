@@ -1,4 +1,4 @@
-"""``python -m verify gates`` and ``explain``: the catalogue of checks, and all that is known about one of them."""
+"""``python -m verify gates`` and ``explain``: the catalogue of checks, and everything known about one of them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 #: How many past results ``explain`` shows.
 _LAST = 8
 
+_PREFACE = """# The checks
+
+`python -m verify gates --format markdown > docs/checks.md` makes this page from the declarations in `phases/`;
+`python -m verify explain ID` shows one check in full, with its reason, remedy and last results.
+
+* **plan**: the item of [the plan](plan.md) that the check answers.
+* **must-pass**: the verdicts that need it.
+* **catches**: the smallest error, planted in one element, that its least sharp case catches, in units of its bound.
+"""
+
 _NO_CHECKS = "there are no checks in phases/; run this from a checkout of the suite"
 
 
@@ -36,15 +46,33 @@ def gates(form: str = "terminal") -> int:
     if form == "json":
         print(dumps([_family_data(spec, limits) for spec in families]), end="")
     elif form == "markdown":
-        header = ["check", "cases", "plan", "gate", "must-pass: GPU", "must-pass: emulated", "catches", "claim"]
-        body = [
-            [f"`{s.family}`", str(len(s.cases)), s.plan or "", s.gate, *_must(s), _catches(s, limits), s.claim]
-            for s in families
-        ]
-        print(markdown_table(header, body), end="")
+        print(checks_page(), end="")
     else:
         _print_gates(families, limits)
     return 0
+
+
+def checks_page() -> str:
+    """``docs/checks.md``: the families of checks by phase, with their claims and bounds."""
+    families, limits = _families(list(catalogue())), recorded_limits()
+    header = ["check", "cases", "plan", "gate", "must-pass", "catches", "claim", "bound"]
+    parts = [_PREFACE]
+    for phase, name in PHASES.items():
+        body = [
+            [
+                *(f"`{one.family}`", str(len(one.cases)), one.plan or "", one.gate.upper(), _required(one)),
+                *(_catches(one, limits), one.claim, one.tolerance or ""),
+            ]
+            for one in families
+            if one.phase == phase
+        ]
+        parts.append(f"## Phase {phase}: {name}\n\n{markdown_table(header, body)}")
+    return "\n".join(parts)
+
+
+def _required(spec: CheckSpec) -> str:
+    gpu, emulated = _must(spec)
+    return ", ".join(filter(None, ("GPU" if gpu != "-" else "", "emulated" if emulated != "-" else ""))) or "-"
 
 
 def explain(name: str, folders: Sequence[Path] = ()) -> int:
@@ -74,14 +102,14 @@ def _families(checks: Sequence[Check]) -> list[CheckSpec]:
 
 
 def _must(spec: CheckSpec) -> tuple[str, str]:
-    """Which GPUs, and whether the emulated target, cannot do without this family."""
+    """Where this family is must-pass: on which GPUs, and whether on the emulated target."""
     if spec.gate == "soft":
         return "-", "-"
     return "all", "-" if spec.needs_gpu else "yes"
 
 
 def _limit(ids: Iterable[str], limits: Mapping[str, Limit]) -> Limit | None:
-    """The detection limit of the least sharp of ``ids``."""
+    """The detection limit of the least sensitive of ``ids``; None if none has one."""
     return max((limits[name] for name in ids if name in limits), key=lambda limit: limit.factor, default=None)
 
 
@@ -135,8 +163,8 @@ def _print_gates(families: Sequence[CheckSpec], limits: Mapping[str, Limit]) -> 
     console.print(table)
     console.print()
     console.print("GPU and emulated: where a check is must-pass.")
-    console.print("catches: the smallest planted error that every case catches, over what is allowed.")
-    console.print("One of them in full: python -m verify explain ID")
+    console.print("catches: the smallest planted error that every case catches, in units of its bound.")
+    console.print("One check in full: python -m verify explain ID")
 
 
 def _unknown(name: str, checks: Sequence[Check]) -> str:
@@ -183,22 +211,22 @@ def _sharpness(limit: Limit | None) -> str:
     if limit is None:
         return "not measured; HARD checks that compare floating-point numbers have a detection limit"
     size = f"{limit.absolute:.3g}" + ("" if limit.value is None else f" in a result of {limit.value:.4g}")
-    return f"from {limit.factor:.3g} times what is allowed: {size} (planted; the least sharp comparison)"
+    return f"from {limit.factor:.3g} times what is allowed: {size} (planted, in the least sensitive comparison)"
 
 
 def _source(check: Check) -> str:
-    """Where the check stands, which plan item and which tolerance it has follow from there."""
+    """File and line of the check's test function."""
     path, name = check.node.partition("[")[0].split("::")
     test = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
     return f"{path}:{inspect.getsourcelines(test)[1]}"
 
 
 def _caught(chosen: Sequence[Check]) -> str:
-    """The planted faults that the checks claim to catch, and how many of them the recorded matrices confirm."""
+    """The planted faults that name the checks, and how many faults they caught in each recorded selftest."""
     names = {check.id for check in chosen}
     claimed = [fault.id for fault in load_faults() if {*fault.kills} & {*names, chosen[0].spec.family}]
     recorded = caught_by(names, repository_root())
-    told = [f"planted {', '.join(claimed)}" if claimed else "no planted fault claims it"]
+    told = [f"planted {', '.join(claimed)}" if claimed else "no planted fault names it"]
     told += [f"{len(faults)} in the last selftest of {name}" for name, faults in recorded.items()]
     return "; ".join(told)
 
@@ -213,7 +241,7 @@ def _print_results(ids: Sequence[str], records: Sequence[Record], console: Conso
         (record, result) for record in newest_first(records) for result in record.results if result.id in set(ids)
     ]
     if not found:
-        console.print("\nNo record has a result of it.")
+        console.print("\nNo record has a result of this check.")
         return
     table = Table.grid(padding=(0, 2, 0, 0))
     for record, result in found[:_LAST]:

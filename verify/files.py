@@ -1,4 +1,4 @@
-"""Where the suite keeps its files, and how it writes them."""
+"""Where the suite stores its files, and how it writes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from verify.errors import ConfigurationError
 
-#: Below a repository: all that is reported, the published records, and the runs of this machine.
+#: Relative to a repository: all reports, the published records, and the runs of this machine.
 REPORTS = Path("reports")
 EVIDENCE, RUNS = REPORTS / "evidence", REPORTS / "runs"
 
@@ -21,7 +21,7 @@ IMPORT_ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write ``content`` so that a reader sees the old file or the new one, never a part; a text in UTF-8."""
+    """Write ``content``, text as UTF-8, so that a reader sees the old file or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -37,7 +37,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def repository_root() -> Path:
-    """The nearest directory at or above the current one that holds ``phases/``, else the checkout of this package."""
+    """The nearest directory at or above the current one with a ``phases/``, else the checkout of this package."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "phases" / "__init__.py").is_file():
@@ -46,19 +46,19 @@ def repository_root() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where everything is kept that can be made again: ``TRIATTENTION_CACHE``, or a folder of the user's cache."""
+    """The folder for files that can be made again: ``TRIATTENTION_CACHE``, or a folder in the user's cache."""
     root = os.environ.get("TRIATTENTION_CACHE")
     return Path(root) if root else Path.home() / ".cache" / "triattention"
 
 
 def kept_place(folder: Path, *what: Any) -> Path:
-    """The file of ``folder`` for something that depends on all of ``what``, and on nothing else."""
+    """The file in ``folder`` for a result that depends on ``what`` and nothing else."""
     identity = json.dumps(what, sort_keys=True, default=str)
     return folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
 
 
 def keep(place: Path, text: str) -> None:
-    """Write what can be made again; what cannot be kept is made anew the next time."""
+    """Write a file that can be made again; if it cannot be written, it is made again the next time."""
     with suppress(OSError):
         write_atomic(place, text)
 

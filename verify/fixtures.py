@@ -1,4 +1,4 @@
-"""What a check is given: the subject, the device, its seed, and where to put its numbers."""
+"""The fixtures of checks: the subject, the device, the seed, and where to put numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from verify.run.recorder import CURVES, MEASUREMENTS, id_of
 from verify.session import SESSION
 from verify.subject.subject import Subject
 
-#: Within the time of the first check that asks for the builds, even where every one of them hangs: a launch tells too.
+#: Short enough for the time limit of the first check that asks for the builds, even if all of them hang. Launching a
+#: kernel shows a failed build too.
 _BUILD_LIMIT_S = 10.0
 
 
@@ -51,9 +52,9 @@ def model_name(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def compilation(pytestconfig: pytest.Config) -> Compilation | None:
-    """The default kernels, built ahead of time for this run's GPU; None where the run has none.
+    """The default kernels, built ahead of time for this run's GPU; None if the run has no GPU.
 
-    What they take is kept in a record beside the run's own.
+    Their resources are kept in a record next to the run's own.
     """
     session = pytestconfig.stash[SESSION]
     if session.device.name == "cpu":
@@ -77,23 +78,25 @@ def compilation(pytestconfig: pytest.Config) -> Compilation | None:
     try:
         write_record(kept, session.run_dir / f"{manifest.target}.json")
     except OSError as error:
-        raise ConfigurationError(f"what was built cannot be kept beside the run ({error.strerror})") from error
+        raise ConfigurationError(
+            f"the record of the builds cannot be written next to the run's ({error.strerror})"
+        ) from error
     return found[0]
 
 
 @pytest.fixture
 def builds(request: pytest.FixtureRequest) -> list[Build]:
-    """The builds for this run's GPU that the case, a variant, needs; none on a CPU, or where none could be tried."""
+    """The builds for this run's GPU that the case (a variant) needs; none on a CPU, or if building was not possible."""
     try:
         compilation = request.getfixturevalue("compilation")
-    except ConfigurationError:  # p3.resources tells it; a kernel that cannot be built ahead of time may yet run
+    except ConfigurationError:  # p3.resources reports it; a kernel that cannot be built ahead of time may still run
         return []
     return compilation.of(request.node.callspec.id) if compilation else []
 
 
 @pytest.fixture(scope="session")
 def last_compilation(pytestconfig: pytest.Config) -> Compilation | None:
-    """What the last record of this run's GPU that has builds of the subject built."""
+    """The builds in the last record of this run's GPU that has builds of the subject."""
     from verify.build.resources import Earlier
 
     session = pytestconfig.stash[SESSION]
@@ -108,7 +111,7 @@ def last_compilation(pytestconfig: pytest.Config) -> Compilation | None:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """A 32-bit seed that depends on the run's seed and the check's id only."""
+    """A 32-bit seed that depends only on the run's seed and the check's id."""
     return derive_seed(request.config.stash[SESSION].seed, id_of(request.node))
 
 
@@ -134,7 +137,8 @@ def measure(request: pytest.FixtureRequest) -> Measure:
 def curve(request: pytest.FixtureRequest) -> Draw:
     """``curve(name, points, *, x, y)``: record ``(x, y)`` pairs, thinned, for one plot with the check's other curves.
 
-    Raises ValueError for points that are no curve, a name that is taken, or axes other than those of the first curve.
+    Raises ValueError for points that do not form a curve, a name that is taken, or axes that differ from the first
+    curve's.
     """
     drawn = request.node.stash[CURVES]
 

@@ -1,4 +1,4 @@
-"""A sign of life for whoever reads a log: what is going on, every half a minute, where output is no terminal."""
+"""A heartbeat for readers of a log: the current progress every 30 s if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-#: A reader of a log that grows by nothing for a minute takes it for dead.
+#: A log that does not grow for a minute looks dead to its reader.
 EVERY_S = 30.0
 
 
 class Heartbeat:
-    """A context, in which ``console`` prints what ``tell`` answers every EVERY_S seconds; never on a terminal."""
+    """A context manager that prints the result of ``tell`` to ``console`` every EVERY_S seconds, if not a terminal."""
 
     def __init__(self, console: Console, tell: Callable[[], str]) -> None:
         self._console, self._tell = console, tell
@@ -35,14 +35,14 @@ class Heartbeat:
             self._thread.join()
 
     def _beat(self) -> None:
-        # signals are the main thread's: one that it blocks must not arrive by way of this one
+        # signals belong to the main thread: one that it blocks must not be delivered to this one
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while not self._ended.wait(EVERY_S):
             self._console.print(f"  ... {self._tell()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def bar(console: Console, field: str = "") -> Progress:
-    """A progress bar, shown on a terminal only, that leaves nothing there; tasks may have a ``field`` of words."""
+    """A progress bar that is only shown on a terminal and erased at its end; tasks may have a text ``field``."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn()]
@@ -51,5 +51,5 @@ def bar(console: Console, field: str = "") -> Progress:
 
 
 def about(seconds: float) -> str:
-    """A duration as a reader wants it: ``about 4 min left``."""
+    """A rounded remaining time: ``about 4 min left``."""
     return f"about {max(round(seconds / 10), 1) * 10} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"

@@ -1,7 +1,7 @@
-"""The pytest side of the instrument: options, which checks run and in what order, and the fixtures they draw on.
+"""The suite as a pytest plugin: its options, and which checks run in which order.
 
-It serves ``pytest -m hard``, where one process runs every phase and leaves the record, and the children of
-``python -m verify run``, where each process runs the part of a frozen run that it is given.
+It serves ``pytest -m hard``, where one process runs every phase and writes the record, and the child processes of
+``python -m verify run``, each of which runs its part of a frozen run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from verify.run.request import parse_expect, parse_phases
 from verify.session import SESSION, Session
 from verify.subject.find import find_subject
 
-#: The phases whose checks each set up what they need.
+#: Phases whose checks share no set-up, and run in a random order.
 _SHUFFLED = frozenset({4, 5})
 
 
@@ -45,16 +45,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("verification", "the checks of phases/")
     group.addoption("--phase", action="append", default=[], help="run these phases only: 4, or 1,3-5; may be repeated")
     group.addoption("--subject", default="bundled", help="what to test: bundled, installed, module:NAME or =PATH")
-    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU torch can use")
+    group.addoption(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if torch can use one"
+    )
     group.addoption("--model", default="embedded", help="the model of phase 6: embedded, or a local directory or name")
     group.addoption("--seed", type=int, default=DEFAULT_SEED, help="the run's seed; each check derives its own")
     group.addoption("--expect", metavar="SM", help="refuse to run on any other GPU: sm120")
     group.addoption("--sanitize", action="store_true", help="run the kernel checks under compute-sanitizer as well")
-    group.addoption("--durations-to", metavar="FILE", type=Path, help="write how long each test took, name the slowest")
+    group.addoption(
+        "--durations-to", metavar="FILE", type=Path, help="write how long each test took; print the slowest"
+    )
     group.addoption("--run-dir", type=Path, help="internal: the prepared run whose remaining checks this process runs")
     group.addoption("--select-to", type=Path, help="internal: with --collect-only, the file for the selected checks")
     group.addoption("--scratch", type=Path, help="internal: the directory of a run that leaves no record")
-    group.addoption("--plant-error", type=float, help="internal: plant so many times what is allowed; needs --scratch")
+    group.addoption("--plant-error", type=float, help="internal: plant an error of so many tolerances; needs --scratch")
     group.addoption("--seeds", type=int, help="internal: repeat numeric checks with so many seeds; needs --scratch")
 
 
@@ -66,23 +70,23 @@ def pytest_configure(config: pytest.Config) -> None:
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from error
     watched = config.getoption("run_dir") or config.getoption("scratch") or config.option.collectonly
-    if not watched and not hasattr(config, "workerinput"):  # of those, the process that started them tells
+    if not watched and not hasattr(config, "workerinput"):  # their parent process reports durations
         config.pluginmanager.register(Timekeeper(config.rootpath, config.getoption("durations_to")), "verify-durations")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """A process more than there are cores: tests wait for what hangs, for servers, and for limits of time."""
+    """One process more than cores, because tests spend time waiting for hanging processes, servers and time limits."""
     return len(cores()) + 1
 
 
 def _one_process(config: pytest.Config) -> None:
-    """Raise UsageError where pytest-xdist would spread checks over processes, of which each would make a record."""
+    """Raise UsageError if pytest-xdist would spread checks over processes, because each would write its own record."""
     phases = config.rootpath / "phases"
     places = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
     if config.getoption("dist", "no") != "no" and any(p.is_relative_to(phases) or p in phases.parents for p in places):
         raise pytest.UsageError(
-            "-n spreads the checks of phases/ over processes, and a run of them is one; leave it out, or name other "
+            "-n would spread the checks of phases/ over processes, but a run is one process; drop it, or name other "
             "tests: pytest -n auto verify/tests triattention/tests"
         )
 
@@ -90,12 +94,12 @@ def _one_process(config: pytest.Config) -> None:
 def _session(config: pytest.Config) -> Session:
     option, root = config.getoption, config.rootpath
     if option("scratch") is None and (option("plant_error") is not None or option("seeds") is not None):
-        raise ConfigurationError("--plant-error and --seeds make no evidence; name a new directory with --scratch")
+        raise ConfigurationError("--plant-error and --seeds write no evidence; name a new directory with --scratch")
     if option("scratch"):
-        end_with_parent()  # which may be a tool around it, that holds a GPU for as long as this process does
+        end_with_parent()  # the parent may be a tool that holds the GPU as long as this process runs
     phases = frozenset(phase for text in option("phase") for phase in parse_phases(text)) or frozenset(PHASES)
     if run_dir := option("run_dir"):
-        # the log of a phase must hold what every thread was doing when the runner's watchdog gave up on it
+        # when the runner's watchdog gives up on a phase, its log must show the stack of every thread
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
         frozen = events.read_manifest(run_dir)
         subject = find_subject(frozen.subject, root)
@@ -112,7 +116,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     session = config.stash[SESSION]
-    # the tests inside the bundled package import that package, which another subject takes the place of
+    # the tests inside the bundled package import that package, which another subject replaces
     own = session.root / PACKAGE
     return True if session.subject.root != session.root and collection_path.is_relative_to(own) else None
 
@@ -123,7 +127,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     checks = [item for item in items if in_phases(item)]
     others = [item for item in items if not in_phases(item)]
     _lint(checks)
-    if not config.getoption("scratch"):  # whoever starts one has its own limit, for many seeds or a slow tool
+    if not config.getoption("scratch"):  # its parent sets a limit, for many seeds or a slow tool
         for item in checks:
             item.add_marker(pytest.mark.timeout(spec_of(item).timeout_s))
     wanted = {id_of(item) for item in checks if spec_of(item).phase in session.phases}
@@ -144,9 +148,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _turn(item: pytest.Item, seed: int) -> tuple[int, int]:
-    """Where a check stands in its phase. The files of phases 4 and 5, and the checks in each, are shuffled by the run's
-    seed, so that none can live on what another leaves behind; the others go as they are declared, and may share what is
-    dear to set up.
+    """The sort key of a check within its phase. In phases 4 and 5 the files, and the checks in each file, are shuffled
+    by the run's seed, so that no check can depend on another. In other phases they keep the order of declaration and
+    may share expensive set-up.
     """
     if spec_of(item).phase not in _SHUFFLED:
         return 0, 0
@@ -154,7 +158,7 @@ def _turn(item: pytest.Item, seed: int) -> tuple[int, int]:
 
 
 def _lint(checks: list[pytest.Item]) -> None:
-    """Raise UsageError naming the first test of ``phases/`` that is not one gated check with an id of its own."""
+    """Raise UsageError for the first test of ``phases/`` that is not a check with one gate and an id of its own."""
     seen: dict[str, str] = {}
     for item in checks:
         spec = spec_of(item)
@@ -166,19 +170,21 @@ def _lint(checks: list[pytest.Item]) -> None:
         if gates != [spec.gate]:
             raise pytest.UsageError(f"{item.nodeid} has the gates {' and '.join(gates)}; drop one")
         if spec.gate == "hard" and item.get_closest_marker("slow"):
-            raise pytest.UsageError(f"{item.nodeid} is hard and slow, which a run leaves out; make it quick, or soft")
+            raise pytest.UsageError(
+                f"{item.nodeid} is hard and slow, but a run leaves out slow checks; make it fast, or soft"
+            )
         for mark in ("skip", "skipif", "xfail"):
             if item.get_closest_marker(mark):
                 raise pytest.UsageError(f"{item.nodeid} is marked {mark}; use verify.skip with a code")
         if item.callspec.id not in spec.cases:
-            raise pytest.UsageError(f"{item.nodeid} is parametrized beside its cases; name every combination in cases")
+            raise pytest.UsageError(f"{item.nodeid} is parametrized outside its cases; list every combination in cases")
         if (other := seen.setdefault(id_of(item), item.nodeid)) != item.nodeid:
             raise pytest.UsageError(f"{item.nodeid} and {other} share the id {id_of(item)}; rename one")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    # here and not when collection finishes: that hook is called even after a usage error
+    # not in pytest_collection_finish, because that hook is called even after a usage error
     config, checks = session.config, [item for item in session.items if spec_of(item) is not None]
     if selection := config.getoption("select_to"):
         selection.write_text(json.dumps([selected(item).model_dump() for item in checks]))
@@ -207,7 +213,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 
 def _grounds(session: Session) -> Grounds:
-    """What takes note of what results rest on; in a child of the runner, from the start of its interpreter."""
+    """Tracks the files that results rest on; in a child of the runner this began at the start of its interpreter."""
     package = session.subject.folder
     if not (log := os.environ.get(LOG)):
         log = str(session.run_dir / "opened")
@@ -229,7 +235,7 @@ def _manifest(config: pytest.Config, checks: list[pytest.Item]) -> Manifest:
 
 
 def _words(config: pytest.Config) -> str:
-    """What chose the checks, as it would be typed; where the subject and the model lie is not part of it."""
+    """The selection of checks as a command line, without the subject and the model, whose paths are local."""
     option = config.option
     chosen = {"-m": option.markexpr, "-k": option.keyword, "--phase": ",".join(option.phase)}
     paths = config.args if config.args_source is config.ArgsSource.ARGS else []

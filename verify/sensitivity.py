@@ -1,8 +1,8 @@
-"""How sharp the numeric checks are, and how far from a false alarm: ``python -m verify.sensitivity``.
+"""How sensitive the numeric checks are, and how far they are from false alarms: ``python -m verify.sensitivity``.
 
-Each check is run with an error planted into one element of what it judges: 30 times what is allowed must fail it, 0.3
-times must pass. The smallest error that it catches is its detection limit. And right subjects must pass with many
-seeds and room to spare. Both are kept in ``reports/sensitivity/``.
+Each check runs with an error planted into one element of what it judges: it must fail at 30 times what is allowed and
+pass at 0.3 times. The smallest error that it catches is its detection limit. Correct subjects must pass with many seeds
+and with headroom. Both results are kept in ``reports/sensitivity/``.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from verify.run.manifest import utc_now
 from verify.run.scratch import Scratch, scratch_run
 from verify.subject.find import find_subject
 
-#: What a right subject must have left of every tolerance.
+#: The least headroom that a correct subject may have in any tolerance.
 HEADROOM = 2.0
 SEEDS = 100
 
 #: Neither phase 7 nor 8 has a HARD check.
 _PHASES = "1-6"
 
-#: The checks of these draw their inputs from the seed; what phase 6 compares, a model decides.
+#: Phases whose checks draw their inputs from the seed; in phase 6 the inputs come from a model.
 _SEEDED = (4, 5)
 
 _LIMIT_S = 3 * 3600
 
-#: pytest's exit code where it ran no test.
+#: pytest's exit code if it ran no test.
 _NONE_SELECTED = 5
 
 
@@ -56,7 +56,7 @@ class Measured(Strict):
 
 
 class Sharpness(Strict):
-    """One HARD numeric check: its verdicts on the two planted errors, and the limit of its least sharp comparison."""
+    """One HARD numeric check: its verdicts on the two planted errors, the limit of its least sensitive comparison."""
 
     id: str
     comparisons: int = Field(ge=1)
@@ -72,7 +72,7 @@ class Sharpness(Strict):
 class Detection(Strict):
     """What each HARD numeric check catches. ``caught`` and ``tolerated`` are in units of what is allowed.
 
-    ``unseen`` names checks that compare fractions, by their measurements, where no error could be planted.
+    ``unseen`` has the checks whose measurements are fractions but into which no error could be planted.
     """
 
     schema_version: Literal[1] = 1
@@ -84,7 +84,7 @@ class Detection(Strict):
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong, a line for each check."""
+        """What is wrong, one line per check."""
         dull = [
             f"{check.id}: {check.on_caught} at {self.caught:g} times its tolerance, "
             f"{check.on_tolerated} at {self.tolerated:g} times, limit {check.limit.factor:.3g}"
@@ -92,12 +92,13 @@ class Detection(Strict):
             if not check.sharp
         ]
         return dull + [
-            f"{name}: it compares fractions beside the comparisons of verify/judge/tolerance.py" for name in self.unseen
+            f"{name}: it compares fractions without the comparisons of verify/judge/tolerance.py"
+            for name in self.unseen
         ]
 
 
 class Room(Strict):
-    """The least headroom of one numeric check over its seeds; one seed where the check draws nothing."""
+    """The least headroom of one numeric check over its seeds; one seed if the check draws nothing."""
 
     id: str
     seeds: int
@@ -114,7 +115,7 @@ _ROOMS = TypeAdapter(list[Room])
 
 
 class Headroom(Strict):
-    """What one right subject has left of every tolerance."""
+    """The headroom of one correct subject in every tolerance."""
 
     measured: Measured
     seeds: int
@@ -122,7 +123,7 @@ class Headroom(Strict):
 
     @property
     def faults(self) -> list[str]:
-        """What is too close to a false alarm, a line for each check."""
+        """What is too close to a false alarm, one line per check."""
         return [
             f"{room.id}: {room.headroom:.3g} times over {room.seeds} seeds, {room.name} {room.message}".strip()
             for room in self.checks
@@ -146,7 +147,7 @@ def headroom_file() -> Path:
 
 
 def recorded_limits() -> dict[str, Limit]:
-    """The recorded detection limit of every check that has one, by id; none where nothing is recorded."""
+    """The recorded detection limit of every check that has one, by id; empty if nothing is recorded."""
     path = detection_file()
     if not path.is_file():
         return {}
@@ -156,7 +157,7 @@ def recorded_limits() -> dict[str, Limit]:
 def measure_detection(
     *options: str, phases: str = _PHASES, subject: str = "bundled", device: str = "auto"
 ) -> Detection:
-    """Plant errors into every HARD numeric check of ``phases`` that pytest's ``options`` leave.
+    """Plant errors into every HARD numeric check of ``phases`` that pytest's ``options`` select.
 
     Raises ConfigurationError when pytest cannot run them.
     """
@@ -183,10 +184,11 @@ def measure_detection(
 
 
 def measure_headroom(subject: str = "bundled", device: str = "auto", seeds: int = SEEDS) -> Headroom:
-    """Run the numeric checks of phases 4 and 5 with many seeds, and those of phase 6 once, which draw nothing.
+    """Run the numeric checks of phases 4 and 5 with many seeds, and those of phase 6, which draw nothing, once.
 
-    Those of phase 6 are the ones whose detection limit is recorded. What was found is kept family by family, so that
-    a measurement of an hour, once stopped, goes on where it was. Raises ConfigurationError when pytest cannot run them.
+    Of phase 6 it runs the checks that have a recorded detection limit. Results are cached by family, so that an
+    interrupted measurement, which takes an hour, continues where it stopped. Raises ConfigurationError when pytest
+    cannot run them.
     """
     measured, known = _measured(subject, device), recorded_limits()
     families: dict[str, list[Check]] = {}
@@ -198,19 +200,19 @@ def measure_headroom(subject: str = "bundled", device: str = "auto", seeds: int 
 
 
 def _rooms(checks: Sequence[Check], measured: Measured, subject: str, seeds: int) -> list[Room]:
-    """The room of the numeric ones of ``checks``, now or from an earlier run of the same suite on the same subject."""
+    """The headroom of the numeric checks among ``checks``, measured now or cached for the same suite and subject."""
     nodes = [check.node for check in checks]
     what = [measured.instrument_sha256, measured.subject.content_sha256, measured.device, str(seeds), *nodes]
     place = kept_place(cache_folder() / "headroom", *what)
-    with suppress(OSError, ValueError):  # not there, or not whole
+    with suppress(OSError, ValueError):  # missing or incomplete
         return _ROOMS.validate_json(place.read_bytes())
     run = scratch_run(*nodes, f"--seeds={seeds}", subject=subject, device=measured.device, limit_s=_LIMIT_S)
-    if run.exit_code != _NONE_SELECTED:  # those under the sanitizer are not
+    if run.exit_code != _NONE_SELECTED:  # sanitizer checks are not selected
         run = run.finished()
     found = [
         _room(run.results[name], probed.seeds)
         for name, probed in run.probed.items()
-        # whether a round is served is no number, though it is scored and compared on the way
+        # a check that passes without a measurement is not numeric, although scores may be compared on the way
         if run.results[name].measurements or run.results[name].verdict is not Verdict.PASS
     ]
     write_atomic(place, _ROOMS.dump_json(found, indent=1).decode() + "\n")
@@ -218,7 +220,7 @@ def _rooms(checks: Sequence[Check], measured: Measured, subject: str, seeds: int
 
 
 def _fractional(measurement: Measurement) -> bool:
-    """Whether it is a ratio or a difference of floating-point numbers: no whole number, and no size in a unit."""
+    """Whether it is a ratio or a difference of floating-point numbers: not a whole number, and without a unit."""
     whole = measurement.measured.is_integer() and measurement.allowed.is_integer()
     return not whole and not measurement.unit
 
@@ -228,7 +230,7 @@ def _run(*options: str, subject: str, device: str) -> Scratch:
 
 
 def keep_headroom(found: Headroom) -> None:
-    """Put ``found`` in the place of what is recorded of the same subject."""
+    """Replace the recorded headroom of the same subject with ``found``."""
     path = headroom_file()
     kept = Headrooms.model_validate_json(path.read_bytes()) if path.is_file() else Headrooms()
     subjects = {**kept.subjects, found.measured.subject.source: found}
@@ -270,12 +272,12 @@ def _tell(what: str, problem: str, wrong: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and record one of the two; 1 where a check falls short, 3 where it cannot be measured."""
+    """Measure and record detection or headroom; 1 if a check falls short, 3 if it cannot be measured."""
     parser = argparse.ArgumentParser(prog="python -m verify.sensitivity", description=__doc__)
     parser.add_argument("what", choices=("detection", "headroom"))
     parser.add_argument("--subject", default="bundled")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of headroom; default: {SEEDS}")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"for headroom; default: {SEEDS}")
     chosen = parser.parse_args(arguments)
     from rich.console import Console
 

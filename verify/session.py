@@ -1,4 +1,4 @@
-"""What the pytest process of a run, or of a part of one, was asked to do."""
+"""What the pytest process of a run, or of one part of a run, was asked to do."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The command line, one file per verb: ``run-one`` and its repetitions, ``compare``, and what they need.
+"""The command line, one file per verb.
 
-Exit codes: 0 done, 1 an error that the message says how to mend, 2 usage, 3 nothing to compare (``vllm-check``), 130
+Exit codes: 0 success, 1 an error whose message says how to fix it, 2 usage, 3 nothing to compare (``vllm-check``), 130
 interrupted. torch and transformers are imported by the verb that runs, so that ``--help`` is quick.
 """
 
@@ -35,15 +35,15 @@ _VERBS = (run_one, run_default, run_sweep, compare, build_stats, calibrate, down
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; argparse exits with 2 on a usage error, vllm-check with 3.
 
-    On a CPU it computes with one thread, unless OMP_NUM_THREADS says otherwise: threads spin while they wait for each
-    other, which beside other work takes many times as long.
+    On a CPU it uses one thread unless OMP_NUM_THREADS is set: threads spin while they wait for each other, which is
+    many times slower on a busy machine.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return guarded(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
 
 
 def guarded(call: Callable[[], None]) -> int:
-    """The exit code of ``call``: what a user can cause is one sentence on stderr, and warnings are notes there."""
+    """The exit code of ``call``; user errors become one sentence on stderr, and warnings become notes there."""
     _log_to_stderr()
     try:
         with warnings.catch_warnings():
@@ -55,7 +55,7 @@ def guarded(call: Callable[[], None]) -> int:
         return 1
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("triattention"):
-            raise  # a broken installation of this package, not a missing one beside it
+            raise  # a broken installation of this package, not a missing dependency
         print(
             f"triattention: the package {error.name} is not installed; run: pip install {error.name}", file=sys.stderr
         )
@@ -64,7 +64,7 @@ def guarded(call: Callable[[], None]) -> int:
         print("triattention: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # the reader of a pipe has gone: keep Python's own flush at exit from failing as well
+        # the reader of the pipe is gone: prevent Python's own flush at exit from failing as well
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
@@ -83,10 +83,10 @@ def _run(argv: list[str]) -> None:
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The whole parser, and that of each verb."""
+    """The main parser, and the parser of each verb."""
     parser = argparse.ArgumentParser(
         prog="python -m triattention",
-        description="Answer questions with a compressed KV cache, and prepare what that needs.",
+        description="Answer questions with a compressed KV cache, and prepare models and statistics for it.",
         epilog="Try: python -m triattention run-one --model embedded --dataset smoke --method full --max-questions 3",
     )
     parser.add_argument("--version", action="version", version=f"triattention {__version__}")

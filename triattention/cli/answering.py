@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def answer_batches(
     plan: Plan, batches: Sequence[int], results: Results, report: Callable[[Sequence[Line]], None]
 ) -> None:
-    """Load the model, answer the ``batches`` by number, and append each to ``results`` as it ends."""
+    """Load the model, answer the ``batches`` with these numbers, and append each to ``results`` when it is done."""
     from transformers import set_seed
 
     from triattention.evaluation.generation import Sampling, encode
@@ -78,7 +78,7 @@ def _generate(loaded: LoadedModel, prompts: list[torch.Tensor], plan: Plan, batc
         first = plan.questions[plan.batches[batch][0].index].question
         smaller = "lower --batch-size" if plan.args.batch_size > 1 else "lower --max-new-tokens or --budget"
         raise TriAttentionError(
-            f"the GPU ran out of memory with a batch size of {plan.args.batch_size}, in the batch that begins with the "
+            f"the GPU ran out of memory with a batch size of {plan.args.batch_size}, in the batch that starts with the "
             f"question {first[:60]!r}; {smaller}, or use --dtype bfloat16"
         ) from error
 

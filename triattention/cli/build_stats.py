@@ -31,8 +31,8 @@ def add_parser(verbs: Any) -> None:
         help="calibrate models on text and write their statistics",
         description="Run text through each model, average its queries, write the statistics and print their "
         "concentration |E q| / E|q| by layer (1: all queries alike; 0: no centre, nothing for TriAttention to use). "
-        "Without --output and --output-dir they are the statistics that run-one makes by itself, in the cache, and the "
-        "path is printed last.",
+        "Without --output and --output-dir the statistics go to the cache, where run-one finds them, and the path is "
+        "printed last.",
     )
     parser.add_argument(
         "--model", action="append", required=True, metavar="M", help=f"{MODEL_HELP}; may be given several times"
@@ -46,10 +46,10 @@ def add_parser(verbs: Any) -> None:
         "--max-length",
         type=int,
         metavar="N",
-        help=f"tokens of the text that are used (default: {DEFAULT_MAX_LENGTH})",
+        help=f"use at most N tokens of the text (default: {DEFAULT_MAX_LENGTH})",
     )
     parser.add_argument(
-        "--job-parallel", type=int, metavar="N", help="models calibrated at once, one per GPU in turn (default: 1)"
+        "--job-parallel", type=int, metavar="N", help="models to calibrate at once, spread over the GPUs (default: 1)"
     )
     parser.set_defaults(run=run)
 
@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _outputs(args: argparse.Namespace) -> dict[str, Path]:
-    """The file to write for each model; none where the statistics stay in the cache."""
+    """The file to write for each model; empty if the statistics go to the cache."""
     if args.output is not None:
         if len(args.model) > 1:
             raise TriAttentionError(
-                f"--output {args.output} is one file for {len(args.model)} models; use --output-dir"
+                f"--output {args.output} is one file, but there are {len(args.model)} models; use --output-dir"
             )
         return {args.model[0]: Path(args.output).expanduser()}
     if args.output_dir is None:
@@ -88,7 +88,7 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
         ):
             if value is not None:
                 raise TriAttentionError(
-                    f"--{option} {value} needs --output or --output-dir: statistics in the cache are of the bundled "
+                    f"--{option} {value} needs --output or --output-dir: cached statistics are always of the bundled "
                     "text, made one model after the other"
                 )
         return {}
@@ -121,7 +121,7 @@ def _show(path: Path, text_file: str | None) -> None:
 
 
 def _show_cached(args: argparse.Namespace) -> None:
-    """Print the statistics that ``run-one`` uses, made now if there are none yet, and last where they are."""
+    """Print the concentration of the statistics that ``run-one`` uses and their path; calibrates if there are none."""
     from triattention import statistics
     from triattention.text_calibration import cached_statistics
 
@@ -132,7 +132,7 @@ def _show_cached(args: argparse.Namespace) -> None:
 
 
 def concentration_lines(result: Statistics) -> list[str]:
-    """Mean and range of the concentration, for up to five ranges of layers."""
+    """Mean and range of the concentration for up to five groups of layers."""
     by_layer = result.concentration().tolist()
     width = -(-len(by_layer) // _RANGES)
     lines = []

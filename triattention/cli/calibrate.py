@@ -29,8 +29,8 @@ def add_parser(verbs: Any) -> None:
         "calibrate",
         help="statistics of one model on a text, layer by layer",
         description="Run a text through a model, average its queries, write the statistics and print the concentration "
-        "|E q| / E|q| of every layer (1: all queries alike; 0: no centre, and nothing for TriAttention to use). "
-        "Without --output the statistics stay in the cache, where run-one and the vLLM plugin find them.",
+        "|E q| / E|q| of every layer (1: all queries alike; 0: no centre, nothing for TriAttention to use). "
+        "Without --output the statistics go to the cache, where run-one and the vLLM plugin find them.",
     )
     add_model_options(parser)
     parser.add_argument("--input", metavar="TEXT", help="UTF-8 text to calibrate on (default: the bundled text)")
@@ -39,7 +39,7 @@ def add_parser(verbs: Any) -> None:
         "--max-length",
         type=int,
         metavar="N",
-        help=f"tokens of the text that are used (default: {DEFAULT_MAX_LENGTH})",
+        help=f"use at most N tokens of the text (default: {DEFAULT_MAX_LENGTH})",
     )
     parser.set_defaults(run=run)
 
@@ -65,7 +65,7 @@ def _calibrate_to_cache(args: argparse.Namespace) -> tuple[Path, Statistics]:
     for option, value in (("input", args.input), ("max-length", args.max_length)):
         if value is not None:
             raise TriAttentionError(
-                f"--{option} {value} needs --output: statistics in the cache are of the bundled text"
+                f"--{option} {value} needs --output: cached statistics are always of the bundled text"
             )
     quiet_transformers()
     path = cached_statistics(models.load(models.find_source(args.model), dtype=args.dtype, device=args.device))
@@ -73,7 +73,7 @@ def _calibrate_to_cache(args: argparse.Namespace) -> tuple[Path, Statistics]:
 
 
 def require_output(output: Path) -> None:
-    """Raise TriAttentionError unless the file can be written, before a model is loaded for it."""
+    """Raise TriAttentionError unless the file can be written; called before a model is loaded."""
     if output.is_dir():
         raise TriAttentionError(f"--output {output} is a directory; give the name of the file to write")
     require_writable(output.absolute().parent, "--output directory")
@@ -82,7 +82,7 @@ def require_output(output: Path) -> None:
 def calibrate_to_file(
     model: str, text_file: str | None, output: Path, max_length: int, dtype: str, device: str
 ) -> Statistics:
-    """Calibrate ``model`` on a text file (the bundled text where None) and write its statistics."""
+    """Calibrate ``model`` on a text file (None: the bundled text) and write its statistics."""
     from tqdm import tqdm
 
     from triattention import statistics

@@ -1,6 +1,6 @@
-"""A child process of the command line: calls the function that one JSON line on its standard input names.
+"""A child process of the command line: calls the function named by one JSON line on its standard input.
 
-It ends when that input does, which is when its parent has gone.
+It exits when that input is closed, because its parent is then gone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from triattention.cli import guarded
 
 
 def main() -> int:
-    # unbuffered, because a thread that waits inside a buffered reader would keep the interpreter from ending
+    # unbuffered, because a thread that waits in a buffered reader would prevent the interpreter from exiting
     with open(0, "rb", buffering=0, closefd=False) as stdin:
         call = json.loads(stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()

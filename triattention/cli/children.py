@@ -1,7 +1,7 @@
-"""Child processes that share work: started together, watched, stopped together.
+"""Child processes that share work: started, monitored and stopped together.
 
-A child runs ``triattention.cli.child``, which ends when its standard input does: so none outlives its parent, however
-that died. A session of its own keeps a terminal's Ctrl-C from it; the parent gets it, and stops the children.
+A child runs ``triattention.cli.child``, which exits when its standard input is closed, so no child outlives its parent,
+however that ended. Each has its own session, so a terminal's Ctrl-C reaches only the parent, which stops the children.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class _Child:
             env={**os.environ, **slot, "PYTHONPATH": os.pathsep.join(path)},
         )  # fmt: skip
         call = {"function": job.function, "arguments": job.arguments}
-        with suppress(BrokenPipeError):  # it died at once; its exit code and last line are reported like any other's
+        with suppress(BrokenPipeError):  # it died at once; its exit code and last line are reported as usual
             self.process.stdin.write((json.dumps(call) + "\n").encode())
             self.process.stdin.flush()
 
     def notes(self) -> list[str]:
-        """The whole lines written to stderr since the last look, without the sentence of a fatal error."""
+        """The complete lines written to stderr since the last call, except the message of a fatal error."""
         end = os.fstat(self._stderr.fileno()).st_size
         data = os.pread(self._stderr.fileno(), end - self._shown, self._shown)
         whole = data[: data.rfind(b"\n") + 1]
@@ -60,12 +60,12 @@ class _Child:
         return [line for line in whole.decode(errors="replace").splitlines() if not line.startswith(_PREFIX)]
 
     def failure(self) -> str:
-        """How it ended, and its last line."""
+        """The exit code and the last line on stderr."""
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         code = self.process.returncode
         name = f" ({signal.Signals(-code).name})" if code < 0 and -code in {*signal.Signals} else ""
-        last = lines[-1].removeprefix(_PREFIX) if lines else "it said nothing"
+        last = lines[-1].removeprefix(_PREFIX) if lines else "no output"
         return f"{self.label} ended with exit code {code}{name}: {last}"
 
     def close(self) -> None:
@@ -81,10 +81,10 @@ def run_jobs(
     note: Callable[[str], None],
     tick: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Run ``jobs``, one at a time in each slot, and return a sentence for each that failed; the others go on.
+    """Run ``jobs``, one at a time in each slot, and return a sentence for each that failed; the others continue.
 
-    A slot is what it adds to a child's environment. ``tick`` is called ten times a second, ``note`` with each line that
-    a child writes to stderr. Whatever is raised here, an interrupt included, stops every child before it goes on.
+    A slot is a set of environment variables for a child. ``tick`` is called ten times a second, ``note`` with each line
+    that a child writes to stderr. Any exception raised here, including an interrupt, first stops every child.
     """
     waiting, free, failures = list(jobs), list(slots), []
     running: list[_Child] = []
@@ -104,7 +104,7 @@ def run_jobs(
                 if child.process.returncode:
                     failures.append(child.failure())
                     if running or waiting:
-                        note(f"note: {failures[-1]}; the others go on")
+                        note(f"note: {failures[-1]}; the others continue")
                 child.close()
     finally:
         _stop(running)
@@ -112,7 +112,7 @@ def run_jobs(
 
 
 def visible_gpus(device: str) -> list[str]:
-    """The GPUs that torch sees, as ``CUDA_VISIBLE_DEVICES`` names them; none for the CPU. Makes no context on them."""
+    """The GPUs that torch sees, as ``CUDA_VISIBLE_DEVICES`` names them; none for the CPU. Creates no CUDA context."""
     if device == "cpu":
         return []
     import torch
@@ -123,10 +123,10 @@ def visible_gpus(device: str) -> list[str]:
 
 
 def slots_on(gpus: Sequence[str], count: int) -> list[dict[str, str]]:
-    """``count`` slots, each of which sees one of ``gpus``, several the same one where there are fewer.
+    """``count`` slots, each of which sees one of ``gpus``; slots share a GPU if there are fewer GPUs.
 
-    On a CPU every child has as many threads as a single one would have, because their number decides how sums are
-    rounded; they must then wait without spinning, or they keep the cores from each other (measured: 150 s for 10 s).
+    On a CPU every child has as many threads as a single one would have, because their number affects the rounding of
+    sums; they must then wait without spinning, or they block each other's cores (measured: 150 s instead of 10 s).
     """
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[n % len(gpus)]} for n in range(count)]

@@ -1,4 +1,4 @@
-"""``compare``: two runs side by side, from their lines alone."""
+"""``compare``: two runs side by side, computed from their result lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triattention.cli.results import Line, read_lines
 from triattention.cli.summary import COLUMNS, settings_of, shares_of, summarise, table
 from triattention.errors import TriAttentionError
 
-#: The rows that have a ratio, and the entry of the summary that it is of.
+#: The rows with a ratio, and the summary entry each is computed from.
 _RATIOS = {
     "accuracy": "accuracy", "tokens/s": "tokens_per_s", "peak KV tokens": "peak_kv_tokens",
     "peak KV": "peak_kv_bytes", "memory": "peak_memory_bytes",
@@ -24,8 +24,8 @@ def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "compare",
         help="two runs side by side",
-        description="Accuracy, speed and memory of two runs, their ratio, and the difference of their accuracies over "
-        "the questions that both answered. Every number is computed again from the lines.",
+        description="Accuracy, speed and memory of two runs, their ratios, and the difference of their accuracies over "
+        "the questions that both answered. Every number is computed from the result lines.",
     )
     for name in ("a", "b"):
         parser.add_argument(
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _find(name: str, out: Path) -> Path:
-    """The results file that ``name`` means."""
+    """The results file that ``name`` refers to."""
     path = Path(name).expanduser()
     if path.is_dir():
         found = sorted(path.glob("*.jsonl"))
@@ -61,13 +61,13 @@ def _find(name: str, out: Path) -> Path:
 def _whole_lines(path: Path) -> list[Line]:
     lines, torn = read_lines(path)
     if not lines:
-        raise TriAttentionError(f"{path} holds no replies; finish the run first")
+        raise TriAttentionError(f"{path} has no replies; finish the run first")
     settings = settings_of(lines)
     for number, line in enumerate(lines, start=1):
         other = next((name for name, value in settings.items() if line.get(name) != value), None)
         if other is not None:
             raise TriAttentionError(
-                f"{path}, line {number} is of another run than line 1 ({other}); give each run a file of its own"
+                f"{path}, line {number} is from another run than line 1 ({other}); give each run its own file"
             )
     expected = settings["questions"] * settings["num_samples"]
     if torn or len(lines) < expected:
@@ -76,12 +76,11 @@ def _whole_lines(path: Path) -> list[Line]:
 
 
 def comparison(paths: Sequence[Path], runs: Sequence[Sequence[Line]]) -> list[str]:
-    """The lines to print. Raises TriAttentionError for runs on different datasets, or without a common question."""
+    """The lines to print. Raises TriAttentionError for runs on different datasets, or without common questions."""
     a, b = (settings_of(lines) for lines in runs)
     if a["dataset"] != b["dataset"]:
         raise TriAttentionError(
-            f"{paths[0]} is of the dataset {a['dataset']} and {paths[1]} of {b['dataset']}; compare runs on "
-            "the same one"
+            f"{paths[0]} is on the dataset {a['dataset']}, {paths[1]} on {b['dataset']}; compare runs on the same one"
         )
     summaries = [summarise(lines) for lines in runs]
     shares = [shares_of(lines) for lines in runs]
@@ -99,7 +98,7 @@ def comparison(paths: Sequence[Path], runs: Sequence[Sequence[Line]]) -> list[st
     lines += [f"differing settings (A / B): {', '.join(differing) or 'none'}"]
     for letter, share in zip("AB", shares, strict=True):
         if len(share) > len(shared):
-            lines.append(f"{len(share) - len(shared)} questions are in {letter} alone")
+            lines.append(f"{len(share) - len(shared)} questions are only in {letter}")
     lines.append(
         f"accuracy B - A over {len(shared)} shared questions: {difference.estimate:+.3f}, "
         f"95 % interval {difference.low:+.3f} to {difference.high:+.3f}"

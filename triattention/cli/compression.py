@@ -1,4 +1,4 @@
-"""The methods that the command line knows: their options, what is checked before a model is loaded, and the patch."""
+"""The methods of the command line: their options, the checks before a model is loaded, and the patch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from triattention.models import LoadedModel
 
-#: Every spelling, and the method it means; the others are those of ``methods.baselines``, which would import torch.
+#: Method names and aliases. ``methods.baselines`` is not imported for them, because that would import torch.
 METHODS = {
     "full": "full", "fullkv": "full", "triattention": "triattention", "snapkv": "snapkv", "rkv": "rkv", "r1kv": "rkv",
     "recent": "recent", "random": "random", "knorm": "knorm",
@@ -17,12 +17,12 @@ METHODS = {
 DEFAULT_BUDGET = 2048
 DEFAULT_DIVIDE_LENGTH = 128
 _DEFAULT_MODES = {"triattention": "per_head"}
-#: Options that mean something to a compressing method alone; the last one to triattention alone.
+#: Options that only compressing methods use; the last one only triattention.
 _OPTIONS = ("budget", "divide_length", "window_size", "pruning_mode", "allow_prefill_compression", "stats_path")
 
 
 def add_options(parser: argparse.ArgumentParser, *, budget: bool = True) -> None:
-    """Add the options of every compressing method; ``--budget`` only where a verb has one budget."""
+    """Add the options of all compressing methods; ``--budget`` only for verbs with a single budget."""
     group = parser.add_argument_group("compression (ignored, with a note, by method full)")
     if budget:
         group.add_argument("--budget", type=int, metavar="N", help=f"KV tokens kept (default: {DEFAULT_BUDGET})")
@@ -30,39 +30,39 @@ def add_options(parser: argparse.ArgumentParser, *, budget: bool = True) -> None
         "--divide-length",
         type=int,
         metavar="N",
-        help=f"compress when budget + N are reached (default: {DEFAULT_DIVIDE_LENGTH})",
+        help=f"compress at budget + N tokens (default: {DEFAULT_DIVIDE_LENGTH})",
     )
     group.add_argument(
         "--window-size",
         type=int,
         metavar="N",
-        help="newest tokens kept (default: min(128, budget // 2); for snapkv 32 and rkv 8, the queries they look at)",
+        help="newest tokens always kept (default: min(128, budget // 2); snapkv 32 and rkv 8, whose queries they use)",
     )
     group.add_argument(
         "--pruning-mode",
         metavar="MODE",
-        help="a keep set per_head (default of triattention), union, per_layer or per_layer_per_head (of the others)",
+        help="keep sets: per_head (default of triattention), union, per_layer, per_layer_per_head (default of others)",
     )
     group.add_argument(
         "--allow-prefill-compression",
         action=argparse.BooleanOptionalAction,
-        help="let the prompt be evicted too (default: it is kept)",
+        help="allow eviction of prompt tokens (default: the prompt is kept)",
     )
     group.add_argument(
-        "--stats-path", metavar="FILE", help="statistics (default: calibrate once, and keep them in the cache)"
+        "--stats-path", metavar="FILE", help="statistics file (default: calibrate once and cache the result)"
     )
 
 
 def without_effect(args: argparse.Namespace, method: str) -> list[str]:
-    """The given options that ``method`` does not look at."""
+    """The given options that ``method`` does not use."""
     unused = {"full": _OPTIONS, "triattention": ()}.get(method, ("stats_path",))
     return [f"--{option.replace('_', '-')}" for option in unused if getattr(args, option) is not None]
 
 
 def check(args: argparse.Namespace, method: str) -> dict[str, Any]:
-    """The settings of ``method`` with their defaults, as a line of results holds them.
+    """The settings of ``method`` with their defaults, as stored in each result line.
 
-    They are filled in on ``args`` too, which ``patch`` reads. Raises TriAttentionError for what cannot work.
+    Also sets them on ``args``, which ``patch`` reads. Raises TriAttentionError for invalid settings.
     """
     if method == "full":
         for option in _OPTIONS:
@@ -88,7 +88,7 @@ def check(args: argparse.Namespace, method: str) -> dict[str, Any]:
 
 
 def patch(loaded: LoadedModel, args: argparse.Namespace, method: str) -> None:
-    """Patch the model with the recommended setting: z-scores, slack trigger, prompt counted; full stays as it is."""
+    """Patch the model with the recommended setting (z-scores, slack trigger, prompt counted); none for method full."""
     if method == "full":
         return
     shared = {

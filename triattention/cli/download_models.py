@@ -1,4 +1,4 @@
-"""``download-models``: put models where ``run-one`` finds them, and print their directories."""
+"""``download-models``: download or convert models for ``run-one``, and print their directories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running plans: what is left of each, in this process or shared among children, with progress and a summary."""
+"""Running the unfinished batches of plans, in this process or in child processes, with progress and a summary."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _SHOWN_CHARACTERS = 400
 
 
 def run_many(plans: Sequence[Plan], *, dry_run: bool) -> None:
-    """Run every plan, each in processes of its own, then print a table; one that fails does not keep the others.
+    """Run every plan, each in its own processes, then print a table; a failed plan does not stop the others.
 
-    Raises TriAttentionError at the end for those that failed.
+    Raises TriAttentionError at the end if any failed.
     """
     if dry_run:
         dry(plans)
         return
     for plan in plans:
-        Results(plan, plan.path).done()  # a file of another run must show before hours are spent on the first
+        Results(plan, plan.path).done()  # detect files of other runs before hours are spent on the first plan
     rows, failed = [["run", *COLUMNS]], []
     for number, plan in enumerate(plans, start=1):
         print(f"run {number} of {len(plans)}: {plan.name}")
@@ -43,21 +43,21 @@ def run_many(plans: Sequence[Plan], *, dry_run: bool) -> None:
     print(table(rows))
     if failed:
         raise TriAttentionError(
-            f"{len(failed)} of {len(plans)} runs failed ({', '.join(failed)}); mend the cause and run the same "
-            "command: what is done is kept"
+            f"{len(failed)} of {len(plans)} runs failed ({', '.join(failed)}); fix the cause and run the same "
+            "command again: finished batches are kept"
         )
 
 
 def dry(plans: Sequence[Plan]) -> None:
-    """Print what the plans would run; refuses, as the runs would, a results file with other settings."""
+    """Print what the plans would run. Raises, as the runs would, for a results file with other settings."""
     done = [0 if plan.path is None else len(Results(plan, plan.path).done()) for plan in plans]
     print(*describe(plans, done, len(_worker_slots(plans[0]))), sep="\n")
 
 
 def execute(plan: Plan, *, isolate: bool = False) -> dict[str, Any]:
-    """Answer what is left of ``plan``, print the replies and the summary, and return the summary.
+    """Answer the unfinished batches of ``plan``, print the replies and the summary, and return the summary.
 
-    ``isolate`` puts even a single worker into a child, so that its memory is its own and goes back at the end.
+    ``isolate`` runs even a single worker in a child process, so that its memory is measured and freed separately.
     """
     with ExitStack() as stack:
         path = plan.path or Path(stack.enter_context(tempfile.TemporaryDirectory())) / f"{plan.name}.jsonl"
@@ -70,12 +70,12 @@ def execute(plan: Plan, *, isolate: bool = False) -> dict[str, Any]:
         if done:
             reporter.say(f"note: {len(done)} of {len(plan.batches)} batches are in {path} already")
         if pending:
-            summary_path(path).unlink(missing_ok=True)  # of lines that have been removed since
+            summary_path(path).unlink(missing_ok=True)  # a summary of lines that were removed since
             try:
                 _answer(plan, pending, results, reporter, isolate)
             except KeyboardInterrupt:
                 if plan.path is not None and path.exists():
-                    reporter.say(f"note: finished batches are in {path}; the same command goes on from there")
+                    reporter.say(f"note: finished batches are in {path}; run the same command to resume")
                 raise
         lines = results.finish()
         summary = summarise(lines)
@@ -105,18 +105,18 @@ def _answer(plan: Plan, pending: Sequence[int], results: Results, reporter: _Rep
     ]
     failures = run_jobs(jobs, slots, tick=lambda: reporter.show(results.new_lines()), note=reporter.say_on_stderr)
     if failures:
-        what_now = "" if plan.path is None else f" (finished batches are in {results.path}; the same command goes on)"
+        what_now = "" if plan.path is None else f" (finished batches are in {results.path}; the same command resumes)"
         raise TriAttentionError("; ".join(failures) + what_now)
 
 
 def _worker_slots(plan: Plan) -> list[dict[str, str]]:
-    """What each worker's environment adds: on GPUs the one GPU that it sees; several may share one."""
+    """Environment variables for each worker: on a GPU machine the one GPU that it sees; workers may share one."""
     gpus = visible_gpus(plan.settings["device"])
     return slots_on(gpus, plan.args.workers or max(len(gpus), 1))
 
 
 class _Reporter:
-    """Prints replies as they come, with a progress bar on stderr where that is a terminal."""
+    """Prints replies as they arrive, with a progress bar if stderr is a terminal."""
 
     def __init__(self, total: int, done: int) -> None:
         from tqdm import tqdm

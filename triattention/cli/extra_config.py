@@ -1,6 +1,6 @@
-"""``--extra-config``: options from YAML files, turned into command-line words before those the user typed.
+"""``--extra-config``: options from YAML files, inserted as command-line words before those the user typed.
 
-So a value is checked like a typed one, the command line wins over a file, and a later file over an earlier one.
+So values are checked like typed ones, the command line overrides a file, and a later file an earlier one.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def add_option(parser: argparse.ArgumentParser) -> None:
         _OPTION,
         action="append",
         metavar="YAML",
-        help="a file of option names and values, such as 'budget: 1024' (repeatable: a later one wins; the command "
-        "line wins over all)",
+        help="a file of options, such as 'budget: 1024' (repeatable: a later file overrides an earlier one, and the "
+        "command line overrides both)",
     )
 
 
 def expand(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """``words`` after those that their extra configurations stand for; ``parser`` is of the verb they belong to.
+    """``words``, preceded by the options in their extra configurations; ``parser`` is that of their verb.
 
-    Raises TriAttentionError for a file that cannot be read, or holds anything but options of that verb.
+    Raises TriAttentionError for a file that cannot be read, or contains anything but options of that verb.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument(_OPTION, action="append", default=[])
@@ -50,12 +50,12 @@ def _read(path: Path, known: Mapping[str, argparse.Action], verb: str) -> dict[s
         raise TriAttentionError(f"cannot read {_OPTION} {path}: {error.strerror}; give a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise TriAttentionError(f"{_OPTION} {path} is not YAML ({reason}); mend it") from error
+        raise TriAttentionError(f"{_OPTION} {path} is not YAML ({reason}); correct it") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise TriAttentionError(
-            f"{_OPTION} {path} holds a {type(content).__name__}, not a mapping; write one option on each line, such "
+            f"{_OPTION} {path} contains a {type(content).__name__}, not a mapping; write one option on each line, such "
             "as 'budget: 1024'"
         )
     found: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def _unknown(key: str, known: Mapping[str, argparse.Action], verb: str) -> str:
 
 
 def _check(path: Path, key: str, value: Any, action: argparse.Action) -> None:
-    """Refuse values of a kind that the option cannot take; what they say is argparse's to judge."""
+    """Raise TriAttentionError for a value of the wrong type; argparse checks its content."""
     is_flag = action.nargs == 0
     if value is None or (isinstance(value, bool) == is_flag and isinstance(value, bool | int | float | str)):
         return

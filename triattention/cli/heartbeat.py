@@ -1,4 +1,4 @@
-"""A sign of life on stderr for whoever reads a log, every half a minute, where that is no terminal."""
+"""A sign of life on stderr every half minute for readers of a log, if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EVERY_S = 30.0
 
 @contextmanager
 def signs_of_life(what: str) -> Iterator[None]:
-    """Within it a line every EVERY_S seconds says that ``what`` is still going on, and for how long."""
+    """In this context a line every EVERY_S seconds says how long ``what`` has been running."""
     if sys.stderr.isatty():
         yield
         return

@@ -1,17 +1,17 @@
-"""How sure an accuracy is: 95 % intervals for pass@1, and for the difference of two runs on the same questions.
+"""95 % confidence intervals for pass@1, and for the difference of two runs on the same questions.
 
 **pass@1.** Question i of n has m_i graded samples, a share p_i of them correct; pass@1 is P = mean(p_i). Samples of one
-question are not independent, questions are, so the questions carry the variance: Var(P) = s2 / n with
+question are not independent, but questions are, so the variance is that over questions: Var(P) = s2 / n with
 s2 = mean((p_i - P)^2). A proportion from N independent samples has Var = P (1 - P) / N; the N that gives the same
 variance is the effective sample size
 
     N_eff = n P (1 - P) / s2.
 
 With one sample per question every p_i is 0 or 1, so s2 = P (1 - P) and N_eff = n. Always s2 <= P (1 - P), so N_eff is
-n or more; it is capped at the number of samples, which independent samples would reach, because a smaller s2 is chance.
-Where P is 0 or 1, s2 says nothing and N_eff is n: all samples of a question may fall together. The interval is Wilson's
-score interval (1927), the P' with |P - P'| <= z sqrt(P' (1 - P') / N), which stays inside [0, 1] and has a width at 0/n
-and n/n, where P +- z sqrt(Var) has none:
+n or more; it is capped at the number of samples, the value for independent samples, because a smaller s2 is chance.
+If P is 0 or 1, s2 is uninformative and N_eff is n: the samples of a question may be fully dependent. The interval is
+Wilson's score interval (1927), the P' with |P - P'| <= z sqrt(P' (1 - P') / N), which stays inside [0, 1] and has a
+width at 0/n and n/n, where P +- z sqrt(Var) has none:
 
     (P + z^2 / 2N  +-  z sqrt(P (1 - P) / N + z^2 / 4N^2)) / (1 + z^2 / N).
 
@@ -21,8 +21,8 @@ wrong, which is two more questions with sum(d) = 0 and sum(d^2) = 1; the same tw
 
     D = sum(d) / (n + 2),  Var = ((sum(d^2) + 1) / (n + 2) - D^2) / (n + 2),  interval D +- z sqrt(Var) inside [-1, 1].
 
-Drawn 2,000 times from beta-distributed questions (n 30 and 500, 1 to 64 samples), the first covers the truth in 94 to
-96 % of the draws; the second in 95 % with one sample and in over 99 % with several, where it is wider than it need be.
+In 2,000 simulations with beta-distributed questions (n 30 and 500, 1 to 64 samples), the first interval covers the
+truth in 94 to 96 %; the second in 95 % with one sample and in over 99 % with several, where it is wider than necessary.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def wilson(share: float, samples: float) -> Interval:
 
 
 def effective_samples(shares: Sequence[float], samples: int) -> float:
-    """N_eff of questions with these ``shares`` of correct samples, ``samples`` in all; from len(shares) to samples."""
+    """N_eff for these ``shares`` of correct samples per question, ``samples`` in total; len(shares) to samples."""
     n = len(shares)
     mean = math.fsum(shares) / n
     variance = math.fsum((share - mean) ** 2 for share in shares) / n

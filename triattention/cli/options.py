@@ -27,12 +27,12 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=models.DTYPES, default="auto", help="weights and cache (default: the checkpoint's own)"
     )
     parser.add_argument(
-        "--device", choices=models.DEVICES, default="auto", help="default: the GPU where torch sees one"
+        "--device", choices=models.DEVICES, default="auto", help="default: the GPU if torch sees one, else the CPU"
     )
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, max_new_tokens: int, out: str | None) -> None:
-    """Add what one run and many runs have in common: everything but dataset, method and budget."""
+    """Add the options common to run-one and the verbs with many runs: all except dataset, method and budget."""
     parser.add_argument(
         "--attn-implementation", choices=models.ATTENTION, default="sdpa", help="attention of the model (default: sdpa)"
     )
@@ -54,26 +54,26 @@ def add_run_options(parser: argparse.ArgumentParser, *, max_new_tokens: int, out
         "--temperature",
         type=float,
         metavar="T",
-        help=f"sample (default: greedy, or {DEFAULT_TEMPERATURE} with several samples)",
+        help=f"sampling temperature (default: greedy, or {DEFAULT_TEMPERATURE} with several samples)",
     )
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help=f"nucleus of sampling (default: {DEFAULT_TOP_P} where it samples)"
+        "--top-p", type=float, metavar="P", help=f"nucleus sampling (default: {DEFAULT_TOP_P} when sampling)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the seed of every batch derives from it (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="every batch's seed is derived from it (default: 0)")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that share the batches (default: one per GPU; one on a CPU)"
     )
-    where = "nothing is kept" if out is None else out
+    where = "nothing is saved" if out is None else out
     parser.add_argument(
         "--out",
         metavar="DIR",
         default=out,
-        help=f"directory of the JSON lines and the summary; a run found there goes on (default: {where})",
+        help=f"directory for JSON lines and summary; an unfinished run there is resumed (default: {where})",
     )
-    parser.add_argument("--run-tag", metavar="TAG", help="put at the end of the file names")
+    parser.add_argument("--run-tag", metavar="TAG", help="appended to the file names")
     extra_config.add_option(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="print what would be run; load no weights and write nothing"
+        "--dry-run", action="store_true", help="print what would run, without loading weights or writing files"
     )
 
 
@@ -86,7 +86,7 @@ def require_at_least_one(args: argparse.Namespace, *names: str) -> None:
 
 
 def quiet_transformers() -> None:
-    """No progress bars and no advice from transformers: the verbs print their own lines."""
+    """Disable progress bars and warnings of transformers: the verbs print their own messages."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -94,7 +94,7 @@ def quiet_transformers() -> None:
 
 
 def require_writable(directory: Path, what: str) -> None:
-    """Raise TriAttentionError unless ``directory`` can be written to, or made; makes nothing."""
+    """Raise TriAttentionError unless ``directory`` is or could be made writable; creates nothing."""
     existing = directory
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

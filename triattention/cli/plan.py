@@ -1,4 +1,4 @@
-"""What a run would do: its settings, its questions and its batches, known before a model is loaded."""
+"""The plan of a run: settings, questions and batches, known before a model is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from triattention.evaluation.datasets import Question, load_dataset
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One reply to be had: question ``index`` (from 0) of the dataset, and which of its samples."""
+    """One reply to generate: sample ``sample`` of question ``index`` (from 0) of the dataset."""
 
     index: int
     sample: int
@@ -34,10 +34,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run. ``settings`` is what every line of its results repeats.
+    """One run. Every line of its results repeats ``settings``.
 
-    Settings that only a loaded model tells (``dtype`` where it was not given, ``gpu``) are absent. Batches are fixed
-    stretches of (question, sample) in file order, whatever has been done already, so that a resumed or shared run
+    Settings known only from a loaded model (``dtype`` if it was not given, ``gpu``) are absent. Batches are fixed
+    sequences of (question, sample) in file order, regardless of what is already done, so that a resumed or shared run
     generates the same batches from the same seeds as an uninterrupted one.
     """
 
@@ -49,7 +49,7 @@ class Plan:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Plan:
-        """Everything that can be wrong without loading weights is refused here; writes nothing."""
+        """Check everything that can be checked without loading weights, and make the plan; writes nothing."""
         args = argparse.Namespace(**vars(args))
         method = compression.METHODS[args.method]
         _check_numbers(args)
@@ -58,7 +58,7 @@ class Plan:
         compressed = compression.check(args, method)
         if args.out is not None:
             require_writable(Path(args.out).expanduser(), "--out")
-        # the embedded model is converted when it is first loaded, which a dry run must not do
+        # find_source converts the embedded model if needed, which a dry run must not do
         source = models.ModelSource(args.model, "") if args.model == models.EMBEDDED else models.find_source(args.model)
         parts = [method, *([] if args.budget is None else [f"b{args.budget}"]), source.label, dataset.name]
         questions = dataset.questions[: args.max_questions]
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def path(self) -> Path | None:
-        """The JSON lines file, or None where nothing is kept."""
+        """The JSON lines file, or None without ``--out``."""
         return None if self.args.out is None else Path(self.args.out).expanduser() / f"{self.name}.jsonl"
 
     @cached_property
@@ -83,22 +83,22 @@ class Plan:
         return [units[first : first + size] for first in range(0, len(units), size)]
 
     def batch_seed(self, batch: int) -> int:
-        """The seed set before a batch: 32 bits of a hash of the run's seed and the batch's number, nothing else."""
+        """The seed set before a batch: 32 bits of a hash of the run's seed and the batch's number."""
         return int.from_bytes(hashlib.sha256(f"{self.args.seed} {batch}".encode()).digest()[:4], "big")
 
 
 def describe(plans: Sequence[Plan], done: Sequence[int], workers: int) -> list[str]:
-    """What ``--dry-run`` prints: the settings that all ``plans`` share, then each run with what differs."""
+    """The output of ``--dry-run``: the settings common to all ``plans``, then each run with its differing settings."""
     first, *others = [plan.settings for plan in plans]
     shared = [key for key in first if all(key in s and s[key] == first[key] for s in others)]
-    lines = [f"{'run' if len(plans) == 1 else 'runs'} that would be made; nothing is loaded or written"]
+    lines = [f"{'run' if len(plans) == 1 else 'runs'} that would start; nothing is loaded or written"]
     lines += [f"  {key:<27}{shown(first[key])}" for key in shared]
     lines += [f"  {'workers':<27}{workers}"]
     for plan, finished in zip(plans, done, strict=True):
         differing = "".join(f"{key} {shown(value)}, " for key, value in plan.settings.items() if key not in shared)
         lines += [
             f"{plan.name}: {differing}{len(plan.questions)} questions, {len(plan.batches)} batches, "
-            f"{finished} done, {plan.path or 'nothing is kept (no --out)'}"
+            f"{finished} done, {plan.path or 'nothing is saved (no --out)'}"
         ]
     return lines
 
@@ -112,7 +112,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, float | None]:
-    """``temperature`` and ``top_p``, both None where decoding is greedy."""
+    """``temperature`` and ``top_p``, both None for greedy decoding."""
     temperature = args.temperature
     if temperature is None and args.num_samples > 1:
         temperature = DEFAULT_TEMPERATURE

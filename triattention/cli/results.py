@@ -1,8 +1,8 @@
-"""The results file of a run: JSON lines, a whole batch at a time, and what makes a run resumable.
+"""The results file of a run: JSON lines, written one whole batch at a time, so that a run can be resumed.
 
-A line is one reply: the fields of ``Result``, then the settings of the run, which every line repeats; so a line can be
-read without the rest, and a run is compared with what it would continue setting by setting. ``<name>.summary.json`` is
-made from the lines alone when every batch is there.
+A line is one reply: the fields of ``Result``, then the settings of the run, which every line repeats. So a line is
+complete by itself, and a run can check every setting of the file it would resume. ``<name>.summary.json`` is computed
+from the lines once every batch is there.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ Line = dict[str, Any]
 class Result:
     """One reply, as measured.
 
-    ``index`` is the question's in the dataset, from 0; ``batch`` the batch's in the run, seeded with ``batch_seed``.
-    ``tokens_per_s`` is new_tokens / seconds. The rest is of ``Grade`` and ``generation.Answer``.
+    ``index`` is the question's index in the dataset, from 0; ``batch`` the number of the batch in the run, seeded with
+    ``batch_seed``. ``tokens_per_s`` is new_tokens / seconds. The other fields are from ``Grade`` and
+    ``generation.Answer``.
     """
 
     question: str
@@ -61,9 +62,9 @@ MEASURED = tuple(field.name for field in fields(Result))
 
 
 def read_lines(path: Path) -> tuple[list[Line], int]:
-    """The whole lines of a results file, and how many bytes of a torn one follow them.
+    """The complete lines of a results file, and the number of bytes of a truncated last line.
 
-    Raises TriAttentionError for a file that cannot be read, or a whole line that is no result.
+    Raises TriAttentionError for a file that cannot be read, or a complete line that is not a result.
     """
     try:
         data = path.read_bytes()
@@ -78,13 +79,13 @@ def read_lines(path: Path) -> tuple[list[Line], int]:
             raise TriAttentionError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
         absent = [name for name in MEASURED if not isinstance(entry, dict) or name not in entry]
         if absent:
-            raise TriAttentionError(f"{path}, line {number} has no {absent[0]!r}, so it is no line of run-one")
+            raise TriAttentionError(f"{path}, line {number} has no {absent[0]!r}, so it is not a result of run-one")
         lines.append(entry)
     return lines, len(torn)
 
 
 class Results:
-    """The lines of one plan's file at ``path``: those there already, and those that are added."""
+    """The lines of one plan's results file at ``path``: existing ones, and new ones to append."""
 
     def __init__(self, plan: Plan, path: Path) -> None:
         self.path = path
@@ -94,10 +95,10 @@ class Results:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Own the file for one run: make its directory, drop what an interruption left half-done, and at the end remove
-        what turned out not to be needed.
+        """Lock the file for one run: create its directory, drop unfinished batches of an interrupted run, and at the
+        end remove lock files and directories that stayed empty.
 
-        Raises TriAttentionError where another run has it, or it holds a run with other settings.
+        Raises TriAttentionError if another run is writing it, or if it is from a run with other settings.
         """
         self.done()
         made = []
@@ -121,20 +122,20 @@ class Results:
                 owner.release()
         finally:
             for directory in made:
-                with suppress(OSError):  # it holds results
+                with suppress(OSError):  # it contains results
                     directory.rmdir()
 
     def done(self, settings: Mapping[str, Any] | None = None) -> set[int]:
         """The numbers of the finished batches.
 
         Raises TriAttentionError, naming the first setting or question that differs, for a file of another run.
-        ``settings`` are those of a loaded model, where it is known.
+        ``settings`` are those of a loaded model, if there is one.
         """
         whole, _, _ = self._by_batch(self._plan.settings if settings is None else settings)
         return set(whole)
 
     def _by_batch(self, settings: Mapping[str, Any]) -> tuple[dict[int, list[Line]], int, int]:
-        """The lines of the finished batches, how many lines are of others, and the bytes of a torn line."""
+        """The lines of finished batches, the number of other lines, and the bytes of a truncated last line."""
         if not self.path.exists():
             return {}, 0, 0
         lines, torn = read_lines(self.path)
@@ -147,7 +148,7 @@ class Results:
         for batch, members in found.items():
             units = [(line["index"], line["sample"]) for line in members]
             if len(set(units)) < len(units):
-                raise TriAttentionError(f"{self.path} holds batch {batch} twice; remove the file, or give a --run-tag")
+                raise TriAttentionError(f"{self.path} has batch {batch} twice; remove the file, or give a --run-tag")
             if units == [(unit.index, unit.sample) for unit in batches[batch]]:
                 whole[batch] = members
         return whole, len(lines) - sum(map(len, whole.values())), torn
@@ -157,28 +158,28 @@ class Results:
         for name, value in settings.items():
             if line.get(name) != value:
                 raise TriAttentionError(
-                    f"{self.path} holds a run with {name} = {line.get(name)} and this one has {value}; {way_out}"
+                    f"{self.path} is from a run with {name} = {line.get(name)}, but this one has {value}; {way_out}"
                 )
         if line["index"] >= len(self._plan.questions) or line["batch"] >= len(self._plan.batches):
-            raise TriAttentionError(f"{self.path}, line {number} is of no batch of this run; {way_out}")
+            raise TriAttentionError(f"{self.path}, line {number} does not belong to a batch of this run; {way_out}")
         question = self._plan.questions[line["index"]]
         if (line["question"], line["expected"]) != (question.question, question.answer):
             raise TriAttentionError(
-                f"{self.path}, line {number} answers {line['question'][:60]!r}, and question {line['index'] + 1} of "
+                f"{self.path}, line {number} answers {line['question'][:60]!r}, but question {line['index'] + 1} of "
                 f"{self._plan.settings['dataset']} is {question.question[:60]!r}; {way_out}"
             )
 
     def _repair(self) -> None:
-        """Drop a torn line and unfinished batches, with a note; they are done again."""
+        """Drop a truncated last line and unfinished batches, with a note; they are generated again."""
         whole, unfinished, torn = self._by_batch(self._plan.settings)
         if unfinished or torn:
-            dropped = [f"{unfinished} lines of unfinished batches"] * bool(unfinished) + ["a torn line"] * bool(torn)
-            print(f"note: {self.path} ended with {' and '.join(dropped)}, dropped and done again")
+            dropped = [f"{unfinished} lines of unfinished batches"] * bool(unfinished) + ["a cut-off line"] * bool(torn)
+            print(f"note: {self.path} ended with {' and '.join(dropped)}: dropped, and generated again")
             self._rewrite(whole)
         self._size = self.path.stat().st_size if self.path.exists() else 0
 
     def append(self, lines: Sequence[Line]) -> None:
-        """Add the lines of one batch: all of them in one write that reaches the disk, or none."""
+        """Append the lines of one batch in one write that is flushed to disk: all of them or none."""
         data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
         with _cannot_write(self.path), self._lock:
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -196,7 +197,7 @@ class Results:
                 os.close(handle)
 
     def new_lines(self) -> list[Line]:
-        """The whole lines that others have added since the last look."""
+        """The complete lines that other processes have appended since the last call."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as stream:
@@ -207,11 +208,11 @@ class Results:
         return [json.loads(line) for line in whole.split(b"\n")[:-1]]
 
     def finish(self) -> list[Line]:
-        """The lines of the complete run, in the order of the dataset; the file is put in that order too."""
+        """The lines of the complete run in dataset order; the file is sorted, too."""
         whole, _, _ = self._by_batch(self._plan.settings)
         absent = len(self._plan.batches) - len(whole)
         if absent:
-            raise TriAttentionError(f"{absent} of {len(self._plan.batches)} batches are not in {self.path}")
+            raise TriAttentionError(f"{absent} of {len(self._plan.batches)} batches are missing in {self.path}")
         if list(whole) != sorted(whole):
             with _cannot_write(self.path):
                 self._rewrite(whole)
@@ -223,7 +224,7 @@ class Results:
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write ``<name>.summary.json`` beside the lines at ``path``."""
+    """Write ``<name>.summary.json`` next to the lines at ``path``."""
     with _cannot_write(path):
         write_text(summary_path(path), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
@@ -243,7 +244,7 @@ def _cannot_write(path: Path) -> Iterator[None]:
 
 
 def _make_directories(directory: Path) -> list[Path]:
-    """Make a directory and its parents; those that were not there, the innermost first."""
+    """Create a directory and its parents; returns the created ones, innermost first."""
     absent = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return absent

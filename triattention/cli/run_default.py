@@ -12,7 +12,7 @@ from triattention.cli.plan import Plan
 
 METHODS = ("full", "triattention")
 DATASETS = ("aime24", "aime25", "math500")
-#: Long enough for a reasoning model to end by itself.
+#: Long enough for a reasoning model to finish on its own.
 MAX_NEW_TOKENS = 32768
 
 
@@ -21,8 +21,8 @@ def add_parser(verbs: Any) -> None:
         "run-default",
         allow_abbrev=False,
         help="the recommended runs of one model",
-        description=f"run-one with the methods {' and '.join(METHODS)} on {', '.join(DATASETS)}, a table at the end. "
-        "Every run is resumable, and so is the whole: the same command goes on.",
+        description=f"Run run-one with the methods {' and '.join(METHODS)} on {', '.join(DATASETS)}, and print a table "
+        "at the end. An interrupted command can be resumed by running it again.",
     )
     add_model_options(parser)
     add_run_options(parser, max_new_tokens=MAX_NEW_TOKENS, out="results")

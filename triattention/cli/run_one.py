@@ -17,9 +17,9 @@ def add_parser(verbs: Any) -> None:
         "run-one",
         allow_abbrev=False,
         help="answer a dataset with one model and one method, and grade it",
-        description="Answer the questions in batches, print and grade each reply, and end with the accuracy. With "
-        "--out the replies are kept, one JSON line each, and the same command goes on where an interrupted one "
-        "stopped.",
+        description="Answer the questions in batches, print and grade each reply, and print the accuracy at the end. "
+        "With --out the replies are saved, one JSON line each, and running the same command again resumes an "
+        "interrupted run.",
     )
     add_model_options(parser)
     parser.add_argument(

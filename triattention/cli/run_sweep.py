@@ -17,13 +17,13 @@ def add_parser(verbs: Any) -> None:
         "run-sweep",
         allow_abbrev=False,
         help="every combination of budgets, methods and datasets",
-        description="run-one for every combination, a table at the end. A method that does not compress runs once, "
-        "whatever the budgets. Every run is resumable, and so is the whole: the same command goes on.",
+        description="Run run-one for every combination and print a table at the end. Method full runs once, regardless "
+        "of the budgets. An interrupted sweep can be resumed with the same command.",
     )
     add_model_options(parser)
-    parser.add_argument("--datasets", type=_names, required=True, metavar="D,...", help="as run-one takes them")
+    parser.add_argument("--datasets", type=_names, required=True, metavar="D,...", help="as for run-one --dataset")
     parser.add_argument(
-        "--methods", type=_methods, required=True, metavar="M,...", help=f"of {', '.join(compression.METHODS)}"
+        "--methods", type=_methods, required=True, metavar="M,...", help=f"any of {', '.join(compression.METHODS)}"
     )
     parser.add_argument(
         "--budgets", type=_budgets, default=[None], metavar="N,...", help=f"default: {compression.DEFAULT_BUDGET}"
@@ -63,4 +63,4 @@ def _budgets(text: str) -> list[int]:
     try:
         return [int(name) for name in _names(text)]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 512,1024") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 512,1024") from None

@@ -1,4 +1,4 @@
-"""What the lines of a run say together, and how it is printed; nothing here looks at anything but the lines."""
+"""The summary of a run's result lines, and how it is printed; computed from the lines only."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def shares_of(lines: Sequence[Line]) -> dict[tuple[int, str], float]:
 def summarise(lines: Sequence[Line]) -> dict[str, Any]:
     """Accuracy (pass@1) with its 95 % interval, speed, peaks and sums.
 
-    ``tokens_per_s`` is the sum of the new tokens over the sum of the batches' seconds: of one worker, however many
-    there were. Rounds are counted once per batch.
+    ``tokens_per_s`` is the sum of the new tokens over the sum of the batches' seconds: the speed of one worker,
+    regardless of their number. Rounds are counted once per batch.
     """
     shares = list(shares_of(lines).values())
     batches = {line["batch"]: line for line in lines}.values()
@@ -65,7 +65,7 @@ def summary_line(summary: Mapping[str, Any]) -> str:
     )
 
 
-#: The columns of a table of runs: a heading, and the cell of a summary.
+#: The columns of a table of runs: heading, and a function from a summary to its cell.
 COLUMNS = {
     "accuracy": lambda s: f"{s['accuracy']:.3f}",
     "95 % interval": lambda s: f"{s['accuracy_low']:.3f} to {s['accuracy_high']:.3f}",
@@ -78,7 +78,7 @@ COLUMNS = {
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equally many cells in columns: the first to the left, the others to the right."""
+    """Rows of equal length as aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()

@@ -1,4 +1,4 @@
-"""``vllm-check``: whether a vLLM has the names that the plugin touches, as they were recorded for its version."""
+"""``vllm-check``: whether a vLLM has the names that the plugin uses, in the form recorded for its version."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 from triattention.errors import TriAttentionError
 from triattention.vllm.runtime import hook_targets
 
-#: Exit code where there is nothing to compare: no vLLM, or no entry for its version.
+#: Exit code if there is nothing to compare: no vLLM, or no entry for its version.
 NOTHING_TO_COMPARE = 3
 
 
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "vllm-check",
-        help="compare a vLLM with what the plugin was written for",
-        description="Read, without importing vLLM, every name of it that the plugin touches, and compare it with what "
-        "was recorded for its version. Exit codes: 0 all match, 1 one differs, 3 vLLM is absent or its version has no "
+        help="compare a vLLM with what the plugin expects",
+        description="Compare, without importing vLLM, every vLLM name that the plugin uses with the form recorded for "
+        "its version. Exit codes: 0 all match, 1 at least one differs, 3 vLLM is not installed or its version has no "
         "entry.",
         epilog=f"Entries are for {', '.join(hook_targets.supported())}; each serves all releases of its minor version.",
     )
     parser.add_argument(
-        "--root", metavar="DIR", type=Path, help="folder with vllm/, e.g. an unpacked wheel (default: installed)"
+        "--root", metavar="DIR", type=Path, help="folder with vllm/, e.g. an unpacked wheel (default: installed vLLM)"
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print instead the entry of this vLLM, which a maintainer adds to triattention/data/vllm_hooks.json to "
-        "support a new version",
+        help="instead, print the entry of this vLLM for triattention/data/vllm_hooks.json, to add support for a new "
+        "version",
     )
     parser.set_defaults(run=run)
 
@@ -61,7 +61,7 @@ def _print_entry(root: Path | None) -> None:
 
 
 def _lines(report: hook_targets.Report) -> list[str]:
-    """The table; long parameter lists run over their column rather than widen all rows."""
+    """The table; long parameter lists exceed their column instead of widening all rows."""
     rows = [("target", "expected", "found", "ok")]
     for target in report.targets:
         v2_only = " (V2 runner only)" if target.name.startswith(f"{hook_targets.V2_MODULE}:") else ""

@@ -1,1 +1,1 @@
-"""Questions, their answers by a model, and the grading of these."""
+"""Datasets of questions, generation of answers, and grading."""

@@ -19,8 +19,8 @@ from triattention.evaluation.questions import Question
 FETCH_TIMEOUT_S = 60
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
-#: Prints the directory of the repository in the hub's cache, downloading what is missing. It runs in a process of its
-#: own, because the hub's client waits without a limit for a server that has stopped to answer.
+#: Prints the directory of the repository in the hub's cache, downloading what is missing. It runs in a separate
+#: process, because the hub's client waits forever for a server that has stopped answering.
 _FETCH = """
 import sys
 from huggingface_hub import snapshot_download
@@ -34,9 +34,9 @@ except (OSError, ValueError) as error:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Where a benchmark is, which columns are read, and how many questions it has.
+    """The location of a benchmark, its columns and its number of questions.
 
-    With ``answer_mark``, the answer is what follows its last occurrence in the column.
+    With ``answer_mark``, the answer is the text after its last occurrence in the column.
     """
 
     repository: str
@@ -60,11 +60,11 @@ BENCHMARKS = {
 
 
 def load_benchmark(name: str) -> tuple[Question, ...]:
-    """The questions of ``BENCHMARKS[name]`` in the order of the set.
+    """The questions of ``BENCHMARKS[name]`` in dataset order.
 
-    Read from ``<cache>/datasets/<name>`` where that exists, else from the hub's own cache, which is filled within 60 s
-    where there is a network. Raises TriAttentionError where the files cannot be had (with the line that downloads
-    them), cannot be read, or do not have the expected columns and number of questions.
+    They are read from ``<cache>/datasets/<name>`` if it exists, else from the hub's own cache, which is filled from the
+    network within 60 s. Raises TriAttentionError if the files are not available (with the download command), cannot be
+    read, or do not have the expected columns and number of questions.
     """
     benchmark = BENCHMARKS[name]
     local = (cache_root() / "datasets" / name).absolute()
@@ -93,8 +93,8 @@ def _fetch(name: str, benchmark: Benchmark, local: Path) -> Path:
             return Path(fetched.stdout.splitlines()[-1])
         reason = ([line for line in fetched.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
     raise TriAttentionError(
-        f"dataset {name} is not in {local} and cannot be fetched from the hub ({reason.rstrip('.')}); where there is a "
-        f"network, run: {benchmark.download_command(local)} (on another machine, then copy that directory here)"
+        f"dataset {name} is not in {local} and cannot be fetched from the hub ({reason.rstrip('.')}); with network "
+        f"access, run: {benchmark.download_command(local)} (or on another machine, then copy that directory here)"
     )
 
 
@@ -109,13 +109,13 @@ def _rows(benchmark: Benchmark, directory: Path, remedy: str) -> list[dict[str, 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
     try:
-        # what the library prepares is not kept: it would be taken again after the files have changed
+        # do not keep the library's prepared files: they would be reused after the source files have changed
         with tempfile.TemporaryDirectory(prefix="triattention-") as scratch:
             table = datasets.load_dataset(
                 str(directory), benchmark.configuration, split=benchmark.split, cache_dir=scratch, keep_in_memory=True
             )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        # what it raises for a broken file says only that there was an error; the cause says which
+        # for a broken file, only the cause of the exception says what the error was
         reason = " ".join(str(error.__cause__ or error).split())
         raise TriAttentionError(f"cannot read the dataset in {directory} ({reason.rstrip('.')}); {remedy}") from error
     columns = [benchmark.question, benchmark.answer]
@@ -135,7 +135,7 @@ def _question(benchmark: Benchmark, row: dict[str, Any], where: str) -> Question
         answer = str(answer).rpartition(benchmark.answer_mark)[2] if benchmark.answer_mark in str(answer) else None
     if not isinstance(question, str) or answer is None or not str(answer).strip():
         raise TriAttentionError(
-            f"{where}: {benchmark.question!r} or {benchmark.answer!r} is empty or of another form; "
+            f"{where}: {benchmark.question!r} or {benchmark.answer!r} is empty or malformed; "
             "remove that directory, and download the dataset again"
         )
     return Question(question, str(answer).strip(), grader="math", instruction=INSTRUCTION)

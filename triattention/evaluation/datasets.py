@@ -1,4 +1,4 @@
-"""Question sets by name: bundled, benchmarks of the hub, generated tasks, and local JSON lines files."""
+"""Datasets by name: bundled, benchmarks of the hub, generated tasks, and local JSON lines files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUNDLED = ("smoke",)
 
 @dataclass(frozen=True, slots=True)
 class _Generated:
-    """A task made from a seed; its one argument, called ``unit``, is a whole number from ``least`` to ``most``."""
+    """A task generated from a seed; its argument, named ``unit``, is an integer from ``least`` to ``most``."""
 
     questions: Callable[..., tuple[Question, ...]]
     unit: str
@@ -34,17 +34,17 @@ _GENERATED = {
     "dfs": _Generated(state_query.state_queries, "STEPS", state_query.DEFAULT_STEPS, 1, state_query.MAX_STEPS),
     "needle": _Generated(needle.needle_questions, "WORDS", needle.DEFAULT_WORDS, needle.MIN_WORDS, needle.MAX_WORDS),
 }
-#: Every name that load_dataset takes, the way a user is shown it.
+#: Every name that load_dataset accepts, as shown to users.
 KNOWN = (*BUNDLED, *BENCHMARKS, *(f"{name}[:{task.unit}]" for name, task in _GENERATED.items()))
 
 
 def load_dataset(name: str, seed: int = 0) -> Dataset:
-    """The set called ``name``: one of KNOWN, or the ``.jsonl`` file at that path.
+    """The dataset ``name``: one of KNOWN, or the ``.jsonl`` file at that path.
 
-    Every line of a file is one object with ``question`` (text) and ``answer`` (text or number), and perhaps ``grader``;
-    other fields and empty lines are ignored. Generated tasks are the same for the same ``seed``, which nothing else
-    looks at. Raises TriAttentionError for an unknown name, a task's argument that is out of range, a benchmark that
-    cannot be had, an unreadable or empty file, or a broken line (with its number).
+    Every line of a file is an object with ``question`` (text), ``answer`` (text or number) and optionally ``grader``;
+    other fields and empty lines are ignored. Generated tasks are the same for the same ``seed``; other datasets ignore
+    it. Raises TriAttentionError for an unknown name, a task argument out of range, an unavailable benchmark, an
+    unreadable or empty file, or an invalid line (with its number).
     """
     if name in BUNDLED:
         return Dataset(name, _parse((files("triattention") / "data" / f"{name}.jsonl").read_text("utf-8"), name))
@@ -89,7 +89,7 @@ def _read(name: str) -> Dataset:
 
 
 def _parse(text: str, source: str) -> tuple[Question, ...]:
-    # not splitlines: a JSON string may hold U+2028 and its kin as they are
+    # not splitlines: a JSON string may contain U+2028 and other line separators unescaped
     lines = enumerate(text.split("\n"), start=1)
     questions = tuple(_parse_line(line, f"{source}, line {number}") for number, line in lines if line.strip())
     if not questions:
@@ -102,11 +102,11 @@ def _parse_line(line: str, where: str) -> Question:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise TriAttentionError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); mend or remove the line"
+            f"{where}: not JSON ({error.msg} at column {error.colno}); correct or remove the line"
         ) from error
     if not isinstance(entry, dict):
         raise TriAttentionError(
-            f"{where}: a {type(entry).__name__}, not an object with question and answer; mend the line"
+            f"{where}: a {type(entry).__name__}, not an object with question and answer; correct the line"
         )
     question, answer = entry.get("question"), entry.get("answer")
     if not isinstance(question, str) or not question.strip():

@@ -1,4 +1,4 @@
-"""The answer loop: batches of questions through the model's chat template, greedily or by sampling."""
+"""Answering batches of questions in the model's chat template, by greedy decoding or sampling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Temperature and nucleus of random decoding; no top-k, whatever the checkpoint recommends."""
+    """Temperature and top-p of sampling; never top-k, even if the checkpoint recommends it."""
 
     temperature: float
     top_p: float
@@ -30,11 +30,11 @@ class Sampling:
 class Answer:
     """One reply: one row of a batch.
 
-    ``new_tokens`` counts up to and including the end token; ``truncated`` says that there was none. ``seconds`` runs
-    from the start of the batch to this row's last token, ``batch_seconds`` to the end of the batch; both hold the
-    prefill. ``peak_kv_tokens`` is the longest that the row's cache was after a step, per KV head: exact where nothing
-    was evicted, else the batch's longest row. ``rounds`` is of the batch. ``peak_memory_bytes`` is what torch allocated
-    on the GPU during the batch, or on a CPU the largest resident set of the process so far.
+    ``new_tokens`` includes the end token; ``truncated`` means that there was none. ``seconds`` runs from the start of
+    the batch to this row's last token, ``batch_seconds`` to the end of the batch; both include the prefill.
+    ``peak_kv_tokens`` is the row's largest cache length after a step, per KV head: exact if nothing was evicted, else
+    an upper bound, from the batch's longest row. ``rounds`` counts the batch's rounds. ``peak_memory_bytes`` is torch's
+    peak GPU allocation during the batch, or on a CPU the largest resident set of the process so far.
     """
 
     text: str
@@ -56,7 +56,7 @@ class Answer:
 def encode(loaded: LoadedModel, questions: Sequence[Question], max_new_tokens: int) -> list[torch.Tensor]:
     """Token ids ``[1, T]`` of every question in the model's chat template.
 
-    Raises TriAttentionError for a model without a template, and for a question that leaves no room for the reply.
+    Raises TriAttentionError for a model without a template, and for a question too long for the reply to fit.
     """
     if not loaded.tokenizer.chat_template:
         raise TriAttentionError(f"model {loaded.source.name} has no chat template; use an instruction-tuned model")
@@ -72,15 +72,15 @@ def encode(loaded: LoadedModel, questions: Sequence[Question], max_new_tokens: i
         ids = encoded["input_ids"]
         if limit is not None and ids.shape[1] + max_new_tokens > limit:
             raise TriAttentionError(
-                f"question {number} has {ids.shape[1]} tokens and the reply may have {max_new_tokens}, together more "
-                f"than the {limit} positions of {loaded.source.name}; lower --max-new-tokens or leave the question out"
+                f"question {number} has {ids.shape[1]} tokens and the reply up to {max_new_tokens}, together more than "
+                f"the {limit} positions of {loaded.source.name}; lower --max-new-tokens or leave the question out"
             )
         prompts.append(ids)
     return prompts
 
 
 class _StepTimes(StoppingCriteria):
-    """When each step ended, on the host; ``generate`` waits for the device in every step to see who has finished."""
+    """The host time at the end of each step; ``generate`` waits for the device in every step to check for the end."""
 
     def __init__(self) -> None:
         self.ended: list[float] = []
@@ -93,10 +93,10 @@ class _StepTimes(StoppingCriteria):
 def generate_batch(
     loaded: LoadedModel, prompts: Sequence[torch.Tensor], max_new_tokens: int, sampling: Sampling | None = None
 ) -> list[Answer]:
-    """Answer ``prompts`` ``[1, T]`` together, left-padded, on the model as it is: patched or not.
+    """Answer ``prompts`` ``[1, T]`` together, left-padded; the model may be patched or not.
 
-    Greedy without ``sampling``; in float32 a row then gets the tokens it gets alone. With it, torch's generator
-    decides, so set its seed before.
+    Without ``sampling`` decoding is greedy, and in float32 each row gets the same tokens as alone. With it, tokens are
+    drawn from torch's generator, so set its seed before.
     """
     model = loaded.model
     end_tokens = _as_list(model.generation_config.eos_token_id)
@@ -113,7 +113,7 @@ def generate_batch(
         pad_token_id=pad_token,
         return_dict_in_generate=True,
         stopping_criteria=[times],
-        # nothing of what the checkpoint recommends
+        # override all of the checkpoint's recommendations
         do_sample=sampling is not None,
         temperature=None if sampling is None else sampling.temperature,
         top_p=None if sampling is None else sampling.top_p,
@@ -148,7 +148,7 @@ def generate_batch(
 
 
 def kv_bytes_per_token(model: Any) -> int:
-    """Bytes that one token takes in the cache: layers x 2 x KV heads x head dim x bytes of the dtype."""
+    """Bytes per token in the cache: layers x 2 x KV heads x head dim x bytes of the dtype."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -168,7 +168,7 @@ def _left_padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
 
 
 def _until_end(reply: list[int], end_tokens: list[int]) -> list[int]:
-    """``reply`` up to and including its first end token; what follows are pads for the longer rows."""
+    """``reply`` up to and including its first end token; after that there is only padding."""
     end = next((index for index, token in enumerate(reply) if token in end_tokens), len(reply) - 1)
     return reply[: end + 1]
 

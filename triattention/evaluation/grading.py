@@ -1,24 +1,25 @@
-"""Grading: is the final answer of a reply the expected one?
+"""Grading: whether the final answer of a reply is the expected one.
 
 The rules of the grader ``auto``, in order:
 
-1. Reasoning inside ``<think>...</think>`` is dropped; a reply that never leaves it has no answer.
-2. The final answer is what the reply marks as such, the last mark winning: ``\\boxed{...}``, ``#### ...``,
-   ``answer is ...``, ``answer: ...`` (to the end of that sentence).
+1. Reasoning inside ``<think>...</think>`` is dropped; a reply whose reasoning never ends has no answer.
+2. The final answer is the last one that the reply marks: ``\\boxed{...}``, ``#### ...``, ``answer is ...``,
+   ``answer: ...`` (to the end of that sentence).
 3. Without a mark, a mathematical answer is the last expression of the reply, and an answer in words is in its first
-   sentence: sums are worked out before they are answered, facts are stated first.
+   sentence: calculations end with their result, facts are stated first.
 4. Mathematical answers (a number, or anything in LaTeX) are compared by value with math-verify: 0.5 is 1/2, 14 is not
-   4. Where a number is expected, a sum that is left to do is no answer: ``5 * 5`` is not 25, ``5 * 5 = 25`` is. A whole
-   number up to twelve may also be written as a word.
-5. Words are compared whole and without case, never as substrings. A clause that denies or hedges (``not Paris``,
-   ``Paris or Lyon``) does not answer.
+   4. If a number is expected, an unevaluated expression is not an answer: ``5 * 5`` is not 25, ``5 * 5 = 25`` is. An
+   integer up to twelve may also be written as a word.
+5. Words are compared as whole words, ignoring case, never as substrings. A clause with a negation or an alternative
+   (``not Paris``, ``Paris or Lyon``) is not an answer.
 
-The others keep rule 1, and then:
+The other graders apply rule 1, and then:
 
 * ``math``: rules 2 to 4 for every answer, LaTeX or not: ``p - q``, ``3, 5, 7``, ``x=5``. An interval may be given as an
-  inequality. An answer that is all ``\\text{...}`` is compared as words, in a box with the whole box.
-* ``number``: the answer is the first number of the reply, or of what is marked in it, compared exactly and whole. Where
-  another number with as many digits follows, there is no answer.
+  inequality. An expected answer that is entirely ``\\text{...}`` is compared as words, with the whole box if there is
+  one.
+* ``number``: the answer is the first number of the reply, or of its marked part, compared exactly and as a whole. If a
+  different number with as many digits is also there, there is no answer.
 * ``json``: the answer is the last JSON object in the reply, in a code fence or not. It must equal the expected object:
   the same keys in any order, and the same values with lists in the same order.
 """
@@ -76,14 +77,14 @@ _NUMBER_WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """``extracted`` is what was taken for the final answer, empty when there was none."""
+    """``extracted`` is the text graded as the final answer, empty if there was none."""
 
     correct: bool
     extracted: str
 
 
 def grade(reply: str, expected: str, grader: str = "auto") -> Grade:
-    """Grade one reply by the rules above. Raises TriAttentionError for a grader that is not one of GRADERS."""
+    """Grade one reply by the rules above. Raises TriAttentionError for an unknown grader."""
     text = _after_thinking(reply).replace("\u2019", "'").strip()
     expected = expected.strip()
     match grader:
@@ -130,13 +131,13 @@ def _grade_json(text: str, expected: str) -> Grade:
             value, end = decoder.raw_decode(text, place)
             found = _canonical(value)
         except (ValueError, RecursionError):
-            end = place + 1  # a brace that opens something else, or too much to be an answer
+            end = place + 1  # this brace does not start a JSON object, or one nested too deeply
         place = text.find("{", end)
     return Grade(found == _canonical(json.loads(expected)), found)
 
 
 def _canonical(value: Any) -> str:
-    """ASCII text to compare by: 1, 1.0 and true are equal in Python, and half a surrogate pair fits in no file."""
+    """ASCII text for comparison: 1, 1.0 and true are equal in Python, and a lone surrogate cannot be encoded."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -147,7 +148,7 @@ def _after_thinking(reply: str) -> str:
 
 
 def _marked(text: str) -> str | None:
-    """What follows the last mark, or None where there is none."""
+    """The text after the last mark, or None if there is no mark."""
     boxed = text.rfind("\\boxed{")
     marks = list(_MARK.finditer(text))
     if boxed >= 0 and (not marks or boxed > marks[-1].start()):
@@ -176,7 +177,7 @@ def _is_mathematical(expected: str) -> bool:
 
 
 def _grade_mathematical(text: str, expected: str, gold: str | None = None) -> Grade:
-    """Compare with ``gold``, which is ``expected`` as LaTeX; without it the strict way of ``auto``."""
+    """Compare with ``gold``, which is ``expected`` as LaTeX; without ``gold``, strictly as in ``auto``."""
     if expected.isdecimal() and int(expected) < len(_NUMBER_WORDS) and not re.search(r"\d", text):
         return _grade_words(_first_sentence(text), _NUMBER_WORDS[int(expected)])
     if _NUMBER.fullmatch(expected):
@@ -189,12 +190,12 @@ def _grade_mathematical(text: str, expected: str, gold: str | None = None) -> Gr
 
 
 def _as_latex(text: str) -> str:
-    """math-verify looks for LaTeX between dollar signs only; the inside of a box has none."""
+    """Add the dollar signs that math-verify needs to recognise LaTeX; the content of a box has none."""
     return f"${text}$" if "\\" in text and "$" not in text else text
 
 
 def _in_box(text: str) -> str:
-    """``text`` as LaTeX, whether it calls itself so or not, with digits grouped by thin spaces put together."""
+    """``text`` as LaTeX, even without delimiters, and then with thin spaces between digit groups removed."""
     return text if _DELIMITER.search(text) else f"\\boxed{{{_THIN_SPACE.sub('', text)}}}"
 
 
@@ -215,12 +216,12 @@ def _contains(words: list[str], wanted: list[str]) -> bool:
 
 @contextmanager
 def _math_verify() -> Iterator[tuple[Any, Any]]:
-    """math-verify's parse and verify, each within 5 s.
+    """math-verify's parse and verify, each limited to 5 s.
 
-    Its time limit is an alarm signal, which only the main thread can set (elsewhere there is no limit), and which would
-    cancel an alarm somebody else has set (pytest-timeout): that one is set again afterwards.
+    The time limit is an alarm signal, which only the main thread can set (other threads have no limit). It would cancel
+    an existing alarm (pytest-timeout), which is therefore restored afterwards.
     """
-    # it warns once per process where the limit is off, and logs every text that it cannot parse
+    # it warns once per process if the limit is off, and logs every text that it cannot parse
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     in_main = threading.current_thread() is threading.main_thread()
     limit = _MATH_SECONDS if in_main else None

@@ -1,4 +1,4 @@
-"""Needle retrieval: one sentence with a secret number, somewhere in a long text about other things."""
+"""Needle retrieval: a sentence with a secret number, hidden in a long text about other things."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ _ENDINGS = (
 class Recall(NamedTuple):
     """A needle question for a teacher-forced evaluation.
 
-    ``context`` ends before ``answer``, which begins with its space, so that ``context + answer`` is plain text; a model
-    recalls where it predicts the tokens of ``answer`` after those of ``context``. ``depth`` is the part of the text's
-    words that come before the needle, to the nearest end of a sentence: 0 is its start and 1 its end.
+    ``answer`` starts with a space, so that ``context + answer`` is plain text; a model recalls the needle if it
+    predicts the tokens of ``answer`` after those of ``context``. ``depth`` is the requested position of the needle as a
+    share of the text's words, 0 at the start and 1 at the end; the needle is at the nearest sentence boundary.
     """
 
     context: str
@@ -72,7 +72,7 @@ class _Needle(NamedTuple):
 
 
 def needle_questions(words: int = DEFAULT_WORDS, count: int = 20, seed: int = 0) -> tuple[Question, ...]:
-    """``count`` questions, each on a text of ``words`` words or up to a sentence more; depths go from 0 to 1 evenly."""
+    """``count`` questions on texts of ``words`` words or up to a sentence more, with evenly spaced depths 0 to 1."""
     return tuple(
         Question(f"{needle.text}\n\n{_QUESTION}", needle.number, grader="number", instruction=_INSTRUCTION)
         for needle in _needles(words, count, seed)
@@ -80,7 +80,7 @@ def needle_questions(words: int = DEFAULT_WORDS, count: int = 20, seed: int = 0)
 
 
 def needle_recalls(words: int = DEFAULT_WORDS, count: int = 20, seed: int = 0) -> tuple[Recall, ...]:
-    """The needles of ``needle_questions`` in the form of a text to complete, for which nothing is generated."""
+    """The needles of ``needle_questions`` as texts to complete, for evaluation without generation."""
     return tuple(
         Recall(f"{needle.text}\n\n{_CUE}", f" {needle.number}", needle.depth) for needle in _needles(words, count, seed)
     )

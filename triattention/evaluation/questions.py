@@ -1,4 +1,4 @@
-"""Questions: what is sent to a model, what is expected of it, and how the reply is graded."""
+"""Questions: the prompt, the expected answer, and how the reply is graded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ GRADERS = ("auto", "math", "number", "json")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, its answer, one of GRADERS, and what is asked of the form of the reply.
+    """A question, its answer, one of GRADERS, and an instruction about the form of the reply.
 
-    Raises TriAttentionError for an unknown grader, and for an answer that its grader cannot compare with.
+    Raises TriAttentionError for an unknown grader, and for an answer that the grader cannot use.
     """
 
     question: str
@@ -34,13 +34,13 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The text sent to the model: the question, then the instruction in a paragraph of its own."""
+        """The text sent to the model: the question, then the instruction as a separate paragraph."""
         return f"{self.question}\n\n{self.instruction}" if self.instruction else self.question
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Questions in their order; ``name`` is fit for file names."""
+    """Questions in order; ``name`` is usable in file names."""
 
     name: str
     questions: tuple[Question, ...]

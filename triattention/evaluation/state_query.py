@@ -1,7 +1,7 @@
-"""The recursive state query: simulate a depth-first search for a number of steps, then give its whole state.
+"""The recursive state query: simulate a depth-first search for a number of steps, then report its whole state.
 
-After the paper's benchmark of the name: the state at the end hangs on every step before it, so a cache that loses one
-of them loses the answer. Difficulty is the number of steps.
+Modelled on the paper's benchmark of that name: the final state depends on every step before it, so a cache that loses
+one of them loses the answer. The number of steps sets the difficulty.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class State:
 
 
 def simulate(graph: Graph, start: str, steps: int) -> State:
-    """The state after ``steps`` steps, each of them a push or a pop. Raises ValueError where the search ends before."""
+    """The state after ``steps`` steps, each a push or a pop. Raises ValueError if the search ends earlier."""
     stack, visited = [start], [start]
     for step in range(1, steps + 1):
         unvisited = [neighbour for neighbour in graph[stack[-1]] if neighbour not in visited]
@@ -72,7 +72,7 @@ def simulate(graph: Graph, start: str, steps: int) -> State:
 
 
 def state_queries(steps: int = DEFAULT_STEPS, count: int = 20, seed: int = 0) -> tuple[Question, ...]:
-    """``count`` questions of ``steps`` steps (1 to 500), each with a graph of its own."""
+    """``count`` questions of ``steps`` steps (1 to 500), each with its own graph."""
     source = random.Random(f"dfs {steps} {seed}")
     return tuple(_question(source, steps) for _ in range(count))
 
@@ -91,9 +91,9 @@ def _question(source: random.Random, steps: int) -> Question:
 
 
 def _random_graph(source: random.Random, size: int) -> dict[str, list[str]]:
-    """A connected graph with ``size`` nodes: a random tree, and one further edge for every four nodes.
+    """A connected graph with ``size`` nodes: a random tree, and one additional edge for every four nodes.
 
-    A whole search takes 2 (size - 1) steps to be back at its start, more than are asked for.
+    A complete search takes 2 (size - 1) steps to return to its start, more than any question needs.
     """
     letters = string.ascii_uppercase
     names = list(letters) if size <= len(letters) else ["".join(pair) for pair in product(letters, repeat=2)]

@@ -1,4 +1,4 @@
-"""How much the newest queries attend to each cached key: what SnapKV and R-KV rank by."""
+"""How much the newest queries attend to each cached key, as used by SnapKV and R-KV."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from triattention.rope import rotate
 
 
 def window_attention(view: View, layer: int, live: Architecture, *, outside_only: bool) -> torch.Tensor:
-    """Mean attention weight over the newest W queries, float32 ``[B, H*G, N - W]``, to the keys before them.
+    """Mean attention weight of the newest W queries to the keys before them, float32 ``[B, H*G, N - W]``.
 
     The queries are those of the window, which is protected and so still cached. ``outside_only`` normalises over the
-    keys before the window instead of over all. Padding neither asks nor is attended to.
+    keys before the window instead of over all keys. Padding is excluded from queries and keys.
     """
     keys, valid = view.keys[layer].float(), view.valid
     queries = view.queries[layer].transpose(1, 2).float()  # [B, H*G, W, D]

@@ -1,4 +1,4 @@
-"""Other methods at the same budget, over the same cache: what TriAttention is compared with."""
+"""Other compression methods on the same cache and budget, for comparison with TriAttention."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from triattention.methods.rkv import RKV
 from triattention.methods.snapkv import SnapKV
 from triattention.selection import default_window
 
-#: Each keeps sets per layer and KV head, as it was published.
+#: Each has one keep set per layer and KV head by default, as published.
 BASELINES: Mapping[str, Callable[..., Compression]] = MappingProxyType(
     {"snapkv": SnapKV, "rkv": RKV, "recent": Recent, "random": Random, "knorm": KNorm}
 )
-#: The newest queries that the methods which look at queries look at, as published; they are protected with their keys.
+#: The number of newest queries used by the methods that use queries, as published; their tokens are protected.
 _OBSERVED = {"snapkv": 32, "rkv": 8}
 
 
 def default_window_of(method: str, kv_budget: int) -> int:
-    """The protected window of a method where none is given, in tokens."""
+    """The default protected window of a method, in tokens."""
     return min(_OBSERVED[method], kv_budget // 2) if method in _OBSERVED else default_window(kv_budget)
 
 
 def check_window_of(method: str, window_size: int) -> None:
-    """Raise TriAttentionError for a method that ranks by the queries of an empty window."""
+    """Raise TriAttentionError if the window is empty and the method needs its queries."""
     if method in _OBSERVED and window_size < 1:
         raise TriAttentionError(
-            f"{method} ranks by the newest queries and the window is {window_size}; give 1 or more, below the budget"
+            f"{method} uses the newest queries, but the window is {window_size}; give 1 or more, below the budget"
         )
 
 
@@ -48,11 +48,11 @@ def apply_baseline_patch(
     use_slack_trigger: bool = True,
     seed: int = 0,
 ) -> None:
-    """Make ``model`` compress its cache by one of ``BASELINES``, as ``apply_triattention_patch`` does by its own.
+    """Make ``model`` compress its cache with one of ``BASELINES``; the counterpart of ``apply_triattention_patch``.
 
-    No statistics are needed. ``window_size`` None is the method's own; ``seed`` is for ``random``.
-    ``remove_triattention_patch`` undoes it. Raises TriAttentionError for an unknown method, options that cannot be
-    honoured, or a model that cannot be served.
+    No statistics are needed. ``window_size`` None is the method's default; ``seed`` is for ``random``.
+    ``remove_triattention_patch`` undoes it. Raises TriAttentionError for an unknown method, invalid options, or an
+    unsupported model.
     """
     if method not in BASELINES:
         raise TriAttentionError(f"method {method!r} is not known; known: {', '.join(BASELINES)}")

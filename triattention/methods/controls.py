@@ -1,4 +1,4 @@
-"""Controls: what any method has to beat at the same budget."""
+"""Control methods, which any method should beat at the same budget."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triattention.compression import Budget, Compression, View
 
 
 class Recent(Compression):
-    """The first ``sinks`` tokens and the newest (attention sinks, arXiv 2309.17453)."""
+    """Keep the first ``sinks`` tokens and the newest (attention sinks, arXiv 2309.17453)."""
 
     def __init__(self, budget: Budget, mode: str, live: Architecture, *, sinks: int = 4) -> None:
         super().__init__(budget, mode)
@@ -26,7 +26,7 @@ class Recent(Compression):
 
 
 class KNorm(Compression):
-    """Keys of small norm (arXiv 2406.11430)."""
+    """Keep the keys of smallest norm (arXiv 2406.11430)."""
 
     def __init__(self, budget: Budget, mode: str, live: Architecture) -> None:
         super().__init__(budget, mode)
@@ -37,7 +37,7 @@ class KNorm(Compression):
 
 
 class Random(Compression):
-    """Anything, from ``seed``: a row's choice depends on how many tokens it has seen, and on nothing beside it."""
+    """Keep random tokens; a row's choice depends only on ``seed`` and on how many tokens the row has seen."""
 
     def __init__(self, budget: Budget, mode: str, live: Architecture, *, seed: int = 0) -> None:
         super().__init__(budget, mode)
@@ -48,7 +48,7 @@ class Random(Compression):
         seen = torch.as_tensor(view.seen).reshape(-1).tolist()
         rows = []
         for row, length in enumerate(view.valid.sum(-1).tolist()):
-            # the generator looks at 32 bits of a seed only, so both numbers are mixed into them
+            # the generator uses only 32 bits of a seed, so both numbers are hashed into them
             mixed = hashlib.sha256(f"{self.seed},{seen[row % len(seen)]}".encode()).digest()[:4]
             generator = torch.Generator().manual_seed(int.from_bytes(mixed))
             drawn = torch.rand(len(view.keys), heads, length, generator=generator)

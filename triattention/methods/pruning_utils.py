@@ -41,9 +41,7 @@ class HeadFrequencyStats:
 def compute_frequency_scaling(
     rotary: torch.nn.Module, head_dim: int, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
-    """s^2 per frequency, ``[head_dim / 2]`` in ``dtype``: the weight on unrotated keys; cached keys already carry
-    one s.
-    """
+    """s^2 per frequency, ``[head_dim / 2]`` in ``dtype``: the weight of unrotated keys; cached keys contain one s."""
     scaling = float(getattr(rotary, "attention_scaling", 1.0))
     return torch.full((head_dim // 2,), scaling**2, dtype=dtype, device=device)
 
@@ -63,8 +61,8 @@ def compute_frequency_statistics_from_means(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Amplitude |m||k|, phase arg(m conj k) and extra term (a - |m|)|k| of unrotated keys, each ``[N, F]``.
 
-    ``q_mean_complex`` and ``q_abs_mean`` ``[F]`` of one head, ``k_unrot`` ``[N, D]``. ``disable_mlr`` makes the
-    extra term a |k|.
+    ``q_mean_complex`` and ``q_abs_mean`` ``[F]`` of one head, ``k_unrot`` ``[N, D]``. With ``disable_mlr`` the extra
+    term is a |k|.
     """
     k = to_complex_pairs(k_unrot, style=style)
     relative = q_mean_complex * k.conj()
@@ -111,9 +109,8 @@ def load_head_frequency_stats(
 ) -> tuple[dict[str, Any], dict[tuple[int, int], HeadFrequencyStats]]:
     """``(metadata, {(layer, head): HeadFrequencyStats})`` of a file in either layout, tensors on ``device``.
 
-    A published file may hold some heads only; the result has the heads that it has.
-
-    Raises TriAttentionError naming the file and what is wrong with it.
+    The result has exactly the heads in the file; a published file may lack some. Raises TriAttentionError naming the
+    file and the problem.
     """
     payload, source = statistics.read_payload(stats_path), str(stats_path)
     if payload.get("format") == statistics.FORMAT:

@@ -1,4 +1,4 @@
-"""R-KV (arXiv 2505.24133): keep what the newest queries attend to, unless other keys say the same."""
+"""R-KV (arXiv 2505.24133): keep the keys that the newest queries attend to, unless they are redundant."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from triattention.selection import group_mean
 class RKV(Compression):
     """``balance`` times importance minus (1 - ``balance``) times redundancy, per KV head.
 
-    Importance is the attention of the window's queries, max-pooled over ``kernel_size`` neighbours, mean over each
-    group. Redundancy is the softmax over the keys of each one's mean cosine similarity with the others; similarities
-    to the newest tenth (``forgiven``) of those above ``threshold`` do not count, so that of many like keys the newest
-    stay.
+    Importance is the attention of the window's queries, max-pooled over ``kernel_size`` neighbours, averaged over each
+    group. Redundancy is the softmax over the keys of each key's mean cosine similarity to the others. Similarities of a
+    key above ``threshold`` do not count for the newest such keys, up to a share ``forgiven`` of the tokens, so that the
+    newest of many similar keys are kept.
     """
 
     observes = True
@@ -47,13 +47,13 @@ class RKV(Compression):
             yield self.balance * importance - (1 - self.balance) * self.redundancy(keys, view.valid)
 
     def redundancy(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """How much each key ``[B, H, N, D]`` repeats others, ``[B, H, N]``: sums to 1 over the real tokens."""
+        """How similar each key ``[B, H, N, D]`` is to the others, ``[B, H, N]``: sums to 1 over the real tokens."""
         unit = torch.nn.functional.normalize(keys.float(), dim=-1)
         pair = valid[:, None, :, None] & valid[:, None, None, :]
         others = pair & ~torch.eye(keys.shape[2], dtype=torch.bool, device=keys.device)
         similarity = (unit @ unit.mT).masked_fill(~others, 0.0)
         alike = similarity > self.threshold
-        # of each row's similar keys, counted from the newest
+        # rank of each similar key in its row, counted from the newest
         newer = alike.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
         n_real = valid.sum(-1)[:, None, None, None]
         spared = alike & (newer <= (self.forgiven * n_real).floor().clamp_min(1))

@@ -1,4 +1,4 @@
-"""SnapKV (arXiv 2404.14469): keep what the newest queries attend to, and its neighbours."""
+"""SnapKV (arXiv 2404.14469): keep the keys that the newest queries attend to, and their neighbours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triattention.selection import group_mean
 
 
 class SnapKV(Compression):
-    """Mean attention of the window's queries, average-pooled over ``kernel_size`` neighbours, mean over each group."""
+    """Mean attention of the window's queries, average-pooled over ``kernel_size`` keys, averaged over each group."""
 
     observes = True
 

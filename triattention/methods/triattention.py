@@ -1,4 +1,4 @@
-"""The Hugging Face front end (plan 2.3, 4): a patch of ``model.forward`` that compresses the cache as it grows."""
+"""The Hugging Face front end (plan 2.3, 4): a patch of ``model.forward`` that compresses the growing cache."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["TriAttention", "TriAttentionConfig", "apply_triattention_patch", "re
 
 @dataclass
 class TriAttentionConfig:
-    """Options of the Hugging Face path; names, order and defaults as published, ``window_size`` is ours.
+    """Options of the Hugging Face path; names, order and defaults as published, plus two of ours.
 
-    ``budget``, ``divide_length``, ``window_size`` and the three switches beside them are those of
-    ``compression.Budget``. The keep sets are those of ``pruning_mode`` (``selection.MODES``); without it,
-    ``per_head_pruning`` and ``per_layer_perhead_pruning`` choose as published, else one ``union`` set.
-    ``layer_perhead_aggregation`` joins the query heads of a group, ``max`` or ``mean``, in the mode
-    ``per_layer_per_head``. ``pruning_seed`` is accepted; ties go to the lowest index, not to noise.
-    ``metadata_expectations`` are entries the statistics file must hold. Raises TriAttentionError (a ValueError) for
-    what cannot be honoured.
+    ``window_size`` and ``pruning_mode`` are not published. ``budget``, ``divide_length``, ``window_size``,
+    ``count_prompt_tokens``, ``allow_prefill_compression`` and ``use_slack_trigger`` are those of
+    ``compression.Budget``. ``pruning_mode`` is one of ``selection.MODES``; without it, ``per_head_pruning`` or
+    ``per_layer_perhead_pruning`` select the mode as published, else it is ``union``. In mode ``per_layer_per_head``,
+    ``layer_perhead_aggregation`` combines the query heads of a group by ``max`` or ``mean``. ``pruning_seed`` has no
+    effect: ties go to the lowest index. The statistics file must contain the entries ``metadata_expectations``. Raises
+    TriAttentionError (a ValueError) for invalid options.
     """
 
     stats_path: str | os.PathLike[str] | None
@@ -56,7 +56,7 @@ class TriAttentionConfig:
     pruning_mode: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        self.limits  # noqa: B018 - refuses what cannot work together
+        self.limits  # noqa: B018 - raises for contradictory values
         flagged = [
             mode for mode, on in (
                 ("per_head", self.per_head_pruning), ("per_layer_per_head", self.per_layer_perhead_pruning)
@@ -69,14 +69,14 @@ class TriAttentionConfig:
         self.pruning_mode = check_mode(self.pruning_mode)
         if flagged and flagged != [self.pruning_mode]:
             raise TriAttentionError(
-                f"pruning_mode is {self.pruning_mode!r} and the flag of {flagged[0]} is set; leave one out"
+                f"pruning_mode is {self.pruning_mode!r}, but the flag of {flagged[0]} is set; leave one out"
             )
         for name, known in (("score_aggregation", ("mean", "max")), ("layer_perhead_aggregation", ("max", "mean"))):
             if getattr(self, name) not in known:
                 raise TriAttentionError(f"{name} is {getattr(self, name)!r}; use 'mean' or 'max'")
         if self.layer_perhead_aggregation == "mean" and self.pruning_mode != "per_layer_per_head":
             raise TriAttentionError(
-                f"layer_perhead_aggregation 'mean' is for per_layer_per_head only and the mode is {self.pruning_mode}; "
+                f"layer_perhead_aggregation 'mean' is for per_layer_per_head only; the mode is {self.pruning_mode}: "
                 "leave it out"
             )
 
@@ -89,11 +89,11 @@ class TriAttentionConfig:
 
 
 class TriAttention(Compression):
-    """Scores by trigonometric series from statistics (paper, score of a key), and the keep sets of a round.
+    """Trigonometric scores from statistics (paper, score of a key), and the keep sets of a round.
 
-    RoPE is that of ``live``, the description of a live model; without one it is the statistics file's, or the model's
-    at ``config.model_path``. ``calibrated`` are statistics in memory, instead of the file. Raises TriAttentionError
-    when the statistics file is missing, damaged or of another model.
+    The RoPE parameters are those of ``live``, the description of a live model; without it, those in the statistics
+    file or of the model at ``config.model_path``. ``calibrated`` are statistics in memory, instead of the file. Raises
+    TriAttentionError if the statistics file is missing, damaged or of another model.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class TriAttention(Compression):
         self.q_mean_real, self.q_mean_imag, self.q_abs_mean, self.q_pass_mean = (
             x.to(self.device) for x in (loaded.q_mean_real, loaded.q_mean_imag, loaded.q_abs_mean, loaded.q_pass_mean)
         )
-        # a cached key carries one factor of s already, so one more is missing, not two
+        # a cached key already contains one factor of s, so the weight is s, not s^2
         self.freq_weight = torch.full_like(self.q_abs_mean[0], self.attention_scaling)
 
     def score_only(self, query_heads: slice) -> None:
-        """Score for these query heads alone, and the KV heads they read, as a tensor-parallel rank has them."""
+        """Use only these query heads, those of one tensor-parallel rank."""
         for name in ("q_mean_real", "q_mean_imag", "q_abs_mean", "q_pass_mean"):
             setattr(self, name, getattr(self, name)[:, query_heads])
         self.freq_weight = self.freq_weight[query_heads]
@@ -133,11 +133,11 @@ class TriAttention(Compression):
     reset_compression_state = reset
 
     def scores(self, view: View) -> Iterator[torch.Tensor]:
-        """Per layer the maximum over each group of query heads, z-scored over the region where asked for."""
+        """Per layer, the scores of each group of query heads combined, after a z-score if ``normalize_scores``."""
         config = self.config
         if len(view.keys) != len(self.q_abs_mean):
             raise TriAttentionError(
-                f"the cache has {len(view.keys)} layers and {self.statistics.source} has {len(self.q_abs_mean)}; "
+                f"the cache has {len(view.keys)} layers, but {self.statistics.source} has {len(self.q_abs_mean)}; "
                 "calibrate this model"
             )
         check_inputs(view.keys[0], {"q_abs_mean": self.q_abs_mean[0]}, self.omega, self.style, self.q_pass_mean[0])
@@ -157,12 +157,12 @@ class TriAttention(Compression):
     def compute_keep_indices(
         self, pkv_tuple: Sequence[tuple[torch.Tensor, torch.Tensor]], prefix_length: int = 0
     ) -> torch.Tensor | None:
-        """Indices to keep of one sequence, ascending, or None within the budget.
+        """Ascending indices of the tokens to keep of one sequence, or None within the budget.
 
         ``[H, K]`` (per_head), ``[K]`` (union), ``[L, K]`` (per_layer), ``[L, H, K]`` (per_layer_per_head).
         ``pkv_tuple`` holds (keys, values) ``[1, H, N, D]`` per layer; the first ``prefix_length`` tokens are the
-        prompt. The caller applies the indices; positions are counted as if it had, until
-        ``reset_compression_state``.
+        prompt. The caller must apply the indices: until ``reset_compression_state``, later positions assume that it
+        did.
         """
         keys, values = [layer[0] for layer in pkv_tuple], [layer[1] for layer in pkv_tuple]
         if not keys or keys[0].shape[0] != 1:
@@ -199,7 +199,7 @@ def _require(payload: dict[str, Any], expectations: Mapping[str, Any], source: s
     for key, value in expectations.items():
         if found.get(key) != value:
             raise TriAttentionError(
-                f"{source} has {key} = {found.get(key)!r} and {value!r} was expected; calibrate this model"
+                f"{source} has {key} = {found.get(key)!r}, but {value!r} was expected; calibrate this model"
             )
 
 
@@ -229,11 +229,11 @@ def apply_triattention_patch(
     """Make ``model`` compress its cache to ``kv_budget`` tokens per row while it generates (plan 4.1).
 
     Works with ``generate`` and with hand-written loops, sdpa, eager and flash_attention_2, chunked prefill and
-    left-padded batches. State lives on the cache: a new cache starts afresh. Positions keep counting, so
-    ``position_ids`` may be left out; given ones must agree, which multi-token steps check. ``model.triattention``
-    holds the counters; ``remove_triattention_patch`` undoes it. The arguments are those of ``TriAttentionConfig``.
-    Raises TriAttentionError for options that cannot be honoured, a statistics file of another model, or a model
-    that cannot be served.
+    left-padded batches. The state is stored on the cache, so a new cache starts from zero. Positions count all tokens
+    seen, so ``position_ids`` may be left out; given ones must agree, which the first and multi-token steps check.
+    ``model.triattention`` has the counters; ``remove_triattention_patch`` undoes the patch. The arguments are those of
+    ``TriAttentionConfig``. Raises TriAttentionError for invalid options, a statistics file of another model, or an
+    unsupported model.
     """
     config = TriAttentionConfig(
         stats_path, model_path, model.device, model.dtype, kv_budget, offset_max_length, score_aggregation,
@@ -247,7 +247,7 @@ def apply_triattention_patch(
 
 
 def remove_triattention_patch(model: Any) -> None:
-    """Undo ``apply_triattention_patch``; a model without the patch is left as it is."""
+    """Undo ``apply_triattention_patch``; does nothing to an unpatched model."""
     from triattention.forward import unpatch
 
     unpatch(model)

@@ -207,7 +207,7 @@ def test_the_prompt_can_be_protected() -> None:
     ("method", "options", "words"),
     [
         ("h2o", {}, "method 'h2o' is not known; known: snapkv, rkv, recent, random, knorm"),
-        ("rkv", {"window_size": 0}, "rkv ranks by the newest queries and the window is 0"),
+        ("rkv", {"window_size": 0}, "rkv uses the newest queries, but the window is 0"),
         ("recent", {"kv_budget": 0}, "KV budget is 0"),
         ("knorm", {"pruning_mode": "global"}, "the pruning mode is 'global'"),
     ],

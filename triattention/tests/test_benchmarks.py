@@ -122,8 +122,8 @@ def test_without_the_files_and_a_network_the_line_that_downloads_them_is_given(c
         load_dataset("aime24")
     directory = cache / "datasets" / "aime24"
     assert str(caught.value) == (
-        f"dataset aime24 is not in {directory} and cannot be fetched from the hub (HF_HUB_OFFLINE is set); where there "
-        f"is a network, run: hf download HuggingFaceH4/aime_2024 --repo-type dataset --local-dir {directory} (on "
+        f"dataset aime24 is not in {directory} and cannot be fetched from the hub (HF_HUB_OFFLINE is set); with "
+        f"network access, run: hf download HuggingFaceH4/aime_2024 --repo-type dataset --local-dir {directory} (or on "
         "another machine, then copy that directory here)"
     )
 
@@ -131,12 +131,12 @@ def test_without_the_files_and_a_network_the_line_that_downloads_them_is_given(c
 def test_a_hub_that_refuses_and_a_hub_that_is_silent_are_told_apart_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(TriAttentionError, match=r"Connection refused\); where there is a network, run: hf download"):
+    with pytest.raises(TriAttentionError, match=r"Connection refused\); with network access, run: hf download"):
         load_dataset("gsm8k")
     monkeypatch.setattr(benchmarks, "FETCH_TIMEOUT_S", 0.2)
     monkeypatch.setattr(benchmarks, "_FETCH", "import time; time.sleep(60)")
     started = time.monotonic()
-    with pytest.raises(TriAttentionError, match=r"\(no answer within 0.2 s\); where there is a network, run:"):
+    with pytest.raises(TriAttentionError, match=r"\(no answer within 0.2 s\); with network access, run:"):
         load_dataset("gsm8k")
     assert time.monotonic() - started < 10
 
@@ -158,7 +158,7 @@ def _no_answer(rows: Rows) -> Rows:
     [
         (_too_few, "has 29 questions in its split test, not 30; remove {0}, and run: hf download math-ai/aime25 "),
         (_other_columns, "has no column 'problem'; remove {0}, and run: hf download math-ai/aime25 "),
-        (_no_answer, "row 30: 'problem' or 'answer' is empty or of another form; remove that directory"),
+        (_no_answer, "row 30: 'problem' or 'answer' is empty or malformed; remove that directory"),
     ],
 )
 def test_a_benchmark_that_is_not_what_it_should_be_is_refused(cache: Path, damage: Any, sentence: str) -> None:
@@ -172,7 +172,7 @@ def test_an_answer_without_its_mark_is_refused(cache: Path) -> None:
     rows = _rows("gsm8k")
     rows[4]["answer"] = "18"
     _download("gsm8k", cache / "datasets" / "gsm8k", rows)
-    with pytest.raises(TriAttentionError, match="row 5: 'question' or 'answer' is empty or of another form"):
+    with pytest.raises(TriAttentionError, match="row 5: 'question' or 'answer' is empty or malformed"):
         load_dataset("gsm8k")
 
 

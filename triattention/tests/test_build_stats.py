@@ -76,7 +76,7 @@ def test_calibrate_prints_every_layer_and_uses_max_length_tokens(
         (["--job-parallel", "0"], "--job-parallel is 0; give 1 or more"),
         (
             ["--model", "{tiny}/../other", "--output", "s.pt"],
-            "--output s.pt is one file for 2 models; use --output-dir",
+            "--output s.pt is one file, but there are 2 models; use --output-dir",
         ),
         (["--output-dir", "text"], "text is a file; give a directory"),
         (["--output", "."], "--output . is a directory"),

@@ -44,7 +44,7 @@ def test_a_child_that_dies_is_told_by_exit_code_and_last_line_and_the_others_go_
     ]
     failures = run_jobs(jobs, [{"SLOT": "a"}, {"SLOT": "b"}], note=notes.append)
     assert len(failures) == 3
-    assert "first ended with exit code 3: it said nothing" in failures
+    assert "first ended with exit code 3: no output" in failures
     assert any(failure.startswith("second ended with exit code -6 (SIGABRT)") for failure in failures)
     assert any("fourth ended with exit code 1: AttributeError" in failure for failure in failures)
     assert "third: hello" in notes

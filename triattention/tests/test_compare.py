@@ -44,7 +44,7 @@ def test_every_number_is_computed_from_the_lines(pair: tuple[Path, Path], capsys
     assert rows["peak KV tokens"] == ["1000", "250", "0.250"]
     assert rows["memory"] == ["1024.0", "MiB", "1024.0", "MiB", "1.000"]
     assert "differing settings (A / B): method full / triattention, budget - / 2048, questions 5 / 6" in printed
-    assert "1 questions are in B alone" in printed
+    assert "1 questions are only in B" in printed
     # over the five shared questions d = 0, 0, -1, 0, 1: sum 0, sum of squares 2
     half = 1.959963984540054 * math.sqrt((3 / 7) / 7)
     last = printed.splitlines()[-1]
@@ -68,7 +68,7 @@ def test_runs_of_different_datasets_are_refused_by_both_names(
 ) -> None:
     other = write_run(tmp_path / "other.jsonl", [[1]], dataset="math500")
     assert main(["compare", str(pair[0]), str(other)]) == 1
-    assert re.search(r"full\.jsonl is of the dataset aime24 and .*other\.jsonl of math500", capsys.readouterr().err)
+    assert re.search(r"full\.jsonl is on the dataset aime24, .*other\.jsonl on math500", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_runs_of_different_datasets_are_refused_by_both_names(
     [
         ("nothing", "there is no run nothing (looked for nothing, nothing.jsonl"),
         ("{tmp}", "holds 3 runs (empty, full, tri); give one .jsonl file"),
-        ("{tmp}/empty.jsonl", "holds no replies; finish the run first"),
+        ("{tmp}/empty.jsonl", "has no replies; finish the run first"),
     ],
 )
 def test_what_is_no_run_is_refused(
@@ -101,7 +101,7 @@ def test_lines_of_two_runs_in_one_file_are_refused(
 ) -> None:
     (tmp_path / "both.jsonl").write_text(pair[0].read_text() + pair[1].read_text())
     assert main(["compare", str(pair[0]), str(tmp_path / "both.jsonl")]) == 1
-    assert "both.jsonl, line 6 is of another run than line 1 (method)" in capsys.readouterr().err
+    assert "both.jsonl, line 6 is from another run than line 1 (method)" in capsys.readouterr().err
 
 
 def test_runs_without_a_common_question_are_refused(

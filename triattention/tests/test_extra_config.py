@@ -63,7 +63,7 @@ def test_a_null_leaves_an_option_at_its_default(configured) -> None:
         ("budget: true", "'budget' is True; give one value"),
         ("dry-run: 3", "'dry-run' is 3; give true or false"),
         ("budget: {a: 1}", "'budget' is {'a': 1}; give one value"),
-        ("- budget", "holds a list, not a mapping"),
+        ("- budget", "contains a list, not a mapping"),
         ("a: b: c", "is not YAML (mapping values are not allowed here"),
     ],
 )

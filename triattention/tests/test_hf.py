@@ -197,12 +197,12 @@ def test_a_conversation_goes_on_with_a_compressed_cache(model: Any, stats: Path)
         ({"window_size": 48}, "window is 48 and the KV budget 48"),
         ({"divide_length": 0}, "divide_length is 0"),
         ({"per_layer_perhead_pruning": True}, "exclude each other"),
-        ({"pruning_mode": "union"}, "pruning_mode is 'union' and the flag of per_head"),
+        ({"pruning_mode": "union"}, "pruning_mode is 'union', but the flag of per_head"),
         ({"pruning_mode": "global"}, "the pruning mode is 'global'; use one of per_head, union"),
         ({"layer_perhead_aggregation": "mean"}, "'mean' is for per_layer_per_head only"),
         ({"score_aggregation": "median"}, "'median'"),
         ({"stats_path": "nowhere.pt"}, "no statistics file nowhere.pt"),
-        ({"metadata_expectations": {"rope_style": "spiral"}}, "rope_style = '(half|interleaved)' and 'spiral'"),
+        ({"metadata_expectations": {"rope_style": "spiral"}}, "rope_style = '(half|interleaved)', but 'spiral'"),
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_touched(
@@ -298,7 +298,7 @@ def test_a_cache_filled_without_the_patch_is_refused(model: Any, stats: Path) ->
     cache = DynamicCache(config=model.config)
     model(input_ids=tiny.tokens(40), past_key_values=cache)
     _patch(model, stats)
-    with pytest.raises(TriAttentionError, match="40 tokens that were cached without the patch"):
+    with pytest.raises(TriAttentionError, match="40 tokens from before the patch"):
         model(input_ids=tiny.tokens(1), past_key_values=cache)
 
 
@@ -310,7 +310,7 @@ def test_wrong_position_ids_are_refused(model: Any, stats: Path) -> None:
 
 def test_another_models_statistics_are_refused(stats: Path) -> None:
     deeper = tiny.make(num_hidden_layers=2)
-    with pytest.raises(TriAttentionError, match=r"\(3, 4, [48], [08]\) and the model llama has \(2, 4, 8, 0\)"):
+    with pytest.raises(TriAttentionError, match=r"\(3, 4, [48], [08]\), but the model llama has \(2, 4, 8, 0\)"):
         _patch(deeper, stats)
 
 
@@ -352,7 +352,7 @@ def test_a_run_past_that_length_is_refused_at_its_start_with_both_lengths(
     config = GenerationConfig(max_new_tokens=90)
     asked = ({"max_new_tokens": 90}, {"max_length": 130}, {"generation_config": config})
     for options in asked:
-        with pytest.raises(TriAttentionError, match=r"would have 129 tokens .* change after 128"):
+        with pytest.raises(TriAttentionError, match=r"would have 129 tokens, .* change after 128"):
             model.generate(tiny.tokens(40), **options)
     with pytest.raises(TriAttentionError, match="129 tokens"):
         model.generate(tiny.tokens(40), config)
@@ -397,7 +397,7 @@ def test_a_step_that_failed_after_it_was_cached_is_noticed(
         patched.setattr(model.lm_head, "forward", fail)
         with pytest.raises(MemoryError):
             model(input_ids=tiny.tokens(3), past_key_values=cache)
-    with pytest.raises(TriAttentionError, match="holds 23 columns and 20 were fed"):
+    with pytest.raises(TriAttentionError, match="holds 23 columns, but the patched model expects 20"):
         model(input_ids=tiny.tokens(1), past_key_values=cache)
 
 
@@ -482,11 +482,11 @@ def test_published_statistics_serve_a_live_model(model: Any, stats: Path, tmp_pa
     _, by_head = load_head_frequency_stats(stats, "cpu")
     save_head_frequency_stats(tmp_path / "published.pt", list(by_head), by_head, {"head_dim": 16})
     if model.config.model_type in ("phi3", "glm") and statistics.load(stats).q_pass_mean.shape[-1]:
-        with pytest.raises(TriAttentionError, match=r"\(3, 4, 4, 0\) and the model \w+ has \(3, 4, 4, 8\)"):
+        with pytest.raises(TriAttentionError, match=r"\(3, 4, 4, 0\), but the model \w+ has \(3, 4, 4, 8\)"):
             _patch(model, tmp_path / "published.pt")  # that layout has no place for the unrotated dims
         return
     ids = tiny.tokens(40)
-    with pytest.raises(TriAttentionError, match="does not carry omega"):
+    with pytest.raises(TriAttentionError, match="does not contain omega"):
         TriAttention(TriAttentionConfig(tmp_path / "published.pt", None, "cpu", torch.float32, 32))
     assert statistics.load(tmp_path / "published.pt").architecture is None
     _patch(model, stats)

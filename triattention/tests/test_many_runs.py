@@ -65,7 +65,7 @@ def test_datasets_of_the_same_name_are_not_confused(
     ("option", "value", "words"),
     [
         ("--methods", "full,banana", "unknown method 'banana'"),
-        ("--budgets", "64,many", "'64,many' is no list of whole numbers"),
+        ("--budgets", "64,many", "'64,many' is not a list of whole numbers"),
         ("--datasets", "a,,b", "'a,,b' has an empty name"),
     ],
 )

@@ -132,7 +132,7 @@ def test_compressor_state_is_per_layer(compressor: TriAttentionCompressor) -> No
     compressor.compress(keys, values, layer_idx=2, prefill_length=0)
     compressor.compress(keys[:, :, :20], values[:, :, :20], layer_idx=0)
     assert {layer: state["rounds"] for layer, state in compressor.get_state().items()} == {0: 0, 2: 1}
-    with pytest.raises(TriAttentionError, match="has 3 layers and layer 7"):
+    with pytest.raises(TriAttentionError, match="has 3 layers, but layer 7"):
         compressor.compress(keys, values, layer_idx=7, prefill_length=0)
 
 
@@ -160,10 +160,10 @@ def test_the_first_call_is_the_prompt_and_a_due_one_must_say_how_long_it_was(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"head_dim": 64}, "head_dim is 64 and here it is 16"),
-        ({"num_kv_heads": 7}, "num_kv_heads is 7 and here it is 2"),
-        ({"num_layers": 99}, "num_layers is 99 and here it is 3"),
-        ({"rope_style": "interleaved"}, "rope_style is 'interleaved' and .* is of 'half'"),
+        ({"head_dim": 64}, "head_dim is 64, but 16 here"),
+        ({"num_kv_heads": 7}, "num_kv_heads is 7, but 2 here"),
+        ({"num_layers": 99}, "num_layers is 99, but 3 here"),
+        ({"rope_style": "interleaved"}, "rope_style is 'interleaved', but that of .* is 'half'"),
     ],
 )
 def test_options_that_contradict_the_cache_are_refused(

@@ -78,7 +78,7 @@ def test_a_run_cut_inside_a_batch_resumes_to_the_same_lines(
     assert run("cut") == 0
     assert generated == [3, 3, 1]
     printed = capsys.readouterr().out
-    assert "ended with 1 lines of unfinished batches and a torn line, dropped and done again" in printed
+    assert "ended with 1 lines of unfinished batches and a cut-off line: dropped, and generated again" in printed
     assert "note: 1 of 4 batches are in" in printed
     assert without_times(lines_of(cut)) == want
 
@@ -98,7 +98,7 @@ def test_an_interrupt_keeps_whole_batches_and_no_summary(
     assert run("out") == 130
     captured = capsys.readouterr()
     assert captured.err == "triattention: interrupted\n"
-    assert "the same command goes on from there" in captured.out
+    assert "run the same command to resume" in captured.out
     assert len(lines_of(results_in(tmp_path / "out"))) == 6
     assert len(os.listdir(tmp_path / "out")) == 1
     assert run("out") == 0
@@ -122,11 +122,11 @@ def test_a_finished_run_is_not_done_again(
 @pytest.mark.parametrize(
     ("more", "difference"),
     [
-        (["--window-size", "3"], "window_size = 4 and this one has 3"),
-        (["--seed", "1"], "seed = 0 and this one has 1"),
-        (["--max-questions", "4"], "questions = 5 and this one has 4"),
-        (["--dtype", "bfloat16"], "dtype = float32 and this one has bfloat16"),
-        (["--temperature", "0.7", "--max-new-tokens", "7"], "max_new_tokens = 24 and this one has 7"),
+        (["--window-size", "3"], "window_size = 4, but this one has 3"),
+        (["--seed", "1"], "seed = 0, but this one has 1"),
+        (["--max-questions", "4"], "questions = 5, but this one has 4"),
+        (["--dtype", "bfloat16"], "dtype = float32, but this one has bfloat16"),
+        (["--temperature", "0.7", "--max-new-tokens", "7"], "max_new_tokens = 24, but this one has 7"),
     ],
 )
 def test_a_file_of_other_settings_is_refused_by_the_first_that_differs(
@@ -134,7 +134,7 @@ def test_a_file_of_other_settings_is_refused_by_the_first_that_differs(
 ) -> None:
     before = finished.read_bytes()
     assert run("out", *more) == 1
-    assert f".jsonl holds a run with {difference}; give another --out or --run-tag" in capsys.readouterr().err
+    assert f".jsonl is from a run with {difference}; give another --out or --run-tag" in capsys.readouterr().err
     assert run("out", "--dry-run", *more) == 1
     assert finished.read_bytes() == before
     assert run("out", "--run-tag", "other", "--dry-run", *more) == 0
@@ -149,7 +149,7 @@ def test_an_edited_dataset_is_noticed(run, finished: Path, five: str, capsys: py
 def test_a_foreign_file_is_refused(run, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished.write_text('{"question": "what", "answer": "4"}\n')
     assert run("out") == 1
-    assert "line 1 has no 'expected', so it is no line of run-one" in capsys.readouterr().err
+    assert "line 1 has no 'expected', so it is not a result of run-one" in capsys.readouterr().err
     finished.write_text("banana\n")
     assert run("out") == 1
     assert "line 1: not JSON" in capsys.readouterr().err

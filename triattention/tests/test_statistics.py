@@ -77,7 +77,7 @@ def test_padding_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert together.token_count == apart.token_count == 80
     for name in ("q_mean_real", "q_mean_imag", "q_abs_mean"):
         torch.testing.assert_close(getattr(together, name), getattr(apart, name), rtol=1e-4, atol=1e-5)
-    with pytest.raises(TriAttentionError, match="does not tell padding"):
+    with pytest.raises(TriAttentionError, match="does not identify padding"):
         calibrate(model, lambda m: m(ids, attention_mask=torch.zeros(2, 1, 50, 50)))
 
 
@@ -148,7 +148,7 @@ def test_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda p: p.update(format_version=9), "format_version 9 and this release reads 2"),
+        (lambda p: p.update(format_version=9), "format_version 9, but this release reads 2"),
         (lambda p: p.update(capture_point="after RoPE"), "capture_point 'after RoPE'"),
         (lambda p: p.update(token_count="many"), "not a statistics file"),
         (lambda p: p["architecture"].update(omega=[1.0]), "not a statistics file"),
@@ -202,7 +202,7 @@ def test_declared_metadata_is_compared_with_the_model(tmp_path: Path) -> None:
     m = torch.randn(8, dtype=torch.complex64)
     by_head = {(layer, head): HeadFrequencyStats(m, m.abs()) for layer in range(3) for head in range(4)}
     save_head_frequency_stats(tmp_path / "p.pt", list(by_head), by_head, {"rope_style": "interleaved"})
-    with pytest.raises(TriAttentionError, match=r"declares rope_style 'interleaved' and the model .* has 'half'"):
+    with pytest.raises(TriAttentionError, match=r"declares rope_style 'interleaved', but the model .* has 'half'"):
         statistics.load(tmp_path / "p.pt").check_model(tiny.make())
 
 

@@ -178,7 +178,7 @@ def test_a_worker_that_holds_other_blocks_than_the_scheduler_stops(
     model: Any, calibrated: statistics.Statistics
 ) -> None:
     compactor, _ = _compactor(model, calibrated, Rule(40, 8, 9, SLOTS))
-    with pytest.raises(RuntimeError, match="request r holds other blocks here than in the scheduler"):
+    with pytest.raises(RuntimeError, match="request r has different blocks here and in the scheduler"):
         compactor.before_step(_runner([1, 2, 3]), _output(Eviction("r", 20, 20, 20, [1, 4], [1], 3)))
 
 
@@ -192,5 +192,5 @@ def test_a_request_over_its_budget_that_nobody_thinned_is_an_error_and_counted_o
         compactor.before_step(runner, _output(triattention=Rounds(put_off=put_off)))
         compactor.after_inputs(runner, np.array([1]))
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert "request r has 48 tokens in the KV cache, which is over its budget, and no round" in record.getMessage()
+    assert "request r has 48 tokens in the KV cache, which is over its budget, but got no round" in record.getMessage()
     assert compactor._counters.get("rounds_missed") == 1

@@ -155,7 +155,7 @@ def test_differences_are_reported_with_target_expected_and_found(doctored: Path)
     with pytest.raises(TriAttentionError) as error:
         hook_targets.require_supported()
     assert str(error.value) == (
-        f"vLLM 0.32.1 differs from the recorded 0.32.0: {SCHEDULE} is (self, throttle) and not (self, "
+        f"vLLM 0.32.1 differs from the recorded 0.32.0: {SCHEDULE} is (self, throttle), not (self, "
         "throttle_prefills) (and 2 more; python -m triattention vllm-check lists them); install vLLM 0.32.0 as "
         "released, or set ENABLE_TRIATTENTION=0"
     )
@@ -195,7 +195,7 @@ def test_an_absent_vllm_is_refused_and_a_folder_of_its_name_is_none(
         hook_targets.require_supported()
     assert exit_code("vllm-check") == 3
     assert exit_code("vllm-check", "--root", str(tmp_path)) == 3
-    assert f"{tmp_path} holds no vllm/__init__.py; give the folder that" in capsys.readouterr().err
+    assert f"{tmp_path} has no vllm/__init__.py; give the folder of" in capsys.readouterr().err
 
 
 def test_the_version_is_that_of_the_code_and_else_that_of_its_distribution(tmp_path: Path) -> None:

@@ -98,5 +98,5 @@ def test_a_cache_that_is_quantised_or_holds_something_else_is_refused() -> None:
     with pytest.raises(TriAttentionError, match=r"the KV cache is torch.uint8, which cannot be scored; use --kv-cache"):
         learn(_layer(write, make(torch.uint8)), BLOCKS, SLOTS, HEADS, DIM)
     lossy = _layer(lambda cache, block, slot, k, v: write(cache, block, slot, k // 2, v), make(torch.float32))
-    with pytest.raises(TriAttentionError, match="does not hold 7 blocks of 4 slots, 3 heads and 6 dims one by one"):
+    with pytest.raises(TriAttentionError, match="does not consist of 7 blocks of 4 slots, 3 heads and 6 dims"):
         learn(lossy, BLOCKS, SLOTS, HEADS, DIM)

@@ -22,32 +22,32 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="PKG_MISSING: 
 #: What each start must say, and with which next step.
 SENTENCES = {
     "no_statistics": "there are no statistics of {model} in {cache}/statistics; make them with python -m triattention "
-    "calibrate --model {model}, or name a file in TRIATTN_RUNTIME_SPARSE_STATS_PATH",
+    "calibrate --model {model}, or set TRIATTN_RUNTIME_SPARSE_STATS_PATH to a file",
     "no_such_file": "there is no statistics file {cache}/absent.pt; make one with python -m triattention build-stats",
-    "other_model": "holds statistics of (layers, query heads, frequencies, unrotated dims) (3, 4, 8, 0) and the model",
+    "other_model": "holds statistics of (layers, query heads, frequencies, unrotated dims) (3, 4, 8, 0), but the model",
     "mla": "TriAttention cannot serve MLA, whose cache holds no keys that could be scored; serve another model, or set "
     "ENABLE_TRIATTENTION=0",
     "sliding_window": "the model has sliding_attention layers, which cannot be compressed; use a full-attention model",
-    "speculative": "TriAttention cannot serve speculative decoding, which takes back cached tokens; leave out "
+    "speculative": "TriAttention cannot serve speculative decoding, which rolls back cached tokens; leave out "
     "--speculative-config, or set ENABLE_TRIATTENTION=0",
     "kv_connector": "TriAttention cannot serve the KV connector ExampleConnector; leave out --kv-transfer-config",
-    "decode_context_parallel": "TriAttention cannot serve decode_context_parallel_size 2, which spreads what a round "
-    "must see; use --decode-context-parallel-size 1, or set ENABLE_TRIATTENTION=0",
-    "pipeline_parallel": "TriAttention cannot serve pipeline_parallel_size 2, which spreads what a round must see; use "
-    "--pipeline-parallel-size 1, or set ENABLE_TRIATTENTION=0",
+    "decode_context_parallel": "TriAttention cannot serve decode_context_parallel_size 2, which splits the data that "
+    "a round needs; use --decode-context-parallel-size 1, or set ENABLE_TRIATTENTION=0",
+    "pipeline_parallel": "TriAttention cannot serve pipeline_parallel_size 2, which splits the data that a round "
+    "needs; use --pipeline-parallel-size 1, or set ENABLE_TRIATTENTION=0",
     "quantised": "TriAttention cannot serve a KV cache quantised to fp8, which cannot be scored; use --kv-cache-dtype",
     "small_budget": "TRIATTN_RUNTIME_KV_BUDGET is 20, less than a block of 32 tokens; give a larger budget, or a "
     "smaller --block-size",
-    "tensor_parallel": "--tensor-parallel-size 2 cannot share out statistics of 3 KV heads; use a size that divides 3",
-    "growing_rope": "changes its frequencies beyond 512 tokens and --max-model-len is 1024; use --max-model-len 512",
-    "unknown_setting": "TRIATTN_RUNTIME_KV_BUGDET is no setting of this plugin; the nearest is TRIATTN_RUNTIME_KV_",
+    "tensor_parallel": "--tensor-parallel-size 2 cannot split statistics of 3 KV heads; use a size that divides 3",
+    "growing_rope": "changes its frequencies beyond 512 tokens, but --max-model-len is 1024; use --max-model-len 512",
+    "unknown_setting": "TRIATTN_RUNTIME_KV_BUGDET is not a setting of this plugin; the most similar one is TRIATTN",
     "bad_value": "TRIATTN_RUNTIME_DIVIDE_LENGTH is 'often': Input should be a valid integer",
-    "window": "the window is 64 and the KV budget 64; give a window from 0 to 63, or none",
+    "window": "the window is 64 and the KV budget 64; give a window from 0 to 63, or leave it out",
     "one_half": "patch_scheduler=True and patch_worker=False would evict nothing, or lose tokens; patch both, or set "
     "ENABLE_TRIATTENTION=0",
-    "v2_runner": "VLLM_USE_V2_MODEL_RUNNER is '1' and TriAttention serves the V1 model runner only; unset it, or set "
+    "v2_runner": "VLLM_USE_V2_MODEL_RUNNER is '1', but TriAttention supports only the V1 runner; unset it, or set "
     "ENABLE_TRIATTENTION=0",
-    "hook_targets": "vllm.v1.core.sched.scheduler:Scheduler.schedule is (self, throttle_prefills) and not "
+    "hook_targets": "vllm.v1.core.sched.scheduler:Scheduler.schedule is (self, throttle_prefills), not "
     "(self, other); install vLLM",
     "python_api": "VLLM_PLUGINS is 'other', so vLLM's other processes would not load this plugin; add triattention",
     "pooling": "TriAttention cannot serve pooling models, whose prompts must stay whole; serve a generating model",

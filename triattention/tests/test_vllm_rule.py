@@ -1,4 +1,4 @@
-"""When a paged engine evicts, and how much: the formula of the spec, and what must hold whatever the numbers."""
+"""When a paged engine evicts, and how much: the rule's formula, and properties that hold for all numbers."""
 
 from __future__ import annotations
 

@@ -72,16 +72,16 @@ def test_a_budget_below_256_leaves_half_of_it_to_the_window(monkeypatch: pytest.
 def test_a_variable_without_effect_is_accepted_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIATTN_RUNTIME_REQUIRE_TRITON_SCORING", "false")
     assert read_settings().notes() == [
-        "TRIATTN_RUNTIME_REQUIRE_TRITON_SCORING is accepted and has no effect: keys are scored by the Triton kernel on "
-        "a GPU and by PyTorch elsewhere, always"
+        "TRIATTN_RUNTIME_REQUIRE_TRITON_SCORING is accepted but has no effect: keys are always scored by the Triton "
+        "kernel on a GPU and by PyTorch elsewhere"
     ]
 
 
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("TRIATTN_RUNTIME_WINDOW", "3", "TRIATTN_RUNTIME_WINDOW is no setting of this plugin; the nearest is "),
-        ("triattn_runtime_kv_bugdet", "3", "the nearest is TRIATTN_RUNTIME_KV_BUDGET"),
+        ("TRIATTN_RUNTIME_WINDOW", "3", "TRIATTN_RUNTIME_WINDOW is not a setting of this plugin; the most similar"),
+        ("triattn_runtime_kv_bugdet", "3", "the most similar one is TRIATTN_RUNTIME_KV_BUDGET"),
         (
             "TRIATTN_RUNTIME_PRUNING_MODE",
             "union",

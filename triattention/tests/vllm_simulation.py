@@ -211,7 +211,7 @@ def run_traffic(asynchronous: bool, caching: bool, steps: int, seed: int, **opti
 
 
 def run_long_prompt(asynchronous: bool) -> Outcome:
-    """A prompt of 40,000 tokens in chunks of 1,024 at a budget of 12,000, as the spec bounds it."""
+    """A prompt of 40,000 tokens in chunks of 1,024 at a budget of 12,000."""
     with tempfile.TemporaryDirectory() as folder:
         simulation = Simulation(
             Rule(12_000, 128, 128, 32), Path(folder), asynchronous, True, num_blocks=1_300, max_model_len=40_600,

@@ -1,1 +1,1 @@
-"""`verify compile`: kernels built for a GPU that need not be there."""
+"""`verify compile`: builds kernels for GPUs that need not be present."""

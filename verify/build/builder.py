@@ -1,7 +1,7 @@
-"""Building a subject's kernels ahead of time, for architectures that need not be here.
+"""Builds a subject's kernels ahead of time, for architectures that need not be present.
 
-``capture`` asks the subject what it launches, ``compiler`` builds it, each in processes of their own; this module asks
-them, keeps what they answer by source and toolchain, and puts the answers together.
+``capture`` finds what the subject launches and ``compiler`` builds it, each in processes of their own. This module runs
+them, caches their answers by source and toolchain, and combines the answers.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from verify.record.strict import Strict
 from verify.subject.launches import Exchanged, Launch, Tensor
 from verify.subject.subject import Subject
 
-#: How long one build may take, unless the user says otherwise; the slowest known takes two seconds.
+#: Default time limit of one build; the slowest known build takes two seconds.
 LIMIT_S = 60.0
 
 _CAPTURE_LIMIT_S = 300
 _SOURCES_LIMIT_S = 120.0
 
-#: What decides how a launch is captured, built and read: a change of it makes everything that was kept old.
+#: Files that determine how a launch is captured, built and read; a change of one invalidates the cache.
 _OWN = (
     *(
         "architectures.py",
@@ -68,9 +68,9 @@ _CONTROL = Launch(
 
 
 class Kept(Exchanged):
-    """What a subject launches by variant, and the digest of the source of each kernel, by where it is held.
+    """What a subject launches, by variant, and the source digest of each kernel, by ``Launch.place``.
 
-    A kernel without a digest is built anew each time. ``files`` are the digests of what was imported to know all this.
+    A kernel without a digest is rebuilt each time. ``files`` has the digests of the files imported to find this out.
     """
 
     captured: dict[str, Captured]
@@ -85,10 +85,10 @@ class Kept(Exchanged):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is to be built: the variants by name, for which architectures, and how.
+    """What to build: the variants by name, for which architectures, and how.
 
-    ``kernels`` are the names of the only kernels to build, all where it is empty; ``jobs`` builds run at a time, each
-    for ``limit_s`` at most; ``fresh`` takes nothing from earlier builds.
+    ``kernels`` names the only kernels to build; empty means all. ``jobs`` builds run in parallel, each for at most
+    ``limit_s`` seconds. ``fresh`` ignores cached builds.
     """
 
     subject: Subject
@@ -102,8 +102,8 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What is called as an order is carried out: with the files imported to ask the subject, with how many builds there
-    are to make, and with each build that has ended.
+    """Callbacks of a running order: ``imported`` gets the files imported to capture the launches, ``planned`` the
+    number of builds to make, ``ended`` each build that has ended.
     """
 
     imported: Callable[[Iterable[Path]], None] = lambda files: None
@@ -112,23 +112,21 @@ class Progress:
 
 
 def prepare() -> None:
-    """Set what decides how kernels are built, in this process and its children.
+    """Set the environment variables that determine how kernels are built, in this process and its children.
 
-    Raises ConfigurationError when a variable would have every architecture built as another one.
+    Raises ConfigurationError when a variable would build every architecture as another one.
     """
     if target := os.environ.get("TRITON_OVERRIDE_ARCH"):
-        raise ConfigurationError(
-            f"TRITON_OVERRIDE_ARCH={target} would have every architecture built as that one; unset it"
-        )
+        raise ConfigurationError(f"TRITON_OVERRIDE_ARCH={target} would build every architecture as that one; unset it")
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def compile_ahead(order: Order, progress: Progress = Progress()) -> list[Compilation]:
-    """Build what is ordered, one Compilation per architecture, in their order.
+    """Carry out an order: one Compilation per architecture, in their order.
 
-    A build that fails, dies or does not end costs its own place and no other. Raises ConfigurationError when the
-    subject cannot be asked, has no kernel of a name in ``kernels``, or Triton is not installed.
+    A build that fails, crashes or hangs does not affect the others. Raises ConfigurationError when the subject's
+    launches cannot be captured, the subject has no kernel of a name in ``kernels``, or Triton is not installed.
     """
     if version_of("triton") == NOT_INSTALLED:
         raise ConfigurationError("nothing can be built: triton is not installed; run `make setup`")
@@ -149,7 +147,7 @@ class _Compiling:
         self._toolchain = {
             "triton": version_of("triton"),
             "ptxas": ptxas_versions(),
-            # neither a card nor a number of threads decides what is built
+            # neither the choice of GPU nor the number of threads changes what is built
             "variables": {name: os.environ.get(name) for name in variables() if not name.startswith(("CUDA_", "OMP_"))},
             "own": digest_of([IMPORT_ROOT / "verify" / name for name in _OWN], IMPORT_ROOT),
         }
@@ -187,8 +185,8 @@ class _Compiling:
         ]  # fmt: skip
 
     def _chosen(self, kept: Kept) -> tuple[list[tuple[Launch, int, list[str], bool]], dict[str, str]]:
-        """The different launches, each with the keys it scores, its variants and whether it has alternatives; and the
-        variants that have none.
+        """The distinct launches, each with the number of keys it scores, its variants and whether it has alternatives;
+        and, by name, why a variant launches nothing.
         """
         names = {launch.kernel for captured in kept.captured.values() for launch in chain(*captured.launches)}
         if unknown := [name for name in self._order.kernels if name not in names]:
@@ -212,7 +210,7 @@ class _Compiling:
         return list(chosen.values()), problems
 
     def _kept(self) -> Kept:
-        """What the subject launches, asked for where its content or the question is new."""
+        """What the subject launches, captured again only if the subject or the variants have changed."""
         subject = self._order.subject
         names = {name: asdict(shape) for name, shape in self._order.variants.items()}
         place = self._place("captured", subject.content_sha256(), names)
@@ -227,11 +225,11 @@ class _Compiling:
         except (WorkerDied, WorkerHung) as error:
             said = _last(error.said) if isinstance(error, WorkerDied) else str(error)
             raise ConfigurationError(
-                f"the kernels of subject {subject.name!r} cannot be imported where they are to be compiled ({said}); "
-                "define them at the top of their module"
+                f"the kernels of subject {subject.name!r} cannot be imported in the compiler's process ({said}); "
+                "define them at the top level of their module"
             ) from error
         kept = Kept(captured=captured, sources=dict(zip(kernels, answer["sources"], strict=True)), files=files)
-        # a subject that could not launch something may have been short of memory
+        # a problem is not cached, because it may have been a shortage of memory
         if not any(one.problem for one in captured.values()):
             self._write(place, kept)
         return kept
@@ -239,9 +237,9 @@ class _Compiling:
     def _built(
         self, jobs: Mapping[tuple[int, int], Job], sources: Mapping[str, str | None]
     ) -> dict[tuple[int, int], Answer]:
-        """The answers to ``jobs``, out of what is kept where that is the same kernel and toolchain."""
+        """The answers to ``jobs``, from the cache for the same kernel and toolchain."""
         places = {
-            # the time that a build may take is not part of what is built
+            # the time limit does not change what is built
             key: self._place("built", source, job.model_dump(exclude={"limit_s"}))
             for key, job in jobs.items()
             if (source := sources[job.launch.place]) is not None
@@ -275,7 +273,7 @@ class _Compiling:
         return kept_place(cache_folder() / "compile" / kind, parts, self._toolchain)
 
     def _read(self, place: Path, kind: type[Any]) -> Any | None:
-        """What is kept at ``place``; None where nothing is, or nothing that can be read."""
+        """The cached value at ``place``; None if it is missing or unreadable, or the order is ``fresh``."""
         if self._order.fresh:
             return None
         try:
@@ -288,19 +286,19 @@ class _Compiling:
 
 
 def _environment(subject: Subject, **own: str) -> dict[str, str]:
-    """The environment of a child that imports the subject, and this package wherever it is."""
+    """The environment of a child process that imports the subject and this package."""
     inherited = subject.environment()
     inherited.pop("TRITON_INTERPRET", None)
-    # the assembler's source is read beside the cubin
+    # the PTX is read as well as the cubin
     inherited.pop("TRITON_STORE_BINARY_ONLY", None)
-    # where the source lies is not part of what is built, and would be in its digest
+    # the path of the source is not part of what is built, and would be in its digest
     inherited["TRITON_DISABLE_LINE_INFO"] = "1"
     path = os.pathsep.join([inherited["PYTHONPATH"], str(IMPORT_ROOT)])
     return {**inherited, "PYTHONPATH": path, **own}
 
 
 def _ask(subject: Subject, names: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Captured], dict[str, str]]:
-    """What the subject launches by variant, and the digests of the files that were imported to find out."""
+    """What the subject launches, by variant, and the digests of the files imported to find out."""
     question = {"subject": subject.describe(), "variants": names}
     try:
         child = subprocess.run(
@@ -309,14 +307,14 @@ def _ask(subject: Subject, names: Mapping[str, Mapping[str, Any]]) -> tuple[dict
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise ConfigurationError(
-            f"subject {subject.name!r} cannot be asked what it launches: no answer within {_CAPTURE_LIMIT_S} s; "
+            f"subject {subject.name!r} did not say what it launches within {_CAPTURE_LIMIT_S} s; "
             "try `python -m verify run --phase 3`"
         ) from error
-    # a subject may print, even when its interpreter ends
+    # a subject may print too, even at interpreter exit
     answers = [line for line in child.stdout.splitlines() if line.startswith(ANSWER)]
     if child.returncode or not answers:
         raise ConfigurationError(
-            f"subject {subject.name!r} cannot be asked what it launches ({_last(child.stderr)}); "
+            f"subject {subject.name!r} cannot say what it launches ({_last(child.stderr)}); "
             "try `python -m verify run --phase 3`"
         )
     answer = json.loads(answers[-1].removeprefix(ANSWER))
@@ -326,33 +324,33 @@ def _ask(subject: Subject, names: Mapping[str, Mapping[str, Any]]) -> tuple[dict
 
 
 def _answer(worker: Worker, job: Job) -> Answer:
-    """What a worker makes of a job, whatever becomes of the worker."""
+    """A worker's answer to a job: TIMEOUT if the worker hangs, CRASH if it dies."""
     try:
         return Answer.model_validate(worker.ask(job.model_dump(mode="json"), job.limit_s))
     except WorkerHung as error:
         return Answer(verdict=BuildVerdict.TIMEOUT, message=str(error), lasting=False, duration_s=job.limit_s)
     except WorkerDied as error:
         said = _last(error.said)
-        message = f"the compiler's process {error.how}" + (f": {said}" if said else " and said nothing")
+        message = f"the compiler's process {error.how}" + (f": {said}" if said else " and printed nothing")
         return Answer(verdict=BuildVerdict.CRASH, message=message, lasting=error.by_itself)
     except OSError as error:
         return Answer(verdict=BuildVerdict.CRASH, message=f"{type(error).__name__}: {error}", lasting=False)
 
 
 def _last(text: str) -> str:
-    """The last line of ``text`` that complains, else its last line."""
+    """The last line of ``text`` that reports an error, else its last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     complaints = [line for line in lines if _USEFUL.search(line)]
     return (complaints or lines or [""])[-1]
 
 
 def _is_gap(control: Answer) -> bool:
-    """Whether the toolchain cannot build for the architecture; a control that was killed or hung does not tell."""
+    """Whether the toolchain cannot build for the architecture; a control that was killed or hung proves nothing."""
     return control.verdict is not BuildVerdict.OK and control.lasting
 
 
 def failed(compilations: Iterable[Compilation]) -> bool:
-    """Whether a kernel that the toolchain could build was not built, or a variant launches none."""
+    """Whether a kernel was not built although the toolchain supports the architecture, or a variant launches none."""
     return any(
         (one.unlaunched and not one.gap) or any(build.verdict in WRONG for build in one.needed) for one in compilations
     )

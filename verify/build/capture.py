@@ -1,8 +1,8 @@
-"""The process that asks a subject what it would launch: ``python -m verify.build.capture`` with the question on stdin.
+"""The process that captures what a subject launches: ``python -m verify.build.capture`` with the question on stdin.
 
-It runs under Triton's interpreter, where kernels take CPU tensors, records every launch of the published kernel call
-and runs none. So what is built ahead of time is what the subject's own code would launch, with its kernels, its block
-sizes and its number of warps, and not what a table of this suite's says of them.
+It runs under Triton's interpreter, where kernels take CPU tensors. It records every launch of the published kernel call
+and runs none. So the kernels built ahead of time are those that the subject's own code launches, with its block sizes
+and its number of warps, not those of a table in this suite.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from verify.machine.workers import end_with_parent
 from verify.subject.launches import Exchanged, Launch, UnknownArgument, recorded
 from verify.subject.subject import Subject
 
-#: Before the answer on stdout, where a subject may print too.
+#: The prefix of the answer on stdout, where a subject may print too.
 ANSWER = "captured launches: "
 
 
 def file_digest(file: Path) -> str | None:
-    """The sha256 of a file's content; None where it cannot be read."""
+    """The SHA-256 of a file's content; None if it cannot be read."""
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
@@ -33,7 +33,7 @@ def file_digest(file: Path) -> str | None:
 
 
 class Captured(Exchanged):
-    """What one variant launches, each with its alternatives, or the sentence that says why it launches nothing."""
+    """The launches of one variant, each with its alternatives, or the sentence that says why there are none."""
 
     launches: tuple[tuple[Launch, ...], ...] = ()
     problem: str = ""
@@ -48,7 +48,7 @@ def capture(subject: Subject, name: str, shape: Shape) -> Captured:
         raise
     except SubjectLacks as error:
         return Captured(problem=str(error))
-    except Exception as error:  # a subject may raise anything; all of it means that this variant has no kernel
+    except Exception as error:  # a subject may raise anything; it always means that this variant has no kernel
         return Captured(problem=f"the subject's call raised {type(error).__name__}: {error}")
     if not launches:
         return Captured(problem="the subject's call launched no Triton kernel")
@@ -58,7 +58,7 @@ def capture(subject: Subject, name: str, shape: Shape) -> Captured:
 def main() -> int:
     """Answer the question on stdin, ``{"subject": ..., "variants": {name: shape}}``, on stdout.
 
-    The answer is a line: ``{"captured": {name: ...}, "files": {file: sha256}}``, or ``{"refused": sentence}``.
+    The answer is one line: ``{"captured": {name: ...}, "files": {file: sha256}}``, or ``{"refused": sentence}``.
     """
     end_with_parent()
     question = json.load(sys.stdin)
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def _imported() -> dict[str, str]:
-    """The digests of the files of all imported modules but those of the interpreter and its packages."""
+    """The digests of the files of all imported modules, without those of Python and its installed packages."""
     installed = [Path(place).resolve() for place in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
     files = {Path(file).resolve() for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))}
     own = [file for file in files if not any(file.is_relative_to(place) for place in installed)]

@@ -1,9 +1,9 @@
 """The process that builds kernels: ``python -m verify.build.compiler FD`` reads jobs on stdin and answers on FD.
 
-It stands apart because LLVM ends the whole process on what it cannot build, and a build may never end. One JSON line
-per job: a ``Job`` is answered with an ``Answer``, and a list of launches under ``sources`` with the digest of each
-kernel's source, which covers everything that the kernel calls, or null where there is none to be had. Standard output
-is not for answers: Triton prints on it.
+It is a separate process because LLVM aborts the whole process on code that it cannot build, and a build may hang. One
+JSON line per job: a ``Job`` is answered with an ``Answer``; a list of launches under ``sources`` with the digest of
+each kernel's source, which covers everything that the kernel calls, or null if there is none. Answers do not go to
+stdout, because Triton prints there.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from verify.subject.launches import Dtype, Exchanged, Launch, Tensor
 
 _TOOL_LIMIT_S = 60
 
-#: What one multiprocessor of a GPU with tensor memory has of it.
+#: The columns of tensor memory of one multiprocessor, on a GPU that has any.
 _TENSOR_MEMORY_COLUMNS = 512
 
-#: What ptxas says of an architecture, or of a PTX version, that it is too old for.
+#: What ptxas prints if it is too old for an architecture or a PTX version.
 _TOO_OLD = re.compile(r"is not defined for option 'gpu-name'|requires PTX ISA|Unsupported \.version")
 _USEFUL = re.compile(r"fatal|error", re.IGNORECASE)
-#: What the disassembler says of an architecture that it does not know; registers and stack it has printed by then.
+#: What the disassembler prints, after registers and stack, for an architecture that it does not know.
 _NOT_DECODED = "Cannot decode architecture"
 
-#: The names of files that a message would otherwise make different at every build.
+#: Names of temporary files, which would make a message different in every build.
 _TEMPORARY = re.compile(r"\S*/tmp\w+\.ptx\b")
 
 
 class Job(Exchanged):
-    """One launch to build for one architecture; it scores ``keys`` keys, and has ``limit_s`` for it."""
+    """One launch, which scores ``keys`` keys, to build for one architecture within ``limit_s`` seconds."""
 
     launch: Launch
     keys: int
@@ -56,10 +56,10 @@ class Job(Exchanged):
 
 
 class Answer(Strict):
-    """What became of a job.
+    """The outcome of a job.
 
     ``lasting`` is whether another try of the same job would end the same way, ``passed_over`` whether an autotuner
-    would go on to its next configuration.
+    would skip this configuration and try the next one.
     """
 
     verdict: BuildVerdict
@@ -74,31 +74,31 @@ class Answer(Strict):
 
 
 def function_of(launch: Launch) -> Any:
-    """The JIT function that a launch is of, out of whatever tunes it. Raises LookupError, and what an import raises."""
+    """The JIT function of a launch, without the autotuner around it. Raises LookupError, and what an import raises."""
     if not launch.attribute:
-        raise LookupError(f"no module holds {launch.kernel}; bind it to a name at the top of one")
+        raise LookupError(f"no module has {launch.kernel} as an attribute; bind it to a name at the top level of one")
     found: Any = importlib.import_module(launch.module)
     for name in launch.attribute.split("."):
         found = getattr(found, name, None)
     while not hasattr(found, "cache_key") and hasattr(found, "fn"):
         found = found.fn
     if getattr(found, "__qualname__", None) != launch.kernel or not hasattr(found, "cache_key"):
-        raise LookupError(f"{launch.place} is another kernel, or none, where kernels are not interpreted")
+        raise LookupError(f"{launch.place} is not {launch.kernel} in a process where kernels are not interpreted")
     return found
 
 
 def source_digest(launch: Launch) -> str | None:
-    """The digest of a kernel's source with all that it calls and reads, and of how it is to be compiled.
+    """The digest of a kernel's source, of all that it calls and reads, and of how it is compiled.
 
-    None where Triton cannot make one of it.
+    None if Triton cannot compute one.
     """
     try:
         function = function_of(launch)
-        # Triton's own covers neither the arguments of the decorator nor a type that is read from outside the kernel
+        # Triton's own digest covers neither the decorator's arguments nor types read from outside the kernel
         parts: list[Any] = [function.cache_key, function.debug, function.noinline]
         parts += [(one.do_not_specialize, one.do_not_specialize_on_alignment) for one in function.params]
         parts += [(name, str(value)) for (name, _), (value, _) in function.used_global_vals.items()]
-    except Exception:  # whatever is wrong with the kernel, its build will say
+    except Exception:  # its build will report what is wrong with the kernel
         return None
     return hashlib.sha256(str(parts).encode()).hexdigest()
 
@@ -106,10 +106,10 @@ def source_digest(launch: Launch) -> str | None:
 def specialised(
     launch: Launch, parameters: list[Any]
 ) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
-    """Signature, constants and attributes of ``triton.compile`` for what a launch passes, as the JIT would choose them.
+    """Signature, constants and attributes of ``triton.compile`` for a launch's arguments, as the JIT would choose them.
 
-    A number that is 1 becomes a constant, unless the kernel says its type, and a number or an address that divides by
-    16 is marked so; a kernel may ask for neither.
+    An integer 1 becomes a constant, unless the kernel annotates its type, and an integer or an address divisible by 16
+    is marked so. A kernel may disable both.
     """
     from triton import language
 
@@ -127,7 +127,7 @@ def specialised(
             constants[(place,)] = value
             continue
         if annotated == "u1" or annotated.startswith(("fp", "bf")):
-            continue  # whatever number is passed, it is not an integer there
+            continue  # the argument is not an integer in the kernel
         divides = value.aligned if isinstance(value, Tensor) else type(value) is int and value % 16 == 0
         if divides and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
             attributes[(place,)] = [["tt.divisibility", 16]]
@@ -145,7 +145,7 @@ def _type_of(value: Any, is_const: bool) -> str:
 
 
 def build(job: Job, scratch: Path) -> Answer:
-    """Build a job and read the cubin; files are made under ``scratch`` only."""
+    """Build a job and read the cubin; files are written only under ``scratch``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -155,8 +155,8 @@ def build(job: Job, scratch: Path) -> Answer:
         function = function_of(job.launch)
     except (OSError, MemoryError) as error:
         return Answer(verdict=BuildVerdict.CRASH, message=f"{type(error).__name__}: {error}", lasting=False)
-    except Exception as error:  # a look-up that fails, in whatever way, says nothing of the kernel
-        message = f"it cannot be looked up where it is to be compiled ({type(error).__name__}: {error})"
+    except Exception as error:  # a failed look-up says nothing about the kernel
+        message = f"it cannot be looked up in the compiler's process ({type(error).__name__}: {error})"
         return Answer(verdict=BuildVerdict.NOT_FOUND, message=message, lasting=False)
     try:
         signature, constants, attributes = specialised(job.launch, function.params)
@@ -166,7 +166,7 @@ def build(job: Job, scratch: Path) -> Answer:
         _refuse_what_does_not_fit(job.sm, built, program)
     except (OSError, MemoryError, subprocess.SubprocessError) as error:
         return Answer(verdict=BuildVerdict.CRASH, message=f"{type(error).__name__}: {error}", lasting=False)
-    except Exception as error:  # whatever the compiler raises is what it has to say about this kernel
+    except Exception as error:  # any exception of the compiler is its verdict on this kernel
         return _refused(error, scratch)
     resources = _resources(job, built, program, _scalars(job.launch, signature))
     return Answer(
@@ -179,7 +179,7 @@ def build(job: Job, scratch: Path) -> Answer:
 
 
 def _options(launch: Launch, function: Any) -> dict[str, Any]:
-    """The options of a launch, with what the kernel and the environment say of debugging, as the JIT adds it."""
+    """The options of a launch, with the debug settings of the kernel and the environment, as the JIT adds them."""
     from triton import knobs
 
     debug = launch.options.get("debug", function.debug) or knobs.runtime.debug
@@ -187,7 +187,7 @@ def _options(launch: Launch, function: Any) -> dict[str, Any]:
 
 
 def _refuse_what_does_not_fit(sm: int, built: Any, program: Program) -> None:
-    """Raise OutOfResources where one program asks for more than there is; Triton finds that when it loads a kernel."""
+    """Raise OutOfResources if one program needs more than there is; Triton detects that only on loading a kernel."""
     from triton.runtime.errors import OutOfResources
 
     warps, shared = built.metadata.num_warps, built.metadata.shared
@@ -201,10 +201,10 @@ def _refuse_what_does_not_fit(sm: int, built: Any, program: Program) -> None:
 
 
 def _refused(error: Exception, scratch: Path) -> Answer:
-    """The answer for an exception of the compiler's; a full disk looks to ptxas like a kernel that it cannot build."""
+    """The answer for an exception of the compiler. A full disk is a CRASH, which ptxas reports like a bad kernel."""
     try:
-        with tempfile.TemporaryFile(dir=scratch) as probe:
-            probe.write(bytes(1 << 20))
+        with tempfile.TemporaryFile(dir=scratch) as filler:
+            filler.write(bytes(1 << 20))
     except OSError as full:
         return Answer(verdict=BuildVerdict.CRASH, message=f"{type(full).__name__}: {full}", lasting=False)
     from triton.compiler.errors import CompileTimeAssertionFailure
@@ -217,13 +217,13 @@ def _refused(error: Exception, scratch: Path) -> Answer:
 
 
 def _told(error: BaseException) -> str:
-    """The first useful line: what the assembler complains of, or what the language says and where."""
+    """The first useful line: the assembler's complaint, or what Triton's front end reports and where."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if (node := getattr(error, "node", None)) is not None:
         said = str(error.error_message or "").strip()
         if not said and error.__cause__ is not None:
-            return _told(error.__cause__)  # of a function that the kernel calls
-        # the language shows the source, and says at the end what it does not like about it; or an assertion's own words
+            return _told(error.__cause__)  # raised in a function that the kernel calls
+        # the front end prints the source, then its complaint on the last line; a failed assertion has its own message
         sentence = said.splitlines()[-1] if said else ast.unparse(node) if isinstance(node, ast.AST) else lines[-1]
         name = re.search(r"def (\w+)", error.src or "")
         line = f" (line {node.lineno} of {name[1]})" if name and hasattr(node, "lineno") else ""
@@ -233,7 +233,7 @@ def _told(error: BaseException) -> str:
 
 
 def _disassembled(cubin: bytes, kernel: str, scratch: Path) -> Program:
-    """The machine code of ``kernel``. Raises OSError where the tool does not print it."""
+    """The machine code of ``kernel``. Raises OSError if the tool does not print it."""
     from triton import knobs
 
     file = scratch / "kernel.cubin"
@@ -249,13 +249,13 @@ def _disassembled(cubin: bytes, kernel: str, scratch: Path) -> Program:
 
 
 def _scalars(launch: Launch, signature: dict[str, str]) -> list[int | None]:
-    """The values of the arguments that are passed, in order; None for what is no integer."""
+    """The values of the arguments passed at run time, in order; None for those that are not integers."""
     passed = (launch.arguments[name] for name, kind in signature.items() if kind != "constexpr")
     return [int(value) if isinstance(value, int) else None for value in passed]
 
 
 def parameters(ptx: str) -> tuple[list[tuple[int, int]], int]:
-    """Offset and size in bytes of each parameter of the kernel in ``ptx``, and the size of all of them."""
+    """Offset and size in bytes of each parameter of the kernel in ``ptx``, and their total size."""
     head = ptx[ptx.index(".entry") :]
     places, end = [], 0
     for bits in re.findall(r"\.param \.[a-z](\d+)", head[: head.index("{")]):
@@ -280,7 +280,7 @@ def _resources(job: Job, built: Any, program: Program, scalars: list[int | None]
 
 def _code(job: Job, built: Any, program: Program, scalars: list[int | None]) -> Code:
     places, total = parameters(built.asm["ptx"])
-    base = program.constant_bytes - total  # the parameters end the constant bank
+    base = program.constant_bytes - total  # the parameters are at the end of the bank
     constants = {
         base + start + 4 * part: (value >> 32 * part) & 0xFFFFFFFF
         for (start, size), value in zip(places, scalars, strict=False)
@@ -305,12 +305,12 @@ def _code(job: Job, built: Any, program: Program, scalars: list[int | None]) -> 
 
 
 def main() -> int:
-    """Answer jobs until stdin ends. The first line says that everything is imported."""
-    from triton.backends.nvidia.compiler import get_ptxas  # what takes time is done before a job's time runs
+    """Answer jobs until stdin ends. The first line says that the imports are done."""
+    from triton.backends.nvidia.compiler import get_ptxas  # a slow import, done before a job's time runs
 
     scratch = Path(tempfile.gettempdir())
-    # out of memory, this process is the one to lose and not its parent, without which there is nobody to answer
-    with suppress(OSError):  # not every container lets a process say so
+    # if memory runs out, Linux should kill this process, not its parent, which must report the failure
+    with suppress(OSError):  # not every container allows this
         Path("/proc/self/oom_score_adj").write_text("1000")
     end_with_parent()
     with os.fdopen(int(sys.argv[1]), "w") as answers:

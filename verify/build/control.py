@@ -1,4 +1,4 @@
-"""The suite's own Triton kernel: the plan's smoke test (1.4). Importing this imports triton."""
+"""The suite's own Triton kernel: the smoke test of plan 1.4. Importing this imports triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the instructions of SASS do to registers and predicates, as far as integers are concerned."""
+"""The effect of SASS instructions on registers and predicates, for integers only."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def _split(value: int) -> list[int | None]:
 
 
 def _read_operands(operands: list[str]) -> tuple[list[str], list[str]]:
-    """The registers and numbers, then the predicates among the operands that are read."""
+    """The source operands, split into registers and numbers, and predicates."""
     predicates = [operand for operand in operands if PREDICATE.fullmatch(operand)]
     return [operand for operand in operands if operand not in predicates], predicates
 
 
-#: The words and the predicates that an instruction writes; no words where they are not known.
+#: The words and the predicates that an instruction writes; None if the words are not known.
 Outcome = tuple["list[Word] | None", "Sequence[bool | None]"]
 
 
@@ -38,7 +38,7 @@ _UNKNOWN: Outcome = (None, ())
 
 def _special(thread: Thread, instruction: Instruction, operands: list[str]) -> Outcome:
     lanes = 31
-    if operands[0] in ("SR_TID.X", "SR_LANEID"):  # Triton's blocks of threads have one dimension
+    if operands[0] in ("SR_TID.X", "SR_LANEID"):  # Triton's thread blocks are one-dimensional
         return [Partly(32 * thread.warp if operands[0] == "SR_TID.X" else 0, lanes)], ()
     known = operands[0].startswith(("SR_CTAID", "SR_TID", "SRZ"))
     wide = instruction.base == "CS2R" and ".32" not in instruction.opcode
@@ -52,7 +52,7 @@ def _move(thread: Thread, instruction: Instruction, operands: list[str]) -> Outc
 
 
 def _halves(thread: Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    """A product with RZ plus two half-precision numbers: how a constant gets into a register by another pipe."""
+    """A product with RZ plus two half-precision numbers: a way to load a constant through another pipe."""
     if len(operands) != 4 or not any(re.fullmatch(r"-?RZ", operand) for operand in operands[:2]):
         return _UNKNOWN
     try:
@@ -67,7 +67,7 @@ def _add(thread: Thread, instruction: Instruction, operands: list[str]) -> Outco
     bits = 64 if ".64" in instruction.opcode else 32
     values = [thread.double(x) if bits == 64 else thread.word(x) for x in terms]
     values += [thread.predicate(x) for x in carries]
-    # a negated register would carry as its complement plus one, and beside a carry it is the complement alone
+    # a negated register carries as its complement plus one, and next to a carry it is the complement alone
     negated = any(REGISTER.fullmatch(x) and x.startswith("-") for x in terms)
     if None in values or (negated and ".X" in instruction.opcode):
         return _UNKNOWN
@@ -94,12 +94,12 @@ def _multiply_add(thread: Thread, instruction: Instruction, operands: list[str])
 
 
 def _shift(thread: Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    """A funnel shift, where one word is enough to know the result."""
+    """A funnel shift whose result depends on one word only."""
     low, by, high = thread.partly(operands[0]), thread.word(operands[1]), thread.partly(operands[2])
     if by is None:
         return _UNKNOWN
     parts = instruction.opcode.split(".")
-    # a shift by more than there is shifts everything out, unless it is told to wrap
+    # a shift beyond the width shifts everything out, unless the instruction wraps
     by = by % (64 if {"U64", "S64"} & set(parts) else 32) if "W" in parts else min(by, 32)
     if "L" in parts and "HI" not in parts and low is not None:
         return [_each(low, lambda bits: (bits << by) & WORD)], ()
@@ -109,12 +109,12 @@ def _shift(thread: Thread, instruction: Instruction, operands: list[str]) -> Out
 
 
 def _each(word: int | Partly, move: Callable[[int], int]) -> Word:
-    """What becomes of a word whose bits are moved, and of the knowledge of them."""
+    """Move the bits of a word; a mask of unknown bits moves with them."""
     return Partly(move(word.value), move(word.unknown)) if isinstance(word, Partly) else move(word)
 
 
 def _logic(thread: Thread, instruction: Instruction, operands: list[str]) -> Outcome:
-    """Three words through a truth table; an unknown bit that the table does not look at does not matter."""
+    """Three words through a truth table; an unknown bit that the table ignores does not matter."""
     terms, predicates = _read_operands(operands)
     words, table = [thread.bits(term) for term in terms[:3]], thread.word(terms[3])
     result = unknown = 0
@@ -125,7 +125,7 @@ def _logic(thread: Thread, instruction: Instruction, operands: list[str]) -> Out
         result |= bool(answer) << bit
     if unknown == WORD:
         return _UNKNOWN
-    # a predicate that is read takes part in the one that is written
+    # a source predicate takes part in the predicate that is written
     alone = not set(predicates) - {"PT", "!PT", "UPT", "!UPT"}
     some = (result != 0 if result or not unknown else None) if alone else None
     return [Partly(result, unknown) if unknown else result], (some,)
@@ -137,7 +137,7 @@ def _predicate_logic(thread: Thread, instruction: Instruction, operands: list[st
 
 
 def _looked_up(table: int | None, values: Sequence[bool | None]) -> bool | None:
-    """The bit of a truth table at three values; None where the unknown ones among them decide."""
+    """The bit of a truth table at three values; None if it depends on an unknown one."""
     if table is None:
         return None
     choices = product(*((False, True) if value is None else (value,) for value in values))
@@ -179,7 +179,7 @@ def _compare(thread: Thread, instruction: Instruction, operands: list[str]) -> O
 
 
 def _compared(how: str, one: Partly, other: Partly, signed_bits: int) -> bool | None:
-    """A comparison of words that are partly known; None where the rest decides."""
+    """A comparison of partly known words; None if it depends on the unknown bits."""
     unknown = one.unknown | other.unknown
     if how in ("EQ", "NE") and unknown:
         return how == "NE" if (one.value ^ other.value) & ~unknown else None

@@ -1,4 +1,4 @@
-"""The records of what was built ahead of time, one for each GPU."""
+"""The records of kernels built ahead of time, one for each GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from verify.record.schema import CheckResult, Record, SubjectInfo, Verdict
 from verify.run.manifest import new_run_id, utc_now
 from verify.subject.subject import Subject
 
-#: What a build makes of the check that launches it; the others say nothing about it.
+#: The verdict of the check that launches a build, by the build's verdict; other builds decide nothing.
 _VERDICTS = {
     BuildVerdict.OK: Verdict.PASS,
     BuildVerdict.COMPILE_ERROR: Verdict.FAIL,
@@ -40,8 +40,8 @@ def records_of(
 ) -> list[Record]:
     """A record for each GPU, with the results of the checks that a build can answer.
 
-    ``words`` is the request as it would be typed; ``out`` a folder with earlier records beside the usual ones;
-    ``imported`` are the files that were imported to ask the subject.
+    ``words`` is the request as a command line, ``out`` a folder with earlier records besides the usual ones,
+    ``imported`` the files imported to capture the launches.
     """
     checkout = Checkout(root, order.subject.root, order.subject.folder)
     names = checkout.names_of(imported) | checkout.closure("verify/build/builder.py", "phases/p3_compile.py")
@@ -76,7 +76,7 @@ def _last(now: Compilation, info: SubjectInfo, earlier: Earlier) -> Compilation 
 
 
 def _results(order: Order, now: Compilation, checks: Iterable[Check], last: Compilation | None) -> list[CheckResult]:
-    """The phase 3 checks whose case is a variant that was built, and those that compare what was built."""
+    """The results of the phase 3 checks whose case is a variant that was built, and of those that compare builds."""
     results = []
     for check in checks:
         if check.spec.ahead_of_time:
@@ -88,7 +88,7 @@ def _results(order: Order, now: Compilation, checks: Iterable[Check], last: Comp
 
 
 def _launched(subject: Subject, check: Check, now: Compilation, only: Sequence[str]) -> CheckResult | None:
-    """The result of a check that launches a variant; None where not all of its kernels could or were to be built."""
+    """The result of a check that launches a variant; None without builds, with ``only``, or if one is inconclusive."""
     if problem := now.unlaunched.get(check.case):
         return _result(subject, check, now, Verdict.FAIL, message=problem)
     builds = now.of(check.case)

@@ -1,4 +1,4 @@
-"""What is known of the registers and predicates of a warp while its control flow is followed."""
+"""What is known about a warp's registers and predicates while its control flow is followed."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ WORD = 0xFFFFFFFF
 
 
 class Partly(NamedTuple):
-    """A word of which the bits in ``unknown`` are not known, as the number of a thread in its warp is not."""
+    """A word whose bits in ``unknown`` are not known, for example a thread's number in its warp."""
 
     value: int
     unknown: int
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The least and the greatest word that it may be, unsigned."""
+        """The smallest and the largest unsigned value that the word may have."""
         return self.value & ~self.unknown, self.value | self.unknown
 
 
-#: A word as far as it is known.
+#: A word, a partly known word, or None for an unknown one.
 Word = int | Partly | None
 
 
 class Thread:
-    """Registers and predicates that all threads of a warp have alike; what is not known is None."""
+    """Registers and predicates whose values all threads of a warp share; unknown ones are None."""
 
     def __init__(self, constants: Mapping[int, int], warp: int) -> None:
         self._constants, self.warp = constants, warp
-        # code for Jetson Orin begins with a test of UR2, which the hardware sets; 0 goes the longer way
+        # code for Jetson Orin begins with a test of UR2, which the hardware sets; 0 takes the longer path
         self.words: dict[str, Word] = {"UR2": 0}
         self.predicates: dict[str, bool | None] = {}
 
@@ -53,7 +53,7 @@ class Thread:
         return known if isinstance(known, int) else None
 
     def bits(self, text: str, words: int = 1) -> Partly:
-        """What is known of one word, or of two in a row."""
+        """What is known of one word, or of two consecutive ones."""
         value = unknown = 0
         for part in range(words):
             known = self.partly(text, part)
@@ -62,7 +62,7 @@ class Thread:
         return Partly(value, unknown)
 
     def partly(self, text: str, part: int = 0) -> Word:
-        """``word``, or what is known of it."""
+        """``word``, or what is known of it if only some bits are."""
         if found := IMMEDIATE.fullmatch(text):
             value = int(found[2], 0) * (-1 if found[1] else 1)
             return (value >> 32 * part) & WORD
@@ -84,7 +84,7 @@ class Thread:
         return None if low is None or high is None else low | high << 32
 
     def write(self, place: str, words: list[Word]) -> None:
-        """Put words into a register and those after it."""
+        """Write words to a register and those after it."""
         found = REGISTER.fullmatch(place)
         if found["number"] != "Z":
             for part, value in enumerate(words):

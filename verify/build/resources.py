@@ -1,4 +1,4 @@
-"""How the resources of two records' builds are compared: no stack, and no growth that nobody asked for."""
+"""Compares the resources of builds with those in an earlier record: no stack, and no unexpected growth."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from verify.record.archive import load, newest_first
 from verify.record.builds import Build, Compilation, Resources
 from verify.record.schema import Measurement, Record
 
-#: How many times the registers, or the instructions, of the last record a build may have.
+#: A build may have at most this many times the registers, or the instructions, of the last record.
 GROWTH_ALLOWED = 1.1
 
 
 def stack(now: Compilation, last: Compilation | None) -> list[Measurement]:
-    """The stack that each build needs; none is allowed, because a stack is what did not fit into registers."""
+    """The stack of each build; none is allowed, because a stack holds what did not fit into registers."""
     return [
         Measurement(name="stack", measured=found.stack_bytes, allowed=0, unit="bytes", where=_where(now, build))
         for build, found in _built(now)
@@ -24,12 +24,12 @@ def stack(now: Compilation, last: Compilation | None) -> list[Measurement]:
 
 
 def registers(now: Compilation, last: Compilation | None) -> list[Measurement]:
-    """The registers of each build over those of the same one in ``last``; empty where there is none."""
+    """The registers of each build, bounded by the same build in ``last``; empty if there is none."""
     return _grown("registers", now, last, lambda used: used.registers)
 
 
 def instructions(now: Compilation, last: Compilation | None) -> list[Measurement]:
-    """The instructions that a warp executes per key, over those of the same build in ``last``; empty without any.
+    """The instructions that a warp executes per key, bounded by the same build in ``last``; empty if there is none.
 
     A build whose instructions cannot be counted (``Code.uncounted``) is left out.
     """
@@ -41,9 +41,9 @@ def instructions(now: Compilation, last: Compilation | None) -> list[Measurement
 def _grown(
     what: str, now: Compilation, last: Compilation | None, size: Callable[[Resources], float | None]
 ) -> list[Measurement]:
-    """The size of each build over that of the same one in ``last``, where both have one.
+    """The size of each build, bounded by the same build in ``last``, if both have one.
 
-    The same one is the only build of its kernel for the variant, whatever its constants; among several, it is the one
+    The same build is the only one of its kernel for the variant, whatever its constants; among several, it is the one
     with the same options and constants.
     """
     before = _by_launch(last) if last is not None else {}
@@ -58,7 +58,7 @@ def _grown(
             name=what,
             measured=ours,
             allowed=GROWTH_ALLOWED * theirs,
-            where=f"{_where(now, build)}: {theirs:g} in the last record (triton {now.triton}, then {last.triton})",
+            where=f"{_where(now, build)}: {theirs:g} in the last record (triton {now.triton}, was {last.triton})",
         )
         for build, ours, theirs in pairs
         if ours and theirs
@@ -67,7 +67,7 @@ def _grown(
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """The records that builds may be compared with: published ones, and local ones."""
+    """The records that builds are compared with: published and local ones."""
 
     published: tuple[Record, ...]
     local: tuple[Record, ...]
@@ -81,12 +81,12 @@ class Earlier:
         return cls(published, load(folders).records if folders else ())
 
     def last_of(self, target: str, source: str, content_sha256: str, *, toolchain: str) -> Compilation | None:
-        """What the last record of ``target`` with builds of this subject built; None where there is none.
+        """The builds in the last record of ``target`` that has any of this subject; None if there is none.
 
-        A published record is the last one until another is published, so that a growth does not vanish by being
-        measured twice. Without any, it is the newest local one of another content than ``content_sha256`` or another
-        triton than ``toolchain``: of the same ones it would be this very build. ``source`` is the subject as a record
-        names it, because another implementation's registers are no measure.
+        The newest published record comes first, so that a growth does not vanish by being measured twice. Without one,
+        it is the newest local record whose subject content differs from ``content_sha256``, or whose triton from
+        ``toolchain``: if both are equal, it is this very build. ``source`` is the subject's name in records, because
+        the registers of another implementation are no measure.
         """
 
         def newest(records: Iterable[Record]) -> Compilation | None:
@@ -100,7 +100,7 @@ class Earlier:
 
 
 def _by_launch(one: Compilation) -> dict[tuple[str, str], list[tuple[Build, Resources]]]:
-    """The builds by kernel and first variant; several where the variant launches the kernel in several ways."""
+    """The builds by kernel and first variant; several if the variant launches the kernel in several ways."""
     found: dict[tuple[str, str], list[tuple[Build, Resources]]] = {}
     for build, used in _built(one):
         found.setdefault((build.kernel, build.variants[0]), []).append((build, used))

@@ -1,4 +1,4 @@
-"""The machine code of a kernel (SASS), as ``cuobjdump -res-usage -sass`` prints a cubin's."""
+"""The machine code of a kernel (SASS), as ``cuobjdump -res-usage -sass`` prints it for a cubin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WIDTH = re.compile(r"\.(8|16|32|64|128|256)\b|\.[US](8|16)\b")
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One line of machine code; ``guard`` is the predicate in front of it, ``!P0`` or empty."""
+    """One line of machine code; ``guard`` is the predicate in front of it, such as ``!P0``, or empty."""
 
     address: int
     guard: str
@@ -33,7 +33,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """The machine code of one kernel; ``constant_bytes`` is the size of the bank whose end holds the arguments."""
+    """The machine code of one kernel; ``constant_bytes`` is the size of the bank that ends with the arguments."""
 
     registers: int
     stack_bytes: int
@@ -42,9 +42,9 @@ class Program:
 
     @classmethod
     def parse(cls, text: str, kernel: str) -> Program:
-        """Read what ``cuobjdump`` prints of a cubin with ``kernel`` in it. Raises ValueError where that is not there.
+        """Parse the output of ``cuobjdump`` for a cubin. Raises ValueError if it does not show ``kernel``.
 
-        Without instructions where the tool does not know the architecture.
+        ``instructions`` is empty if the tool does not know the architecture.
         """
         usage = {found[1]: found for found in _USAGE.finditer(text)}.get(kernel)
         if usage is None:
@@ -64,12 +64,12 @@ class Program:
         return {str(width): widths.count(width) for width in dict.fromkeys(widths)}
 
     def local_bytes(self, opcode: str) -> int:
-        """Bytes per thread that the local loads (LDL) or stores (STL) in the code move: the spills."""
+        """Bytes per thread moved by local loads (LDL) or local stores (STL): the spills."""
         return sum(i.width_bits // 8 for i in self.instructions if i.base == opcode)
 
 
 def _operands(text: str) -> list[str]:
-    # the disassemblers of some releases put how an instruction is scheduled behind it: &req={1} ?trans2
+    # some disassembler releases append scheduling information: &req={1} ?trans2
     text = re.sub(r"\s+[&?]\w.*", "", text)
     return [part.strip() for part in text.split(",")] if text else []
 

@@ -1,4 +1,4 @@
-"""What was built ahead of time, on a terminal: a line per GPU, and every kernel of one GPU."""
+"""Prints builds on a terminal: one line per GPU, or every kernel of one GPU."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from verify.record.schema import FAILING, Record
 from verify.report.matrix import built, compiled_words, count
 from verify.report.terminal import PipeConsole
 
-#: From this width on a table shows everything.
+#: Terminals at least this wide get every column.
 _WIDE = 116
 
-#: How many problems are told before the rest is only counted.
+#: How many problems are printed before the rest is only counted.
 _TOLD = 10
 
 _STYLES = {BuildVerdict.NOT_FOUND: "yellow", BuildVerdict.TOOLCHAIN_TOO_OLD: "yellow"}
 
 
 def print_compilations(compilations: Sequence[Compilation], records: Sequence[Record], folder: str) -> None:
-    """One table, what went wrong, and where the records are."""
+    """Print one table, what went wrong, and where the records are."""
     console = PipeConsole()
     wide = console.width >= _WIDE
     if len(compilations) == 1 and compilations[0].builds:
@@ -36,7 +36,7 @@ def print_compilations(compilations: Sequence[Compilation], records: Sequence[Re
         console.print(_gpus(compilations, wide=wide))
     console.print()
     _print_problems(compilations, records, console)
-    console.print("Compiled is not run: it says that a GPU's kernels can be built, not what they do there.")
+    console.print("Compiled is not run: it shows that a GPU's kernels can be built, not what they do there.")
     console.print(f"records: {folder}", soft_wrap=True, markup=False)
 
 
@@ -86,13 +86,13 @@ def _kernels(one: Compilation, *, wide: bool) -> Table:
     return table
 
 
-#: What a table of kernels shows, and what of it fits 80 columns.
+#: The columns of the table of kernels, and those that fit 80 characters.
 _COLUMNS = ("regs", "stack", "spill", "shared", "warps", "code", "per key", "128-bit", "MUFU", "occupancy")
 _NARROW = ("regs", "stack", "per key", "128-bit", "occupancy")
 
 
 def _numbers(build: Build) -> dict[str, str]:
-    """The numbers of a build by the column that shows them; what is not known is absent."""
+    """The numbers of a build, by column; unknown ones are absent."""
     used = build.resources
     if used is None:
         return {}
@@ -138,11 +138,11 @@ def _whole(one: Compilation) -> bool:
 
 
 def _print_problems(compilations: Sequence[Compilation], records: Sequence[Record], console: Console) -> None:
-    """Gaps, then what was not built, then what the soft checks say."""
+    """Print gaps, then failed builds, then failures of soft checks."""
     told = [Text(f"sm{one.sm}: {compiled_words(one)}", style="yellow") for one in compilations if one.gap]
     if told:
         told.append(
-            Text("A gap is the toolchain's: it builds nothing for that GPU, so nothing is known of the subject.")
+            Text("A gap is the toolchain's: it builds nothing for that GPU, so nothing is known about the subject.")
         )
     alike: dict[tuple[str, ...], list[str]] = {}
     for one in compilations:
@@ -156,7 +156,7 @@ def _print_problems(compilations: Sequence[Compilation], records: Sequence[Recor
         )
         for (verdict, kernel, variant, message), gpus in alike.items()
     ]
-    # what the subject does not launch, it launches for no GPU
+    # a variant that launches nothing does so for every GPU
     problems: dict[str, dict[str, None]] = {}
     for one in compilations:
         for name, problem in one.unlaunched.items() if not one.gap else ():
@@ -175,6 +175,6 @@ def _print_problems(compilations: Sequence[Compilation], records: Sequence[Recor
         for line in lines[:_TOLD]:
             console.print(line)
         if len(lines) > _TOLD:
-            console.print(f"and {count(len(lines) - _TOLD, noun)}; the records have them all")
+            console.print(f"and {count(len(lines) - _TOLD, noun)}; the records have all of them")
         if lines:
             console.print()

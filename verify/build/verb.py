@@ -1,4 +1,4 @@
-"""``python -m verify compile``: a verdict about cards that are not here, as far as a compiler can give one."""
+"""``python -m verify compile``: what a compiler can show about GPUs that are not present."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _order(
 
 
 def _words(order: Order, sm: str, full: bool) -> str:
-    """The request as it would be typed, without where anything lies."""
+    """The request as a command line, without local paths."""
     words = ["compile", "--sm", sm]
     words += ["--kernels", ",".join(order.kernels)] if order.kernels else []
     return shlex.join([*words, *(["--full"] if full else [])])
@@ -108,12 +108,12 @@ def _words(order: Order, sm: str, full: bool) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the builds as Ctrl-C does: with no process left behind."""
+    """Make SIGTERM and SIGHUP end the builds as Ctrl-C does, with no process left behind."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    # nohup asks for a process that outlives its terminal
+    # nohup ignores SIGHUP, so that the process outlives its terminal
     wanted = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in wanted}
     try:
@@ -124,9 +124,9 @@ def _interruptible() -> Iterator[None]:
 
 
 def _with_progress(order: Order) -> tuple[list[Compilation], list[Path]]:
-    """Compile, with a bar on a terminal, and elsewhere a heartbeat, and a line at the end; all on stderr.
+    """Compile, with progress on stderr: a bar on a terminal, elsewhere a heartbeat, and a line at the end.
 
-    Returns what was built, and the files that were imported to ask the subject.
+    Returns what was built, and the files imported to capture the launches.
     """
     from rich.console import Console
 
@@ -142,7 +142,7 @@ def _with_progress(order: Order) -> tuple[list[Compilation], list[Path]]:
 
     shown = bar(console, "last")
     with shown, Heartbeat(console, told):
-        task = shown.add_task("building", total=None, last="asking the subject what it launches")
+        task = shown.add_task("building", total=None, last="capturing what the subject launches")
 
         def planned(number: int) -> None:
             shown.update(task, total=(shown.tasks[task].total or 0) + number, last="starting")
@@ -156,13 +156,13 @@ def _with_progress(order: Order) -> tuple[list[Compilation], list[Path]]:
 
         imported: list[Path] = []
         compilations = compile_ahead(order, Progress(imported.extend, planned, ended))
-    kept = "" if made else "; everything was built before"
+    kept = "" if made else "; everything was cached"
     console.print(f"{made} builds in {time.monotonic() - begun:.1f} s{kept}", markup=False)
     return compilations, imported
 
 
 def _write(records: Sequence[Record], out: Path) -> Path:
-    """One directory with a record for each GPU. Raises ConfigurationError, and leaves nothing, when that cannot be."""
+    """Write one directory with a record for each GPU. Raises ConfigurationError, and leaves nothing, if that fails."""
     folder = out / new_run_id("compiled")
     try:
         for record in records:
@@ -173,7 +173,7 @@ def _write(records: Sequence[Record], out: Path) -> Path:
         if folder.is_dir():
             folder.rmdir()
         raise ConfigurationError(
-            f"the records cannot be written to {folder} ({error.strerror}); what was built is kept, so make room or "
-            "choose another --out and call again"
+            f"the records cannot be written to {folder} ({error.strerror}); the builds are cached, so make room or "
+            "choose another --out and run again"
         ) from error
     return folder

@@ -1,9 +1,9 @@
-"""How many instructions one warp executes.
+"""Counts the instructions that one warp executes.
 
-The control flow of one warp of program (0, 0, 0) is followed through the machine code with the launch's own arguments:
-integers that all of its threads share are computed where they can be known, everything else is unknown. So a loop
-counts with its trip count, whatever the compilers unrolled, and a branch that depends on data, or that the threads of
-the warp may take differently, ends in ``Undetermined`` instead of in a guess.
+The control flow of one warp of program (0, 0, 0) is followed through the machine code with the launch's own arguments.
+Integers that all of its threads share are computed where possible; everything else is unknown. So a loop counts with
+its trip count, however it was unrolled. A branch that depends on data, or that may diverge within the warp, raises
+``Undetermined`` instead of being guessed.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from verify.build.meanings import MEANINGS, combined
 from verify.build.registers import IMMEDIATE, PREDICATE, REGISTER, Thread
 from verify.build.sass import Instruction, Program
 
-#: Far above any kernel that scores a block of keys; below it the count takes seconds.
+#: Far more than any kernel that scores a block of keys executes; counting that far takes seconds.
 _STEPS = 2_000_000
 
 
-#: Instructions that name the predicates that they write behind the register.
+#: Instructions whose written predicates follow the destination register.
 _CARRYING = ("IADD3", "UIADD3", "LEA", "ULEA", "IMAD", "UIMAD")
 
-#: Instructions of unknown meaning that write two registers, whatever their name says of it.
+#: Instructions that may write two registers without .WIDE in their name.
 _PAIRS = ("CS2R", "DADD", "DMUL", "DFMA", "F2F", "I2F", "F2I", "FADD2", "FMUL2", "FFMA2", "LEPC")
 
-#: Instructions whose first register is read.
+#: Instructions that write predicates only: their first register is read.
 _PREDICATES_ONLY = ("ISETP", "UISETP", "FSETP", "DSETP", "HSETP2", "PLOP3", "UPLOP3")
 
 _JUMPS = ("BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU", "CALL", "RET", "BREAK")
@@ -36,7 +36,7 @@ class Undetermined(Exception):
 
 
 def executed(program: Program, constants: Mapping[int, int], warp: int = 0) -> int:
-    """How many instructions the warp of that number in a program executes, predicated-off ones included.
+    """The number of instructions that warp number ``warp`` of a program executes, predicated-off ones included.
 
     ``constants`` has the known 32-bit words of constant bank 0 by their byte offset. Raises Undetermined.
     """
@@ -69,11 +69,11 @@ def executed(program: Program, constants: Mapping[int, int], warp: int = 0) -> i
 
 
 def _target(instruction: Instruction, thread: Thread, taken: bool | None) -> int | None:
-    """Where a branch goes; None where it is not taken."""
+    """The target of a branch; None if it is not taken."""
     if ".DIV" in instruction.opcode:
-        return None  # for a warp whose threads have parted; the one that is followed has not
+        return None  # taken only by a diverged warp; this one is not
     if not instruction.operands:
-        raise Undetermined(f"{instruction.opcode} at {instruction.address:#x} does not say where it goes")
+        raise Undetermined(f"{instruction.opcode} at {instruction.address:#x} has no target")
     *conditions, target = instruction.operands
     # BRA.U UP0, 0x80: the condition may be an operand
     for condition in filter(PREDICATE.fullmatch, conditions):
@@ -83,16 +83,16 @@ def _target(instruction: Instruction, thread: Thread, taken: bool | None) -> int
     if not taken:
         return None
     if instruction.base != "BRA" or not IMMEDIATE.fullmatch(target):
-        raise Undetermined(f"{instruction.opcode} at {instruction.address:#x} goes to a place that is computed")
+        raise Undetermined(f"{instruction.opcode} at {instruction.address:#x} goes to a computed address")
     return int(target, 16)
 
 
 def _unknown(instruction: Instruction) -> Undetermined:
-    return Undetermined(f"{instruction.opcode} at {instruction.address:#x} depends on a value that is not known")
+    return Undetermined(f"{instruction.opcode} at {instruction.address:#x} depends on an unknown value")
 
 
 def _execute(thread: Thread, instruction: Instruction, taken: bool | None) -> None:
-    """Write what the instruction writes: its value where that is known, else that it is not."""
+    """Write the results of an instruction; those that cannot be computed become unknown."""
     if taken is False:
         return
     operands = list(instruction.operands)
@@ -107,7 +107,7 @@ def _execute(thread: Thread, instruction: Instruction, taken: bool | None) -> No
     if meaning is not None:
         words, answers = meaning(thread, instruction, operands)
     if place and words is None:
-        # what is not understood may write whatever stands at its front
+        # an instruction that is not understood may write any of its leading operands
         targets += _leading_predicates(operands)
     if {"PR", "UPR"} & {*instruction.operands}:
         thread.predicates.clear()
@@ -119,18 +119,18 @@ def _execute(thread: Thread, instruction: Instruction, taken: bool | None) -> No
         unknown = [None] * _words_written(instruction)
         thread.write(place, words + unknown[len(words) :] if words else unknown)
         if instruction.base.startswith("LD") and operands and REGISTER.fullmatch(operands[0]):
-            thread.write(operands[0], unknown)  # the widest loads fill two runs of registers
+            thread.write(operands[0], unknown)  # the widest loads fill two ranges of registers
 
 
 def _leading_predicates(operands: list[str]) -> list[str]:
-    """Take the predicates off the front of ``operands``: the ones that an instruction writes, two at most."""
+    """Take the predicates off the front of ``operands``, at most two: those that an instruction writes."""
     found = list(takewhile(PREDICATE.fullmatch, operands[:2]))
     del operands[: len(found)]
     return found
 
 
 def _words_written(instruction: Instruction) -> int:
-    """How many registers an instruction of unknown meaning may write; rather one too many than one too few."""
+    """An upper bound of the registers that an instruction of unknown meaning writes."""
     if "MMA" in instruction.base or instruction.base.startswith(("LDSM", "LDTM", "LDT")):
         return 8
     wide = ".WIDE" in instruction.opcode or instruction.base in _PAIRS

@@ -1,1 +1,1 @@
-"""Right or wrong: the oracle, the tolerances and the problems that a subject is given."""
+"""Right or wrong: the oracle, the tolerances, and the problems that subjects are given."""

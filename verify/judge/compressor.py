@@ -1,4 +1,4 @@
-"""Caches for the checks of the published compressor: keys, values and a model's files, with the oracle's view."""
+"""Caches for the checks of the published compressor: keys, values and model files, with the oracle's view of them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 _LAYERS, _KV_HEADS, _GROUP, _HEAD_DIM, _THETA = 2, 2, 2, 64, 1e4
-#: Near offsets: far ones let honest fp32 phases blur the gaps between scores.
+#: Small offsets: with large ones, the error of fp32 phases blurs the gaps between scores.
 _OFFSET_MAX_LENGTH = 64
 
 
 @dataclass(frozen=True)
 class Caches:
-    """Two layers of one model: ``keys`` and ``values`` float32 ``[B, H, N, D]`` for each, and the statistics of their
+    """Two layers of one model: for each, ``keys`` and ``values`` float32 ``[B, H, N, D]``; and the statistics of the
     four query heads, ``m`` complex and ``a``, ``[L, H*G, F]``.
 
     ``statistics`` is a file in the published layout, ``model`` a directory with the model's configuration.
@@ -42,7 +42,7 @@ class Caches:
     model: Path
 
     def compressor(self, subject: Subject, **options: Any) -> Any:
-        """The published compressor for these caches: everything can be evicted unless ``options`` say otherwise."""
+        """The published compressor for these caches; everything can be evicted unless ``options`` say otherwise."""
         usual = {
             "kv_budget": 48, "divide_length": 16, "window_size": 0, "protect_prefill": False,
             "offset_max_length": _OFFSET_MAX_LENGTH,
@@ -56,11 +56,11 @@ class Caches:
     def selection(
         self, layer: int, row: int, tokens: slice, t: int, evictable: np.ndarray, options: dict[str, Any]
     ) -> Selection:
-        """What the oracle keeps the best of, for one row of a layer whose cache holds ``tokens``, at position ``t``."""
+        """The oracle's selection scores for one row of a layer whose cache holds ``tokens``, at position ``t``."""
         import numpy as np
 
         keys = self.keys[layer][row : row + 1, :, tokens].double().cpu().numpy()
-        # which positions the keys stood at does not matter to the score of a rotated key
+        # the score of a rotated key does not depend on its position
         positions = np.arange(keys.shape[2])
         case = oracle.Case(
             k0=oracle.unrotated(keys, positions, self.omega, "half"),
@@ -80,7 +80,7 @@ class Caches:
 
 
 def make_caches(folder: Path, seed: int, device: str, *, tokens: int, rows: int = 1) -> Caches:
-    """Caches of ``tokens`` tokens drawn from ``seed``, the same on every device, and their files in ``folder``."""
+    """Caches of ``tokens`` tokens, drawn from ``seed`` identically on every device, and their files in ``folder``."""
     import torch
 
     draw = torch.Generator().manual_seed(seed)
@@ -92,7 +92,7 @@ def make_caches(folder: Path, seed: int, device: str, *, tokens: int, rows: int 
     size = (rows, _KV_HEADS, tokens, _HEAD_DIM)
     keys = [(normal(*size) * (1 + normal(*size[:-1], 1).abs())).to(device) for _ in range(_LAYERS)]
     values = [normal(*size).to(device) for _ in range(_LAYERS)]
-    # every head at another scale, so that it matters whether scores are normalised before they are joined
+    # each head has another scale, so that normalising scores before joining them matters
     scale = torch.logspace(0, 1, query_heads)[:, None]
     m = torch.complex(normal(_LAYERS, query_heads, freq), normal(_LAYERS, query_heads, freq)) * scale
     a = m.abs() * (1 + torch.rand(m.shape, generator=draw))
@@ -102,7 +102,7 @@ def make_caches(folder: Path, seed: int, device: str, *, tokens: int, rows: int 
     return Caches(keys, values, m, a, omega.double().numpy(), folder / "statistics.pt", folder)
 
 
-#: The least that a model's directory has to say; the usual RoPE base, so that no release reads it in another way.
+#: The minimal configuration of a model; the default RoPE base, so that every transformers release reads it alike.
 _MODEL = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": _KV_HEADS * _GROUP * _HEAD_DIM,
     "intermediate_size": 256, "num_hidden_layers": _LAYERS, "num_attention_heads": _KV_HEADS * _GROUP,
@@ -114,7 +114,7 @@ _MODEL = {
 def write_statistics(
     path: Path, m: torch.Tensor, a: torch.Tensor, without: Collection[tuple[int, int]] = (), style: str = "half"
 ) -> None:
-    """A statistics file in the published layout, in float32, ``without`` some (layer, head)."""
+    """Write a statistics file in the published layout, in float32, ``without`` some (layer, head)."""
     import torch
 
     heads = [(i, j) for i in range(m.shape[0]) for j in range(m.shape[1]) if (i, j) not in without]
@@ -134,7 +134,7 @@ def write_statistics(
 
 @dataclass(frozen=True)
 class Kept:
-    """What a call of ``compress`` gave: ``keys`` and ``values`` ``[B, H, K, D]``, ``indices`` int64 ``[B, H, K]``."""
+    """The result of ``compress``: ``keys`` and ``values`` ``[B, H, K, D]``, ``indices`` int64 ``[B, H, K]``."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -151,8 +151,9 @@ class Kept:
 
 
 def compress(compressor: Any, keys: torch.Tensor, values: torch.Tensor, **more: Any) -> Kept:
-    """A guarded call of ``compress``, whose indices may be shared by heads or rows. Raises AssertionError for keys of
-    other rows or heads.
+    """A guarded call of ``compress``, whose indices may be shared by heads or rows.
+
+    Raises AssertionError if the returned keys have another number of rows or heads.
     """
     found = call(lambda: compressor.compress(keys, values, **more), {"key_states": keys, "value_states": values})
     held, carried, indices = found.result

@@ -1,9 +1,8 @@
 """Guarded calls: the only way in which phases 3 to 5 ask a subject for scores, so that none can be right by accident.
 
-What a subject allocates from Python lies between known bytes, so that a write beside it is seen, and what it allocates
-without a value is full of NaN, so that a score that was never written is seen too. Inputs are compared with copies of
-themselves, kernels are counted, and everything is compared after the whole device is idle. The oracle is asked
-afterwards.
+Tensors that a subject allocates from Python lie between guard bytes, which shows out-of-bounds writes. Uninitialised
+ones are filled with NaN, which shows scores that were never written. Inputs are compared with copies of themselves,
+kernel launches are counted, and all comparisons wait until the whole device is idle. The oracle runs afterwards.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-#: On each side of an allocation: a multiple of any alignment, and two rows of 512 keys in float32.
+#: On each side of an allocation: a multiple of every alignment, and two rows of 512 keys in float32.
 GUARD_BYTES = 4096
-#: What the guards hold; as a float of any width it is small, negative and no score.
+#: The byte in the guards; as a float of any width it is small, negative and not a plausible score.
 GUARD = 0xA5
 
 KERNELS, SCORING = "vllm.core.kernels.triton_scoring", "vllm.core.scoring"
 
-#: The two published paths, as their functions are named and as a message names them.
+#: The two published paths: the name in their functions, and the name in messages.
 PATHS = {"triton": "Triton", "pytorch": "PyTorch"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a call gave, and what it did beside: the kernels it launched, the inputs it changed, and in words what it
-    wrote beside its own tensors.
+    """The result of a call and its side effects: the kernels launched, the inputs changed, and, in words, its writes
+    outside its own tensors.
     """
 
     result: Any
@@ -52,7 +51,7 @@ class Call:
 
 
 def call(function: Callable[[], Any], inputs: Mapping[str, torch.Tensor]) -> Call:
-    """Run ``function``, which reads ``inputs`` and may write nothing but what it allocates. Raises what it raises."""
+    """Run ``function``, which reads ``inputs`` and may write only what it allocates. Its exceptions are passed on."""
     quicken()
     before = {name: tensor.clone() for name, tensor in inputs.items()}
     with counted() as launched, poisoned() as allocations:
@@ -67,18 +66,18 @@ def call(function: Callable[[], Any], inputs: Mapping[str, torch.Tensor]) -> Cal
 
 
 def kernel(subject: Subject, problem: Problem, **more: Any) -> Call:
-    """A guarded call of the published ``triattention_scoring``; ``more`` are further arguments of it."""
+    """A guarded call of the published ``triattention_scoring``; ``more`` are further arguments."""
     scoring = subject.attribute(KERNELS, "triattention_scoring")
     return call(lambda: scoring(**problem.scoring_arguments(), **more), problem.tensors())
 
 
 def engine(subject: Subject, path: str, problem: Problem, *, through: str | None = None) -> Call:
-    """A guarded call of ``compute_scores_triton`` or ``compute_scores_pytorch``, or ``through`` another name there."""
+    """A guarded call of ``compute_scores_triton`` or ``compute_scores_pytorch``, or of the function ``through``."""
     return call(engine_call(subject, path, problem, through=through), problem.tensors())
 
 
 def engine_call(subject: Subject, path: str, problem: Problem, *, through: str | None = None) -> Callable[[], Any]:
-    """The call that ``engine`` guards, for a check that times it."""
+    """The call that ``engine`` guards, unguarded, for a check that times it."""
     shape = problem.shape
     config = subject.attribute("vllm.core.config", "TriAttentionConfig")(
         kv_budget=256, pruning_mode="per_head", score_aggregation=shape.aggregation, rope_style=shape.style,
@@ -96,14 +95,14 @@ def engine_call(subject: Subject, path: str, problem: Problem, *, through: str |
 
 @dataclass(frozen=True)
 class Allocation:
-    """A tensor that a subject asked for, in a ``buffer`` of bytes that holds ``size`` of its own between the guards."""
+    """A tensor that a subject allocated: its ``size`` bytes lie between the guards in ``buffer``."""
 
     buffer: torch.Tensor
     size: int
     described: str
 
     def overrun(self) -> str:
-        """How many guard bytes were written, in words, or an empty string."""
+        """How many guard bytes were overwritten, in words; empty if none."""
         sides = {"before": self.buffer[:GUARD_BYTES], "after": self.buffer[GUARD_BYTES + self.size :]}
         written = {side: int((guard != GUARD).sum()) for side, guard in sides.items()}
         told = [f"{count} bytes {side}" for side, count in written.items() if count]
@@ -112,7 +111,7 @@ class Allocation:
 
 @contextmanager
 def poisoned() -> Iterator[list[Allocation]]:
-    """Inside, tensors allocated from Python lie between guards; without a value they hold NaN, or the guard's bytes."""
+    """Inside, tensors allocated from Python lie between guards; uninitialised ones hold NaN, or the guard byte."""
     allocations: list[Allocation] = []
     with _poison()(allocations):
         yield allocations
@@ -149,7 +148,9 @@ def _poison() -> type:
 
 
 def _between_guards(made: torch.Tensor, allocations: list[Allocation]) -> torch.Tensor:
-    """A tensor of the size, strides, dtype and device of ``made``, between guards and full of NaN where it can be."""
+    """A tensor with the size, strides, dtype and device of ``made``, between guards, and filled with NaN if its dtype
+    has one.
+    """
     import torch
 
     span = 1 + sum((size - 1) * stride for size, stride in zip(made.size(), made.stride(), strict=True))

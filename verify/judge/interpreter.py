@@ -1,4 +1,4 @@
-"""Triton's interpreter without what it looks up anew for every call inside a kernel."""
+"""Triton's interpreter without the lookups that it repeats for every call inside a kernel."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 @cache
 def quicken() -> None:
-    """Have the interpreter look up only once what never changes; nothing where kernels are not interpreted.
+    """Cache the interpreter's constant lookups; do nothing where kernels are not interpreted.
 
-    Each call of a jitted function, every ``tl.sum`` of a program among them, makes it go through all members of the
-    language for the builtins that it has to replace, and each operation makes a table of NumPy's types: together a
-    third of the time of phase 4. What is replaced, and by what, stays the interpreter's own affair. A Triton that does
-    this in another way is left as it is.
+    For each call of a jitted function, such as ``tl.sum``, the interpreter searches all members of the language for the
+    builtins to replace, and for each operation it builds a table of NumPy's types: together a third of the time of
+    phase 4. The interpreter itself still decides what to replace, and with what. A Triton release that does this
+    differently is left unchanged.
     """
     if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         return
@@ -32,7 +32,7 @@ def quicken() -> None:
         if asked:
             return inspect.getmembers(package, *asked)
         if package not in names:
-            # what is patched at this moment is no builtin any more, and would be missed
+            # a member that is patched at this moment is no longer a builtin, and would be missed
             names[package] = tuple(name for name, _ in inspect.getmembers(package, _was_builtin))
         return [(name, getattr(package, name)) for name in names[package]]
 
@@ -40,7 +40,7 @@ def quicken() -> None:
         original = (getattr(member, "__kwdefaults__", None) or {}).get("member")
         return is_builtin(member) or (original is not None and is_builtin(original))
 
-    # the module's own name for inspect, of which it uses more than this
+    # replaces the module's own `inspect`, of which it also uses other functions
     interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": getmembers})
     of_name: dict[str, Any] = {}
 

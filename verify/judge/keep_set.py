@@ -1,8 +1,8 @@
-"""The keep set by the oracle: from float64 scores through the published rules, with how far honest errors can move it.
+"""The oracle's keep set: float64 scores through the published rules, with the effect that rounding errors may have.
 
-Independent of any subject, in NumPy. Per query head a z-score over the evictable region (where asked for), per KV head
-the maximum over its group, then what the mode says: the mean over the layers (``per_head``), the maximum over
-everything (``union``) or over the heads of each layer (``per_layer``), or nothing (``per_layer_per_head``).
+In NumPy, and independent of any subject. Scores are z-scored per query head over the evictable region (if asked for),
+and maximised per KV head over its group. Then the mode applies: the mean over the layers (``per_head``), the maximum
+over everything (``union``) or over the heads of each layer (``per_layer``), or nothing (``per_layer_per_head``).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a round keeps the best of: ``scores`` ``[S, N]`` for S sets, each certain to ``error``."""
+    """The scores by which a round selects: ``scores`` ``[S, N]`` for S sets, each off by at most ``error``."""
 
     scores: np.ndarray
     error: float
 
     def inversion(self, kept: np.ndarray, evictable: np.ndarray) -> float:
-        """By how much the best evicted token beats the worst kept one: bool ``[S, N]``, bool ``[N]``; 0 if it does not.
+        """By how much the best evicted token beats the worst kept one, 0 if it does not; bool ``[S, N]``, bool ``[N]``.
 
-        Exactly the oracle's keep set has 0; within a score gap below the error either choice is right.
+        The oracle's own keep set has 0. Where two scores differ by less than their error, either choice is right.
         """
         return self._inversion(
             perturb.judged(
@@ -48,10 +48,11 @@ class Selection:
     def _swapped(
         self, kept: np.ndarray, evictable: np.ndarray, factor: float, seed: int
     ) -> perturb.Error[np.ndarray] | None:
-        """``kept`` with a kept and an evicted token of one set exchanged, whose scores are ``factor`` errors apart.
+        """``kept`` with one kept and one evicted token of a set swapped, whose scores differ by about ``factor`` times
+        the allowed gap.
 
-        Tokens are as far apart as they are: above 1 it is the next larger gap there is, else the largest; up to 1 the
-        next smaller one, and no swap where all are larger. So the error lies on the side of the bound that it should.
+        Only the existing gaps are available. For a factor above 1 it is the next larger gap, or the largest one; up to
+        1 it is the next smaller gap, or no swap if all are larger. So the error is on the intended side of the bound.
         """
         import numpy as np
 
@@ -76,7 +77,7 @@ class Selection:
 
     @property
     def allowed(self) -> float:
-        """Two scores are compared, so an honest inversion is at most twice the error of one."""
+        """Two scores are compared, so rounding can cause an inversion of at most twice the error of one."""
         return 2 * self.error
 
 
@@ -86,8 +87,8 @@ def select(
     """The selection scores of one sequence from one scoring problem per layer (batch of 1).
 
     The sets are ``per_head``: one for each KV head; ``union``: one; ``per_layer``: one for each layer;
-    ``per_layer_per_head``: one for each layer and KV head, layer by layer. ``group`` joins the query heads of a KV
-    head.
+    ``per_layer_per_head``: one for each layer and KV head, layer by layer. ``group`` (``max`` or ``mean``) joins the
+    query heads of a KV head.
     """
     import numpy as np
 
@@ -98,7 +99,7 @@ def select(
             inside = scores[:, evictable]
             std = np.maximum(inside.std(-1, keepdims=True), 1e-6)
             z = (scores - inside.mean(-1, keepdims=True)) / std
-            # a score, the mean and the standard deviation are each off by at most the largest error in the region
+            # the score, the mean and the standard deviation are each off by at most the largest error in the region
             error = error[:, evictable].max(-1, keepdims=True) / std * (2 + np.abs(z))
             scores = z
         by_head = scores.reshape(case.k0.shape[1], -1, scores.shape[-1])
@@ -115,15 +116,15 @@ def select(
 
 
 def sets_of(kept: np.ndarray, mode: str) -> np.ndarray:
-    """The sets of a mode, bool ``[S, N]``, of what every layer and KV head holds, bool ``[L, H, N]``.
+    """The sets of a mode, bool ``[S, N]``, from the tokens that each layer and KV head holds, bool ``[L, H, N]``.
 
-    Raises AssertionError where heads or layers that share a set hold different tokens.
+    Raises AssertionError if heads or layers that share a set hold different tokens.
     """
     if mode == "per_layer_per_head":
         return kept.reshape(-1, kept.shape[-1])
     shared = {"per_head": kept[:1], "per_layer": kept[:, :1], "union": kept[:1, :1]}[mode]
     differs = (kept != shared).any(-1).nonzero()
     assert not len(differs[0]), (
-        f"layer {differs[0][0]}, KV head {differs[1][0]} holds other tokens than those it shares its {mode} set with"
+        f"layer {differs[0][0]}, KV head {differs[1][0]} holds other tokens than the rest of its {mode} set"
     )
     return shared.reshape(-1, kept.shape[-1])

@@ -1,4 +1,4 @@
-"""A problem for the oracle, made of the keys and statistics of a real model."""
+"""A scoring problem for the oracle from the keys and statistics of a real model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def scoring_problem(
     positions: Any = None,
     head: int | None = None,
 ) -> oracle.Case:
-    """The scoring problem of one layer: rotated ``keys`` ``[1, H, N, D]`` and what a statistics file holds.
+    """The scoring problem of one layer, from rotated ``keys`` ``[1, H, N, D]`` and the content of a statistics file.
 
-    ``positions`` ``[N]`` are those of the keys, 0 to t - 1 unless given. With ``head``, the keys are those of that
-    KV head alone, and so are the query heads of the problem.
+    ``positions`` ``[N]`` are the positions of the keys, 0 to t - 1 by default. With ``head``, the keys are those of
+    that KV head alone, and the problem has only its query heads.
     """
     import numpy as np
 

@@ -1,12 +1,12 @@
 """The arbiter: scores in float64 from the pre-RoPE form with positions, sharing no code with any subject.
 
-A subject scores keys that already carry their rotation. The oracle takes the other way: it knows the key before
-RoPE and the key's position p, and forms
+A subject scores keys that are already rotated. The oracle starts from the key before RoPE and the key's position p,
+and computes
 
 S = agg_o sum_f w |m_f| |k_f| cos((t + o - p) omega_f + arg m_f - arg k0_f) + sum_f w e_f |k_f|,   |k_f| = s |k0_f|
 
 in NumPy float64, where e_f is a - |m| (a under ``disable_mlr``). A model that does not rotate every dim adds the
-product of its unrotated dims, q_pass . k_pass. Source: paper, score of a key.
+product of its unrotated dims, q_pass . k_pass. Source: the paper's definition of the score of a key.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Case:
     q_pass: np.ndarray | None = None
 
     def shifted(self, by: int) -> Case:
-        """The same problem with t and every position moved by ``by``: its scores are the same."""
+        """The problem with t and every position moved by ``by``, which has the same scores."""
         return replace(self, t=self.t + by, positions=self.positions + by)
 
 
@@ -60,7 +60,7 @@ def pairs(x: Any, style: str) -> np.ndarray:
 
 
 def unrotated(rotated: Any, positions: np.ndarray, omega: np.ndarray, style: str, s: float = 1.0) -> np.ndarray:
-    """Keys before RoPE, complex ``[..., N, F]``, of the rotated keys ``[..., N, D]`` a cache holds."""
+    """Keys before RoPE, complex ``[..., N, F]``, from the rotated keys ``[..., N, D]`` in a cache."""
     import numpy as np
 
     return pairs(rotated, style) * np.exp(-1j * positions[:, None] * omega) / s
@@ -99,8 +99,8 @@ def scores(case: Case) -> np.ndarray:
 
 
 def term_sum(case: Case) -> np.ndarray:
-    """T = sum_f |w| |k_f| (|m_f| + |e_f|) + sum |q_pass k_pass|, ``[B, H*G, N]``: what rounding errors are relative
-    to, whatever the algebra.
+    """T = sum_f |w| |k_f| (|m_f| + |e_f|) + sum |q_pass k_pass|, ``[B, H*G, N]``: rounding errors are relative to it,
+    however the score is computed.
     """
     import numpy as np
 
@@ -116,7 +116,7 @@ def phase_sum(case: Case) -> np.ndarray:
     """sum_f |w| |m_f| |k_f| |(t + o) omega_f|, ``[B, H*G, N]``, at the largest offset (max) or averaged over them
     (mean).
 
-    Times 2^-23 this is the error that honest fp32 phases cause.
+    Times 2^-23 this is the error from phases in fp32.
     """
     import numpy as np
 
@@ -134,10 +134,11 @@ def _per_query_head(case: Case) -> np.ndarray:
 
 
 def _content(case: Case, of: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> np.ndarray | float:
-    """sum q_pass k_pass of each score, ``[B, H*G, N]``, of their absolute values where asked for; 0 without any."""
+    """sum q_pass k_pass of each score, ``[B, H*G, N]``, with ``of`` applied to both factors; 0 if all dims rotate."""
     import numpy as np
 
     if case.q_pass is None:
         return 0.0
+    assert case.k_pass is not None  # a model has unrotated dims in both its queries and its keys, or in neither
     k_pass = np.repeat(case.k_pass, case.q_pass.shape[0] // case.k_pass.shape[1], axis=1)
     return np.einsum("hp,bhnp->bhn", of(case.q_pass), of(k_pass))

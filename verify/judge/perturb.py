@@ -1,8 +1,8 @@
-"""An error of known size in what a check is about to judge, so that its sharpness can be measured.
+"""Plants an error of known size in the result that a check is about to judge, to measure how sharp the check is.
 
-The comparisons of ``tolerance`` and ``keep_set`` pass the subject's result through ``judged``. It comes back as it is,
-unless an internal run has put a plant there. A check that compares in this way is numeric: what it allows is a
-floating-point tolerance, not a count and not yes or no.
+The comparisons of ``tolerance`` and ``keep_set`` pass the subject's result through ``judged``, which returns it
+unchanged unless an internal run plants an error. A check that compares in this way is numeric: it allows a
+floating-point tolerance, not a count or a yes or no.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: In units of what is allowed: every HARD numeric check fails on the one and passes on the other.
+#: In units of the allowed error: every HARD numeric check must fail on the first and pass on the second.
 CAUGHT, TOLERATED = 30.0, 0.3
 
-#: Halvings of the interval from 0 to ``CAUGHT`` that find a limit to 5e-4.
+#: Halvings of the interval from 0 to ``CAUGHT``: they find a limit to 5e-4.
 _HALVINGS = 16
 
 
 class Limit(Strict):
     """The smallest planted error that a comparison caught.
 
-    ``factor`` is in units of what is allowed there, ``absolute`` in those of the result, ``value`` what it was added
-    to, where that is known. The factor is infinite where even ``CAUGHT`` was not.
+    ``factor`` is in units of the error allowed there, ``absolute`` in units of the result; ``value`` is the number it
+    was added to, if known. The factor is infinite if even ``CAUGHT`` was not caught.
     """
 
     factor: float
@@ -41,7 +41,7 @@ class Limit(Strict):
 
 @dataclass(frozen=True)
 class Error(Generic[T]):
-    """A result with an error in it, of ``factor`` times what is allowed; see ``Limit``."""
+    """A result with a planted error of ``factor`` times what is allowed; see ``Limit``."""
 
     result: T
     factor: float
@@ -51,7 +51,7 @@ class Error(Generic[T]):
 
 @dataclass
 class Plant:
-    """What to plant, in units of what is allowed, and with which seed; ``limits`` has one for each comparison."""
+    """The error to plant, in units of what is allowed, and its seed; ``limits`` gets one entry per comparison."""
 
     factor: float
     seed: int
@@ -63,7 +63,7 @@ _ACTIVE: ContextVar[Plant | None] = ContextVar("plant", default=None)
 
 @contextmanager
 def planting(plant: Plant) -> Iterator[Plant]:
-    """Plant into every result that is judged inside."""
+    """Inside, plant into every result that is judged."""
     token = _ACTIVE.set(plant)
     try:
         yield plant
@@ -72,9 +72,9 @@ def planting(plant: Plant) -> Iterator[Plant]:
 
 
 def judged(result: T, put: Callable[[float, int], Error[T] | None], judge: Callable[[T], float]) -> T:
-    """``result``, or what ``put(factor, seed)`` makes of it where something is planted.
+    """``result``, or ``put(factor, seed)``, the result with an error, if one is planted.
 
-    ``judge`` gives how much of what is allowed is used up: at most 1 passes, and NaN does not.
+    ``judge`` returns the used share of what is allowed: at most 1 passes, and NaN does not.
     """
     plant = _ACTIVE.get()
     if plant is None:
@@ -82,14 +82,22 @@ def judged(result: T, put: Callable[[float, int], Error[T] | None], judge: Calla
     error = put(plant.factor, plant.seed)
     if error is None:
         return result
-    plant.limits.append(_limit(lambda factor: put(factor, plant.seed), judge))
+
+    def of_size(factor: float) -> Error[T]:
+        found = put(factor, plant.seed)
+        assert found is not None  # the seed, not the size of the error, decides which element is off
+        return found
+
+    plant.limits.append(_limit(of_size, judge))
     return error.result
 
 
 def element(
     errors: np.ndarray, allowed: np.ndarray, result: np.ndarray | None
 ) -> Callable[[float, int], Error[np.ndarray] | None]:
-    """One more error in an element that may be off at all, chosen by the seed; ``result`` is what ``errors`` are in."""
+    """Adds an error to one element whose allowed error is not 0, chosen by the seed. ``errors`` are those of ``result``
+    where it is given.
+    """
 
     def put(factor: float, seed: int) -> Error[np.ndarray] | None:
         import numpy as np

@@ -36,7 +36,7 @@ class Shape:
     cached: bool = False
 
     def told(self) -> str:
-        """What differs from the default problem, in words for a failure message."""
+        """How it differs from the default problem, in words for a failure message."""
         here = {field.name: getattr(self, field.name) for field in fields(self)}
         if len(self.offsets) > 3:
             here["offsets"] = f"{len(self.offsets)} offsets"
@@ -46,9 +46,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of a scoring call on ``device`` and the oracle's view of exactly the same numbers.
+    """Inputs of a scoring call on one device and the oracle's view of exactly the same numbers.
 
-    ``head_stats`` is what the published ``compute_scores`` takes in place of the three q tensors.
+    ``head_stats`` is the argument of the published ``compute_scores`` in place of the three q tensors.
     """
 
     shape: Shape
@@ -80,7 +80,7 @@ class Problem:
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor a scoring call is given, and the buffer around strided keys, for the check that none changes."""
+        """Every tensor passed to a scoring call, and the buffer behind strided keys, to check that none changes."""
         around = self.keys if self.keys._base is None else self.keys._base
         return {name: getattr(self, name) for name in _DRAWN} | self.head_stats | {"buffer of the keys": around}
 
@@ -90,14 +90,14 @@ class Problem:
         return assemble(**same | parts)
 
 
-#: The tensors of a problem, from which the rest is made.
+#: The tensors that define a problem.
 _DRAWN = ("keys", "q_mean_real", "q_mean_imag", "q_abs_mean", "freq_weight", "omega", "offsets")
 
 
 def make(shape: Shape, seed: int, device: str) -> Problem:
-    """A problem with structure: concentrated queries, keys of mixed size, frequencies of a real RoPE base.
+    """A realistic problem: concentrated queries, keys of mixed size, frequencies of a real RoPE base.
 
-    The same numbers on every device: they are drawn on the CPU. Values are what the dtypes hold, so inputs are exact.
+    The numbers are drawn on the CPU, so they are the same on every device. The dtypes hold them exactly.
     """
     import numpy as np
     import torch
@@ -117,8 +117,8 @@ def make(shape: Shape, seed: int, device: str) -> Problem:
     omega = 1.0 / (shape.theta ** (torch.arange(0, freq, dtype=torch.float32) / freq))
     offsets = torch.tensor(shape.offsets)
     positions = np.sort(np.random.default_rng(seed).choice(max(shape.t, shape.n) + 1, size=shape.n, replace=False))
-    moved = [x.to(device) for x in (keys, real, imag, a, weight, omega, offsets)]
-    return assemble(shape, *moved, positions)
+    keys, real, imag, a, weight, omega, offsets = (x.to(device) for x in (keys, real, imag, a, weight, omega, offsets))
+    return assemble(shape, keys, real, imag, a, weight, omega, offsets, positions)
 
 
 def assemble(
@@ -132,7 +132,7 @@ def assemble(
     offsets: torch.Tensor,
     positions: np.ndarray,
 ) -> Problem:
-    """The problem of these tensors, which are on one device, with keys restrided as ``shape`` says."""
+    """The problem with these tensors, which are on one device, and with the strides of the keys that ``shape`` says."""
     import torch
 
     real, imag, a, weight, frequencies, distances = (
@@ -156,8 +156,8 @@ def assemble(
     return Problem(shape, keys, q_mean_real, q_mean_imag, q_abs_mean, freq_weight, omega, offsets, case, head_stats)
 
 
-#: What ``drawn`` draws from unless told otherwise, the simplest first: tails of any block, head dims with and without
-#: padding, odd positions, every stride.
+#: The defaults that ``drawn`` draws from, simplest first: tails of any block, head dims with and without padding, odd
+#: positions, every stride.
 _CHOICES = {
     "n": (33, 1, 31, 64, 65, 129, 200),
     "d": (64, 96, 128, 256),
@@ -174,9 +174,9 @@ _CHOICES = {
 
 
 def drawn(seed: int, count: int, **choices: tuple[Any, ...]) -> list[Shape]:
-    """At most ``count`` shapes drawn by hypothesis from ``seed`` alone, the least work first; ``choices`` by field.
+    """At most ``count`` shapes drawn by hypothesis from ``seed`` alone, least work first; ``choices`` are by field.
 
-    They are drawn before any is tried: hypothesis runs a failing example again, and a numeric check is never retried.
+    They are drawn before any is tried, because hypothesis reruns failing examples and a numeric check is never retried.
     """
     from hypothesis import HealthCheck, Phase, given, settings, strategies
     from hypothesis import seed as seeded
@@ -198,8 +198,8 @@ def drawn(seed: int, count: int, **choices: tuple[Any, ...]) -> list[Shape]:
 
 
 def restride(x: torch.Tensor, strides: str) -> torch.Tensor:
-    """The same values behind other strides: ``contiguous``, ``transposed`` (tokens before heads), ``sliced`` (a
-    view into a larger buffer at an offset) or ``spread`` (every second element, so the last stride is 2).
+    """The same values with other strides: ``contiguous``, ``transposed`` (tokens before heads), ``sliced`` (a view
+    into a larger buffer at an offset) or ``spread`` (every second element, so the last stride is 2).
     """
     import torch
 

@@ -1,9 +1,10 @@
-"""Every tolerance of the suite, with its derivation. Nothing is compared with a number that does not come from here.
+"""Every tolerance of the suite, with its derivation. All numeric comparisons take their bound from here.
 
 An fp32 implementation that reads exact keys makes, per score, a handful of roundings of 2^-24 relative to the sum
-of the absolute terms T (a sum of n terms in a tree rounds log2 n times, each weight and product once, |k| twice);
-folded prototypes measured 0.6 to 2.5 units of 2^-24 T. Class A allows 8. Class B adds what honest fp32 phases cost:
-an angle x = (t + o) omega held in fp32 is off by up to |x| 2^-24, and forming it from rounded factors doubles that.
+of the absolute terms T (a tree sum of n terms rounds log2 n times, each weight and product once, |k| twice);
+prototypes with folded weights measured 0.6 to 2.5 units of 2^-24 T. Class A allows 8. Class B adds the error of fp32
+phases: an angle x = (t + o) omega in fp32 is off by up to |x| 2^-24, and computing it from rounded factors doubles
+that.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ UNIT = 2.0**-24
 #: Class A, in units of 2^-24 T.
 CLASS_A_UNITS = 8.0
 
-#: Two engines that compute the same model in float32 in another order: logits of about 20 are sums of some thousand
-#: terms over thirty layers, 2^-24 x 20 x 1000, so a gap below this decides nothing about which token is greedy.
+#: For two engines that compute the same model in float32 in different orders. Logits of about 20 are sums of about a
+#: thousand terms over thirty layers, 2^-24 x 20 x 1000, so with a gap below this either token can be the greedy one.
 NEAR_TIE = 1e-3
 
-#: Plan 3.2: the fixed bound on the difference of the Triton and the PyTorch path.
+#: Plan 3.2: the fixed bound on the difference between the Triton and the PyTorch path.
 PLAN_MAX_DIFF = 1e-2
 
 
 class Worst(NamedTuple):
-    """The element that uses up most of what it is allowed: its absolute error, and what was allowed there.
+    """The element that uses the largest share of its allowed error: its absolute error, and the allowed one.
 
     ``measure(name, *worst)`` records both. An error of NaN is within no bound.
     """
@@ -44,7 +45,7 @@ class Worst(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """error / allowed; 0 where nothing is off by nothing."""
+        """error / allowed; 0 if both are 0."""
         return float(_ratio(self.error, self.allowed))
 
 
@@ -52,8 +53,8 @@ class Worst(NamedTuple):
 class Accuracy:
     """How far scores are from the oracle, in the worst place.
 
-    ``units`` is the largest error over 2^-24 T (class A allows 8); ``class_b`` the element that uses up most of its
-    class B budget. NaN where a score is NaN, which no bound admits.
+    ``units`` is the largest error over 2^-24 T (class A allows 8); ``class_b`` the element that uses the largest share
+    of its class B budget. Both are NaN if a score is NaN, which is within no bound.
     """
 
     units: float
@@ -62,7 +63,7 @@ class Accuracy:
 
     @property
     def accuracy_class(self) -> str:
-        """``A``, ``B`` or ``C`` of spec: within 8 x 2^-24 T; within that plus honest fp32 phases; neither."""
+        """``A``: within 8 x 2^-24 T; ``B``: within that plus the error of fp32 phases; ``C``: neither."""
         if self.units <= CLASS_A_UNITS:
             return "A"
         return "B" if self.class_b.ratio <= 1.0 else "C"
@@ -83,18 +84,18 @@ def budget_b(case: Case) -> np.ndarray:
 
 
 def budget_pre_rope(case: Case) -> np.ndarray:
-    """Allowed error of a score made from float32 amplitudes and phases of keys before RoPE, ``[B, H*G, N]``.
+    """Allowed error of a score computed from float32 amplitudes and phases of keys before RoPE, ``[B, H*G, N]``.
 
-    Class B, and once more class A's 8 units: a complex product is off by 2.3 units of its size, a modulus by one more,
+    Class B plus another 8 units of class A: a complex product is off by 2.3 units of its size, a modulus by one more,
     an angle of up to pi by pi.
     """
     return budget_b(case) + budget_a(case)
 
 
 def key_rounding(case: Case) -> np.ndarray:
-    """By how much a score may move when its key is rounded to float32 once, ``[B, H*G, N]``.
+    """How much a score may change when its key is rounded to float32 once, ``[B, H*G, N]``.
 
-    Each part of a pair moves by at most 2^-24 of itself, so a pair by 2^-24 |k_f|, and the score by 2^-24 T.
+    Each component of a pair changes by at most 2^-24 of itself, so a pair by 2^-24 |k_f|, and the score by 2^-24 T.
     """
     from verify.judge import oracle
 
@@ -102,9 +103,9 @@ def key_rounding(case: Case) -> np.ndarray:
 
 
 def worst(error: Any, allowed: np.ndarray | float, result: np.ndarray | None = None) -> Worst:
-    """The element of ``error`` that uses up most of what is ``allowed`` there; one of NaN, where there is one.
+    """The element of ``error`` that uses the largest share of ``allowed``; one that is NaN, if any is.
 
-    ``result``, of the same shape, is what the errors are in, where that is known.
+    ``result``, of the same shape, is the result that has these errors, if known.
     """
     import numpy as np
 
@@ -113,7 +114,7 @@ def worst(error: Any, allowed: np.ndarray | float, result: np.ndarray | None = N
 
 
 def accuracy(got: Any, case: Case) -> Accuracy:
-    """Compare the scores ``[B, H*G, N]`` of a subject with the oracle's. Raises AssertionError for another shape."""
+    """Compare the scores ``[B, H*G, N]`` of a subject with the oracle's. Raises AssertionError if the shapes differ."""
     import numpy as np
 
     from verify.judge import oracle
@@ -130,7 +131,7 @@ def accuracy(got: Any, case: Case) -> Accuracy:
 
 
 def blamed(paths: Mapping[str, Accuracy]) -> str:
-    """Which of the ``paths`` is wrong by the oracle, in words: ``the PyTorch path is wrong (45x its class B budget from
+    """Which of the ``paths`` is wrong according to the oracle: ``the PyTorch path is wrong (45x its class B budget from
     the float64 oracle), the Triton path is right (class A)``.
     """
     told = {
@@ -144,9 +145,10 @@ def blamed(paths: Mapping[str, Accuracy]) -> str:
 
 
 def paths_differ(one: Any, other: Any, case: Case) -> tuple[float, Worst]:
-    """How far two results of one problem, ``[B, H*G, N]``, are apart: at most, and against twice class A's error.
+    """The difference of two results of one problem, ``[B, H*G, N]``: its maximum, and its worst element against twice
+    the class A error.
 
-    The one may be ``PLAN_MAX_DIFF``; the other is about the error that each path may have.
+    ``PLAN_MAX_DIFF`` bounds the maximum; the worst element is about the error that each path may have.
     """
     import numpy as np
 
@@ -159,7 +161,7 @@ def paths_differ(one: Any, other: Any, case: Case) -> tuple[float, Worst]:
 def matmul_error(got: Any, a: Any, b: Any) -> Worst:
     """The worst element of a bf16 product ``[M, N]`` of float64 ``[M, K]`` and ``[K, N]``.
 
-    Each output is one bf16 rounding, 2^-8 relative, of a sum whose fp32 accumulation adds K x 2^-24 of its terms.
+    Each output is rounded once to bf16, 2^-8 relative; the fp32 accumulation adds K x 2^-24 of the absolute terms.
     """
     import numpy as np
 
@@ -169,7 +171,7 @@ def matmul_error(got: Any, a: Any, b: Any) -> Worst:
 
 
 def _planted(error: np.ndarray, allowed: np.ndarray, result: np.ndarray | None) -> np.ndarray:
-    """``error``, with one more in an element where a run plants one."""
+    """``error``, with the planted error added if a run plants one."""
     return perturb.judged(error, perturb.element(error, allowed, result), lambda judged: _worst(judged, allowed).ratio)
 
 
@@ -188,7 +190,7 @@ def _place_of_largest(ratio: np.ndarray) -> tuple[np.intp, ...]:
 
 
 def _ratio(error: Any, budget: Any) -> np.ndarray:
-    """error / budget, where nothing over nothing is 0: a score of no terms has to be exactly 0."""
+    """error / budget, with 0 / 0 = 0: a score without terms must be exactly 0."""
     import numpy as np
 
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -196,28 +198,28 @@ def _ratio(error: Any, budget: Any) -> np.ndarray:
 
 
 #: Largest difference of float32 log-probabilities between two attention implementations over the same cache. Each
-#: layer sums the same terms in another order: about 2^-24 sqrt(terms) relative, 1e-6 after some hundred terms, which
-#: thirty layers and a softmax over logits of size 20 turn into some 1e-4 at worst.
+#: layer sums the same terms in another order: about 2^-24 sqrt(terms) relative, 1e-6 after a few hundred terms. Thirty
+#: layers and a softmax over logits of size 20 turn that into about 1e-4 at worst.
 ATTENTION_LOG_PROB = 1e-3
 
 
-#: Two engines' selection scores in float32, z-scores of a few units averaged over layers. Their keys differ as their
-#: log-probabilities do: 2^-24 sqrt(terms) relative, some 7e-7 a layer, 2e-5 after thirty of them; a z-score, its mean
-#: and its deviation are each off by that, which makes about four times as much. Below this either keep set is right.
+#: For selection scores of two engines in float32, z-scores of a few units averaged over layers. Their keys differ like
+#: their log-probabilities: 2^-24 sqrt(terms) relative, about 7e-7 per layer, 2e-5 after thirty. A z-score, its mean
+#: and its deviation are each off by that, together about four times as much. Below this either keep set is right.
 KEEP_SET_TIE = 1e-4
 
 
-#: Largest error of calibrated means, relative to E|q| of the same frequency. They are float64 sums of the queries that
-#: the model computed, rounded once to float32, which is 2^-24 = 6e-8; the rest is room for a second forward pass that
-#: a GPU may compute with other kernels.
+#: Largest error of calibrated means, relative to E|q| of the same frequency. They are float64 sums of the model's
+#: queries, rounded once to float32, which is 2^-24 = 6e-8; the rest is room for a second forward pass, which a GPU may
+#: compute with other kernels.
 CALIBRATION = 1e-6
 
 
 def trig_entry_error(table: Any, exact: np.ndarray, angle: np.ndarray) -> Worst:
-    """The worst of table entries (cos or sin values).
+    """The worst entry of a table of cos or sin values.
 
-    An entry rounded once from float64 is within half a unit of 2^-24, and one more is left for the libm; a phase x that
-    was formed in fp32 adds 2 |x| units, entry by entry.
+    An entry rounded once from float64 is within half a unit of 2^-24, and one more unit is left for the libm. A phase x
+    computed in fp32 adds 2 |x| units to its entry.
     """
     import numpy as np
 

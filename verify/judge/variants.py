@@ -1,8 +1,8 @@
-"""The variants of the scoring kernel: the inputs for which a subject may build another kernel, and the call that does.
+"""The variants of the scoring kernel: inputs for which a subject may build different kernels, and the scoring call.
 
-A variant is a ``Shape``. The same ones are built ahead of time for every GPU, over 4,096 tokens, and launched where a
-GPU or the interpreter runs phase 3, over 65. A subject that builds another kernel for another number of tokens so has
-each built as it meets it.
+A variant is a ``Shape``. The same variants are built ahead of time for every GPU, with 4,096 tokens, and launched in
+phase 3 on a GPU or in the interpreter, with 65. A subject may build different kernels for the two numbers of tokens;
+each is then built when it is met.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DTYPES, _STYLES, _AGGREGATIONS = ("bfloat16", "float16", "float32"), ("half", "interleaved"), ("mean", "max")
 
-#: The plan's call of the kernel (item 3.1): 8 heads, 512 tokens, five offsets.
+#: The kernel call of plan 3.1: 8 heads, 512 tokens, five offsets.
 _PLAN = Shape(n=512, h=8, t=512, offsets=OFFSETS_17[:5])
 
 
@@ -39,7 +39,7 @@ def _name(shape: Shape) -> str:
 def _shape(
     dtype: str, style: str, aggregation: str, d: int = 128, offsets: int = 17, *, cached: bool = False, g: int = 1
 ) -> Shape:
-    # 65 tokens: one more than the largest block of the reference, so that a tail is always there
+    # 65 tokens: one more than the largest block of the reference, so that there is always a tail
     return Shape(
         n=65, d=d, g=g, dtype=dtype, style=style, aggregation=aggregation, offsets=OFFSETS_17[:offsets], cached=cached
     )
@@ -55,7 +55,7 @@ _EVERY = _named(
     )
 )
 
-#: The variants of every run: each dtype, layout and aggregation; the settings in use; and the corners, where kernels
+#: The variants of every run: each dtype, layout and aggregation; the usual settings; and the corner cases where kernels
 #: break: the smallest and the largest head dim, the widest keys in the costliest layout, one offset.
 SCORING = MappingProxyType(
     {
@@ -73,30 +73,30 @@ SCORING = MappingProxyType(
     )
 )
 
-#: Several query heads per KV head in one call, which a subject may refuse.
+#: Several query heads per KV head in one call; a subject may refuse these.
 GROUPED = _named(*(_shape("bfloat16", "half", aggregation, g=4) for aggregation in _AGGREGATIONS))
 
 #: The case of p3.plan.
 PLAN = MappingProxyType({"as_written": _PLAN})
 
-#: What is built ahead of time, by the case of the phase 3 check that launches it.
+#: The variants built ahead of time, by the case of the phase 3 check that launches them.
 DEFAULT = MappingProxyType({**SCORING, **GROUPED, **PLAN})
 
-#: What ``--full`` builds.
+#: The variants that ``--full`` builds.
 FULL = MappingProxyType({**DEFAULT, **_EVERY})
 
 
 def score(subject: Subject, shape: Shape, seed: int, device: str) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """The scores of the subject's published kernel call for ``shape``, and the shape ``(B, H*G, N)`` they must have.
 
-    A cached variant scores with a trig table of the subject's own. Raises SubjectLacks when the subject has no such
-    call, and whatever the call raises.
+    A cached variant scores with the subject's own trig table. Raises SubjectLacks if the subject lacks the call, and
+    whatever the call raises.
     """
     return scoring_call(subject, make(shape, seed, device), device)(), (shape.b, shape.h * shape.g, shape.n)
 
 
 def scoring_call(subject: Subject, problem: Problem, device: str) -> Callable[[], torch.Tensor]:
-    """The call that ``score`` makes, with its trig table, for a check that times it. Raises SubjectLacks as there."""
+    """The call that ``score`` makes, with its trig table, for a check that times it. Raises SubjectLacks likewise."""
     module, shape = "vllm.core.kernels.triton_scoring", problem.shape
     arguments = problem.scoring_arguments()
     if shape.cached:
@@ -106,5 +106,5 @@ def scoring_call(subject: Subject, problem: Problem, device: str) -> Callable[[]
 
 
 def widened(shape: Shape) -> Shape:
-    """The same variant over 4,096 tokens, whole blocks of any sensible size: what a build is counted on."""
+    """The same variant with 4,096 tokens, whole blocks of any sensible size, for counting a build's instructions."""
     return replace(shape, n=4096)

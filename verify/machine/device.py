@@ -1,4 +1,4 @@
-"""Which device a run uses, decided without a CUDA context, and what must be set before triton is imported."""
+"""Chooses the device of a run without a CUDA context, and sets what must be set before triton is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from verify.machine.processors import use_one_thread
 DeviceName = Literal["cpu", "cuda"]
 
 #: Importing torch from a cold disk takes most of a minute on small machines.
-_PROBE_LIMIT_S = 180
+_TORCH_LIMIT_S = 180
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ class Device:
 
 
 def resolve(choice: str) -> Device:
-    """The device that ``choice`` (auto, cpu, cuda) means here: ``auto`` is cuda where torch can use a GPU, else cpu.
+    """The device that ``choice`` (auto, cpu, cuda) means here: ``auto`` is cuda if torch can use a GPU, else cpu.
 
-    torch is asked in a child process, and only where a CUDA driver is installed. Raises ConfigurationError when cuda is
-    asked for and torch cannot use it.
+    torch is asked in a child process, and only if a CUDA driver is installed. Raises ConfigurationError when cuda is
+    requested and torch cannot use it.
     """
     if choice == "cpu":
         return Device("cpu")
@@ -47,12 +47,12 @@ def resolve(choice: str) -> Device:
     else:
         problem, note = "there is no CUDA driver (libcuda.so.1) here", ""
     if choice == "cuda":
-        raise ConfigurationError(f"--device cuda is not to be had: {problem}; see `python -m verify doctor`")
+        raise ConfigurationError(f"--device cuda is not available: {problem}; see `python -m verify doctor`")
     return Device("cpu", note)
 
 
 def prepare(device: DeviceName, model: str) -> None:
-    """Set the variables of this process and its children that decide how kernels run, and on how many threads.
+    """Set the environment variables that determine how kernels run, and on how many threads, here and in children.
 
     Call before triton or torch is imported. Raises ConfigurationError when TRITON_INTERPRET would turn a GPU run into
     an emulated one, or the reverse.
@@ -64,9 +64,9 @@ def prepare(device: DeviceName, model: str) -> None:
         )
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-    # NVML counts the cards in this order, and CUDA by its own guess at speed unless it is told
+    # NVML counts GPUs in PCI order; CUDA's default order is its own guess at their speed
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    # triton 3.10 turns its default off; a run says which one it used
+    # triton 3.10 changes this default to off; setting it records which one a run used
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if model == "embedded":
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -82,12 +82,12 @@ def _driver_installed() -> bool:
 
 
 def _ask_torch() -> str:
-    """``available``, or the words that say why torch cannot use a GPU."""
+    """``available``, or why torch cannot use a GPU."""
     program = "import torch; print('available' if torch.cuda.is_available() else 'torch cannot use it')"
     try:
-        child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=_PROBE_LIMIT_S)
+        child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=_TORCH_LIMIT_S)
     except subprocess.TimeoutExpired:
-        return f"torch did not answer within {_PROBE_LIMIT_S} s"
+        return f"torch did not answer within {_TORCH_LIMIT_S} s"
     if child.returncode:
         return "torch is not installed" if "No module named 'torch'" in child.stderr else "torch does not import"
     return child.stdout.strip().splitlines()[-1]

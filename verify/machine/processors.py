@@ -1,6 +1,6 @@
-"""How busy the machine is, and how much of that is this run: what a check that did not end in time is judged by.
+"""How busy the machine is, and how much of that is this run; it decides how a check that timed out is judged.
 
-Read from Linux's /proc; elsewhere nothing is known, and a TIMEOUT stays one.
+Read from Linux's /proc. On other systems nothing is known, and a TIMEOUT stays a TIMEOUT.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from verify.record.schema import MachineState
 
-#: Names the run that a process belongs to, in the environment of everything that a run starts.
+#: The variable that names a process's run, in the environment of everything that a run starts.
 RUN_VARIABLE = "TRIATTENTION_VERIFY_RUN"
 
-#: Of the cores: from here on the machine was busy with something else.
+#: If other processes take more than this share of the cores, the machine was busy.
 BUSY_SHARE = 0.5
 
 _PROC = Path("/proc")
@@ -27,10 +27,11 @@ _TIMES, _STARTED = slice(11, 15), 19
 
 
 def use_one_thread() -> None:
-    """Give this process and its children one thread each to compute with, unless the user chose another number.
+    """Give this process and its children one compute thread each, unless the user chose another number.
 
-    Threads of libgomp spin while they wait for each other: beside other work two of them take twenty times as long as
-    one, and alone a second one gains nothing on the models of this suite. Call before torch or numpy is imported.
+    libgomp threads spin while they wait for each other: on a busy machine two of them take twenty times as long as one,
+    and on an idle one a second thread gains nothing for the models of this suite. Call before torch or numpy is
+    imported.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -43,7 +44,7 @@ def cores() -> set[int]:
 
 
 def state() -> MachineState:
-    """The machine now, by the cores that this process may use."""
+    """The present load of the cores that this process may use."""
     usable = cores()
     busy_s, steal_s = _processor_seconds(usable)
     return MachineState(cores=len(usable), load_average=os.getloadavg()[0], busy_s=busy_s, steal_s=steal_s)
@@ -51,10 +52,10 @@ def state() -> MachineState:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """A stretch of time that begins when it is made: how much of the machine others took since then.
+    """Measures how much of the machine others have taken since the watch began.
 
-    ``root`` is the process that the run began with: what descends from it is the run's own, and so is whatever was
-    started with ``run`` in RUN_VARIABLE and has lost its parents since.
+    ``root`` is the process that the run began with. The run's own processes are its descendants, and those that have
+    ``run`` in RUN_VARIABLE, even if their parents have ended.
     """
 
     root: int
@@ -69,23 +70,23 @@ class Watch:
         return cls(root, run, time.monotonic(), state(), dict(_tree(root)))
 
     def look(self) -> None:
-        """Note what the run's processes took so far: one that ends without its parents leaves no other trace."""
+        """Note what the run's processes took so far; one that ends without its parents leaves no other trace."""
         self.seen.update(_tree(self.root))
 
     def outside_cores(self) -> float:
-        """How many cores the processes of others, and a hypervisor that gave the time away, took on average.
+        """How many cores, on average, were taken by processes of others, or by a hypervisor for other guests.
 
-        What cannot be told apart counts as the run's own, so that the machine is never blamed for it.
+        Time that cannot be attributed counts as the run's own, so that the machine is never blamed for it.
         """
         now, seconds = state(), time.monotonic() - self.begun
         own = {**self.seen, **dict(_marked(self.run)), **dict(_tree(self.root))}
-        # a process that was waited for has its time in its parent's; what is known of it besides is then counted twice
+        # the time of a process that was waited for is in its parent's too, so it may be counted twice
         ours = sum(own.values()) - sum(self.own[one] for one in self.own.keys() & own.keys())
         theirs = now.busy_s - self.before.busy_s - ours + now.steal_s - self.before.steal_s
         return max(theirs, 0.0) / max(seconds, 1e-3)
 
     def busy(self) -> str | None:
-        """In words, that others took more than BUSY_SHARE of the cores; None where they did not."""
+        """A clause that says that others took more than BUSY_SHARE of the cores; None if they did not."""
         cores, outside = self.before.cores, self.outside_cores()
         if outside <= BUSY_SHARE * cores:
             return None
@@ -93,7 +94,7 @@ class Watch:
 
 
 def _processor_seconds(cores: set[int]) -> tuple[float, float]:
-    """Seconds since the start of the machine that ``cores`` computed, and that a hypervisor gave to other guests."""
+    """Seconds since boot in which ``cores`` were busy, and which a hypervisor gave to other guests."""
     busy = steal = 0
     with suppress(OSError):
         for line in (_PROC / "stat").read_text().splitlines():
@@ -106,29 +107,29 @@ def _processor_seconds(cores: set[int]) -> tuple[float, float]:
 
 
 def _tree(root: int) -> Iterator[tuple[tuple[int, str], float]]:
-    """A process and all that descend from it: by number and start, the seconds that it and its ended children took."""
+    """The (pid, start time) of a process and each descendant, and their CPU seconds with those of ended children."""
     waiting = [root]
     while waiting:
         pid = waiting.pop()
         if found := _process(pid):
             yield found
-        with suppress(OSError):  # a process or a thread that ends meanwhile
+        with suppress(OSError):  # the process or the thread has ended
             for children in (_PROC / str(pid) / "task").glob("*/children"):
                 waiting += map(int, children.read_text().split())
 
 
 def _marked(run: str) -> Iterator[tuple[tuple[int, str], float]]:
-    """Likewise every process whose environment names the run."""
+    """The same for every process whose environment names the run."""
     mark = f"{RUN_VARIABLE}={run}".encode()
     for folder in _PROC.glob("[0-9]*"):
-        with suppress(OSError):  # gone, or somebody else's
+        with suppress(OSError):  # ended, or another user's
             if mark in (folder / "environ").read_bytes().split(b"\0") and (found := _process(int(folder.name))):
                 yield found
 
 
 def _process(pid: int) -> tuple[tuple[int, str], float] | None:
     with suppress(OSError):
-        # the name stands in parentheses, and may hold some
+        # the name is in parentheses, and may contain some
         fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
         return (pid, fields[_STARTED]), sum(map(int, fields[_TIMES])) / os.sysconf("SC_CLK_TCK")
     return None

@@ -1,4 +1,4 @@
-"""Processes that answer JSON lines, bounded in time, and replaced when they die: nothing they do can end the parent."""
+"""Worker processes that answer JSON lines within a time limit, and are replaced when they die; the parent survives."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _START_LIMIT_S = 180.0
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
-#: Of what a dead process wrote, the end.
+#: How much of the end of a dead process's stderr is kept.
 _TAIL_BYTES = 8_000
 
 
 def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
-    """Have this process sent a signal when the thread that started it ends, in whatever way."""
+    """Make Linux send this process a signal when the thread that started it ends, for whatever reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
 
 
 class WorkerDied(Exception):
     """The process ended without an answer.
 
-    ``returncode`` is as subprocess gives it, ``said`` the end of its stderr; ``started`` whether it had got as far as
-    to look at the question.
+    ``returncode`` is as subprocess gives it, ``said`` the end of its stderr, ``started`` whether it had started far
+    enough to read the question.
     """
 
     def __init__(self, returncode: int, said: str, *, started: bool) -> None:
@@ -48,7 +48,7 @@ class WorkerDied(Exception):
 
     @property
     def by_itself(self) -> bool:
-        """Whether the question ended it, and not the user, or the machine when memory ran out."""
+        """Whether the question ended it, and not the user or a lack of memory."""
         return self.started and self.returncode not in (
             -signal.SIGKILL,
             -signal.SIGTERM,
@@ -68,9 +68,9 @@ class WorkerHung(Exception):
 
 
 class Worker:
-    """One process running ``python -m MODULE FD``, started when it is first asked, in a session of its own.
+    """One process running ``python -m MODULE FD`` in a session of its own, started by the first question.
 
-    ``scratch`` is where it may write; what it leaves there is not removed.
+    It may write to ``scratch``; what it leaves there is not removed.
     """
 
     def __init__(self, module: str, environment: Mapping[str, str], scratch: Path) -> None:
@@ -90,7 +90,7 @@ class Worker:
                 self._line(_START_LIMIT_S)
                 self._started = True
             self._mark = self._stderr.seek(0, os.SEEK_END)
-            with suppress(BrokenPipeError):  # it is dead, and the read below says of what
+            with suppress(BrokenPipeError):  # it is dead; the read below says why
                 self._process.stdin.write(json.dumps(question).encode() + b"\n")
                 self._process.stdin.flush()
             return json.loads(self._line(limit_s))
@@ -99,13 +99,13 @@ class Worker:
             raise
 
     def kill(self) -> None:
-        """End the process with everything that it started; whoever waits for its answer is told."""
+        """Kill the process and everything that it started; a pending ``ask`` raises WorkerDied."""
         if process := self._process:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """``kill``, and give back what the process held; for the thread that asks."""
+        """``kill``, and release the process's resources; call it in the thread that asks."""
         self.kill()
         process, self._process = self._process, None
         if process is None:
@@ -151,7 +151,7 @@ class Worker:
 
 
 class Pool:
-    """``size`` workers, a thread for each; a context, at whose end no process and no file of theirs is left."""
+    """``size`` workers, each with a thread; a context manager that leaves no process and no file behind."""
 
     def __init__(self, module: str, environment: Mapping[str, str], size: int) -> None:
         self._module, self._environment = module, environment
@@ -171,7 +171,7 @@ class Pool:
         self._folder.cleanup()
 
     def each(self, act: Callable[[Worker, T], R], jobs: Iterable[T]) -> Iterator[R]:
-        """What ``act`` returns for each job, as they end; ``size`` at a time. An exception ends them all."""
+        """What ``act`` returns for each job, in order of completion, ``size`` at a time. An exception ends them all."""
         futures = [self._executor.submit(lambda job: act(self._worker(), job), job) for job in jobs]
         try:
             for future in as_completed(futures):

@@ -1,4 +1,4 @@
-"""Simple evictions to compare compression with, and how texts are fed to a model under one of them."""
+"""Simple eviction rules to compare compression with (controls), and how texts are fed to a model under one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SINKS = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """Tokens: the budget, how many more make a round due, the newest that are protected, how many are fed a step."""
+    """Numbers of tokens: the budget, how many more make a round due, the protected window, a step, a text."""
 
     budget: int = 128
     divide_length: int = 32
@@ -37,8 +37,8 @@ class Setting:
         }  # fmt: skip
 
 
-#: Scores ``[B, H, N]``, or ``[B, 1, N]`` for all heads, of one layer's keys ``[B, H, N, D]``; the best stay. Each row
-#: has its own generator.
+#: Maps one layer's keys ``[B, H, N, D]`` to scores ``[B, H, N]``, or ``[B, 1, N]`` for all heads; the highest are kept.
+#: Each row has its own generator.
 Control = Callable[["torch.Tensor", Sequence[random.Random]], "torch.Tensor"]
 
 
@@ -69,21 +69,19 @@ _SHARED = ("random", "recent")
 
 @dataclass(frozen=True)
 class Asked:
-    """A text that is fed: its token ids ``[T]``, the first position whose prediction of the next token counts, and the
-    seed that it is of.
-    """
+    """A text to feed: its token ids ``[T]``, the first position whose next-token prediction counts, and its seed."""
 
     ids: torch.Tensor
     first: int
     seed: int
 
 
-#: Of each text the log-probabilities of the tokens after ``first``, and whether each was the likeliest.
+#: For each text the log-probabilities of the tokens after ``first``, and whether each was the most likely one.
 Answers = list[tuple["torch.Tensor", "torch.Tensor"]]
 
 
 def _batch(texts: Sequence[Asked]) -> torch.Tensor:
-    """Token ids ``[B, T]``; a shorter text goes on with its last token, which changes nothing before its end."""
+    """Token ids ``[B, T]``; a shorter text is padded with its last token, which changes nothing before its end."""
     import torch
 
     longest = max(len(text.ids) for text in texts)
@@ -91,7 +89,7 @@ def _batch(texts: Sequence[Asked]) -> torch.Tensor:
 
 
 def begin(live: LiveModel, texts: Sequence[Asked], setting: Setting) -> Any:
-    """The cache of an unpatched model when the first round is due, which is the same for every control."""
+    """The cache of an unpatched model when the first round is due; it is the same for every control."""
     import torch
 
     cache, ids = live.new_cache(), _batch(texts)[:, : setting.budget + setting.divide_length]
@@ -102,10 +100,10 @@ def begin(live: LiveModel, texts: Sequence[Asked], setting: Setting) -> Any:
 
 
 def feed(live: LiveModel, texts: Sequence[Asked], setting: Setting, control: str | None, begun: Any = None) -> Answers:
-    """Feed all texts as one batch, whose rows do not depend on each other.
+    """Feed all texts as one batch with independent rows.
 
-    ``control`` None is the model as it is, patched or not; a control evicts from an unpatched one, and goes on with the
-    cache ``begun`` by ``begin``, which it changes.
+    With ``control`` None the model runs as it is, patched or not. A control evicts from an unpatched model, and
+    continues with the cache ``begun`` by ``begin``, which it changes.
     """
     import torch
 
@@ -118,9 +116,9 @@ def feed(live: LiveModel, texts: Sequence[Asked], setting: Setting, control: str
             step = ids[:, start : start + setting.step]
             end = start + step.shape[1]
             given = {}
-            if control is not None:  # the cache forgets how many tokens it has seen
+            if control is not None:  # the cache does not know how many tokens it has seen
                 given["position_ids"] = torch.arange(start, end, device=ids.device).expand(len(texts), -1)
-            # the logits take a fifth of the time, and most of the memory
+            # only the logits that count: they take a fifth of the time, and most of the memory
             counts = [range(max(text.first, start), min(len(text.ids) - 1, end)) for text in texts]
             first = min((some[0] for some in counts if some), default=end - 1)
             out = live.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=end - first, **given)

@@ -1,11 +1,11 @@
-"""A live language model under the subject's patch, and the ways the checks of phase 6 drive it."""
+"""A live language model under the subject's patch, and how the checks of phase 6 drive it."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 
 def physical_length(cache: Any) -> int:
-    """Tokens that the longest layer of ``cache`` really holds."""
+    """The number of tokens in the longest layer of ``cache``."""
     return max(layer.keys.shape[-2] for layer in cache.layers)
 
 
 def _rows_of(original: Any, held: Any) -> Any:
-    """Which of the rows ``[H, N, D]`` each held row ``[H, K, D]`` is, bit for bit: int64 ``[H, K]``.
+    """The index of each held row ``[H, K, D]`` among the rows ``[H, N, D]``, compared bit for bit: int64 ``[H, K]``.
 
     Raises AssertionError for a held row that is none of them.
     """
     same = (held[:, :, None] == original[:, None]).all(-1)
-    assert same.any(-1).all(), f"{int((~same.any(-1)).sum())} held rows are not rows that were cached, bit for bit"
+    assert same.any(-1).all(), f"{int((~same.any(-1)).sum())} held rows do not equal any cached row bit for bit"
     return same.to(int).argmax(-1)
 
 
 def _held(given: tuple[Any, Any], layer: Any, number: int) -> Any:
-    """Which of the tokens ``given`` to a layer it holds, bool ``[H, N]`` on the CPU; keys and values agree on it."""
+    """Which of the tokens ``given`` to a layer it holds, bool ``[H, N]`` on the CPU; keys and values must agree."""
     import torch
 
     original = given[0][0]
@@ -51,7 +51,7 @@ def _held(given: tuple[Any, Any], layer: Any, number: int) -> Any:
 
 
 def load(location: str, statistics: Path, subject: Subject, device: str, defaults: Mapping[str, Any]) -> LiveModel:
-    """The model in the directory ``location``, in float32 under sdpa, with its tokenizer padding on the left."""
+    """The model in the directory ``location``, in float32 with sdpa attention; its tokenizer pads on the left."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,16 +65,16 @@ def load(location: str, statistics: Path, subject: Subject, device: str, default
 
 
 def locate(bundled: Subject, model: str, device: str) -> tuple[str, Path]:
-    """The directory of ``model``, and its statistics in float32, both by the bundled command line.
+    """The directory of ``model``, and its statistics in float32, both made by the bundled command line.
 
-    The embedded model is converted, and either is calibrated, once; both are kept in the cache. Where they are is noted
-    there, with the files of the reference that made them, for as long as the reference is the same.
+    The embedded model is converted once, and any model is calibrated once; the cache keeps both. For the embedded model
+    it also keeps their paths and the files of the reference that made them, until the reference changes.
     """
     if model != "embedded":
         return model, _calibrated(bundled, model, device, bundled.environment())
     root = repository_root()
     note = cache_folder() / "located" / f"{bundled.content_sha256()}-{device}.json"
-    with suppress(OSError, ValueError):  # not there, or not whole: it is asked again
+    with suppress(OSError, ValueError):  # missing or incomplete: ask again
         location, statistics, opened = json.loads(note.read_bytes())
         if Path(location).is_dir() and Path(statistics).is_file():
             tell_again(opened, Checkout(root, bundled.root, bundled.folder))
@@ -95,9 +95,9 @@ def _calibrated(bundled: Subject, location: str, device: str, environment: Mappi
 
 
 def published_layout(statistics: Path) -> Path:
-    """The same numbers in the published layout, written beside ``statistics``: the file that a subject is given.
+    """The same numbers in the published layout, written next to ``statistics``: the file that a subject is given.
 
-    It has no place for the mean of dims that are not rotated; of a model that has some, ``statistics`` itself.
+    That layout has no place for the mean of unrotated dims; if there are any, this is ``statistics`` itself.
     """
     import torch
 
@@ -111,9 +111,9 @@ def published_layout(statistics: Path) -> Path:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of one sequence: ``seen`` tokens were fed, whose keys are ``[1, H, seen, D]`` for each layer.
+    """One round of one sequence, after ``seen`` tokens; ``keys`` are ``[1, H, seen, D]`` for each layer.
 
-    ``before`` and ``kept`` bool ``[L, H, seen]``: the tokens held before and after it.
+    ``before`` and ``kept`` are bool ``[L, H, seen]``: the tokens held before and after it.
     """
 
     seen: int
@@ -126,8 +126,8 @@ class Round:
 class LiveModel:
     """A model loaded in float32 with its tokenizer, the directory it came from and its statistics file.
 
-    The oracle reads that file, a subject the same numbers in the published layout, or the file ``given`` to it.
-    ``defaults`` are the options of a patch that does not say otherwise.
+    The oracle reads ``statistics``; the subject reads ``given``, the same numbers in the published layout unless
+    ``restated``. ``defaults`` are the options of a patch unless it overrides them.
     """
 
     model: Any
@@ -145,9 +145,9 @@ class LiveModel:
         )
 
     def restated(self, path: Path, layers: Sequence[int], without: Collection[tuple[int, int]] = ()) -> LiveModel:
-        """The same model, whose subject is given the file ``path``: layer i there is ``layers[i]`` of the statistics.
+        """The same model, but its subject is given the file ``path``, whose layer i is ``layers[i]`` of the statistics.
 
-        Those of each (layer, query head) in ``without`` are left out. The oracle reads the same file as before.
+        The entries of each (layer, query head) in ``without`` are left out. The oracle reads the same file as before.
         """
         import torch
 
@@ -162,7 +162,7 @@ class LiveModel:
         return DynamicCache(config=self.model.config)
 
     def patch_options(self) -> Collection[str]:
-        """The names of the options that the subject's patch takes; those beyond the published ones are its own."""
+        """The names of the options that the subject's patch takes, its own included."""
         return inspect.signature(self.subject.attribute("methods.triattention", "apply_triattention_patch")).parameters
 
     def tokens(self, *prompts: str) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class LiveModel:
         return out[:, encoded["input_ids"].shape[1] :]
 
     def decode(self, encoded: dict[str, Any], steps: int) -> Iterator[tuple[int, Any]]:
-        """Prefill and greedy steps by hand: tokens fed in the step, and the cache after it."""
+        """Prefill, then greedy steps one by one; yields the tokens fed in each step, and the cache after it."""
         import torch
 
         cache, ids = self.new_cache(), encoded["input_ids"]
@@ -193,7 +193,7 @@ class LiveModel:
                 ids = out.logits[:, -1:].argmax(-1)
 
     def feed(self, ids: Any, prompt: int, cache: Any = None) -> Iterator[Any]:
-        """Feed ``ids`` ``[1, T]``: the first ``prompt`` at once, then one by one; the cache after each step."""
+        """Feed ``ids`` ``[1, T]``: the first ``prompt`` at once, then one by one; yields the cache after each step."""
         import torch
 
         cache = self.new_cache() if cache is None else cache
@@ -206,9 +206,9 @@ class LiveModel:
 
     @contextmanager
     def rotated_queries(self) -> Iterator[list[Any]]:
-        """Within it, the list grows by the queries ``[B, H*G, T, D]`` that each layer is about to rotate, step by step.
+        """Inside the block, the list grows by each layer's queries ``[B, H*G, T, D]`` before rotation, step by step.
 
-        They are taken where the model's own code rotates them, so nothing that a subject does is in them.
+        They are taken where the model's own code rotates them, so the subject does not affect them.
         """
         layers = next(part.layers for part in self.model.modules() if hasattr(part, "layers"))
         module = sys.modules[type(layers[0].self_attn).__module__]
@@ -224,11 +224,11 @@ class LiveModel:
         finally:
             module.apply_rotary_pos_emb = rotate
 
-    def rounds(self, ids: Any, prompt: int) -> Iterator[Round]:
-        """Feed ``ids`` ``[1, T]`` as ``feed`` does, and tell of each round what was there and what it kept.
+    def rounds(self, ids: Any, prompt: int) -> Generator[Round, None, None]:
+        """Feed ``ids`` ``[1, T]`` as ``feed`` does, and yield each round: the tokens held before it and those it kept.
 
-        Keys and values are noted as the model hands them to its cache. Raises AssertionError for a layer that holds a
-        row that was never handed to it, or values of other tokens than its keys.
+        Keys and values are noted as the model passes them to its cache. Raises AssertionError if a layer holds a row
+        that was never passed to it, or values of other tokens than its keys.
         """
         import torch
 
@@ -247,7 +247,7 @@ class LiveModel:
         held: Any = None
         for after in self.feed(ids, prompt, cache):
             layers = [given[number] for number in sorted(given)]
-            assert len(layers) == len(after.layers), f"{len(layers)} of {len(after.layers)} layers used the cache given"
+            assert len(layers) == len(after.layers), f"{len(layers)} of {len(after.layers)} layers used the given cache"
             heads, seen = layers[0][0].shape[1:3]
             before = torch.ones(len(layers), heads, seen, dtype=torch.bool)
             if held is not None:

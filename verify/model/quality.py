@@ -1,8 +1,8 @@
-"""What compression costs a model, beside simple controls at the same budget: perplexity and needle recall.
+"""What compression costs a model, compared with simple controls at the same budget: perplexity and needle recall.
 
-Everything is teacher-forced, so five seeds take some minutes on two cores and no sampling noise is in the numbers. The
-controls are the suite's own, so that a subject is not compared with its own idea of them: they evict from the same
-cache, at the same moments, down to the same budget, and protect the same window.
+Everything is teacher-forced, so five seeds take a few minutes on two cores and the numbers have no sampling noise. The
+controls are the suite's own, not the subject's version of them. They evict from the same cache, at the same moments,
+down to the same budget, and protect the same window.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from verify.model.live_model import LiveModel
 
-#: Modules of the standard library, whose source every machine has; one for each seed.
+#: Modules of the standard library whose source is the text, one for each seed; every machine has them.
 _TEXTS = ("argparse", "difflib", "inspect", "tarfile", "statistics")
 SEEDS = tuple(range(len(_TEXTS)))
 
@@ -60,12 +60,12 @@ class Margin:
 
     @property
     def proven(self) -> bool:
-        """Whether the interval lies above 0; a margin that does not is published and gates nothing."""
+        """Whether the interval is above 0; otherwise the margin is reported only."""
         return self.mean - self.half_width > 0
 
 
 def _sources(live: LiveModel, setting: Setting) -> list[Asked]:
-    """For each seed a text, of which the tokens after the first round are asked for."""
+    """One text for each seed; the tokens after the first round count."""
     first = setting.budget + setting.divide_length
     sources = [inspect.getsource(importlib.import_module(name)) for name in _TEXTS]
     return [
@@ -75,11 +75,11 @@ def _sources(live: LiveModel, setting: Setting) -> list[Asked]:
 
 
 def _losses(answers: Answers) -> list[float]:
-    """For each seed the mean negative log-likelihood in nats per token."""
+    """The mean negative log-likelihood in nats per token, for each seed."""
     return [-float(log_probs.mean()) for log_probs, _ in answers]
 
 
-#: Depths of the needle in the haystack of one seed, as a share of it.
+#: Depths of the needle in the haystacks of one seed, as a share of the haystack.
 _DEPTHS = (0.2, 0.4, 0.6, 0.8)
 _PLACES = ("harbour", "library", "orchard", "station", "theatre", "museum", "bakery", "school", "garden", "market")
 _PEOPLE = ("The baker", "An old sailor", "The teacher", "A young painter", "The doctor", "My neighbour", "The farmer")
@@ -88,7 +88,7 @@ _THINGS = ("the quiet river", "a wooden bridge", "the tall trees", "an empty str
 
 
 def needle(seed: int, depth: float, sentences: int = 40) -> tuple[str, str]:
-    """A text of ``sentences`` sentences, one of which tells a code, asked for at its end; and the code."""
+    """A text of ``sentences`` sentences and one more that contains a code, which its end asks for; and the code."""
     rng = random.Random(f"needle {seed} {depth}")
     place, code = rng.choice(_PLACES), "".join(rng.choices("0123456789", k=5))
     told = f"The secret code of the {place} is"
@@ -98,7 +98,7 @@ def needle(seed: int, depth: float, sentences: int = 40) -> tuple[str, str]:
 
 
 def _needles(live: LiveModel, setting: Setting) -> list[Asked]:
-    """For each seed a text for each depth, of which the digits of the code are asked for."""
+    """For each seed one text for each depth; the digits of the code count."""
     texts = []
     for seed in SEEDS:
         for depth in _DEPTHS:
@@ -109,7 +109,7 @@ def _needles(live: LiveModel, setting: Setting) -> list[Asked]:
 
 
 def _recalls(answers: Answers) -> list[float]:
-    """For each seed the share of the digits of its codes that get the highest probability."""
+    """For each seed the share of its codes' digits that get the highest probability."""
     hits = [hit for _, hit in answers]
     of_seeds = [hits[start : start + len(_DEPTHS)] for start in range(0, len(hits), len(_DEPTHS))]
     return [sum(int(hit.sum()) for hit in some) / sum(map(len, some)) for some in of_seeds]
@@ -117,7 +117,7 @@ def _recalls(answers: Answers) -> list[float]:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is fed, the value for each seed, the ``sign`` that makes more of it better, and the unit of a difference."""
+    """The texts, the value for each seed, the ``sign`` that makes more of it better, and the unit of a difference."""
 
     texts: Callable[[LiveModel, Setting], list[Asked]]
     values: Callable[[Answers], list[float]]
@@ -133,9 +133,9 @@ NAMES = tuple(f"{measure}_{control}" for measure in MEASURES for control in CONT
 
 
 class Measured:
-    """Values by measure and by who was measured: ``full``, a control or ``subject``; one for each seed.
+    """Values by measure and by what was measured (``full``, a control or ``subject``), one for each seed.
 
-    With ``keep``, what was measured of the controls is kept in the cache, for as long as it would come out the same.
+    With ``keep``, the values of the controls are cached until something that they depend on changes.
     """
 
     def __init__(self, values: dict[str, dict[str, list[float]]] | None = None, *, keep: bool = False) -> None:
@@ -145,11 +145,11 @@ class Measured:
 
     @property
     def count(self) -> int:
-        """How many have been measured."""
+        """The number of measurements so far."""
         return sum(map(len, self.values.values()))
 
     def take(self, live: LiveModel, measure: str, who: str) -> None:
-        """Measure now, unless that was done; the model must be patched for ``subject``, and unpatched for others."""
+        """Measure now, unless already done. The model must be patched for ``subject``, and unpatched for the others."""
         if who in self.values[measure]:
             return
         asked, setting, control = MEASURES[measure], Setting(), who if who in CONTROLS else None
@@ -167,7 +167,7 @@ class Measured:
             keep(place, json.dumps(found) + "\n")
 
     def margin(self, live: LiveModel, name: str) -> Margin:
-        """One of NAMES, measured now where it was not; takes an unpatched model and leaves it patched."""
+        """The margin ``name`` of NAMES, measured now if needed; takes an unpatched model and leaves it patched."""
         measure, control = name.split("_")
         self.take(live, measure, control)
         if "subject" not in self.values[measure]:
@@ -182,13 +182,13 @@ class Measured:
         return Margin(tuple(asked.sign * (subject - other) for subject, other in pairs), asked.unit)
 
 
-#: What decides the values of a control.
+#: The modules that determine the values of a control.
 _OWN = tuple(Path(__file__).with_name(f"{name}.py") for name in ("controls", "live_model", "quality"))
 
 
 def _place(live: LiveModel, measure: str, control: str) -> Path:
-    """A file named by everything that the values of a control depend on: these modules, the model, the software, the
-    texts, which are the standard library's, and the subject, which may leave something behind in the process.
+    """A file named after everything that the values of a control depend on: these modules, the model, the software, the
+    texts (those of the standard library), and the subject, which may leave something behind in the process.
     """
     import torch
 
@@ -203,8 +203,8 @@ def _place(live: LiveModel, measure: str, control: str) -> Path:
 
 
 def _kept(place: Path) -> list[float] | None:
-    """The values that are kept there, one for each seed; None where none can be read."""
-    with suppress(OSError, ValueError):  # not there, or not whole: it is measured again
+    """The cached values, one for each seed; None if they are missing or unreadable."""
+    with suppress(OSError, ValueError):  # missing or incomplete: measure again
         values = json.loads(place.read_bytes())
         if isinstance(values, list) and len(values) == len(SEEDS) and all(isinstance(one, float) for one in values):
             return values
@@ -212,16 +212,16 @@ def _kept(place: Path) -> list[float] | None:
 
 
 def recorded() -> Path:
-    """The file of the values that the gates come from, of the bundled reference on the embedded model."""
+    """The file of the values behind the gates: the bundled reference on the embedded model."""
     return repository_root() / REPORTS / "quality" / "embedded.json"
 
 
 @cache
 def recorded_margins() -> dict[str, Margin]:
-    """Every margin of NAMES as it was recorded. Raises ConfigurationError where the file is missing."""
+    """Every recorded margin of NAMES. Raises ConfigurationError if the file is missing."""
     if not recorded().is_file():
         raise ConfigurationError(
-            f"{recorded()} is missing, so the gates of p6.quality are unknown; restore it, or measure it anew with "
+            f"{recorded()} is missing, so the gates of p6.quality are unknown; restore it, or measure it again with "
             "python -m verify quality --out"
         )
     measured = Measured(json.loads(recorded().read_text("utf-8"))["values"])
@@ -229,12 +229,12 @@ def recorded_margins() -> dict[str, Margin]:
 
 
 def gated() -> list[str]:
-    """The margins that gate: those whose interval lies above 0."""
+    """The margins that gate: those whose interval is above 0."""
     return [name for name, margin in recorded_margins().items() if margin.proven]
 
 
 def quality_verb(subject_name: str, device: str, out: Path | None) -> int:
-    """Measure everything on the embedded model, print it, and write it to ``out``; the exit code, 0.
+    """Measure everything on the embedded model, print it, and write it to ``out``; returns 0.
 
     Raises ConfigurationError when the subject or the device cannot be used.
     """
@@ -254,8 +254,7 @@ def quality_verb(subject_name: str, device: str, out: Path | None) -> int:
     live = load(*locate(find_subject("bundled", root), "embedded", chosen.name), subject, chosen.name, {})
     if absent := sorted(Setting().patch.keys() - set(live.patch_options())):
         raise ConfigurationError(
-            f"the patch of subject {subject.source!r} has no {absent[0]}, and the controls protect a window; "
-            "give it one to compare them"
+            f"the patch of subject {subject.source!r} has no option {absent[0]}, which the comparison needs; add it"
         )
     measured, console = Measured(), Console(highlight=False)
     whole = len(MEASURES) * (len(CONTROLS) + 2)

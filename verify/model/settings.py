@@ -1,4 +1,4 @@
-"""What phase 6 runs its model on: prompts, and settings so small that a short run has several rounds."""
+"""The prompts of phase 6, and settings so small that a short run has several rounds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PROMPTS = (
     "Explain in a few sentences why the sky is blue and why the sunset is red.",
 )
 
-#: Tokens of a prompt that fits into the budget, and of one that nearly makes a round due; single ones follow, until
-#: there were three rounds.
+#: Numbers of tokens: of a prompt that fits into the budget, of one that almost makes a round due, and of a sequence
+#: that continues it token by token through three rounds.
 PROMPT, NEAR, FED = 48, 72, 112
 EVICT_PROMPT = {"kv_budget": BUDGET, "allow_prefill_compression": True}
 PER_LAYER_PER_HEAD = {"per_head_pruning": False, "per_layer_perhead_pruning": True}

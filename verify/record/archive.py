@@ -16,13 +16,13 @@ from verify.record.schema import Record, UnreadableRecord, read_record
 
 RECORD = "record.json"
 
-#: Beside its own record a run on a GPU keeps what was built for it.
+#: The record of the kernels built for the GPU, which a run on a GPU keeps next to its own record.
 _BUILT = "sm*.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """What was read: the records, and one sentence for each file that does not count, with its reason."""
+    """The records that were read, and one sentence for each file that does not count, with the reason."""
 
     records: tuple[Record, ...]
     unreadable: tuple[str, ...]
@@ -30,7 +30,7 @@ class Archive:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file that is a record: which run it is of, and the digest of its content."""
+    """A record file: the id of its run and the digest of its content."""
 
     path: Path
     run_id: str
@@ -44,7 +44,7 @@ class Entry:
 def load(folders: Sequence[Path] = ()) -> Archive:
     """Read every record under ``folders``; without any, ``reports/evidence`` and ``reports/runs`` of the repository.
 
-    A file that does not count is listed, never raised. Raises ConfigurationError for a folder that is not there.
+    A file that does not count is listed; it never raises. Raises ConfigurationError if a folder does not exist.
     """
     read: dict[Path, Record] = {}
     unreadable: list[str] = []
@@ -58,35 +58,35 @@ def load(folders: Sequence[Path] = ()) -> Archive:
 
 
 def read_finished(path: Path) -> Record:
-    """``read_record`` of a run that has ended, well or not. Raises UnreadableRecord for one that has not, too."""
+    """``read_record`` for a run that has ended, well or not. A run that has not ended raises UnreadableRecord too."""
     record = read_record(path)
     if record.state == "running":
         raise UnreadableRecord(
-            f"{path}: is half-written (state running); let the run end, or go on with it: "
+            f"{path}: is half-written (state running); let the run end, or continue it: "
             f"python -m verify run --resume {record.run_id}"
         )
     return record
 
 
 def read_again(path: Path) -> Record:
-    """``read_finished`` of a record that has been counted. Raises ConfigurationError where it is one no more."""
+    """``read_finished`` for a record read before. Raises ConfigurationError if it can no longer be read."""
     try:
         return read_finished(path)
     except UnreadableRecord as error:
-        raise ConfigurationError(f"{error}; it changed while it was read, so call again") from error
+        raise ConfigurationError(f"{error}; the file changed during this command, so run it again") from error
 
 
 def newest_runs(folder: Path) -> Iterator[Record]:
-    """The records of the runs in ``folder`` that can be read, ended or not, newest first."""
+    """The readable records of the runs in ``folder``, ended or not, newest first."""
     for path in sorted(folder.glob(f"*/{RECORD}"), reverse=True):
         with suppress(UnreadableRecord):
             yield read_record(path)
 
 
 def settle(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
-    """The files that count, and a sentence for each that does not: the second copy of a run, and runs that disagree.
+    """The files that count, and a sentence for each that does not: extra copies of a run, and contradictory copies.
 
-    Evidence is published by copying a run's record, so one copy in either place is as it should be.
+    Evidence is published by copying a run's record, so one published and one local copy are normal.
     """
     kept: list[Entry] = []
     refused: list[str] = []
@@ -96,7 +96,7 @@ def settle(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     for run_id, (first, *others) in runs.items():
         if any(other.digest != first.digest for other in others):
             files = " and ".join(str(entry.path) for entry in (first, *others))
-            refused.append(f"{files}: contradict each other about run {run_id}; none counts until one is left")
+            refused.append(f"{files}: contradict each other about run {run_id}; none counts until only one is left")
             continue
         kept.append(first)
         seen = {first.published}
@@ -112,14 +112,14 @@ def digest_of_file(path: Path) -> str:
 
 
 def paths(folders: Sequence[Path] = ()) -> list[Path]:
-    """Every file that should be a record. Raises ConfigurationError for a folder that is not there."""
+    """Every file that should be a record. Raises ConfigurationError if a folder does not exist."""
     return list(_given(folders) if folders else _default(repository_root()))
 
 
 def locate(name: str) -> list[Path]:
-    """The files of the record that ``name`` is: a file, the directory of a run, or the id of a run or published record.
+    """The files of the record ``name``: a file, the directory of a run, or the id of a run or a published record.
 
-    Raises ConfigurationError for a name that is none of them.
+    Raises ConfigurationError for any other name.
     """
     path, root = Path(name), repository_root()
     if path.is_file():
@@ -142,7 +142,7 @@ def _given(folders: Iterable[Path]) -> Iterator[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise ConfigurationError(f"--records {folder} is not a directory; name one that holds records")
-        # beside its records a run's directory has other JSON files, which are none
+        # a run's directory also has JSON files that are not records
         runs = {path.parent for path in folder.rglob(RECORD)}
         for path in sorted(folder.rglob("*.json")):
             built = path.parent in runs and path.match(_BUILT)
@@ -151,8 +151,8 @@ def _given(folders: Iterable[Path]) -> Iterator[Path]:
 
 
 def moment(record: Record) -> tuple[datetime, str]:
-    """What records are sorted by."""
-    # as times, not as strings: "…00.5Z" would sort before "…00Z"
+    """The key that records are sorted by."""
+    # as times, not strings: "…00.5Z" would sort before "…00Z"
     return datetime.fromisoformat(record.time_utc), record.run_id
 
 

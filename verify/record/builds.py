@@ -1,4 +1,4 @@
-"""What was built ahead of time for one architecture, as a record keeps it."""
+"""The part of a record about kernels built ahead of time for one architecture."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pydantic import Field, model_validator
 
 from verify.record.strict import Sha256, Strict
 
-#: What an option of a launch, or a constant of a kernel, may be.
+#: The value of a launch option or a kernel constant.
 Plain = bool | int | float | str | None
 
 
 class BuildVerdict(StrEnum):
     """How one build ended.
 
-    OUT_OF_RESOURCES: it was built, and one program of it asks for more than a multiprocessor has. NOT_FOUND: the kernel
-    cannot be looked up by whoever does not launch it, so that only a launch tells. TOOLCHAIN_TOO_OLD: the assembler
-    does not know the architecture, or not what the kernel asks of it. Neither of these two is a fault of the kernel's.
-    CRASH: the process that built it died, or the machine under it failed.
+    OUT_OF_RESOURCES: it was built, but one program needs more than a multiprocessor has. NOT_FOUND: the kernel cannot
+    be found without launching it, so only a launch can show whether it works. TOOLCHAIN_TOO_OLD: the assembler does not
+    know the architecture, or an instruction that the kernel needs. Neither NOT_FOUND nor TOOLCHAIN_TOO_OLD is a fault
+    of the kernel. CRASH: the process that built it died, or its machine failed.
     """
 
     OK = "OK"
@@ -30,20 +30,20 @@ class BuildVerdict(StrEnum):
     TIMEOUT = "TIMEOUT"
 
 
-#: What says that the kernel, launched so, cannot run on the architecture.
+#: The kernel, launched with these options, cannot run on the architecture.
 REFUSED = frozenset({BuildVerdict.COMPILE_ERROR, BuildVerdict.OUT_OF_RESOURCES})
 
-#: What says that something is wrong with the kernel or with the machine that built it.
+#: Something is wrong with the kernel or with the machine that built it.
 WRONG = REFUSED | {BuildVerdict.CRASH, BuildVerdict.TIMEOUT}
 
 
 class Code(Strict):
     """The machine code of one kernel.
 
-    ``loads`` counts global loads by their bits per thread, ``spill_*`` are bytes per thread, ``special_functions`` the
-    MUFU instructions; all of them in the code, once each. ``warp_instructions_per_key`` is what is executed, loops
-    included: warp-level instructions of a program over the keys that it scores; None, with the reason in ``uncounted``,
-    where the code does not tell.
+    ``loads`` counts global loads by their bits per thread, ``spill_*`` are bytes per thread, ``special_functions``
+    counts MUFU instructions. These are static counts. ``warp_instructions_per_key`` is dynamic, loops included: the
+    warp-level instructions that a program executes, divided by the keys it scores; None, with the reason in
+    ``uncounted``, where the code does not show it.
     """
 
     instructions: int = Field(ge=1)
@@ -56,11 +56,11 @@ class Code(Strict):
 
 
 class Resources(Strict):
-    """What one kernel takes on one architecture, read from its cubin.
+    """The resources of one kernel on one architecture, read from its cubin.
 
-    ``registers`` and ``stack_bytes`` are per thread, ``shared_bytes`` per program. ``occupancy`` is the theoretical
-    one, of 1; None where the limits of the architecture are not known. ``code`` is None where the toolchain's
-    disassembler does not know the architecture.
+    ``registers`` and ``stack_bytes`` are per thread, ``shared_bytes`` per program. ``occupancy`` is theoretical, from 0
+    to 1; None where the limits of the architecture are not known. ``code`` is None where the toolchain's disassembler
+    does not know the architecture.
     """
 
     registers: int = Field(ge=1)
@@ -74,9 +74,9 @@ class Resources(Strict):
 class Build(Strict):
     """One kernel, built for one architecture as one or more variants launch it.
 
-    ``options`` are num_warps and the like where the launch gives them, ``constants`` its constexpr arguments.
-    ``alternative`` is whether it is one of several configurations, among which the autotuner does without this one
-    where it does not build.
+    ``options`` are those that the launch sets, such as num_warps; ``constants`` are its constexpr arguments.
+    ``alternative`` says whether it is one of several autotuner configurations: the autotuner drops one that does not
+    build.
     """
 
     kernel: str = Field(min_length=1)
@@ -93,7 +93,7 @@ class Build(Strict):
 
     @property
     def configuration(self) -> str:
-        """What tells it from its alternatives, in words to put behind its variant; empty where it has none."""
+        """The settings that distinguish it from its alternatives, to append to its variant; empty without any."""
         settings = {**self.constants, **self.options}
         return f" ({', '.join(f'{name}={value}' for name, value in settings.items())})" if self.alternative else ""
 
@@ -101,18 +101,18 @@ class Build(Strict):
     def _consistent(self) -> Build:
         built = self.verdict is BuildVerdict.OK
         if built != (self.resources is not None and self.ptx_sha256 is not None and self.cubin_sha256 is not None):
-            raise ValueError(f"{self.kernel}: a build that is OK has resources and digests, and no other has")
+            raise ValueError(f"{self.kernel}: a build has resources and digests if it is OK, and only then")
         if built == bool(self.message):
-            raise ValueError(f"{self.kernel}: a build that is not OK says why, and no other says anything")
+            raise ValueError(f"{self.kernel}: a build has a message if it is not OK, and only then")
         return self
 
 
 class Compilation(Strict):
     """Everything built for one architecture.
 
-    ``toolchain`` is the verdict of the suite's own control kernel, which anything that knows the architecture can
-    build; where it is not OK, ``gap`` says why and nothing else is built. ``unlaunched`` has, by variant, why the
-    subject's own call came to no kernel.
+    ``toolchain`` is the verdict of the suite's control kernel, which any toolchain that knows the architecture can
+    build. Where it is not OK, ``gap`` says why and nothing else is built. ``unlaunched`` maps a variant to the reason
+    why the subject's call launched no kernel.
     """
 
     sm: int = Field(ge=10, le=999)
@@ -126,14 +126,14 @@ class Compilation(Strict):
     @model_validator(mode="after")
     def _nothing_in_a_gap(self) -> Compilation:
         if (self.toolchain is BuildVerdict.OK) == bool(self.gap):
-            raise ValueError(f"sm{self.sm}: a toolchain gap has a sentence, and nothing else has one")
+            raise ValueError(f"sm{self.sm}: gap is set if the toolchain is not OK, and only then")
         if self.gap and self.builds:
             raise ValueError(f"sm{self.sm}: the toolchain cannot build for it, but {self.builds[0].kernel} was built")
         return self
 
     def of(self, variant: str) -> list[Build]:
-        """The builds that ``variant`` needs: those that it launches, but for a configuration that the autotuner does
-        without because another one of its kernel was built.
+        """The builds that ``variant`` needs: those it launches, except configurations that did not build where another
+        configuration of the same kernel did.
         """
         launched = [build for build in self.builds if variant in build.variants]
         tuned = {build.kernel for build in launched if build.alternative and build.verdict is BuildVerdict.OK}
@@ -142,7 +142,7 @@ class Compilation(Strict):
 
     @property
     def needed(self) -> list[Build]:
-        """The builds that some variant needs."""
+        """The builds that at least one variant needs."""
         wanted = {
             id(build) for name in {name for one in self.builds for name in one.variants} for build in self.of(name)
         }

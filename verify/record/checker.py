@@ -1,8 +1,8 @@
-"""``python -m verify check``: an independent look at records, which believes nothing that they say of themselves.
+"""``python -m verify check``: an independent check of records that trusts none of their own claims.
 
-It reads the files, the catalogue and the events beside a run, and works everything else out again: the schema model
-tells only whether a file has the shape of a record. A record of an honest failure is sound; one that claims more than
-it holds, or lacks a must-pass result, is not.
+It reads the files, the catalogue and the events of the run, and derives everything else again: the schema model only
+decides whether a file has the shape of a record. A record of an honest failure is sound. A record that claims more than
+it proves, or lacks a must-pass result, is not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from verify.record.schema import Record, shape_problem
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong, in words: in which record, with which check (empty: the whole record)."""
+    """A problem in words, with its record and its check (empty: the whole record)."""
 
     record: str
     id: str
@@ -36,10 +36,10 @@ class Problem:
 
 
 def check(names: Sequence[str], *, as_json: bool = False) -> int:
-    """Print every problem of the records that ``names`` are (files, directories of runs, run ids); 1, or 0 without any.
+    """Print every problem of the records ``names`` (files, directories of runs, run ids); 1 if there are any, else 0.
 
-    Several records are merged, which is refused where they contradict each other. Raises ConfigurationError for a name
-    that is no record's.
+    Several records are merged; records that contradict each other are a problem. Raises ConfigurationError for a name
+    that is not a record.
     """
     paths = [path for name in names for path in locate(name)]
     checks = list(catalogue())
@@ -58,7 +58,7 @@ def check(names: Sequence[str], *, as_json: bool = False) -> int:
 
 
 def examine(paths: Iterable[Path], checks: Sequence[Check]) -> list[Problem]:
-    """Every problem of the records at ``paths``: of each by itself, then of all of them as one proof."""
+    """Every problem of the records at ``paths``: of each alone, then of all of them together."""
     known, problems, read = {one.id: one for one in checks}, [], []
     for path in paths:
         try:
@@ -69,13 +69,13 @@ def examine(paths: Iterable[Path], checks: Sequence[Check]) -> list[Problem]:
         read.append((str(path), record))
         own = [Problem(str(path), *found) for rule in RULES for found in rule(record, known)]
         own += [Problem(str(path), *found) for rule in FILE_RULES for found in rule(path, record)]
-        # the model's own complaints add nothing where the rules have found the same
+        # the schema model's complaints are redundant where the rules found problems
         problems += own or [Problem(str(path), "", one) for one in contradictions]
     return [*problems, *_together(read), *_absent(read, checks)]
 
 
 def _read(path: Path) -> tuple[Json, list[str]]:
-    """The record as JSON, and what the schema model finds contradictory in it. Raises ValueError for another shape."""
+    """The record as JSON, and the contradictions the schema model finds. Raises ValueError if it is not a record."""
     try:
         content = path.read_bytes()
         Record.model_validate_json(content)
@@ -90,14 +90,14 @@ def _read(path: Path) -> tuple[Json, list[str]]:
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> Json:
-    # JSON readers keep the last of two equal names, so a record could show one value and mean another
+    # JSON readers keep the last of two equal names, so a record could show a person one value and a reader another
     if twice := [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
         raise ValueError(f"has {twice[0]!r} twice in one object")
     return dict(pairs)
 
 
 def _together(records: Sequence[tuple[str, Json]]) -> Iterator[Problem]:
-    """What keeps records from being one proof: two subjects, or two results of one check on one target."""
+    """What keeps records from being merged: two subjects, or two results of one check on one target."""
     held: dict[tuple[str, str, str], str] = {}
     for path, record in records:
         first_path, first = records[0]
@@ -105,19 +105,19 @@ def _together(records: Sequence[tuple[str, Json]]) -> Iterator[Problem]:
             ours, theirs = record["subject"][name], first["subject"][name]
             if ours != theirs:
                 yield Problem(
-                    path, "", f"subject.{name} is {ours}, and {first_path} has {theirs}; they cannot be merged"
+                    path, "", f"subject.{name} is {ours}, but {first_path} has {theirs}; they cannot be merged"
                 )
         held_here = {(one["id"], record["target"], one["evidence"]) for one in record["results"]}
         if again := sorted(held_here & held.keys()):
             check_id, target, evidence = again[0]
             more = f" and {len(again) - 1} more results" if len(again) > 1 else ""
-            told = f"has the {evidence} result on {target}{more} that {held[again[0]]} has; they cannot be merged"
+            told = f"repeats the {evidence} result on {target}{more} of {held[again[0]]}; they cannot be merged"
             yield Problem(path, check_id, told)
         held |= dict.fromkeys(held_here, path)
 
 
 def _absent(records: Sequence[tuple[str, Json]], checks: Sequence[Check]) -> Iterator[Problem]:
-    """The must-pass checks without a result, by family. What was built ahead of time owes what it can build."""
+    """The must-pass checks without a result, by family. A compilation must have those of phase 3 only."""
     for target in dict.fromkeys(record["target"] for _, record in records):
         own = [(path, record) for path, record in records if record["target"] == target]
         ran = [one for one in own if not one[1].get("compilation")]
@@ -129,11 +129,11 @@ def _absent_from(group: Sequence[tuple[str, Json]], target: str, hard: Sequence[
     compilation = group[0][1].get("compilation")
     try:
         wanted = [one for one in hard if one.applies_to(target)]
-    except ValueError:  # a target of no known form has been told
+    except ValueError:  # a malformed target is reported already
         return
     if compilation:
         wanted = [] if compilation["gap"] else [one for one in wanted if one.phase == 3]
-    # the must-pass list promises the embedded model; runs with others are further records
+    # must-pass checks of phase 6 are about the embedded model; runs with other models do not count
     have = {
         one["id"]: one
         for _, record in group
@@ -147,11 +147,11 @@ def _absent_from(group: Sequence[tuple[str, Json]], target: str, hard: Sequence[
             families.setdefault(one.spec.family, []).append(one.id)
         elif have[one.id]["verdict"] == "SKIP":
             yield Problem(
-                places, one.id, f"is must-pass on {target}, and SKIP({have[one.id]['code']}) counts as absent"
+                places, one.id, f"is must-pass on {target}, but SKIP({have[one.id]['code']}) counts as absent"
             )
     for family, ids in families.items():
         if len(ids) == 1:
             yield Problem(places, ids[0], f"is must-pass on {target} and has no result")
         else:
-            told = f"{len(ids)} checks are must-pass on {target} and have no result, the first of them {ids[0]}"
+            told = f"{len(ids)} checks are must-pass on {target} and have no result; the first is {ids[0]}"
             yield Problem(places, family, told)

@@ -1,4 +1,4 @@
-"""A curve that a check recorded: one quantity over another, kept in few enough points to be read."""
+"""A curve that a check recorded: one quantity over another, thinned to few points."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from verify.record.strict import Strict
 
 Point = tuple[float, float]
 
-#: What a long series is thinned to, and what a record accepts.
+#: The number of points that a long series is thinned to, and the most that a record accepts.
 _THINNED, _MOST = 256, 512
 
-#: A plot has a mark for each of them.
+#: The most curves in a plot, which has one marker style for each.
 MOST_CURVES = 4
 
 
 class Curve(Strict):
     """One line of a plot: ``name`` for the legend, ``x`` and ``y`` the axes with their units, points with x ascending.
 
-    Two points may share an x, as before and after an eviction. Raises ValidationError for points that are no curve.
+    Two points may share an x, as before and after an eviction. Raises ValidationError for points that are not a curve.
     """
 
     name: str = Field(min_length=1)
@@ -38,9 +38,9 @@ class Curve(Strict):
 
     @classmethod
     def of(cls, name: str, points: Iterable[tuple[float, float]], *, x: str, y: str) -> Curve:
-        """The curve through any number of points, thinned. Raises ValueError for points that are no curve."""
+        """The curve through any number of points, thinned. Raises ValueError for points that are not a curve."""
         series = [(float(at), float(value)) for at, value in points]
-        if wrong := _wrong(series):  # before it is thinned, which would lose the point
+        if wrong := _wrong(series):  # before thinning, which could drop the wrong point
             raise ValueError(f"curve {name!r} {wrong}")
         return cls(name=name, x=x, y=y, points=thin(series))
 
@@ -49,14 +49,14 @@ class Curve(Strict):
         return max(value for _, value in self.points)
 
     def at(self, x: float) -> float | None:
-        """The last value that was recorded up to ``x``; None before the first point and after the last."""
+        """The last value recorded at or before ``x``; None before the first point and after the last."""
         before = bisect_right(self.points, x, key=lambda point: point[0])
         return self.points[before - 1][1] if before and x <= self.points[-1][0] else None
 
 
 def thin(points: Sequence[Point], most: int = _THINNED) -> list[Point]:
-    """At most ``most`` (4 or more) of ``points``: the first, the last, and the lowest and highest of equal buckets of
-    what lies between, so that no peak is lost.
+    """At most ``most`` (4 or more) of ``points``: the first, the last, and the lowest and highest of each of the equal
+    buckets between them, so that no peak is lost.
     """
     if len(points) <= most:
         return list(points)
@@ -69,9 +69,9 @@ def thin(points: Sequence[Point], most: int = _THINNED) -> list[Point]:
 
 
 def clash(curves: Sequence[Curve]) -> str:
-    """What keeps ``curves`` from one plot, in a sentence, or an empty string."""
+    """Why ``curves`` cannot share one plot, in a sentence; empty if they can."""
     if len(curves) > MOST_CURVES:
-        return f"a result has {len(curves)} curves, and a plot shows {MOST_CURVES}; record fewer"
+        return f"a result has {len(curves)} curves, but a plot shows at most {MOST_CURVES}; record fewer"
     names: set[str] = set()
     for curve in curves:
         if (curve.x, curve.y) != (curves[0].x, curves[0].y):
@@ -85,7 +85,7 @@ def clash(curves: Sequence[Curve]) -> str:
 
 def _wrong(points: Sequence[Point]) -> str:
     if len(points) < 2:
-        return f"has {len(points)} of the 2 points that a curve needs at least"
+        return f"needs at least 2 points, but has {len(points)}"
     for index, point in enumerate(points):
         if not all(map(math.isfinite, point)):
             return f"is not finite at point {index}: {point}"

@@ -1,4 +1,4 @@
-"""The instrument itself: which sources of ``verify/`` and ``phases/`` measured, as one digest."""
+"""One digest of the instrument: the sources in ``verify/`` and ``phases/`` that took a measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verify.record.grounds import SUBJECT, Checkout
 
 
 def digest_of(files: Iterable[Path], folder: Path) -> str:
-    """The sha256 over the names below ``folder``, sizes and contents of ``files``, whatever their order."""
+    """The SHA-256 of the names below ``folder``, sizes and contents of ``files``, in any order."""
     digest = hashlib.sha256()
     with unnoticed():
         for file in sorted(files):
@@ -23,14 +23,15 @@ def digest_of(files: Iterable[Path], folder: Path) -> str:
 
 
 def instrument_sha256(root: Path) -> str:
-    """A digest of what results rest on of this package and the phases of ``root`` (``verify/record/grounds.py``).
+    """A digest of the files of this package and of the phases in ``root`` that results rest on
+    (``verify/record/grounds.py``).
 
-    Two runs are one measurement only where the same checks, budgets and rules made them.
+    Two runs can be combined only if the same checks, budgets and rules made them.
     """
     return instrument_of(Checkout(root).everything())
 
 
 def instrument_of(sources: Mapping[str, str]) -> str:
-    """``instrument_sha256`` from the digests of all that results may rest on, of which the subject's are left out."""
+    """``instrument_sha256`` from the digests of every file that results may rest on, except the subject's."""
     suite = sorted((name, digest) for name, digest in sources.items() if not name.startswith(f"{SUBJECT}/"))
     return hashlib.sha256(json.dumps(suite).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""What a result rests on: the sources and data of suite and subject that could have changed it.
+"""The grounds of a result: the source and data files of the suite and the subject that could have changed it.
 
-A result counts as long as these are what they were when it was made. For a check they are the modules that its own file
-imports, directly or not, and what its phase opened while its checks ran: in its process, and in every process that it
-started. Of the subject they are everything that was opened.
+A result counts as long as these files are unchanged. Of the suite they are the modules that the check's own file
+imports, directly or indirectly, and the files that its phase opened while its checks ran, in its process and in every
+process it started. Of the subject they are all files that were opened.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from tempfile import TemporaryDirectory
 from verify.files import IMPORT_ROOT
 from verify.record.follow import sitecustomize as follower
 
-#: Before the names of the subject's files, which lie below the directory that its package is imported from.
+#: Prefix of the names of the subject's files; the rest is relative to the directory its package is imported from.
 SUBJECT = "subject"
 
-#: How a record names the source of the subject that is part of the checkout.
+#: The subject's source in a record, where the subject is part of the checkout.
 BUNDLED = "bundled"
 
-#: The package that a subject is, unless it says otherwise.
+#: The name of a subject's package, unless it gives another.
 PACKAGE = "triattention"
 
-#: What only asks, runs, keeps or shows: a change of it changes no result. A folder stands for all that is in it.
+#: Modules that only ask, run, store or display: a change in them changes no result. A folder includes its contents.
 NEUTRAL = frozenset(
     f"verify/{name}"
     for name in (
@@ -46,12 +46,12 @@ NEUTRAL = frozenset(
         *("record/__init__.py", "record/archive.py", "record/checker.py", "record/digest.py", "record/follow/"),
         *("record/grounds.py", "record/index.py", "record/kills.py", "record/staleness.py", "record/verdict.py"),
         *("report/", "run/", "selftest/", "examples/"),
-        # what they decide stands in the record, and is decided again by whoever reads it
+        # what they decide is in the record, and a reader decides it again
         *("fixtures.py", "record/schema.py", "record/strict.py"),
     )
 )
 
-#: What reaches every check by way of its fixtures: its seed, and how its device was made ready.
+#: The file that every check rests on through its fixtures: it prepares the device.
 _FIXTURES = ("verify/machine/device.py",)
 
 _MODULE = re.compile(r"(?:verify|phases)(?:\.\w+)+")
@@ -59,9 +59,9 @@ _MODULE = re.compile(r"(?:verify|phases)(?:\.\w+)+")
 
 @dataclass(slots=True)
 class Checkout:
-    """The files that results rest on as they are now, by name: those of the suite and the phases in ``root``, and those
-    of the subject's ``package``, which imports from the directory ``above``, where there is one to look at. ``suite``
-    is the directory that this package imports from.
+    """The current files that results rest on, by name: those of the suite, of the phases in ``root``, and of the
+    subject's ``package``, which is imported from the directory ``above``, if one is given. ``suite`` is the directory
+    that this package is imported from.
     """
 
     root: Path
@@ -71,22 +71,25 @@ class Checkout:
     _known: dict[str, str | None] = field(default_factory=dict, repr=False)
 
     def sha256(self, name: str) -> str | None:
-        """The digest of a file's content; None where it is not there, or cannot be read."""
+        """The digest of a file's content; None if the file does not exist or cannot be read."""
         if name not in self._known:
             place = self.place(name)
-            self._known[name] = place and _sha256(place)
+            self._known[name] = None if place is None else _sha256(place)
         return self._known[name]
 
     def place(self, name: str) -> Path | None:
         top, _, rest = name.partition("/")
         if top == SUBJECT:
             return self.above and self.above / rest
-        return (self.root if top == "phases" else self.suite) / name
+        return self._place_in_suite(name)
+
+    def _place_in_suite(self, name: str) -> Path:
+        return (self.root if name.partition("/")[0] == "phases" else self.suite) / name
 
     def name_of(self, path: Path) -> str | None:
         """The name of a file of the suite, of the phases or of the subject; None for any other.
 
-        A module's compiled code goes by the name of its source.
+        A module's compiled code has the name of its source.
         """
         if path.parent.name == "__pycache__":
             path = path.parent.parent / f"{path.name.partition('.')[0]}.py"
@@ -98,11 +101,11 @@ class Checkout:
         return None
 
     def names_of(self, paths: Iterable[Path]) -> set[str]:
-        """The names of those of ``paths`` that a result may rest on."""
+        """The names of the ``paths`` that a result may rest on."""
         return {name for path in paths if (name := self.name_of(path)) and not is_neutral(name)}
 
     def _folders(self) -> Iterator[tuple[Path, str]]:
-        # the subject first: the plain one lies in the suite
+        # the subject first: verify/examples/plain is inside the suite
         if self.above is not None and self.package is not None:
             prefix = f"{SUBJECT}/{self.package.relative_to(self.above).as_posix()}"
             yield from ((self.package, prefix), (self.package.resolve(), prefix))
@@ -116,14 +119,14 @@ class Checkout:
         return self.digests(names)
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
-        """The digests of those files that are there, by name."""
+        """The digests of the files that exist, by name."""
         return {name: digest for name in sorted(names) if (digest := self.sha256(name))}
 
     def closure(self, *names: str) -> set[str]:
-        """The modules of suite and phases that these import, directly or not, and themselves.
+        """These modules, and the modules of suite and phases that they import, directly or indirectly.
 
-        A module that is named in a string, to run in a process of its own, counts as imported. What a neutral module
-        imports is not followed.
+        A module named in a string, to run in its own process, counts as imported. The imports of a neutral module are
+        not followed.
         """
         found: set[str] = set()
         waiting = [*names]
@@ -132,7 +135,7 @@ class Checkout:
             if name in found or is_neutral(name):
                 continue
             found.add(name)
-            waiting += _imports(self.place(name), self)
+            waiting += _imports(self._place_in_suite(name), self)
         return found
 
 
@@ -150,7 +153,7 @@ def _sha256(path: Path) -> str | None:
 
 @cache
 def _modules(path: Path) -> tuple[str, ...]:
-    """Every dotted name that a module imports or names in a string, whatever it is of."""
+    """Every dotted name that a module imports or has as a string, of any package."""
     with follower.unnoticed():
         text = path.read_text("utf-8")
     found = []
@@ -176,10 +179,10 @@ def _imports(path: Path, checkout: Checkout) -> Iterator[str]:
 
 
 class Grounds:
-    """What the results of this process rest on, by the log that it and its children write.
+    """The files that the results of this process rest on, from the log that it and its children write.
 
-    Modules of the suite that were there before a phase began count where the check's file imports them, not because
-    another phase did. Of the subject, whose ways of importing nobody knows, everything counts that was ever opened.
+    Suite modules opened before a phase began count only if the check's file imports them, not because another phase
+    did. All subject files that were ever opened count, because how a subject imports is not known.
     """
 
     def __init__(self, log: Path, checkout: Checkout) -> None:
@@ -193,8 +196,8 @@ class Grounds:
         self._told = set()
 
     def news(self, file: str) -> tuple[set[str], set[str]]:
-        """What every result of this phase rests on that no call has told yet; and what those of a ``file`` of checks
-        rest on, the first time that it is asked for.
+        """The names that every result of this phase rests on and that no earlier call returned; and those that the
+        results of a ``file`` of checks rest on, returned by the first call for it.
         """
         self._names |= self._new()
         opened = self._names - self._told
@@ -203,7 +206,7 @@ class Grounds:
         return opened, imported
 
     def _new(self) -> set[str]:
-        """The names of what was opened since the last call, neutral files and those of other checks left out."""
+        """The names of the files opened since the last call, without neutral files and files of checks."""
         if not self._log.exists():
             return set()
         with self._log.open("rb") as stream:
@@ -215,8 +218,8 @@ class Grounds:
 
 
 def environment(log: Path, root: Path, package: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The variables that make a Python child, and its children, note in ``log`` what they open of suite, phases and
-    subject.
+    """The variables that make a Python child, and its children, log to ``log`` the files of the suite, the phases and
+    the subject that they open.
     """
     folders = dict.fromkeys(str(form) for place in _watched(root, package) for form in (place, place.resolve()))
     path = [str(Path(follower.__file__).parent), *filter(None, [inherited.get("PYTHONPATH")])]
@@ -233,7 +236,7 @@ def _watched(root: Path, package: Path) -> tuple[Path, ...]:
 
 @contextmanager
 def aside(root: Path, above: Path, package: Path, inherited: Mapping[str, str]) -> Iterator[Aside]:
-    """For children whose work is kept: what they open is known when it is kept, and told again when it is used."""
+    """For children whose work is cached: the files they open are cached with it, and noted again when it is used."""
     with TemporaryDirectory() as folder:
         log = Path(folder) / "opened"
         yield Aside(environment(log, root, package, inherited), log, Checkout(root, above, package))
@@ -241,7 +244,7 @@ def aside(root: Path, above: Path, package: Path, inherited: Mapping[str, str]) 
 
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """``environment`` is for the children; ``names`` are those of the files that they have opened so far."""
+    """``environment`` is for the children; ``names`` gives the names of the files they have opened so far."""
 
     environment: Mapping[str, str]
     log: Path
@@ -253,7 +256,7 @@ class Aside:
 
 
 def tell_again(names: Iterable[str], checkout: Checkout) -> None:
-    """Note files as opened that somebody opened earlier to make what is used now."""
+    """Note files as opened that were opened earlier to make a cached result that is used now."""
     if log := os.environ.get(follower.LOG):
         places = [place for name in names if (place := checkout.place(name))]
         with open(log, "ab", buffering=0) as stream:
@@ -261,6 +264,6 @@ def tell_again(names: Iterable[str], checkout: Checkout) -> None:
 
 
 def follow(log: Path, root: Path, package: Path) -> None:
-    """``environment`` for this process from now on, and for the children that it starts."""
+    """Apply ``environment`` to this process from now on, and to the children it starts."""
     os.environ |= environment(log, root, package, os.environ)
     follower.follow(str(log), tuple(os.environ[follower.PLACES].split(os.pathsep)))

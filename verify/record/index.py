@@ -1,7 +1,7 @@
 """An index of the records on disk, so that a report need not read a thousand files to show the newest of each GPU.
 
-It is SQLite, in the cache, made of the records alone: thrown away it comes back, and a file that changed is read again.
-A verdict is never read from it. It says which records hold the newest results, and those are read from their files.
+It is an SQLite file in the cache, made from the records alone: it is rebuilt if it is deleted, and a changed file is
+read again. Verdicts never come from it: it says which records hold the newest results, and these are read in full.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from verify.files import IMPORT_ROOT, cache_folder, repository_root
 from verify.record.archive import Entry, digest_of_file, moment, newest_first, paths, read_again, read_finished, settle
 from verify.record.digest import digest_of
 from verify.record.grounds import PACKAGE, Checkout
-from verify.record.schema import CheckResult, Record, UnreadableRecord
+from verify.record.schema import CheckResult, Evidence, Record, UnreadableRecord
 from verify.record.staleness import merged
 
 _TABLES = (
@@ -32,7 +32,7 @@ _TABLES = (
         number INTEGER PRIMARY KEY, path TEXT UNIQUE, size INTEGER, changed INTEGER,
         problem TEXT, digest TEXT, run_id TEXT, covers TEXT, head TEXT, grounds TEXT
     )""",
-    # what results rest on is alike in most records of one suite
+    # most records of one version of the suite share their grounds
     "CREATE TABLE grounds (digest TEXT PRIMARY KEY, content TEXT)",
     """CREATE TABLE result (
         record INTEGER, id TEXT, gate TEXT, evidence TEXT, verdict TEXT, code TEXT,
@@ -46,15 +46,15 @@ SELECT id, gate, verdict, code, evidence, measure, measured, allowed, duration_s
 WHERE record = :record AND (:name IS NULL OR id = :name OR id BETWEEN :name || '.' AND :name || '/')
 """
 
-#: How long a call waits for another one that is reading a thousand records.
+#: How long a command waits for another one that is reading a thousand records.
 _PATIENCE_S = 30
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One result in the course of time: ``measure`` names its tightest measurement, None where it has none.
+    """One result of a time series: ``measure`` names its tightest measurement, None where it has none.
 
-    A number that is NaN is None.
+    NaN is stored as None.
     """
 
     run_id: str
@@ -64,7 +64,7 @@ class Point:
     gate: str
     verdict: str
     code: str | None
-    evidence: str
+    evidence: Evidence
     measure: str | None
     measured: float | None
     allowed: float | None
@@ -72,7 +72,7 @@ class Point:
 
     @property
     def share(self) -> float | None:
-        """The part of the allowance that was needed, measured / allowed: 1 is the bound."""
+        """The share of the allowance that was used, measured / allowed: 1 is the bound."""
         if self.measured is None or not self.allowed or math.isinf(self.allowed):
             return None
         return self.measured / self.allowed
@@ -80,8 +80,8 @@ class Point:
 
 @dataclass(slots=True)
 class Index:
-    """The records of some folders, as they are now. ``heads`` are the records without results, by their number, and
-    ``checkout`` is what reports compare results with.
+    """The current records of some folders. ``heads`` are the records without results, by their number; ``checkout`` is
+    what reports compare results with.
     """
 
     unreadable: tuple[str, ...]
@@ -93,21 +93,21 @@ class Index:
     _read: dict[int, Record] = field(default_factory=dict)
 
     def records(self, target: Target) -> list[Record]:
-        """The records of ``target``: in full where a result is the newest of its kind, else what they are about.
+        """The records of ``target``: in full if one of their results is the newest of its kind, else without results.
 
-        ``assess`` says the same of them as of all records in full.
+        ``assess`` returns the same for them as for all records in full.
         """
         own = {number: head for number, head in self.heads.items() if head.target == target.target}
         numbers = {head.run_id: number for number, head in own.items()}
         used, _, comparison = merged(target, own.values(), self.checkout)
-        needed = {numbers[head.run_id] for head in used if head.ahead_of_time and not head.compilation.gap}
+        needed = {numbers[head.run_id] for head in used if head.compilation and not head.compilation.gap}
         known: set[tuple[object, ...]] = set()
         looked: set[tuple[object, ...]] = set()
         kept = {head.run_id for head in used}
         for head in newest_first(own.values()):
             number, counting = numbers[head.run_id], head.run_id in kept
             changed = tuple(bool(why) for why in comparison.lists(head))
-            # most runs are of the same checks as the one after them
+            # most runs have the same checks as the next newer one
             if (look := (head.model, self._covers[number], counting and changed)) in looked:
                 continue
             looked.add(look)
@@ -122,7 +122,7 @@ class Index:
         return [self._in_full(number) if number in needed else head for number, head in own.items()]
 
     def find(self, run_id: str) -> Record | None:
-        """The record of that run, in full."""
+        """The full record of that run."""
         number = next((number for number, head in self.heads.items() if head.run_id == run_id), None)
         return None if number is None else self._in_full(number)
 
@@ -132,9 +132,9 @@ class Index:
         return {check_id for (check_id,) in self._database.execute(query, (run_id,))}
 
     def points(self, name: str | None = None, target: str | None = None, last: int | None = None) -> list[Point]:
-        """Every result, of one check or family and of one target where they are given, oldest first.
+        """Every result, oldest first, limited to the check or family ``name`` and to ``target`` where given.
 
-        With ``last``, those of the newest so many records of each target.
+        With ``last``, only those of the newest ``last`` records of each target.
         """
         seen: Counter[str] = Counter()
         chosen: list[tuple[int, Record]] = []
@@ -149,7 +149,7 @@ class Index:
         ]
 
     def files(self) -> list[Path]:
-        """What the records are in, newest first."""
+        """The files of the records, newest first."""
         return [self._paths[number] for number, _ in self._newest_first()]
 
     def _newest_first(self) -> list[tuple[int, Record]]:
@@ -163,10 +163,10 @@ class Index:
 
 @contextmanager
 def open_index(folders: Sequence[Path] = ()) -> Iterator[Index]:
-    """The index of the records under ``folders``, or of the usual ones, brought up to date.
+    """The updated index of the records under ``folders``, or of the default folders.
 
-    Where the cache cannot be written it is made in memory, which takes as long as reading every record, and says so.
-    Raises ConfigurationError for a folder that is not there, and where the index is busy or damaged.
+    If the cache cannot be written, the index is built in memory, which takes as long as reading every record, and a
+    message says so. Raises ConfigurationError if a folder does not exist, or the index is busy or damaged.
     """
     found = {os.path.abspath(path): path for path in paths(folders)}
     database = _connect()
@@ -174,10 +174,10 @@ def open_index(folders: Sequence[Path] = ()) -> Iterator[Index]:
         _refresh(database, found)
         yield _opened(database, found)
     except sqlite3.OperationalError as error:
-        raise ConfigurationError(f"the index {_file()} cannot be used ({error}); call again") from error
+        raise ConfigurationError(f"the index {_file()} cannot be used ({error}); run the command again") from error
     except sqlite3.DatabaseError as error:
         _file().unlink(missing_ok=True)
-        raise ConfigurationError(f"the index {_file()} was damaged ({error}) and is removed; call again") from error
+        raise ConfigurationError(f"removed the damaged index {_file()} ({error}); run the command again") from error
     finally:
         database.close()
 
@@ -187,7 +187,7 @@ def _connect() -> sqlite3.Connection:
         _file().parent.mkdir(parents=True, exist_ok=True)
         return _with_tables(str(_file()))
     except (OSError, sqlite3.OperationalError) as error:
-        print(f"verify: the index {_file()} cannot be kept ({error}), so every record is read anew", file=sys.stderr)
+        print(f"verify: the index {_file()} cannot be stored ({error}), so every record is read", file=sys.stderr)
     except sqlite3.DatabaseError:
         _file().unlink(missing_ok=True)
         return _with_tables(str(_file()))
@@ -205,13 +205,13 @@ def _with_tables(place: str) -> sqlite3.Connection:
             database.execute(statement)
         database.execute(f"PRAGMA user_version = {version}")
     database.execute("COMMIT")
-    # what is lost with the power is made again
+    # an index lost in a power failure is rebuilt
     database.execute("PRAGMA synchronous = OFF")
     return database
 
 
 def _refresh(database: sqlite3.Connection, found: Mapping[str, Path]) -> None:
-    """Read the files that are new or changed, one at a time, and forget those that are gone."""
+    """Read new and changed files, one at a time, and forget deleted ones."""
     known = {path: state for path, *state in database.execute("SELECT path, size, changed FROM record")}
     states = {path: _state(path) for path in found}
     changed = [path for path, state in states.items() if known.get(path) != state]
@@ -229,7 +229,7 @@ def _refresh(database: sqlite3.Connection, found: Mapping[str, Path]) -> None:
 
 
 def _state(path: str) -> list[int]:
-    # the time of change too: the time of writing can be set back
+    # ctime too: mtime can be set back
     with suppress(OSError):
         stat = os.stat(path)
         return [stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)]
@@ -242,13 +242,13 @@ def _add(database: sqlite3.Connection, key: str, path: Path, state: Sequence[int
     try:
         record = read_finished(path)
     except UnreadableRecord as error:
-        # without the path, which may be given in another way the next time
+        # without the path, which may be spelled differently the next time
         problem = str(error).removeprefix(f"{path}: ")
         database.execute(insert, (key, *state, problem, *[None] * 5))
         return
     built = record.compilation
     about = built and built.model_copy(update={"builds": [], "unlaunched": {}})
-    bare = {"results": [], "sources": {}, "rests_on": [], "compilation": about}
+    bare: dict[str, object] = {"results": [], "sources": {}, "rests_on": [], "compilation": about}
     head = record.model_copy(update=bare).model_dump_json()
     covers = repr(sorted((one.id, one.gate, one.evidence, one.rests_on) for one in record.results))
     content = json.dumps([record.sources, record.rests_on])
@@ -256,6 +256,7 @@ def _add(database: sqlite3.Connection, key: str, path: Path, state: Sequence[int
     database.execute("INSERT OR IGNORE INTO grounds VALUES (?, ?)", (grounds, content))
     facts = (digest_of_file(path), record.run_id, _digest(covers), head, grounds)
     number = database.execute(insert, (key, *state, None, *facts)).lastrowid
+    assert number is not None  # the INSERT made a row
     database.executemany(
         "INSERT INTO result VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (_row(number, one) for one in record.results)
     )
@@ -301,7 +302,7 @@ def _file() -> Path:
 
 
 def _version() -> int:
-    """A number that changes with the rules by which a file is a record, and with the tables."""
+    """A number that changes with the rules for what is a record, and with the tables."""
     files = (
         Path(__file__).with_name(f"{name}.py") for name in ("archive", "builds", "curves", "index", "schema", "strict")
     )

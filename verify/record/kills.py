@@ -1,4 +1,4 @@
-"""The kill matrix: which check caught which planted fault, as it is kept in ``reports/selftest/``."""
+"""The kill matrix: which check caught which planted fault, as stored in ``reports/selftest/``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from verify.files import REPORTS
 from verify.record.schema import SubjectInfo
 from verify.record.strict import Sha256, Strict
 
-#: Below the repository.
+#: Relative to the repository.
 FOLDER = REPORTS / "selftest"
 
 
 class Outcome(StrEnum):
-    """What a check made of a fault. NOT_RUN: it was skipped or blocked, or does not pass without the fault either."""
+    """Whether a check caught a fault. NOT_RUN: it was skipped or blocked, or it fails without the fault too."""
 
     KILLED = "killed"
     SURVIVED = "survived"
@@ -36,9 +36,9 @@ class Cell(Strict):
 
 
 class Row(Strict):
-    """One fault, with a cell for each check that it was tried against.
+    """One fault, with a cell for each check that ran against it.
 
-    Where one of them caught it, checks that passed and claim nothing of the kind are a number: ``passed``.
+    If a check caught it, the checks that passed and do not claim to catch it are only counted, in ``passed``.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Row(Strict):
     passed: int = 0
 
     def without_bystanders(self, claims: Set[str]) -> Row:
-        """The same with those that passed, and whose ids are not in ``claims``, counted. One not caught is as it is."""
+        """The same row, with the cells that passed and are not in ``claims`` only counted; unchanged if not caught."""
         if self.outcome is not Outcome.KILLED:
             return self
         cells = [cell for cell in self.cells if cell.outcome is not Outcome.SURVIVED or cell.check in claims]
@@ -68,7 +68,7 @@ class Row(Strict):
 
     @property
     def caught_by(self) -> list[str]:
-        """The checks that killed it, where several are of one family that with their number: ``p4.gqa (2)``."""
+        """The checks that killed it; several of one family are its name and their number: ``p4.gqa (2)``."""
         families: dict[str, list[str]] = {}
         for cell in self.killers:
             families.setdefault(cell.check.rpartition(".")[0], []).append(cell.check)
@@ -76,7 +76,7 @@ class Row(Strict):
 
 
 class Matrix(Strict):
-    """Every row of one selftest; ``idle`` are the families of checks that killed nothing in it."""
+    """The rows of one selftest; ``idle`` are the families of checks that killed nothing in it."""
 
     schema_version: Literal[1] = 1
     time_utc: str
@@ -93,22 +93,22 @@ class Matrix(Strict):
 
 
 def write(matrix: Matrix, path: Path) -> None:
-    """Raises ConfigurationError where the file cannot be written."""
+    """Write ``matrix``. Raises ConfigurationError if the file cannot be written."""
     from verify.files import write_out
 
     write_out(matrix.model_dump_json(indent=1) + "\n", path)
 
 
 def read(path: Path) -> Matrix:
-    """Raises ConfigurationError naming the file when it is damaged."""
+    """Read a matrix. Raises ConfigurationError naming the file if it is damaged."""
     try:
         return Matrix.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ConfigurationError(f"{path} is no kill matrix; remove it, or run python -m verify selftest") from error
+        raise ConfigurationError(f"{path} is not a kill matrix; remove it, or run python -m verify selftest") from error
 
 
 def caught_by(checks: Set[str], root: Path) -> dict[str, list[str]]:
-    """The faults that any of the checks killed, by the name of each matrix that is kept below ``root``."""
+    """The faults that any of the checks killed, by the name of each matrix stored below ``root``."""
     matrices = {path.stem: read(path) for path in sorted((root / FOLDER).glob("*.json"))}
     return {
         name: [row.id for row in matrix.rows if any(cell.check in checks for cell in row.killers)]

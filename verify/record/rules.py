@@ -1,4 +1,4 @@
-"""What must hold of one record: rules that believe nothing that it says of itself."""
+"""The rules that one record must satisfy; they trust none of its own claims."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from verify.checks import Check
 from verify.errors import ConfigurationError
 from verify.record.schema import FAILING
 
-#: A record of the suite cannot be older than the method that it is about, nor newer than now but for a slow clock.
+#: A record cannot be older than the method it tests, or newer than now plus the error of a clock.
 _FIRST, _CLOCK_SKEW = datetime(2026, 4, 1, tzinfo=UTC), timedelta(hours=1)
 
 
-#: The run id is drawn in the second in which a run notes its time, or, of a compilation, just after it.
+#: The most by which the time in a run id may differ from time_utc. A run makes both at once; a compilation makes its id
+#: just after.
 _ID_AND_TIME = timedelta(minutes=1)
 
 
-#: What stands where nobody filled a field in.
+#: Values of fields that were not filled in.
 _PLACEHOLDER = re.compile(r"(|-|\?+|x+|n/?a|none|null|unknown|todo|tbd|unset|placeholder|example)", re.IGNORECASE)
 
 
@@ -50,7 +51,7 @@ def _identity(record: Json, known: Mapping[str, Check]) -> Found:
     if match is None:
         yield "", f"run_id {record['run_id']!r} is not a time, {word} and four hexadecimal digits"
     elif abs(datetime.strptime(match[1], "%Y%m%dT%H%M%S%z") - made) > _ID_AND_TIME:
-        yield "", f"run_id {record['run_id']!r} has another time than time_utc {record['time_utc']}"
+        yield "", f"run_id {record['run_id']!r} does not have the time of time_utc {record['time_utc']}"
     if not math.isfinite(float(record["duration_s"])):
         yield "", f"duration_s is {record['duration_s']}"
     for name, digest in (
@@ -64,7 +65,7 @@ def _identity(record: Json, known: Mapping[str, Check]) -> Found:
 
 def _digest(name: str, digest: str) -> Found:
     if not _SHA256.fullmatch(digest) or len(set(digest)) == 1:
-        yield "", f"{name} {digest!r} is no SHA-256"
+        yield "", f"{name} {digest!r} is not a SHA-256"
 
 
 def _environment(record: Json, known: Mapping[str, Check]) -> Found:
@@ -80,7 +81,7 @@ def _environment(record: Json, known: Mapping[str, Check]) -> Found:
             yield "", f"{name} is {value!r}, which says nothing"
     for name in ("torch", "triton", "python"):
         if not re.match(r"\d+\.\d+", environment[name]):
-            yield "", f"{name} is {environment[name]!r}, and nothing runs without it"
+            yield "", f"{name} is {environment[name]!r}, but no check runs without it"
     if not re.fullmatch(r"[01]", variables.get("TRITON_DEFAULT_FP_FUSION", "unset")):
         yield (
             "",
@@ -99,9 +100,9 @@ def _environment(record: Json, known: Mapping[str, Check]) -> Found:
         yield "", str(error)
     if record.get("compilation"):
         if gpu is not None:
-            yield "", f"was built without a GPU, but the environment has the GPU {gpu['name']}"
+            yield "", f"was compiled without a GPU, but the environment has the GPU {gpu['name']}"
         if f"sm{record['compilation']['sm']}" != record["target"]:
-            yield "", f"target is {record['target']}, but the compilation is of sm{record['compilation']['sm']}"
+            yield "", f"target is {record['target']}, but the compilation is for sm{record['compilation']['sm']}"
         return
     if gpu is None or f"sm{gpu['sm']}" != record["target"]:
         yield "", f"target is {record['target']}, but the GPU is {gpu and gpu['name']} (sm{gpu and gpu['sm']})"
@@ -123,40 +124,40 @@ def _results(record: Json, known: Mapping[str, Check]) -> Found:
     for result in record["results"]:
         name = result["id"]
         if (one := known.get(name)) is None:
-            yield name, "is no check of this suite"
+            yield name, "is not a check of this suite"
             continue
         for found in _declared(result, one, record), _verdict(result, one, by_id), _numbers(result, one):
             yield from ((name, sentence) for sentence in found)
 
 
 def _declared(result: Json, one: Check, record: Json) -> Iterator[str]:
-    """What the catalogue and the record fix about a result."""
+    """Compare the fields of a result that follow from the catalogue and the record."""
     if result["gate"] != one.spec.gate:
-        yield f"gate is {result['gate']}, the catalogue's is {one.spec.gate}"
+        yield f"gate is {result['gate']}, but the catalogue has {one.spec.gate}"
     if result["plan"] != one.spec.plan:
-        yield f"plan is {result['plan']}, the catalogue's is {one.spec.plan}"
+        yield f"plan is {result['plan']}, but the catalogue has {one.spec.plan}"
     ahead = bool(record.get("compilation"))
     ran = "emulated" if record["target"] == "emulated" else "hardware"
     evidence = "compiled" if ahead or one.spec.ahead_of_time else ran
     if result["evidence"] != evidence:
-        yield f"evidence is {result['evidence']}, and a result of it in this record is {evidence}"
-    # the rule of the suite, written down a second time
+        yield f"evidence is {result['evidence']}, but must be {evidence} in this record"
+    # the suite's rule, implemented a second time
     seed = int(hashlib.sha256(f"{record['seed']}:{one.id}".encode()).hexdigest()[:8], 16)
     seed = record["seed"] if ahead else seed
     if result["seed"] != seed:
-        yield f"seed is {result['seed']}, and seed {record['seed']} of the run makes it {seed}"
+        yield f"seed is {result['seed']}, but seed {record['seed']} of the run makes it {seed}"
     words = shlex.split(result["repeat"])
-    # a check may move from file to file of its phase, and what ran it then is no less true
+    # a check may move between files of its phase; the command that ran it stays valid
     moved = re.compile(rf"phases/p{one.phase}_\w+\.py{re.escape(one.node[one.node.index('::') :])}")
     node = next(filter(moved.fullmatch, words), one.node)
     needed = ["verify", "compile", "--sm", record["target"].removeprefix("sm")] if ahead else ["pytest", node]
     device = [] if ahead else ["--device", "cpu" if ran == "emulated" else "cuda", "--seed", str(record["seed"])]
     if any(word not in words for word in (*needed, *device)):
-        yield f"repeat is {result['repeat']!r}, which does not repeat it: it lacks {shlex.join([*needed, *device])}"
+        yield f"repeat is {result['repeat']!r}, which does not repeat it: it needs {shlex.join([*needed, *device])}"
 
 
 def _verdict(result: Json, one: Check, by_id: Mapping[str, Json]) -> Iterator[str]:
-    """What a verdict needs beside it."""
+    """Whether the other fields fit the verdict."""
     verdict, code, by = result["verdict"], result["code"], result["by"]
     if not math.isfinite(float(result["duration_s"])):
         yield f"duration_s is {result['duration_s']}"
@@ -168,39 +169,39 @@ def _verdict(result: Json, one: Check, by_id: Mapping[str, Json]) -> Iterator[st
         yield f"{verdict} with skip code {code}"
     if code == "NO_GPU" and not (one.spec.needs_gpu and result["evidence"] != "hardware"):
         yield f"SKIP(NO_GPU) with {result['evidence']} evidence of a check that " + (
-            "needs a GPU" if one.spec.needs_gpu else "needs none"
+            "needs a GPU" if one.spec.needs_gpu else "needs no GPU"
         )
     if (verdict == "BLOCKED") != (by is not None):
         yield f"{verdict} by {by}"
     elif verdict == "BLOCKED":
         if not one.spec.needs:
-            yield f"BLOCKED by {by}, but it needs no other check"
+            yield f"BLOCKED by {by}, but the check needs no other check"
         if by not in by_id or by_id[by]["verdict"] not in FAILING:
             yield f"BLOCKED by {by}, which is {by_id[by]['verdict'] if by in by_id else 'absent'} here"
 
 
 def _numbers(result: Json, one: Check) -> Iterator[str]:
-    """Whether the numbers say what the verdict says; NaN is inside no bound."""
+    """Whether the numbers agree with the verdict; NaN is outside every bound."""
     verdict, outside = result["verdict"], []
     for number in result["measurements"]:
         measured, allowed = float(number["measured"]), float(number["allowed"])
         words = f"{number['name']}: measured {measured:.6g}"
         if math.isnan(allowed) or (one.spec.gate == "hard" and math.isinf(allowed)):
-            yield f"{words}, allowed {allowed:g}, which is no bound"
+            yield f"{words}, allowed {allowed:g}, which is not a bound"
         if not measured <= allowed:
             outside.append(words)
             if verdict in ("PASS", "SKIP", "BLOCKED"):
                 yield f"{verdict}, but {words} is outside the allowed {allowed:.6g}"
     if verdict == "PASS" and one.spec.tolerance and not result["measurements"]:
-        yield "PASS without a measurement, and it has a tolerance to keep"
+        yield "PASS without a measurement, but the check has a tolerance"
     if verdict == "FAIL" and outside and not any(words in result["message"] for words in outside):
-        yield f"FAIL with the message {result['message'][:80]!r}, but what failed is {outside[0]}"
+        yield f"FAIL with the message {result['message'][:80]!r}, but the failed measurement is {outside[0]}"
     if verdict == "FAIL" and not outside and ": measured " in result["message"]:
         yield f"FAIL with the message {result['message'][:80]!r}, but every measurement is inside its bound"
 
 
 def _builds(record: Json, known: Mapping[str, Check]) -> Found:
-    """Whether the results of a compilation are those that its builds mean."""
+    """Whether the results of a compilation follow from its builds."""
     compilation = record.get("compilation")
     if not compilation:
         return
@@ -209,7 +210,7 @@ def _builds(record: Json, known: Mapping[str, Check]) -> Found:
         if built != bool(build["resources"] and build["cubin_sha256"] and build["ptx_sha256"]):
             yield (
                 "",
-                f"the build {build['kernel']} of {build['variants'][0]} is {build['verdict']} and has "
+                f"the build of {build['kernel']} for {build['variants'][0]} is {build['verdict']} but has "
                 + ("no digest or no resources" if built else "a digest or resources"),
             )
     for result in record["results"]:
@@ -218,48 +219,48 @@ def _builds(record: Json, known: Mapping[str, Check]) -> Found:
             continue
         own = [build for build in compilation["builds"] if one.case in build["variants"]]
         for kernel in {build["kernel"] for build in own} or {None}:
-            # the autotuner does without a configuration that does not build while there is another
+            # the autotuner drops a configuration that does not build if another one does
             verdicts = {build["verdict"] for build in own if build["kernel"] == kernel}
             if "OK" not in verdicts or one.case in compilation["unlaunched"]:
-                yield one.id, f"PASS, but {kernel or 'no kernel'} of {one.case} was not built"
+                yield one.id, f"PASS, but {kernel or 'a kernel'} of {one.case} was not built"
 
 
 def _place(path: Path, record: Json) -> Found:
-    """A record of one GPU in the folder of another would be read as the other's by people."""
+    """A person would take a record in the folder of another GPU for that GPU's."""
     if re.fullmatch(r"sm\d+", path.parent.name) and path.parent.name != record["target"]:
-        yield "", f"target is {record['target']}, but it lies in {path.parent.name}"
+        yield "", f"target is {record['target']}, but its folder is {path.parent.name}"
 
 
 def _manifest(path: Path, record: Json) -> Found:
-    """The frozen request of the run and its events, where they lie beside the record."""
+    """Compare the record with the run's frozen request and events, if they are next to it."""
     if path.name != "record.json" or not (path.parent / "run.json").exists():
         return
     try:
         manifest = json.loads((path.parent / "run.json").read_text("utf-8"))
         lines = (path.parent / "events.jsonl").read_text("utf-8").splitlines(keepends=True)
-        # NaN and the infinities are strings in a record
+        # NaN and infinities are strings in a record
         events = [json.loads(line, parse_constant=str) for line in lines if line.endswith("\n")]
         selected = [one["id"] for one in manifest["selected"]]
         written = {event["result"]["id"]: event["result"] for event in events if event["event"] == "result"}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield "", f"run.json or events.jsonl beside it cannot be read ({error})"
+        yield "", f"its run.json or events.jsonl cannot be read ({error})"
         return
     if record["run_id"] != path.parent.name:
-        yield "", f"run_id is {record['run_id']!r}, but it lies in {path.parent.name}"
+        yield "", f"run_id is {record['run_id']!r}, but its folder is {path.parent.name}"
     for name in ("run_id", "time_utc", "target", "environment", "instrument_sha256", "seed", "selection"):
         if manifest.get(name) != record[name]:
-            yield "", f"{name} is not that of run.json beside it"
+            yield "", f"{name} differs from its run.json"
     if manifest.get("subject_info") != record["subject"]:
-        yield "", "subject is not that of run.json beside it"
+        yield "", "subject differs from its run.json"
     results = {result["id"]: result for result in record["results"]}
     if unasked := [name for name in results if name not in selected]:
-        yield unasked[0], "has a result, but run.json beside it did not select it"
+        yield unasked[0], "has a result, but run.json did not select it"
     if absent := [name for name in selected if name not in results]:
-        yield absent[0], f"is one of {len(absent)} checks that were selected and have no result"
+        yield absent[0], f"is one of {len(absent)} selected checks without a result"
     for name, result in results.items():
-        # what a result rests on is known when its phase has ended
+        # rests_on is known only after the phase
         if name in selected and result | {"rests_on": None} != written.get(name, {}) | {"rests_on": None}:
-            yield name, f"{result['verdict']} is not what events.jsonl beside it has"
+            yield name, f"the {result['verdict']} result differs from its events.jsonl"
 
 
 RULES: tuple[Callable[[Json, Mapping[str, Check]], Found], ...] = (_identity, _environment, _results, _builds)

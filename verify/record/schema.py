@@ -1,7 +1,7 @@
 """The record of a run: one JSON file that holds everything a verdict rests on.
 
-Reading a record needs pydantic only; writing is atomic, so a reader never sees half a file. The JSON Schema of
-``Record`` is kept in ``reports/schema/record.schema.json``.
+Reading a record needs only pydantic. Writing is atomic, so a reader never sees half a file. The JSON Schema of
+``Record`` is in ``reports/schema/record.schema.json``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -21,7 +21,7 @@ from verify.record.builds import Compilation
 from verify.record.curves import Curve, clash
 from verify.record.strict import Sha256, Strict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
 
 class Verdict(StrEnum):
@@ -37,15 +37,15 @@ class Verdict(StrEnum):
     INFRA = "INFRA"
 
 
-#: Verdicts that say that something is wrong, as against SKIP and BLOCKED, which say that nothing was learnt.
+#: Verdicts that report a problem, unlike SKIP and BLOCKED, which report that nothing was learnt.
 FAILING = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.INFRA})
 
-#: What a result proves; the three are never mixed in one cell.
+#: How a result was obtained; the three are never mixed in one cell.
 Evidence = Literal["hardware", "compiled", "emulated"]
 
 
 class Measurement(Strict):
-    """One number that was compared with a bound; ``headroom`` is allowed / measured."""
+    """A number that was compared with a bound; ``headroom`` is allowed / measured."""
 
     name: str = Field(min_length=1)
     measured: float
@@ -63,7 +63,7 @@ class Measurement(Strict):
 
     @property
     def told(self) -> str:
-        """What was measured, what was allowed, and where, as a failure says it."""
+        """The measured and the allowed value, and where, as in a failure message."""
         unit, place = self.unit and f" {self.unit}", self.where and f" at {self.where}"
         return f"{self.name}: measured {self.measured:.6g}{unit}, allowed {self.allowed:.6g}{unit}{place}"
 
@@ -76,7 +76,7 @@ def _room(one: Measurement) -> float:
 class CheckResult(Strict):
     """One check on one target. Raises ValidationError when the verdict and the other fields contradict each other.
 
-    ``rests_on`` is the place of its list among those of the record; older records have none.
+    ``rests_on`` is the index of its list in the record's ``rests_on``; older records have none.
     """
 
     id: str = Field(pattern=r"^p[1-8]\.[a-z0-9_]+\.[A-Za-z0-9_\-]+$")
@@ -97,13 +97,13 @@ class CheckResult(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> CheckResult:
         if (self.verdict is Verdict.SKIP) != (self.code is not None):
-            raise ValueError(f"{self.id}: a SKIP has a code and nothing else has one (code {self.code!r})")
+            raise ValueError(f"{self.id}: a SKIP has a code and no other verdict does (code {self.code!r})")
         if self.code is not None and self.code not in SKIP_CODES:
             raise ValueError(f"{self.id}: unknown skip code {self.code!r}; known: {', '.join(SKIP_CODES)}")
         if self.code == "NO_GPU" and self.evidence == "hardware":
             raise ValueError(f"{self.id}: SKIP(NO_GPU) contradicts its hardware evidence")
         if (self.verdict is Verdict.BLOCKED) != (self.by is not None):
-            raise ValueError(f"{self.id}: a BLOCKED names what blocks it and nothing else does (by {self.by!r})")
+            raise ValueError(f"{self.id}: a BLOCKED names its blocker and no other verdict does (by {self.by!r})")
         if self.verdict is Verdict.PASS:
             for measurement in self.measurements:
                 if not measurement.within:
@@ -116,8 +116,8 @@ class CheckResult(Strict):
 
     @property
     def tightest(self) -> Measurement | None:
-        """The measurement with the least headroom (NaN first), for the one number a matrix cell can show."""
-        if len(self.measurements) < 2:  # most results, and an index asks a thousand records
+        """The measurement with the least headroom (NaN first), for the one number that a matrix cell shows."""
+        if len(self.measurements) < 2:  # most results; an index asks a thousand records
             return self.measurements[0] if self.measurements else None
         return min(self.measurements, key=_room)
 
@@ -131,7 +131,7 @@ class Gpu(Strict):
 
 
 class Environment(Strict):
-    """Where a run happened. A package that is not there is the words ``not installed``, never an empty field."""
+    """The environment of a run. The version of an absent package is ``not installed``, never empty."""
 
     gpu: Gpu | None
     cuda_runtime: str = Field(min_length=1)
@@ -148,8 +148,9 @@ class Environment(Strict):
 
 
 class MachineState(Strict):
-    """The machine at one moment, by the ``cores`` that the run may use: the load average of the last minute, and the
-    processor seconds since it was started that they computed (``busy_s``) or lost to a hypervisor (``steal_s``).
+    """The state of the machine at one moment: the number of ``cores`` that the run may use, the load average of the
+    last minute, and the processor seconds since boot in which these cores were busy (``busy_s``) or lost to a
+    hypervisor (``steal_s``).
     """
 
     cores: int = Field(ge=1)
@@ -159,9 +160,9 @@ class MachineState(Strict):
 
 
 class Sitting(Strict):
-    """The machine at the ``start`` and the ``end`` of one phase; a resumed run may have several of a phase.
+    """The machine at the ``start`` and the ``end`` of one phase; a resumed run may have several for a phase.
 
-    Without an ``end`` the process of the phase was ended together with the run.
+    ``end`` is None if the process of the phase was ended together with the run.
     """
 
     phase: int = Field(ge=1, le=8)
@@ -172,7 +173,7 @@ class Sitting(Strict):
 class SubjectInfo(Strict):
     """The implementation under test; ``git_sha`` is ``none`` where the source is not a git checkout.
 
-    ``content_sha256`` is the digest of the package's files: what it is, wherever it lay and whatever git knows of it.
+    ``content_sha256`` is the digest of the package's files, independent of their location and of git.
     """
 
     name: str = Field(min_length=1)
@@ -186,11 +187,11 @@ class SubjectInfo(Strict):
 class Record(Strict):
     """One run on one target (``emulated`` or ``sm<NN>``).
 
-    ``instrument_sha256`` is the digest of the suite's own sources, ``machine`` how busy the machine was while each
-    phase ran (older records do not have it). ``sources`` has the digests of the files of suite and subject that results
-    rest on, and each list in ``rests_on`` the names of those that could have changed some of them
-    (``verify/record/grounds.py``; older records have neither). A record with a ``compilation`` was made without the
-    target's GPU, and has compiled evidence only. Raises ValidationError when the parts contradict each other.
+    ``instrument_sha256`` is the digest of the suite's own sources, ``machine`` how busy the machine was during each
+    phase (absent in older records). ``sources`` has the digests of the files of suite and subject that results rest on;
+    each list in ``rests_on`` has the names of the files that some of the results rest on (``verify/record/grounds.py``;
+    both are absent in older records). A record with a ``compilation`` was made without the target's GPU and has only
+    compiled evidence. Raises ValidationError if the parts contradict each other.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -213,7 +214,7 @@ class Record(Strict):
 
     @property
     def ahead_of_time(self) -> bool:
-        """Whether this is about kernels that were built and not run."""
+        """Whether the kernels of this record were built and not run."""
         return self.compilation is not None
 
     @model_validator(mode="after")
@@ -229,27 +230,28 @@ class Record(Strict):
             if result.evidence == "hardware" and interpreted:
                 raise ValueError(f"{result.id} claims hardware evidence, but TRITON_INTERPRET emulated the kernels")
             if result.rests_on is not None and result.rests_on >= len(self.rests_on):
-                raise ValueError(f"{result.id} rests on list {result.rests_on}, and there are {len(self.rests_on)}")
+                raise ValueError(f"{result.id} rests on list {result.rests_on}, but there are {len(self.rests_on)}")
         if unknown := [name for names in self.rests_on for name in names if name not in self.sources]:
-            raise ValueError(f"results rest on {unknown[0]}, whose digest is not there")
+            raise ValueError(f"results rest on {unknown[0]}, but sources has no digest of it")
         gpu = self.environment.gpu
         if self.compilation is not None:
             if f"sm{self.compilation.sm}" != self.target:
                 raise ValueError(f"run {self.run_id} claims {self.target}, but was built for sm{self.compilation.sm}")
             ran = [result.id for result in self.results if result.evidence != "compiled"]
-            if gpu is not None or ran:
-                raise ValueError(f"run {self.run_id} was built ahead of time, but {ran[0] if ran else gpu.name} ran")
+            ran += [gpu.name] if gpu is not None else []
+            if ran:
+                raise ValueError(f"run {self.run_id} was built ahead of time, but {ran[0]} ran")
         elif self.target != "emulated" and (gpu is None or f"sm{gpu.sm}" != self.target):
             raise ValueError(f"run {self.run_id} claims {self.target}, but its environment has another GPU or none")
         return self
 
 
 class UnreadableRecord(ValueError):
-    """A record file that cannot be used; the message names the file and the first problem."""
+    """A record file that cannot be used; the message names the file and its first problem."""
 
 
 def read_record(path: Path) -> Record:
-    """Read and validate one record. Raises UnreadableRecord naming the file and the first problem."""
+    """Read and validate one record. Raises UnreadableRecord naming the file and its first problem."""
     try:
         return Record.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -260,17 +262,17 @@ def read_record(path: Path) -> Record:
 
 
 def shape_problem(error: ValidationError) -> str:
-    """Why a file has not the shape of a record, in words; empty where only its parts contradict each other."""
+    """Why a file does not have the shape of a record; empty if only its parts contradict each other."""
     for one in error.errors():
         place = ".".join(map(str, one["loc"]))
         if one["type"] == "json_invalid":
-            return f"is cut off or no JSON ({one['msg'].removeprefix('Invalid JSON: ')})"
+            return f"is cut off or not JSON ({one['msg'].removeprefix('Invalid JSON: ')})"
         if place == "schema_version":
             return (
-                f"has schema version {one['input']}, and this suite reads {SCHEMA_VERSION}; use the suite that wrote it"
+                f"has schema version {one['input']}, but this suite reads {SCHEMA_VERSION}; use the suite that wrote it"
             )
         if one["type"] != "value_error":
-            return f"is no record ({place or 'file'}: {one['msg']})"
+            return f"is not a record ({place or 'file'}: {one['msg']})"
     return ""
 
 
@@ -279,5 +281,5 @@ def write_record(record: Record, path: Path) -> None:
 
 
 def json_schema() -> str:
-    """The JSON Schema of a record, as it is kept in ``reports/schema/``."""
+    """The JSON Schema of a record, as stored in ``reports/schema/``."""
     return json.dumps(Record.model_json_schema(), indent=1, sort_keys=True) + "\n"

@@ -1,4 +1,4 @@
-"""When a result no longer counts, and which records of a target speak for it together."""
+"""When a result no longer counts, and which records of a target are merged."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from verify.record.grounds import BUNDLED, SUBJECT, Checkout
 from verify.record.schema import CheckResult, Record, SubjectInfo
 
 #: Why a result of an older record does not count.
-_NAMELESS = "recorded before results named what they rest on"
+_NAMELESS = "recorded before results listed the files they rest on"
 
 
 def same_subject(one: SubjectInfo, other: SubjectInfo) -> bool:
-    """Whether two records speak about one subject: the same content wherever it lay, or what became of it since."""
+    """Whether two records are about one subject: the same content in any place, or another version in one place."""
     return one.name == other.name and (one.content_sha256 == other.content_sha256 or one.source == other.source)
 
 
 def stale_because(record: Record, newest: Record) -> str | None:
-    """What ``record`` has otherwise than the ``newest`` one, as ``another torch``; None where both can be merged.
+    """How ``record`` differs from the ``newest`` one, such as ``another torch``; None where both can be merged.
 
-    A run and a compilation ahead of time need not be of one machine, only of one subject.
+    A run and a compilation ahead of time must be of one subject, but need not be of one machine.
     """
     ours, theirs = record.environment, newest.environment
     if not same_subject(record.subject, newest.subject):
@@ -41,10 +41,10 @@ def stale_because(record: Record, newest: Record) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Which results count: those that rest on files that are now as they were.
+    """Which results count: those whose files are unchanged.
 
-    The suite, and the subject of this checkout, are compared with ``checkout``; another subject with the newest of
-    ``records``, newest first, that is about it. Without a checkout every result counts.
+    Files of the suite, and of the subject of this checkout, are compared with ``checkout``; files of another subject
+    with the newest of ``records`` about it. ``records`` are newest first. Without a checkout every result counts.
     """
 
     checkout: Checkout | None
@@ -52,13 +52,13 @@ class Comparison:
     _known: dict[int, list[str]] = field(default_factory=dict, init=False, repr=False)
 
     def because(self, record: Record, result: CheckResult) -> str:
-        """Why a result does not count, as ``verify/judge/oracle.py changed``; empty where it does."""
+        """Why a result does not count, such as ``verify/judge/oracle.py changed``; empty if it does."""
         if self.checkout is None:
             return ""
         return _NAMELESS if result.rests_on is None else self.lists(record)[result.rests_on]
 
     def counts(self, record: Record) -> bool:
-        """Whether any result of ``record`` does."""
+        """Whether any result of ``record`` counts."""
         if self.checkout is None or (record.compilation is not None and record.compilation.gap):
             return True
         return not all(self.lists(record))
@@ -69,7 +69,7 @@ class Comparison:
         return next(iter(self.lists(record)), _NAMELESS)
 
     def lists(self, record: Record) -> list[str]:
-        """For each list in ``record.rests_on`` the first file that changed, and how; empty where none did."""
+        """For each list in ``record.rests_on`` the first file that changed, and how; empty if none did."""
         if id(record) not in self._known:
             newest = next((one for one in self.records if same_subject(one.subject, record.subject)), record)
             changed = {name: self._changed(record, name, digest, newest) for name, digest in record.sources.items()}
@@ -80,6 +80,7 @@ class Comparison:
 
     def _changed(self, record: Record, name: str, digest: str, newest: Record) -> str:
         if not name.startswith(f"{SUBJECT}/") or record.subject.source == BUNDLED:
+            assert self.checkout is not None  # without one every result counts and no file is compared
             now = self.checkout.sha256(name)
             return "" if now == digest else f"{name} {'changed' if now else 'is gone'}"
         if newest.subject.content_sha256 == record.subject.content_sha256 or newest.sources.get(name) == digest:
@@ -88,9 +89,9 @@ class Comparison:
 
 
 def _why_stale(record: Record, records: Sequence[Record]) -> str | None:
-    """``stale_because`` against the newest run, and against the newest of the record's own kind that goes with it.
+    """``stale_because`` against the newest run, and against the newest record of the same kind that merges with it.
 
-    Without any run, the newest of ``records`` takes its place; they are newest first.
+    Without any run, the first of ``records``, the newest, takes its place.
     """
     anchor = next((one for one in records if not one.ahead_of_time), records[0] if records else record)
     fitting = (one for one in records if stale_because(one, anchor) is None)
@@ -101,8 +102,8 @@ def _why_stale(record: Record, records: Sequence[Record]) -> str | None:
 def merged(
     target: Target, records: Iterable[Record], checkout: Checkout | None = None
 ) -> tuple[list[Record], list[Record], Comparison]:
-    """Those of ``records`` that are about ``target`` and speak for it together, and the stale ones; newest first; and
-    by what their results count.
+    """The records of ``target`` that can be merged, and its stale ones, both newest first; and the comparison that
+    decides which of their results count.
     """
     own = newest_first(record for record in records if record.target == target.target)
     comparison = Comparison(checkout, own)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-#: A digest in the form in which hashlib prints it.
+#: A digest as hashlib prints it.
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -22,5 +22,5 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     def model_post_init(self, context: Any) -> None:
-        # Which fields were given is never asked, and a set of them for each object is most of what a record takes.
+        # pydantic's per-object set of the given fields is never used, and is most of the memory of a record
         object.__setattr__(self, "__pydantic_fields_set__", _every_field(type(self)))

@@ -1,4 +1,4 @@
-"""The verdict of a GPU, or of the emulated target: what its must-pass checks prove, merged over its records."""
+"""The verdict on a GPU, or on the emulated target, from its must-pass checks, merged over its records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from verify.record.staleness import Comparison, _why_stale, merged
 
 
 class TargetVerdict(StrEnum):
-    """What is known about a target. Only VERIFIED speaks for hardware; the EMULATED words say that they do not."""
+    """The verdict on a target. Only VERIFIED vouches for hardware; the EMULATED verdicts do not."""
 
     VERIFIED = "VERIFIED"
     FAILED = "FAILED"
@@ -34,29 +34,36 @@ _EMULATED_WORDS = {
     TargetVerdict.INFRA: TargetVerdict.INFRA,
 }
 
-#: The families that judge one scoring path each, by the name of the path.
+#: The families that judge one scoring path each, with the name of the path.
 _JUDGED = {"p4.triton_oracle": "Triton", "p4.pytorch_oracle": "PyTorch"}
 
-#: What a cell of a matrix may show, best proof first. A GPU's cell never shows an emulated result.
+#: The evidence that a matrix cell may show, best first. A GPU's cell never shows an emulated result.
 _EMULATED_ONLY: tuple[Evidence, ...] = ("emulated",)
 _ON_A_GPU: tuple[Evidence, ...] = ("hardware", "compiled")
 _AHEAD_OF_TIME: tuple[Evidence, ...] = ("compiled",)
 
-#: By check and evidence the newest result, the run that it is of, and why it does not count, where it does not.
+#: By check and evidence: the newest result, its run id, and why it does not count (empty if it does).
 _Results = dict[tuple[str, Evidence], tuple[CheckResult, str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One check on one target: the newest result of the best evidence there is, or none."""
+    """One check on one target: the newest result with the best available evidence, or none."""
 
     check: Check
     must_pass: bool
     result: CheckResult | None
-    proves: bool  #: whether the evidence is the kind that the target's verdict rests on
+    proves: bool  #: whether the evidence is of the kind that the target's verdict rests on
     run_id: str | None
-    stale: CheckResult | None = None  #: where there is no result: the newest of those that no longer count
-    because: str = ""  #: why that one does not
+    stale: CheckResult | None = None  #: without a result: the newest one that no longer counts
+    because: str = ""  #: why it no longer counts
+
+    @property
+    def outcome(self) -> CheckResult:
+        """The result of a cell that has one. Raises ValueError for any other cell."""
+        if self.result is None:
+            raise ValueError(f"{self.check.id} has no result")
+        return self.result
 
     @property
     def passed(self) -> bool:
@@ -68,20 +75,20 @@ class Cell:
 
     @property
     def compiled(self) -> bool:
-        """Built for the target, which has yet to run it."""
+        """Built for the target, but not run on it."""
         return not self.proves and self.result is not None and self.result.verdict is Verdict.PASS
 
     @property
     def not_compiled(self) -> bool:
-        """Tried ahead of time, and not built: no verdict about the target, and no good sign either."""
+        """A failed build ahead of time: not a verdict on the target, but a bad sign."""
         return not self.proves and self.result is not None and self.result.verdict in FAILING
 
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """A target's verdict with everything it rests on; ``used`` and ``stale`` are newest first.
+    """A target's verdict with everything it rests on.
 
-    ``comparison`` says which results count.
+    ``used`` and ``stale`` are newest first. ``comparison`` says which results count.
     """
 
     target: Target
@@ -99,12 +106,12 @@ class Assessment:
 
     @property
     def missing(self) -> tuple[Cell, ...]:
-        """Must-pass cells that neither passed nor failed: absent, skipped, blocked, or proven in another way only."""
+        """Must-pass cells that neither passed nor failed: absent, skipped, blocked, or with other evidence only."""
         return tuple(cell for cell in self.must_pass if not cell.passed and not cell.failed)
 
     @property
     def outdated(self) -> dict[str, list[Cell]]:
-        """The cells whose newest result no longer counts, by the reason."""
+        """The cells whose newest result no longer counts, by reason."""
         found: dict[str, list[Cell]] = {}
         for cell in self.cells:
             if cell.stale is not None:
@@ -113,7 +120,7 @@ class Assessment:
 
     @property
     def with_curves(self) -> tuple[Cell, ...]:
-        """The cells whose results have something to plot."""
+        """The cells whose results have curves to plot."""
         return tuple(cell for cell in self.cells if cell.result is not None and cell.result.curves)
 
     @property
@@ -122,16 +129,16 @@ class Assessment:
 
     @property
     def compilation(self) -> Compilation | None:
-        """What was built for the target the last time that anything was."""
+        """The newest compilation for the target."""
         return next((record.compilation for record in self.used if record.compilation), None)
 
     def why_stale(self, record: Record) -> str | None:
-        """Why no result of ``record`` counts; None where one does."""
+        """Why no result of ``record`` counts; None if any does."""
         return self.comparison.why_stale(record, self.used)
 
 
 def must_pass(checks: Iterable[Check], target: Target) -> list[Check]:
-    """The checks that ``target`` must pass: every HARD one whose range includes it."""
+    """The checks that ``target`` must pass: every HARD one that applies to it."""
     return [check for check in checks if check.spec.gate == "hard" and check.applies_to(target.target)]
 
 
@@ -145,13 +152,13 @@ def describe_subject(subject: SubjectInfo) -> str:
 def assess(
     target: Target, records: Iterable[Record], checks: Sequence[Check], checkout: Checkout | None = None
 ) -> Assessment:
-    """The verdict of ``target`` from those of ``records`` that are about it and comparable with its newest run.
+    """The verdict on ``target`` from those of its ``records`` that are comparable with its newest run.
 
-    Per id the newest result counts, a failure as much as a pass, unless it rests on something that is otherwise in
-    ``checkout``; a must-pass check of phase 6 counts with the embedded model only. Records of another subject, software
-    or card are listed as stale, with those of which no result counts. A compilation ahead of time makes no run stale;
-    where nothing ran, the newest one decides. A result whose gate is not the catalogue's is of a check that this suite
-    does not have. Without a ``checkout``, results count as they were made.
+    For each id the newest result counts, a failure as much as a pass, unless a file that it rests on differs in
+    ``checkout``. A must-pass check of phase 6 counts with the embedded model only. Records of another subject, software
+    or card are listed as stale, as are those of which no result counts. A compilation ahead of time makes no run stale;
+    if nothing ran, the newest compilation decides. A result whose gate differs from the catalogue's is treated as one
+    of a check that this suite does not have. Without a ``checkout``, every result counts.
     """
     used, stale, comparison = merged(target, records, checkout)
     wanted = {check.id for check in must_pass(checks, target)}
@@ -184,7 +191,7 @@ def _newest_results(
     why = {id(record): _why_stale(record, used) or "" for record in stale}
     for record in newest_first((*used, *stale)):
         for result in record.results:
-            # the must-pass list promises the embedded model; runs with others are further records
+            # must-pass checks of phase 6 are about the embedded model; runs with other models do not count
             other_model = result.id in wanted and result.id.startswith("p6.") and record.model != "embedded"
             if gates.get(result.id) == result.gate and not other_model:
                 because = comparison.because(record, result) or why.get(id(record), "")
@@ -205,7 +212,7 @@ def _cell(check: Check, target: Target, found: _Results, before: _Results, wante
 
 
 def _verdict(cells: Sequence[Cell]) -> TargetVerdict:
-    failed = {cell.result.verdict for cell in cells if cell.failed}
+    failed = {cell.outcome.verdict for cell in cells if cell.failed}
     if failed - {Verdict.INFRA}:
         return TargetVerdict.FAILED
     if failed:
@@ -218,7 +225,7 @@ def _verdict(cells: Sequence[Cell]) -> TargetVerdict:
 def _sentence(
     target: Target, verdict: TargetVerdict, cells: Sequence[Cell], used: Sequence[Record], stale: Sequence[Record]
 ) -> str:
-    """One sentence that says what was verified and what was not."""
+    """One sentence on what was verified and what was not."""
     hard = [cell for cell in cells if cell.must_pass]
     emulated = target is EMULATED
     if not used:
@@ -227,7 +234,7 @@ def _sentence(
         if stale:
             why = next((f" ({cell.because})" for cell in cells if cell.stale is not None), "")
             records = "record" if len(stale) == 1 else f"{len(stale)} records"
-            return f"No result of the {records} of {who} counts any longer{why}, so {none}."
+            return f"No result in the {records} of {who} is still valid{why}, so {none}."
         return f"There is no record of {who}, so {none}."
     failed = [cell.check.id for cell in hard if cell.failed]
     passed = sum(cell.passed for cell in hard)
@@ -235,7 +242,7 @@ def _sentence(
         f", {number} of them {words}"
         for number, words in (
             (sum(cell.compiled for cell in hard), "compiled ahead of time"),
-            (sum(cell.not_compiled for cell in hard), "NOT compiled when that was tried"),
+            (sum(cell.not_compiled for cell in hard), "NOT compiled (the build failed)"),
         )
         if number
     )
@@ -246,16 +253,17 @@ def _sentence(
     if failed:
         ended = "could not be judged" if verdict is TargetVerdict.INFRA else "failed"
         start = f"{len(failed)} of {len(hard)} must-pass checks {ended} {where}, the first of them {failed[0]}"
-        rest = f"{passed} passed, {len(hard) - passed - len(failed)} without a result that counts{ahead}"
+        rest = f"{passed} passed, {len(hard) - passed - len(failed)} without a valid result{ahead}"
         return f"{start}; {rest}{_judged_paths(cells)}{end}"
     return (
-        f"{passed} of {len(hard)} must-pass checks passed {where} and none failed, "
-        f"but {len(hard) - passed} without a result that counts{ahead and ahead + ','} leave {target.target} open{end}"
+        f"{passed} of {len(hard)} must-pass checks passed {where} and none failed; "
+        f"{len(hard) - passed} {'has' if passed == len(hard) - 1 else 'have'} no valid result{ahead}, "
+        f"so {target.target} is INCOMPLETE{end}"
     )
 
 
 def _judged_paths(cells: Sequence[Cell]) -> str:
-    """Which of the two scoring paths the oracle finds wrong; empty where it finds neither wrong."""
+    """Which of the two scoring paths is wrong according to the oracle; empty if neither is."""
     told: list[str] = []
     for family, path in _JUDGED.items():
         results = [cell for cell in cells if cell.check.spec.family == family and cell.result is not None]
@@ -290,7 +298,7 @@ def missing_by_phase(assessment: Assessment) -> dict[int, list[Cell]]:
 
 
 def fill_command(assessment: Assessment) -> str:
-    """The command that would fill what is missing, on a machine with the target's GPU."""
+    """The command that would run what is missing, on a machine with the target's GPU."""
     where = "--device cpu" if assessment.target is EMULATED else f"--expect {assessment.target.target}"
     missing = set(missing_by_phase(assessment))
     some = missing != {cell.check.phase for cell in assessment.must_pass}

@@ -1,4 +1,4 @@
-"""``python -m verify diff``: what changed from one run to another, and whether a HARD check got worse."""
+"""``python -m verify diff``: what changed between two runs, and whether a HARD check got worse."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from verify.record.verdict import TargetVerdict, assess, describe_subject, must_
 from verify.report.documents import dumps
 from verify.report.matrix import count
 
-#: Without a history a number may grow by this factor, and a duration besides by a second, before it is told.
+#: Without a history, a number is reported only if it grew by more than this factor, and a duration also by a second.
 _FACTOR, _SECONDS = 1.5, 1.0
 
-#: From so many earlier runs on their spread is the noise: so many robust standard deviations, and never less than this.
+#: With at least this many earlier runs, the noise is this many robust standard deviations, and at least this share.
 _ENOUGH, _DEVIATIONS, _LEAST = 5, 4.0, 0.05
 
-#: How many lines of one kind are told before the rest is only counted.
+#: How many lines of one kind are printed; the rest is only counted.
 _TOLD = 20
 
 #: The kinds of change, worst first.
@@ -35,7 +35,7 @@ _BAD = FAILING | {Verdict.BLOCKED}
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One check that is not as it was; ``worse`` decides the exit code."""
+    """A change of one check; ``worse`` decides the exit code."""
 
     kind: str
     id: str
@@ -47,8 +47,8 @@ class Change:
 def diff(names: Sequence[str], since: str | None, gpu: str | None, folders: Sequence[Path], *, as_json: bool) -> int:
     """Print what changed between two runs; 1 if a HARD check got worse, else 0.
 
-    ``names`` are two runs, or with ``since`` ``last-green`` none or the later one. Raises ConfigurationError for a run
-    that is not there, and where there is no earlier green one.
+    ``names`` are two runs, or, if ``since`` is ``last-green``, none or the later one. Raises ConfigurationError if a
+    run does not exist or there is no earlier green run.
     """
     with open_index(folders) as index:
         before, after = _chosen(index, names, since, gpu)
@@ -63,16 +63,16 @@ def diff(names: Sequence[str], since: str | None, gpu: str | None, folders: Sequ
 
 
 def compare(before: Record, after: Record, history: Callable[[str, str], Iterable[Point]]) -> Iterator[Change]:
-    """Every change from one record to another; ``history`` has the results of a check on a target.
+    """Every change between two records; ``history`` returns the results of a check on a target.
 
-    A HARD check got worse if it failed or was blocked and did not before, if it no longer passes, and if it is absent
-    from a run of the same selection.
+    A HARD check got worse if it newly failed or was blocked, if it no longer passes, or if it passed and is absent from
+    a run of the same selection.
     """
     old, new = ({one.id: one for one in record.results} for record in (before, after))
     same_selection = before.selection == after.selection
     for name in old.keys() - new.keys():
         lost = old[name].verdict is Verdict.PASS and same_selection and old[name].gate == "hard"
-        yield Change("removed", name, old[name].gate, f"{_words(old[name])}, and no result any more", lost)
+        yield Change("removed", name, old[name].gate, f"{_words(old[name])}, now no result", lost)
     for name, now in new.items():
         if (was := old.get(name)) is None:
             yield Change("added", name, now.gate, _words(now), now.gate == "hard" and now.verdict in _BAD)
@@ -97,7 +97,7 @@ def _other_verdict(was: CheckResult, now: CheckResult) -> Change:
 def _other_numbers(
     was: CheckResult, now: CheckResult, before: Record, after: Record, history: Callable[[str, str], Iterable[Point]]
 ) -> Iterator[Change]:
-    """What needs more of its allowance, or takes longer, than chance explains."""
+    """Measurements that use more of their allowance, and durations that grew, by more than the noise."""
     past = [
         one
         for one in history(now.id, after.target)
@@ -117,18 +117,18 @@ def _other_numbers(
 
 
 def _limit(before: float, past: Sequence[float]) -> tuple[float, str]:
-    """What a number may be that was ``before``, and why: the spread of ``past`` where there is enough of it."""
+    """The limit for a number that was ``before``, and its reason: the spread of ``past`` if it has enough values."""
     if len(past) < _ENOUGH:
-        return before * _FACTOR, f"beyond {_FACTOR:g} times; {count(len(past), 'earlier run')} tell no noise yet"
+        return before * _FACTOR, f"over {_FACTOR:g} times; {count(len(past), 'earlier run')}, too few to know the noise"
     middle = statistics.median(past)
-    # of a normal distribution the standard deviation is 1.4826 median absolute deviations
+    # the standard deviation of a normal distribution is 1.4826 median absolute deviations
     spread = 1.4826 * statistics.median(abs(one - middle) for one in past)
     limit = max(middle, before) + max(_DEVIATIONS * spread, _LEAST * middle)
-    return limit, f"beyond the noise of {len(past)} earlier runs, {limit:.3g}"
+    return limit, f"above the noise of {len(past)} earlier runs, {limit:.3g}"
 
 
 def _shares(result: CheckResult) -> Mapping[str, float]:
-    """By the name of a measurement the greatest part of its allowance that was needed."""
+    """The largest used share of the allowance, by the name of the measurement."""
     shares: dict[str, float] = {}
     for one in result.measurements:
         if one.allowed > 0 and not math.isinf(one.allowed) and not math.isnan(one.measured):
@@ -148,11 +148,11 @@ def _words(result: CheckResult) -> str:
 def _chosen(index: Index, names: Sequence[str], since: str | None, gpu: str | None) -> tuple[Record, Record]:
     if since is None:
         if len(names) != 2 or gpu is not None:
-            raise ConfigurationError("diff compares two runs: give both, or --since last-green, which --gpu goes with")
+            raise ConfigurationError("diff compares two runs: give both, or --since last-green, optionally with --gpu")
         before, after = (_record(index, name) for name in names)
         return before, after
     if len(names) > 1:
-        raise ConfigurationError("--since last-green takes one run at most; drop the other one")
+        raise ConfigurationError("--since last-green takes at most one run; drop the other one")
     after = _record(index, names[0]) if names else _newest(index, gpu)
     return _last_green(index, after), after
 
@@ -170,19 +170,19 @@ def _newest(index: Index, gpu: str | None) -> Record:
     target = parse_target(gpu).target if gpu is not None else None
     runs = [head for head in index.heads.values() if not head.ahead_of_time and target in (None, head.target)]
     if not runs:
-        raise ConfigurationError(f"there is no run{f' of {target}' if target else ''} to compare; make one first")
-    return index.find(newest_first(runs)[0].run_id)
+        raise ConfigurationError(f"there is no run{f' on {target}' if target else ''} to compare; make one first")
+    return _record(index, newest_first(runs)[0].run_id)
 
 
 def _last_green(index: Index, after: Record) -> Record:
-    """The newest run before ``after`` that by itself verifies its target, or of a CPU passes all that it must."""
+    """The newest run before ``after`` that alone verifies its target, or passes every must-pass check on a CPU."""
     checks, target = list(catalogue()), parse_target(after.target)
     earlier = newest_first([after, *(head for head in index.heads.values() if head.target == after.target)])
     for head in earlier[earlier.index(after) + 1 :]:
         if head.run_id != after.run_id and not head.ahead_of_time and (found := _green(index, head, target, checks)):
             return found
     raise ConfigurationError(
-        f"there is no green run of {after.target} before {after.run_id}; compare with another one: "
+        f"there is no green run on {after.target} before {after.run_id}; compare with another run: "
         f"python -m verify diff RUN {after.run_id}"
     )
 
@@ -190,7 +190,7 @@ def _last_green(index: Index, after: Record) -> Record:
 def _green(index: Index, head: Record, target: Target, checks: Sequence[Check]) -> Record | None:
     if not {one.id for one in must_pass(checks, target)} <= index.passed(head.run_id):
         return None
-    record = index.find(head.run_id)
+    record = _record(index, head.run_id)
     wanted = TargetVerdict.EMULATED_PASS if target is EMULATED else TargetVerdict.VERIFIED
     return record if assess(target, [record], checks).verdict is wanted else None
 
@@ -214,7 +214,7 @@ def _print(before: Record, after: Record, changes: Sequence[Change]) -> None:
             style = "bold red" if one.worse else "green" if kind == "newly passing" else "yellow"
             console.print(Text.assemble((f"  {one.gate.upper()} ", style), one.id, f"  {one.told}"), soft_wrap=True)
         if len(found) > _TOLD:
-            console.print(f"  and {len(found) - _TOLD} more; --json has them all")
+            console.print(f"  and {len(found) - _TOLD} more; --json lists them all")
     console.print()
     worse = sum(one.worse for one in changes)
     verdict = f"{count(worse, 'HARD check')} got worse." if worse else "No HARD check got worse."

@@ -1,4 +1,4 @@
-"""``python -m verify doctor``: what this machine has, what it lacks, what will be skipped for it, and the next step."""
+"""``python -m verify doctor``: what this machine has and lacks, what is skipped because of it, and the next step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from verify.machine.environment import (
 from verify.record.schema import Gpu
 from verify.record.verdict import describe_subject
 from verify.report.matrix import count
-from verify.subject.offered import probe
+from verify.subject.offered import differences
 from verify.subject.published import NAMES, OPTIONAL
 from verify.subject.subject import Subject
 
@@ -44,7 +44,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the doctor: ``step`` says what to do and is empty where nothing is to be done."""
+    """One line of the doctor: ``step`` says what to do, and is empty if there is nothing to do."""
 
     what: str
     found: str
@@ -55,7 +55,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What was found; ``driver`` is None with the reason in ``no_driver``."""
+    """What was found on this machine. If ``driver`` is None, ``no_driver`` has the reason."""
 
     python: str
     system: str
@@ -77,8 +77,8 @@ _PACKAGES = ("torch", "triton", "transformers", "gguf", "accelerate", "llm-smoll
 def doctor(expect: int | None = None, subject: Subject | None = None) -> int:
     """Print the findings about this machine; return 0 if the suite can run here and 3 if something it needs is missing.
 
-    A ``subject`` is imported, and examined by the published names. Raises ConfigurationError when it does not import,
-    and, after printing, when ``expect`` (an SM number) is not the GPU of this machine.
+    A ``subject`` is imported, and its published names are examined. Raises ConfigurationError if it does not import,
+    and, after printing, if ``expect`` (an SM number) is not the GPU of this machine.
     """
     machine = inspect_machine()
     findings = [*examine(machine), *(examine_subject(subject) if subject else [])]
@@ -88,7 +88,7 @@ def doctor(expect: int | None = None, subject: Subject | None = None) -> int:
 
 
 def inspect_machine() -> Machine:
-    """Look at this machine; imports neither torch nor triton."""
+    """Examine this machine; imports neither torch nor triton."""
     try:
         driver, no_driver = nvml.query(), ""
     except nvml.NvmlUnavailable as error:
@@ -108,19 +108,20 @@ def inspect_machine() -> Machine:
 
 
 def check_card(machine: Machine, expect: int | None) -> None:
-    """Raise ConfigurationError, naming both, when the machine's GPU is not the one that was expected."""
+    """Raise ConfigurationError, naming both GPUs, if the machine's GPU is not the expected one."""
     if expect is None or (machine.gpu and machine.gpu.sm == expect):
         return
     wanted = find(expect)
+    products = ", ".join(wanted.products) if wanted is not None else ""
     here = f"{machine.gpu.name} (sm{machine.gpu.sm})" if machine.gpu else "no GPU"
     raise ConfigurationError(
-        f"this machine has {here}, not {wanted.target} ({', '.join(wanted.products) or 'no product known'}); "
+        f"this machine has {here}, not sm{expect} ({products or 'no product known'}); "
         "go to the right machine or give another --expect"
     )
 
 
 def examine(machine: Machine) -> list[Finding]:
-    """Every finding about ``machine``, in the order in which things have to work."""
+    """Every finding about ``machine``, each after those that it depends on."""
     return [
         _package("Python", machine.python, "3.11", "install Python 3.11 or newer and remove .venv"),
         _gpu(machine),
@@ -138,9 +139,9 @@ def examine(machine: Machine) -> list[Finding]:
 
 
 def examine_subject(subject: Subject) -> list[Finding]:
-    """What the subject has of the published names: one that it lacks fails its checks, or skips them if optional."""
+    """Which published names the subject has: a missing one fails its checks, or skips them if it is optional."""
     subject.activate()
-    problems = probe(subject)
+    problems = differences(subject)
     total = len(NAMES) + len(OPTIONAL)
     described = f"{describe_subject(subject.info())}, {total - len(problems)} of {total} published names"
     findings = [Finding("subject", described, "all", Status.OK)]
@@ -159,7 +160,7 @@ def skips(machine: Machine, checks: Sequence[Check]) -> dict[str, int]:
 
 
 def _minimum(machine: Machine, field: str) -> str | None:
-    """The newer of what the suite and what the GPU's architecture ask for."""
+    """The higher of the minimum versions of the suite and of the GPU's architecture."""
     known = find(machine.gpu.sm) if machine.gpu else None
     floors = [getattr(SUITE_MINIMUMS, field), getattr(known.minimums, field) if known else None]
     return max(filter(None, floors), key=Version, default=None)
@@ -191,7 +192,8 @@ def _gpu(machine: Machine) -> Finding:
         why = machine.no_driver or "the driver shows no GPU; is CUDA_VISIBLE_DEVICES right?"
         step = f"runs here are emulated and verify no GPU ({why}); on a machine with a GPU install its driver"
         return Finding("GPU", "none", covered, Status.SKIP, step)
-    more = f" (and {len(machine.driver.gpus) - 1} more)" if len(machine.driver.gpus) > 1 else ""
+    cards = machine.driver.gpus if machine.driver is not None else ()
+    more = f" (and {len(cards) - 1} more)" if len(cards) > 1 else ""
     found = f"{gpu.name}, sm{gpu.sm}, {gpu.memory_gib:.0f} GiB{more}"
     known = find(gpu.sm)
     if known is None:
@@ -206,7 +208,7 @@ def _driver(machine: Machine) -> list[Finding]:
         return []
     found = f"{machine.driver.version} (CUDA {machine.driver.cuda})"
     minimum = _minimum(machine, "driver")
-    # a driver serves every CUDA of its own major version and those before, whatever the minor version
+    # a driver supports every CUDA of its own and earlier major versions, whatever the minor version
     major = machine.cuda_runtime.split(".")[0]
     asked = " and ".join(filter(None, [minimum, f"CUDA {major}" if major.isdigit() else ""])) or "any"
     if _older(machine.driver.version, minimum):
@@ -244,7 +246,7 @@ def _variables(machine: Machine) -> Finding:
         step = "unset TRITON_INTERPRET: kernels would run in the interpreter, not on the GPU"
         return Finding("variables", listed, "none", Status.NEEDED, step)
     if given:
-        return Finding("variables", listed, "none", Status.NOTE, "they can change results and are kept in the record")
+        return Finding("variables", listed, "none", Status.NOTE, "they can change results; the record lists them")
     return Finding("variables", listed, "none", Status.OK)
 
 
@@ -278,5 +280,5 @@ def _print(findings: Sequence[Finding], skipped: dict[str, int]) -> None:
         console.print(f"\nNot ready: {', '.join(needed)}.", style="bold red")
     else:
         console.print("\nReady: python -m verify run", style="bold green")
-    # check_card may add its sentence on stderr: after this, not before
+    # check_card may raise an error that is printed to stderr; it must come after this output
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The reports as Markdown and JSON: the same facts in the same order as on the terminal, and nothing that varies."""
+"""The reports as Markdown and JSON: the same facts in the same order as on the terminal; the output is reproducible."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from verify.report.matrix import (
     compiled_words,
     count,
     grid,
+    headline,
     headroom,
     rows,
     versions,
@@ -37,7 +38,7 @@ def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def dumps(value: Any) -> str:
-    """JSON in which NaN and the infinities are strings, as in a record."""
+    """JSON with NaN and infinities as strings, as in a record."""
     return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
 
 
@@ -65,19 +66,21 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
     parts.append(markdown_table(header, body))
     failed = [cell for cell in assessment.cells if cell.failed or cell.not_compiled]
     if failed:
-        told = (f"* **{cell.check.id}** {_one_line(cell.result.message)} (`{cell.result.repeat}`)\n" for cell in failed)
+        told = (
+            f"* **{cell.check.id}** {_one_line(cell.outcome.message)} (`{cell.outcome.repeat}`)\n" for cell in failed
+        )
         parts.append("## Failures\n\n" + "".join(told))
     if assessment.outdated:
         told = (f"* {why}: {', '.join(_families(cells))}\n" for why, cells in assessment.outdated.items())
-        parts.append("## Results that no longer count\n\n" + "".join(told))
+        parts.append("## Stale results\n\n" + "".join(told))
     if assessment.with_curves:
-        parts.append("## Curves\n\n" + "\n".join(_curves(cell.result) for cell in assessment.with_curves))
+        parts.append("## Curves\n\n" + "\n".join(_curves(cell.outcome) for cell in assessment.with_curves))
     if assessment.missing:
         counted = count(len(assessment.missing), "must-pass check")
-        parts.append(f"## Missing\n\n{counted}, which `{fill_command(assessment)}` runs.\n")
+        parts.append(f"## Missing\n\n{counted}; run them with `{fill_command(assessment)}`.\n")
     if assessment.unknown_ids:
         named = "".join(f"* `{check_id}`\n" for check_id in assessment.unknown_ids)
-        parts.append("## Results of checks that this suite does not have\n\n" + named)
+        parts.append("## Results of checks that are not in this suite\n\n" + named)
     if unreadable:
         parts.append("## Unreadable records\n\n" + "".join(f"* {_one_line(sentence)}\n" for sentence in unreadable))
     return "\n".join(parts)
@@ -96,7 +99,8 @@ def summary_markdown(assessments: Sequence[Assessment], unreadable: Sequence[str
         for assessment in assessments
     ]
     table = markdown_table(["target", "products", "verdict", "must-pass", "compiled", "newest record"], body)
-    return table + "".join(f"\n* unreadable record {_one_line(sentence)}" for sentence in unreadable)
+    told = f"{headline(assessments)}\n\n{table}"
+    return told + "".join(f"\n* unreadable record {_one_line(sentence)}" for sentence in unreadable)
 
 
 def grid_markdown(assessments: Sequence[Assessment], unreadable: Sequence[str]) -> str:
@@ -112,7 +116,7 @@ def grid_markdown(assessments: Sequence[Assessment], unreadable: Sequence[str]) 
         ]
         verdicts = [["**verdict**", "", *(one.verdict for one in assessments)]] if gate == "hard" else []
         parts.append(f"## {gate.upper()}\n\n" + markdown_table(["check", "plan", *names], body + verdicts))
-    parts.append(f"{LEGEND}; - not for this target.\n")
+    parts.append(f"{LEGEND}; - does not apply.\n")
     parts.append("## Versions\n\n" + markdown_table(VERSIONS, versions(assessments)))
     parts += ["".join(f"* unreadable record {_one_line(sentence)}\n" for sentence in unreadable)] if unreadable else []
     return "\n".join(parts)
@@ -167,13 +171,13 @@ GRID: MappingProxyType[str, Callable[[Sequence[Assessment], Sequence[str]], str]
 
 def _summary(assessment: Assessment) -> dict[str, Any]:
     target, hard = assessment.target, assessment.must_pass
-    known = isinstance(target, Architecture)
+    gpu = target if isinstance(target, Architecture) else None
     return {
         "target": target.target,
-        "family": target.family if known else None,
-        "capability": target.capability if known else None,
-        "products": list(target.products) if known else [],
-        "toolchain_gap": target.toolchain_gap if known else "",
+        "family": gpu.family if gpu else None,
+        "capability": gpu.capability if gpu else None,
+        "products": list(gpu.products) if gpu else [],
+        "toolchain_gap": gpu.toolchain_gap if gpu else "",
         "verdict": assessment.verdict.value,
         "sentence": assessment.sentence,
         "must_pass": {

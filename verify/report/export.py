@@ -1,4 +1,4 @@
-"""Records in the formats of other programs: JUnit XML, an in-toto test result, and badges."""
+"""Records in the formats of other tools: JUnit XML, in-toto test results, and badges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from verify.record.verdict import Assessment, TargetVerdict, assess_record
 #: https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
 _STATEMENT, _PREDICATE = "https://in-toto.io/Statement/v1", "https://in-toto.io/attestation/test-result/v0.1"
 
-#: Verdicts that JUnit calls failures; the other failing ones are errors to it.
+#: Verdicts that are failures in JUnit; the other failing ones are errors.
 _FAILURES = frozenset({Verdict.FAIL})
 
 #: Only VERIFIED is green.
@@ -31,7 +31,7 @@ _COLOURS = {
 }
 _UNKNOWN = ("lightgrey", "#616161")
 
-#: Of a badge's letters in 11 px; a little wide, so that no text is cut off.
+#: The width of a badge's letters at 11 px, slightly overestimated so that no text is cut off.
 _LETTER_PX, _MARGIN_PX = 7, 10
 
 _SVG = """\
@@ -48,7 +48,7 @@ _SVG = """\
 def export(name: str, form: str, out: Path | None) -> int:
     """Write the record ``name`` as ``junit`` or ``attestation`` to ``out``, or to stdout; return 0.
 
-    Raises ConfigurationError for a record that is not there or cannot be read, or a file that cannot be written.
+    Raises ConfigurationError if the record does not exist or cannot be read, or the file cannot be written.
     """
     try:
         record = read_record(locate(name)[0])
@@ -59,7 +59,7 @@ def export(name: str, form: str, out: Path | None) -> int:
 
 
 def report_junit(assessments: Iterable[Assessment]) -> str:
-    """The results that count for each target, as JUnit XML; a must-pass check without one is an error."""
+    """The valid results of each target, as JUnit XML; a must-pass check without one is an error."""
     return junit(
         (
             one.target.target,
@@ -72,7 +72,7 @@ def report_junit(assessments: Iterable[Assessment]) -> str:
 
 
 def junit(targets: Iterable[tuple]) -> str:
-    """JUnit XML with a suite for each phase of each ``(target, results)`` or ``(target, results, absent ids)``."""
+    """JUnit XML with a test suite per phase for each ``(target, results)`` or ``(target, results, absent ids)``."""
     from junitparser import JUnitXml, TestSuite
 
     whole = JUnitXml()
@@ -91,9 +91,9 @@ def junit(targets: Iterable[tuple]) -> str:
 
 
 def attestation(record: Record) -> str:
-    """The in-toto statement of one record about the package that was tested, by the digest of its content.
+    """The in-toto statement of one record about the tested package, identified by the digest of its content.
 
-    FAILED where a HARD check failed or has no result that counts, WARNED where only SOFT ones failed, else PASSED.
+    FAILED if a HARD check failed or has no valid result, WARNED if only SOFT ones failed, else PASSED.
     """
     assessment = assess_record(record)
     failed = [one.id for one in record.results if one.gate == "hard" and one.verdict in FAILING | {Verdict.BLOCKED}]
@@ -147,7 +147,7 @@ def svg(assessment: Assessment) -> str:
 
 
 def write_badges(assessments: Sequence[Assessment], out: Path) -> None:
-    """``<target>.json`` and ``<target>.svg`` in ``out`` for each. Raises ConfigurationError where that cannot be."""
+    """Write ``<target>.json`` and ``<target>.svg`` to ``out`` for each. Raises ConfigurationError if that fails."""
     for one in assessments:
         write_out(endpoint(one), out / f"{one.target.target}.json")
         write_out(svg(one), out / f"{one.target.target}.svg")
@@ -188,10 +188,10 @@ def _absent(name: str, target: str):
     from junitparser import Error, TestCase
 
     case = TestCase(name, classname=f"{target}.{name.rpartition('.')[0]}")
-    case.result = [Error("must-pass, and there is no result", "ABSENT")]
+    case.result = [Error("must-pass, but there is no result", "ABSENT")]
     return case
 
 
 def _clean(text: str) -> str:
-    # XML has no place for control characters, whatever a message holds
+    # a message may hold control characters, which XML does not allow
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in str(text))

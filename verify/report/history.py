@@ -1,4 +1,4 @@
-"""``python -m verify history``: how verdicts and headroom went, run by run, from the index of the records."""
+"""``python -m verify history``: verdicts and headroom run by run, from the index of the records."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from verify.report.plots import text_plot
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: How many runs a line shows, and how many of them are told one by one.
+#: How many runs a line shows, and how many results are listed one by one.
 _SHOWN, _LAST = 24, 12
 
-#: Where a plot ends: how far outside a failure was would flatten all else.
+#: The top of a plot: failures far outside the bound would flatten everything else.
 _MOST = 2.0
 
-#: From nothing needed of the allowance to all of it.
+#: From none of the allowance used to all of it.
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 def history(check: str | None, gpu: str | None, folders: Sequence[Path] = (), *, as_json: bool = False) -> int:
-    """Print a line for every target, for every family of checks on one, or the whole course of one check; return 0.
+    """Print a line for each target, for each family of checks on one target, or the history of one check; return 0.
 
-    Raises ConfigurationError for a GPU or a check that no record knows.
+    Raises ConfigurationError for a GPU or a check without any results.
     """
     target = parse_target(gpu).target if gpu is not None else None
     with open_index(folders) as index:
@@ -41,7 +41,7 @@ def history(check: str | None, gpu: str | None, folders: Sequence[Path] = (), *,
     if not points:
         near = difflib.get_close_matches(check or "", known, n=3, cutoff=0.4)
         what = f"of {check!r}" if check else "of a check"
-        hint = f"; nearest are {', '.join(near)}" if near else ""
+        hint = f"; the nearest are {', '.join(near)}" if near else ""
         raise ConfigurationError(f"no record has a result {what}{f' on {target}' if target else ''}{hint}")
     if as_json:
         from dataclasses import asdict
@@ -64,13 +64,13 @@ def _print(points: Sequence[Point], check: str | None, target: str | None, conso
     table.add_column("check" if by_family else "target", overflow="fold")
     table.add_column("runs", justify="right")
     table.add_column("verdicts", no_wrap=True)
-    table.add_column("needed", no_wrap=True)
+    table.add_column("used", no_wrap=True)
     table.add_column("last", justify="right", no_wrap=True)
     groups: dict[str, list[Point]] = {}
     for one in points:
         groups.setdefault(one.id.rpartition(".")[0] if by_family else one.target, []).append(one)
     for name, members in groups.items():
-        # of a target its HARD checks, unless one check is asked for
+        # for a target only its HARD checks, unless one check is asked for
         told = members if by_family or check else [one for one in members if one.gate == "hard"]
         runs = _by_run(told)[-_SHOWN:]
         shares = [_largest(run) for run in runs]
@@ -79,7 +79,7 @@ def _print(points: Sequence[Point], check: str | None, target: str | None, conso
         table.add_row(Text(name), total, Text("".join(map(_letter, runs))), _sparkline(shares), last)
     console.print(table)
     console.print()
-    console.print("verdicts: the worst of each run, oldest first; needed: of what is allowed, █ at the bound or beyond")
+    console.print("verdicts: the worst of each run, oldest first; used: share of the allowance, █ at or over the bound")
     if check is not None:
         _print_runs(points, console)
 
@@ -113,7 +113,7 @@ def _print_runs(points: Sequence[Point], console: Console) -> None:
 
 
 def _curves(points: Sequence[Point]) -> list[Curve]:
-    """By target, the part of the allowance that was needed over days; of the targets with most runs."""
+    """The used share of the allowance over days, for each of the targets with the most runs."""
     start = datetime.fromisoformat(points[0].time_utc)
     found: dict[str, list[tuple[float, float]]] = {}
     for run in _by_run(points):

@@ -1,4 +1,4 @@
-"""The gate matrix of a target: one row per family of checks, grouped by phase, the plan's own table first."""
+"""The gate matrix of a target: one row per family of checks, grouped by phase, the items of the plan's table first."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from verify.architectures import EMULATED
 from verify.checks import CheckSpec
 from verify.record.builds import BuildVerdict, Compilation
-from verify.record.schema import Evidence, Measurement, Verdict
-from verify.record.verdict import Assessment, Cell
+from verify.record.schema import CheckResult, Evidence, Measurement, Verdict
+from verify.record.verdict import Assessment, Cell, TargetVerdict
 
-#: The plan's pass/fail table: these items stand first in their phase.
+#: The plan's pass/fail table: these items come first in their phase.
 PLAN_TABLE = ("1.3", "1.4", "3.1", "3.2", "4.1", "2.2", "4.2", "5.2", "6.1")
 
 NOT_RUN = "NOT RUN"
 
-#: A check that a GPU has yet to run, of which it is known that its kernels can be built for it.
+#: The word of a check whose kernels were built for a GPU that has not run it.
 COMPILED = "COMPILED"
 
-#: The word of a row is the first of these that one of its cells has.
+#: The word of a row is the first of these that any of its cells has.
 WORST_FIRST: tuple[str, ...] = (
     Verdict.CRASH,
     Verdict.TIMEOUT,
@@ -52,7 +53,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """The worst verdict with its code or blocker, and ``2/37`` where only some of the checks have it."""
+        """The worst verdict with its code or blocker, and ``2/37`` if only some of the checks have it."""
         alike = [cell for cell in self.cells if _word(cell) == self.worst]
         parts = [str(self.worst)]
         result = alike[0].result
@@ -64,19 +65,19 @@ class Row:
 
     @property
     def evidence(self) -> str:
-        """The kinds of evidence behind the row, ``-`` where there is none."""
+        """The kinds of evidence behind the row, ``-`` if there is none."""
         kinds = dict.fromkeys(cell.result.evidence for cell in self.cells if cell.result and _informs(cell))
         return "+".join(kinds) or "-"
 
     @property
     def tightest(self) -> Measurement | None:
-        """The measurement with the least headroom of all the row's checks."""
+        """The measurement with the least headroom among the row's checks."""
         found = [cell.result.tightest for cell in self.cells if cell.result and cell.result.tightest]
         return min(found, key=lambda m: -math.inf if math.isnan(m.headroom) else m.headroom, default=None)
 
 
 def rows(cells: Iterable[Cell]) -> list[Row]:
-    """Fold cells into rows: by phase, the items of the plan's table first, then in order of declaration."""
+    """Group cells into rows: by phase, the items of the plan's table first, then in order of declaration."""
     families: dict[str, list[Cell]] = {}
     for cell in cells:
         families.setdefault(cell.check.spec.family, []).append(cell)
@@ -86,9 +87,9 @@ def rows(cells: Iterable[Cell]) -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A family of checks on a target in two or three characters: ``●P``, ``◆P``, ``○F``, ``●P~``, ``·``.
+    """A family of checks on a target in one to three characters: ``●P``, ``◆P``, ``○F``, ``●P~``, ``·``.
 
-    ``word`` is its verdict, ``evidence`` the kind behind it; ``stale`` says that the result no longer counts.
+    ``word`` is the verdict, ``evidence`` its kind of evidence; ``stale`` says that the result no longer counts.
     """
 
     word: str
@@ -101,37 +102,38 @@ class Mark:
         return SHAPES[self.evidence] + LETTERS[self.word] + ("~" if self.stale else "")
 
 
-#: The shape tells the evidence and the letter the verdict, so that neither needs a colour.
+#: The shape shows the evidence and the letter the verdict, so that neither needs a colour.
 SHAPES: Mapping[Evidence, str] = MappingProxyType({"hardware": "●", "compiled": "◆", "emulated": "○"})
 LETTERS = MappingProxyType(
     {"PASS": "P", "FAIL": "F", "ERROR": "E", "CRASH": "C", "TIMEOUT": "T", "INFRA": "I", "SKIP": "S", "BLOCKED": "B"}
 )
 LEGEND = (
     "● hardware  ◆ compiled  ○ emulated  · no result; P pass  F fail  E error  C crash  T timeout  I infra  "
-    "S skip  B blocked; ~ stale, which counts for nothing"
+    "S skip  B blocked; ~ stale, does not count"
 )
 
 
-def stale_of(row: Row) -> Cell | None:
-    """Of a row that no result that counts informs of: the worst that one cell said before. A skip said nothing."""
+def stale_of(row: Row) -> CheckResult | None:
+    """The worst stale result of a row that has no valid result; skips and blocked checks do not count as results."""
     if row.worst != NOT_RUN or row.evidence != "-":
         return None
-    said = [cell for cell in row.cells if cell.stale and cell.stale.verdict not in (Verdict.SKIP, Verdict.BLOCKED)]
-    return min(said, key=lambda cell: WORST_FIRST.index(cell.stale.verdict), default=None)
+    before = (cell.stale for cell in row.cells if cell.stale)
+    said = [result for result in before if result.verdict not in (Verdict.SKIP, Verdict.BLOCKED)]
+    return min(said, key=lambda result: WORST_FIRST.index(result.verdict), default=None)
 
 
 def mark(row: Row) -> Mark:
-    """The worst of a row: what counts, else what was built for a GPU that did not run it, else what is stale."""
+    """The worst result of a row: a valid one, else one compiled for a GPU that did not run it, else a stale one."""
     worst = next(cell for cell in row.cells if _word(cell) == row.worst)
     if worst.result is not None:
         return Mark(worst.result.verdict, worst.result.evidence)
     if (before := stale_of(row)) is not None:
-        return Mark(before.stale.verdict, before.stale.evidence, stale=True)
+        return Mark(before.verdict, before.evidence, stale=True)
     return Mark(NOT_RUN, None)
 
 
 def grid(assessments: Sequence[Assessment]) -> list[tuple[CheckSpec, dict[str, Mark]]]:
-    """Every family of checks with its mark on each target that it applies to, by target: first HARD, then SOFT ones."""
+    """Every family of checks, HARD ones first, with its marks by target, for the targets that it applies to."""
     specs: dict[str, CheckSpec] = {}
     marks: dict[str, dict[str, Mark]] = {}
     for assessment in assessments:
@@ -146,7 +148,7 @@ VERSIONS = ("target", "GPU", "driver", "CUDA", "torch", "triton", "vLLM", "subje
 
 
 def versions(assessments: Sequence[Assessment]) -> list[list[str]]:
-    """What the newest record of each target was made with, by the names of ``VERSIONS``; targets without are absent."""
+    """The versions in each target's newest record, in the order of ``VERSIONS``; targets without one are absent."""
     lines = []
     for assessment in assessments:
         if not assessment.used:
@@ -168,7 +170,7 @@ def by_phase(folded: Sequence[Row]) -> dict[int, list[Row]]:
 
 
 def bound(measurement: Measurement | None) -> str:
-    """``measured / allowed`` in at most 17 characters, with the unit where it fits."""
+    """``measured / allowed`` in at most 17 characters, with the unit if it fits."""
     if measurement is None:
         return "-"
     pair = f"{_short(measurement.measured)} / {_short(measurement.allowed)}"
@@ -194,7 +196,7 @@ def count(number: int, noun: str) -> str:
 
 
 def built(compilation: Compilation | None) -> str:
-    """How much was built for a target, in a word: ``21/21``, ``gap`` where the toolchain builds nothing, ``-``."""
+    """How many kernels were built for a target: ``21/21``, ``gap`` if the toolchain builds nothing, or ``-``."""
     if compilation is None:
         return "-"
     if compilation.gap:
@@ -204,7 +206,7 @@ def built(compilation: Compilation | None) -> str:
 
 
 def compiled_words(compilation: Compilation) -> str:
-    """What was built for a target and what it takes, in a sentence."""
+    """The kernels built for a target and their resources, in a sentence."""
     tools = f"triton {compilation.triton}, ptxas {compilation.ptxas}"
     if compilation.gap:
         return f"toolchain gap, {compilation.toolchain} with {tools}: {compilation.gap}"
@@ -238,3 +240,30 @@ def _short(value: float) -> str:
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.3g}" if 0.01 <= abs(value) < 1e5 else f"{value:.1e}"
+
+
+def headline(assessments: Sequence[Assessment]) -> str:
+    """In one sentence: how many GPUs are verified, failed or only compile, and how the run without a GPU ended."""
+    gpus = [one for one in assessments if one.target is not EMULATED]
+    named: dict[TargetVerdict, list[str]] = {}
+    for one in gpus:
+        named.setdefault(one.verdict, []).append(one.target.target)
+    verified = named.get(TargetVerdict.VERIFIED, [])
+    told = [f"{len(verified)} of {len(gpus)} GPUs verified on hardware{f' ({listed(verified)})' if verified else ''}"]
+    for verdict, words in ((TargetVerdict.FAILED, "failed"), (TargetVerdict.INFRA, "could not be judged")):
+        told += [f"{listed(named[verdict])} {words}"] if verdict in named else []
+    known = [(one.target.target, one.compilation) for one in gpus if one.compilation is not None]
+    told += (
+        [f"the kernels compile for {built}"] if (built := sum(bool(c.builds) and not c.gap for _, c in known)) else []
+    )
+    gaps = [name for name, compilation in known if compilation.gap]
+    told += [f"no installed compiler knows {listed(gaps)}"] if gaps else []
+    if any(one.verdict is TargetVerdict.EMULATED_PASS for one in assessments):
+        told.append("every must-pass check passes without a GPU")
+    return "; ".join(told) + "."
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names joined for a sentence: ``sm80, sm86 and sm90``."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,6 +1,6 @@
 """Plots of the curves of one result: in plain characters for a terminal, as a Mermaid chart for Markdown.
 
-A plot in characters joins the points; a chart and a table show recorded values only, the last one up to each place.
+A character plot joins the points. A chart and a table show only recorded values: at each x the last one up to there.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from itertools import pairwise
 
 from verify.record.curves import Curve, Point
 
-#: The mark of each curve in a terminal, and of a place that several share.
+#: The marker of each curve in a terminal, and that of a place that several curves share.
 _MARKS, _SEVERAL = "ox+^", "*"
 
-#: The lines of a chart; these can be told apart on light and dark pages, and with any kind of colour vision.
+#: The line colours of a chart: distinguishable on light and dark pages, and with any kind of colour vision.
 _COLOURS = {"blue": "#0072b2", "orange": "#e69f00", "green": "#009e73", "pink": "#cc79a7"}
 
-# intervals, which are quartered for the numbers at the axes
+# intervals; a quarter of them has a number at the axis
 _ROWS, _COLUMNS, _NARROWEST, _TICKS = 12, 60, 20, 4
 
-# a power of two: Mermaid adds the step up, and a rounded one would cost it the last value
+# a power of two: Mermaid sums up the steps, and with a rounded step the last value would be lost
 _STEPS = 128
 
-#: Where an axis may end, of a power of ten: numbers whose quarters are short.
+#: The ends of an axis, times a power of ten: numbers whose quarters are short.
 _ROUND = (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10, 12)
 
 
 def text_plot(curves: Sequence[Curve], width: int) -> list[str]:
-    """One plot of all curves in lines of ``width`` characters at most, from 60 on, but for long names.
+    """One plot of all curves in lines of at most ``width`` (60 or more) characters, except for long names.
 
-    The y axis holds zero; the x axis starts there where the points lie near enough.
+    The y axis includes zero; the x axis starts at zero if the points are near enough.
     """
     (left, right), (bottom, top) = _x_range(curves), _y_range(curves)
     beside, below = ([_short(at) for at in _grid(*ends, _TICKS)] for ends in ((bottom, top), (left, right)))
@@ -51,11 +51,11 @@ def text_plot(curves: Sequence[Curve], width: int) -> list[str]:
     under = "".join(f"{number:<{columns // _TICKS - 1}} " for number in below)
     lines += [" " * (gutter + 2) + under.rstrip(), f"{curves[0].x:>{gutter + columns + 3}}"]
     lines += [f"{mark} {curve.name}" for curve, mark in zip(curves, _MARKS, strict=False)]
-    return lines + [f"{_SEVERAL} more than one of them"] * any(_SEVERAL in row for row in canvas)
+    return lines + [f"{_SEVERAL} several curves"] * any(_SEVERAL in row for row in canvas)
 
 
 def mermaid(curves: Sequence[Curve]) -> str:
-    """A fenced chart of the range in which every curve has values; empty where there is none."""
+    """A fenced chart of the x range in which every curve has values; empty if there is none."""
     start, end = max(curve.points[0][0] for curve in curves), min(curve.points[-1][0] for curve in curves)
     if start >= end:
         return ""
@@ -64,13 +64,14 @@ def mermaid(curves: Sequence[Curve]) -> str:
     for axis, title, low, high in (("x", curves[0].x, start, end), ("y", curves[0].y, *_y_range(curves))):
         lines.append(f"  {axis}-axis {_quoted(title)} {_plain(low)} --> {_plain(high)}")
     for curve in curves:
-        values = ", ".join(_plain(curve.at(x)) for x in _grid(start, end, _STEPS))
+        found = (curve.at(x) for x in _grid(start, end, _STEPS))  # never None from start to end
+        values = ", ".join(_plain(value) for value in found if value is not None)
         lines.append(f"  line {_quoted(curve.name)} [{values}]")
     return "\n".join([*lines, "```", ""])
 
 
 def value_rows(curves: Sequence[Curve]) -> list[list[str]]:
-    """A header, a few values of each curve, and its highest one, as the cells of a table."""
+    """The cells of a table: a header, a few values of each curve, and its highest one."""
     rows = [[curves[0].x, *(f"{c.y}, {c.name} ({colour})" for c, colour in zip(curves, _COLOURS, strict=False))]]
     for x in _grid(*_x_range(curves), 2 * _TICKS):
         values = [curve.at(x) for curve in curves]
@@ -99,7 +100,7 @@ def _grid(start: float, end: float, steps: int) -> list[float]:
 
 
 def _line(places: Sequence[Point]) -> Iterator[tuple[int, int]]:
-    """The cells that the lines between ``places`` cross, by column and row."""
+    """The cells that the lines between ``places`` cross, as (column, row)."""
     for (x, y), (next_x, next_y) in pairwise(places):
         steps = math.ceil(max(abs(next_x - x), abs(next_y - y))) or 1
         for to_x, to_y in zip(_grid(x, next_x, steps), _grid(y, next_y, steps), strict=True):
@@ -111,7 +112,7 @@ def _short(value: float) -> str:
 
 
 def _plain(value: float) -> str:
-    # Mermaid reads no exponents
+    # Mermaid does not read exponents
     return format(Decimal(_short(value)), "f")
 
 

@@ -1,4 +1,4 @@
-"""The reports as rich renderables: they fit 80 columns, use more where there are more, and are plain in a pipe."""
+"""The reports as rich renderables: they fit 80 columns, use more if available, and are plain text in a pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from verify.architectures import Architecture, Target
 from verify.checks import PHASES, SKIP_CODES
-from verify.record.schema import FAILING, CheckResult
+from verify.record.schema import FAILING, CheckResult, Evidence
 from verify.record.verdict import (
     Assessment,
     Cell,
@@ -33,24 +33,25 @@ from verify.report.matrix import (
     compiled_words,
     count,
     grid,
+    headline,
     headroom,
     rows,
     versions,
 )
 from verify.report.plots import text_plot
 
-#: From these widths on a row has room for padding, and for its claim.
+#: The widths from which a row has room for padding, and for its claim.
 _ROOMY = 96
 _WIDE = 140
 
-#: How many failures, and how many runs, are told before the rest is only counted.
+#: How many failures, runs and family names are printed; the rest is only counted.
 _TOLD = 10
 _RUNS = 5
 _FAMILIES = 3
 
 _VERDICT_STYLE = {
     TargetVerdict.VERIFIED: "bold green",
-    # a pass, but of no GPU: only VERIFIED is green
+    # a pass, but not on a GPU: only VERIFIED is green
     TargetVerdict.EMULATED_PASS: "bold cyan",
     TargetVerdict.INCOMPLETE: "bold yellow",
     TargetVerdict.EMULATED_INCOMPLETE: "bold yellow",
@@ -58,7 +59,7 @@ _VERDICT_STYLE = {
 
 
 class PipeConsole(Console):
-    """A console on stdout that leaves a reader who left (``| head``) to the command line's exit code."""
+    """A console on stdout that raises BrokenPipeError if the reader ends (``| head``); the command line handles it."""
 
     def __init__(self) -> None:
         super().__init__(highlight=False)
@@ -82,20 +83,21 @@ def print_report(assessment: Assessment, console: Console) -> None:
     for because, cells in assessment.outdated.items():
         console.print(Text(f"stale: {count(len(cells), 'result')}, {_named(cells)}: {because}", style="yellow"))
     for cell in assessment.with_curves:
-        print_curves(cell.result, console)
+        print_curves(cell.outcome, console)
     _print_unknown(assessment, console)
     _print_missing(assessment, console)
 
 
 def print_run(assessment: Assessment, console: Console) -> None:
-    """The end of one run: the matrix of what it ran, failures, verdict."""
+    """The end of one run: the matrix of the checks it ran, failures, verdict."""
     _print_cells([cell for cell in assessment.cells if cell.result is not None], console)
     _print_unknown(assessment, console)
     console.print(_verdict_line(assessment))
 
 
 def print_summary(assessments: Sequence[Assessment], console: Console) -> None:
-    """One line per target."""
+    """One sentence on what is verified, then one line per target."""
+    console.print(Text(headline(assessments)), "")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name, options in (
         ("target", {"no_wrap": True}),
@@ -118,10 +120,10 @@ def print_summary(assessments: Sequence[Assessment], console: Console) -> None:
         )
     console.print(table)
     console.print()
-    console.print("One of them in full: python -m verify report --gpu sm120", soft_wrap=True)
+    console.print("For one of them in full: python -m verify report --gpu sm120", soft_wrap=True)
 
 
-#: The verdict of a target in the three characters of its column.
+#: The verdict on a target in the three characters of its column.
 _SHORT = {
     TargetVerdict.VERIFIED: "VER",
     TargetVerdict.FAILED: "FAI",
@@ -134,7 +136,7 @@ _SHORT = {
 
 
 def print_grid(assessments: Sequence[Assessment], console: Console) -> None:
-    """Every check on every target, a mark for each; the verdicts; and what they were made with."""
+    """A mark for every check on every target; the verdicts; and the versions."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("check", overflow="ellipsis", no_wrap=True)
     for one in assessments:
@@ -153,7 +155,7 @@ def print_grid(assessments: Sequence[Assessment], console: Console) -> None:
     table.add_row(Text("verdict", style="bold"), *verdicts)
     console.print(table)
     console.print()
-    console.print(Text(f"{LEGEND}; - not for this target.", style="dim"))
+    console.print(Text(f"{LEGEND}; - does not apply.", style="dim"))
     console.print(
         Text("VER verified, FAI failed, inc incomplete, INF infra, emu an emulated pass, which verifies no GPU.")
     )
@@ -168,13 +170,13 @@ def print_grid(assessments: Sequence[Assessment], console: Console) -> None:
 
 
 def _mark_text(one: Mark) -> Text:
-    return Text(str(one), style="dim" if one.stale or one.evidence is None else _mark_style(one))
+    return Text(str(one), style="dim" if one.stale or one.evidence is None else _mark_style(one.word, one.evidence))
 
 
-def _mark_style(one: Mark) -> str:
-    if one.word == "PASS":
-        return {"hardware": "green", "compiled": "cyan", "emulated": "blue"}[one.evidence]
-    return "bold red" if one.word in FAILING else "yellow"
+def _mark_style(word: str, evidence: Evidence) -> str:
+    if word == "PASS":
+        return {"hardware": "green", "compiled": "cyan", "emulated": "blue"}[evidence]
+    return "bold red" if word in FAILING else "yellow"
 
 
 def print_curves(result: CheckResult, console: Console) -> None:
@@ -185,7 +187,7 @@ def print_curves(result: CheckResult, console: Console) -> None:
 
 
 def verdict_text(word: str) -> Text:
-    """A check's verdict in its colour."""
+    """The verdict of a check in its colour."""
     kind = word.split()[0]
     if kind == "PASS":
         return Text(word, style="green")
@@ -234,7 +236,7 @@ def _runs(assessment: Assessment) -> Table:
         kind = Text("stale", style="yellow") if different else Text(word, style="dim")
         table.add_row(kind, Text(f"{record.run_id}: {facts}{f'; {different}' if different else ''}"))
     if len(records) > _RUNS:
-        table.add_row("", f"and {count(len(records) - _RUNS, 'more record')}; --format json has them all")
+        table.add_row("", f"and {count(len(records) - _RUNS, 'more record')}; --format json lists them all")
     return table
 
 
@@ -247,18 +249,19 @@ def _print_cells(cells: Sequence[Cell], console: Console) -> None:
     failed = [cell for cell in cells if cell.failed or cell.not_compiled]
     for cell in failed[:_TOLD]:
         style = "bold red" if cell.must_pass else "bold yellow"
-        told = Text.assemble((f"{cell.result.verdict} ", style), (cell.check.id, "bold"), f"  {cell.result.message}")
+        result = cell.outcome
+        told = Text.assemble((f"{result.verdict} ", style), (cell.check.id, "bold"), f"  {result.message}")
         console.print(told)
-        if cell.result.repeat not in cell.result.message:
-            # on one line however long, so that it can be copied
-            console.print(Text(f"repeat: {cell.result.repeat}", style="dim"), soft_wrap=True)
+        if result.repeat not in result.message:
+            # on one line, however long, so that it can be copied
+            console.print(Text(f"repeat: {result.repeat}", style="dim"), soft_wrap=True)
         console.print()
     if len(failed) > _TOLD:
-        console.print(Text(f"and {count(len(failed) - _TOLD, 'more failure')}; the record has them all", style="red"))
+        console.print(Text(f"and {count(len(failed) - _TOLD, 'more failure')}; the record lists them all", style="red"))
 
 
 def _named(cells: Sequence[Cell]) -> str:
-    """The families of the cells, the first few by name."""
+    """The families of the cells; the first few by name, the rest counted."""
     families = list(dict.fromkeys(cell.check.spec.family for cell in cells))
     more = f" and {len(families) - _FAMILIES} more" if len(families) > _FAMILIES else ""
     return f"{', '.join(families[:_FAMILIES])}{more}"
@@ -267,12 +270,12 @@ def _named(cells: Sequence[Cell]) -> str:
 def _print_unknown(assessment: Assessment, console: Console) -> None:
     unknown = assessment.unknown_ids
     if unknown:
-        told = f"{count(len(unknown), 'check')} of the records are not in this suite, the first of them {unknown[0]}."
+        told = f"{count(len(unknown), 'check')} in the records are not in this suite, the first of them {unknown[0]}."
         console.print(Text(told, style="yellow"))
 
 
 def _matrix(folded: Sequence[Row], console_width: int) -> Table:
-    # 80 columns hold the table without padding and with the longest skip code on a line of its own
+    # in 80 columns, the table has no padding, and the longest skip code is on its own line
     roomy = console_width >= _ROOMY
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, int(roomy), 0, 0))
     table.add_column("plan", no_wrap=True)
@@ -289,7 +292,7 @@ def _matrix(folded: Sequence[Row], console_width: int) -> Table:
         table.add_section()
         table.add_row("", Text(f"{phase} {PHASES[phase]}", style="bold"))
         for row in members:
-            cells = [
+            cells: list[Text | str] = [
                 row.spec.plan or "",
                 Text(row.spec.family),
                 Text(row.spec.gate.upper(), style="bold" if row.spec.gate == "hard" else "dim"),
@@ -312,4 +315,4 @@ def _print_missing(assessment: Assessment, console: Console) -> None:
     ahead = f"; {compiled} of them compiled ahead of time" if compiled else ""
     console.print(Text(f"Missing: {total} ({places}){ahead}."))
     where = "on a machine with this GPU" if isinstance(assessment.target, Architecture) else "on any machine"
-    console.print(Text.assemble(f"What would fill it, {where}: ", (fill_command(assessment), "bold")), soft_wrap=True)
+    console.print(Text.assemble(f"To run them, {where}: ", (fill_command(assessment), "bold")), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``python -m verify report``: what the records prove about a GPU; and the matrix that ends a run."""
+"""``python -m verify report``: what the records prove about a GPU; also the matrix at the end of a run."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def report(
     every_check: bool = False,
     out: Path | None = None,
 ) -> int:
-    """Print the report on one target, or a line for each where ``gpu`` is None; return 0, or 5 for unreadable records.
+    """Print the report on one target, or a line per target if ``gpu`` is None; return 0, or 5 for unreadable records.
 
-    With ``every_check`` it is the matrix of all checks and targets. ``out`` is the file to write instead, or the folder
-    of badges and of ``html``, which is the pages of every target. Raises ConfigurationError for an unknown GPU, a
-    records directory that is not there, and options that contradict each other.
+    ``every_check`` prints the matrix of all checks and targets. ``out`` is the file to write to instead, or the folder
+    for badges and for ``html``, the pages of all targets. Raises ConfigurationError for an unknown GPU, a records
+    directory that does not exist, and options that contradict each other.
     """
     if form == "html":
         return _make_site(gpu, folders, out)
     if form == "terminal" and out is not None:
-        raise ConfigurationError(f"--out {out} is for the other formats; drop it, or give --format")
+        raise ConfigurationError(f"--out {out} needs another format than terminal; drop it, or give --format")
     targets = [parse_target(gpu)] if gpu is not None else list(known_targets())
     checks = list(catalogue())
     with open_index(folders) as index:
@@ -69,7 +69,7 @@ def report(
 
 
 def print_matrix(record: Record, console: Console) -> None:
-    """Print the matrix of the checks one run has results for, what failed, and the verdict with its one sentence.
+    """Print the matrix of the checks with results in one run, the failures, and the verdict with its sentence.
 
     The verdict counts every must-pass check of the target, so a run of some phases leaves its GPU INCOMPLETE.
     """
@@ -103,7 +103,7 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None) -> in
 
 
 def _told(unreadable: Sequence[str]) -> int:
-    """Name each record that could not be read; return the exit code that says whether there are any."""
+    """Print each record that could not be read; return UNREADABLE if there are any, else 0."""
     for sentence in unreadable:
         print(f"verify: unreadable record {sentence}", file=sys.stderr)
     return Exit.UNREADABLE if unreadable else 0

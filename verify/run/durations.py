@@ -1,4 +1,4 @@
-"""How long the tests of a session take: a sign of life while they run, the slowest at the end, and all in a file."""
+"""How long the tests of a session take: a heartbeat while they run, the slowest at the end, and all in a file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from verify.files import IMPORT_ROOT, RUNS, write_atomic
 from verify.heartbeat import Heartbeat
 from verify.record.archive import newest_runs
 
-#: How many of the slowest are named.
+#: How many of the slowest are printed.
 _NAMED = 10
 
-#: Of a test of the suite's own, on a machine of usual speed; one that takes longer has its reason in the list.
+#: The limit of one of the suite's own tests, on a machine of usual speed; a longer one needs a reason in the list.
 LONG_S = 10.0
 _LONG_TESTS = IMPORT_ROOT / "verify" / "tests" / "long_tests.toml"
 
@@ -26,7 +26,7 @@ _LONG_TESTS = IMPORT_ROOT / "verify" / "tests" / "long_tests.toml"
 class Timekeeper:
     """The pytest plugin of a session that a person or CI waits for; ``out`` is the file to write at its end, if any.
 
-    The file also has the checks of the newest run, which ``make test`` carries out before the tests.
+    The file also has the checks of the newest run, which ``make test`` makes before the tests.
     """
 
     def __init__(self, root: Path, out: Path | None) -> None:
@@ -34,17 +34,15 @@ class Timekeeper:
         self._durations_s: dict[str, float] = {}
         self._running: dict[str, float] = {}
         self._count = 0
-        self._session: pytest.Session | None = None
-        # a copy: while a test runs, what is written to the original is captured
+        # a copy: while a test runs, pytest captures the original
         self._stream = os.fdopen(os.dup(1), "w")
         self._heartbeat: Heartbeat | None = None
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
-        self._session = session
         if not self._stream.isatty():
             from rich.console import Console
 
-            self._heartbeat = Heartbeat(Console(file=self._stream), self._told)
+            self._heartbeat = Heartbeat(Console(file=self._stream), lambda: self._told(session.testscollected))
             self._heartbeat.__enter__()
 
     @pytest.hookimpl(trylast=True)
@@ -77,7 +75,7 @@ class Timekeeper:
             terminalreporter.write_line(f"{seconds:7.1f} s  {name}")
         for name in too_long(self._durations_s):
             terminalreporter.write_line(
-                f"{name} took more than {LONG_S:g} s: make it shorter, or give its reason in {_LONG_TESTS.name}"
+                f"{name} took more than {LONG_S:g} s: make it faster, or give the reason in {_LONG_TESTS.name}"
             )
 
     @cached_property
@@ -85,26 +83,26 @@ class Timekeeper:
         newest = next(newest_runs(self._root / RUNS), None)
         return {result.id: result.duration_s for result in newest.results} if newest else {}
 
-    def _told(self) -> str:
-        now, total = time.monotonic(), self._session.testscollected
+    def _told(self, total: int) -> str:
+        now = time.monotonic()
         running = sorted(self._running.items(), key=lambda one: one[1])
         told = f"{self._count} of {total} tests"
         return f"{told}, {running[0][0]} for {now - running[0][1]:.0f} s" if running else told
 
 
 def long_tests() -> dict[str, str]:
-    """The tests that may take longer than LONG_S, with the reason of each."""
+    """The tests that may take longer than LONG_S, each with its reason."""
     return tomllib.loads(_LONG_TESTS.read_text("utf-8"))
 
 
 def long_files() -> dict[str, int]:
-    """The place of each file that holds such a test among those that are to begin first."""
+    """The files with such tests, which start first, each with its place in that order."""
     files = dict.fromkeys(name.partition("::")[0] for name in long_tests())
     return {file: place for place, file in enumerate(files)}
 
 
 def too_long(durations_s: dict[str, float]) -> list[str]:
-    """Those that take longer than LONG_S without a reason in the list; the cases of a test share one."""
+    """The tests that take longer than LONG_S without a reason in the list; the cases of a test share one entry."""
     listed = long_tests()
     slow = (name for name, seconds in durations_s.items() if seconds > LONG_S)
     return [name for name in slow if name.partition("[")[0] not in listed]

@@ -1,7 +1,7 @@
-"""What a run leaves on disk while it happens, and the record that is made of it.
+"""The files that a run writes while it runs, and the record that is made from them.
 
-``run.json`` is the frozen manifest; ``events.jsonl`` grows by one flushed line per event, so that an abort, a hang or a
-kill loses nothing that was finished; ``record.json`` is composed from the two at any time.
+``run.json`` is the frozen manifest. ``events.jsonl`` grows by one flushed line per event, so that an abort, a hang or a
+kill loses nothing that was finished. ``record.json`` can be composed from the two at any time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -22,7 +22,7 @@ from verify.run.manifest import Manifest, Selected, utc_now
 
 MANIFEST, EVENTS, RECORD, LOCK = "run.json", "events.jsonl", "record.json", "lock"
 
-#: The kinds of event, with what each has.
+#: The kinds of event, with the fields of each.
 _FIELDS = {
     "start": {"id"},
     "result": {"result"},
@@ -33,14 +33,14 @@ _FIELDS = {
 
 
 def create(run_dir: Path, manifest: Manifest) -> None:
-    """Make the run's directory with its manifest, and a record without results."""
+    """Create the run's directory with its manifest and a record without results."""
     run_dir.mkdir(parents=True)
     write_atomic(run_dir / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     compose(run_dir, "running")
 
 
 def read_manifest(run_dir: Path) -> Manifest:
-    """The frozen manifest of a run. Raises ConfigurationError naming the file when it is missing or damaged."""
+    """The frozen manifest of a run. Raises ConfigurationError naming the file if it is missing or damaged."""
     path = run_dir / MANIFEST
     try:
         return Manifest.model_validate_json(path.read_bytes())
@@ -53,7 +53,7 @@ def read_manifest(run_dir: Path) -> Manifest:
 
 
 def append(run_dir: Path, event: dict[str, Any]) -> None:
-    """Add one event in one write, so that two processes or a kill cannot mix or tear lines."""
+    """Append an event in a single write, so that lines of two processes cannot mix and a kill cannot tear one."""
     line = json.dumps(event) + "\n"
     with (run_dir / EVENTS).open("ab", buffering=0) as stream:
         stream.write(line.encode())
@@ -68,22 +68,22 @@ def append_result(run_dir: Path, result: CheckResult) -> None:
 
 
 def append_elapsed(run_dir: Path, seconds: float) -> None:
-    """The wall time of one sitting; a resumed run has several."""
+    """Append the wall time of one sitting; a resumed run has several."""
     append(run_dir, {"event": "elapsed", "seconds": seconds})
 
 
 def append_machine(run_dir: Path, phase: int, at: Literal["start", "end"], state: MachineState) -> None:
-    """How busy the machine is when a phase starts or ends."""
+    """Append how busy the machine is when a phase starts or ends."""
     append(run_dir, {"event": "machine", "phase": phase, "at": at, "state": state.model_dump(mode="json")})
 
 
 def append_grounds(run_dir: Path, names: Iterable[str], *, phase: int = 0, file: str = "") -> None:
-    """What every result of a phase, or of one file of checks, rests on, beside what was said before."""
+    """Append further files that every result of a phase, or of one file of checks, rests on."""
     append(run_dir, {"event": "grounds", "phase": phase, "file": file, "names": sorted(names)})
 
 
 class Follower:
-    """Reads the events that were appended since it last looked, first of all since it was made."""
+    """Reads the events that were appended since its last call or, at first, since its creation."""
 
     def __init__(self, run_dir: Path, *, from_start: bool = False) -> None:
         self._path = run_dir / EVENTS
@@ -92,10 +92,10 @@ class Follower:
             self.new()
 
     def new(self) -> list[dict[str, Any]]:
-        """The new events in order, with the objects they hold. What follows the last newline is still being written and
-        is not an event yet.
+        """The new events in order, with the objects they hold. Text after the last newline is still being written, and
+        not yet an event.
 
-        Raises ConfigurationError naming the file and the line of a whole line that is not an event.
+        Raises ConfigurationError naming the file and the number of a complete line that is not an event.
         """
         if not self._path.exists():
             return []
@@ -140,10 +140,10 @@ def _results(happened: Iterable[dict[str, Any]]) -> dict[str, CheckResult]:
 
 
 def judged(results: Mapping[str, CheckResult]) -> set[str]:
-    """The ids of the checks that need no other try: all but those that the machine kept from a verdict.
+    """The ids of the checks that need not be tried again: all except those without a verdict because of the machine.
 
-    INFRA is no judgement of the subject, and what it blocked was not tried; a check stays BLOCKED only as long as what
-    blocks it has failed.
+    INFRA is not a judgement of the subject, and checks that it blocked were not tried. A check stays BLOCKED only as
+    long as its blocker has failed.
     """
     failed = {result.id for result in results.values() if result.verdict in FAILING - {Verdict.INFRA}}
     return {
@@ -167,7 +167,7 @@ def _sittings(found: Iterable[dict[str, Any]]) -> list[Sitting]:
 
 
 def drop_torn_line(run_dir: Path) -> None:
-    """Remove a last line that a power cut left without its end, so that the next event starts a line of its own."""
+    """Remove a last line that a power failure left incomplete, so that the next event starts its own line."""
     path = run_dir / EVENTS
     if path.exists():
         content = path.read_bytes()
@@ -175,10 +175,10 @@ def drop_torn_line(run_dir: Path) -> None:
 
 
 def blocker(needs: tuple[str, ...], results: dict[str, CheckResult]) -> str | None:
-    """The id of the check whose failure in this run keeps a check with these ``needs`` from meaning anything.
+    """The id of the check whose failure in this run makes a check with these ``needs`` meaningless.
 
-    A need is a full id or a family. A need that was itself blocked passes on the name of its own blocker. Needs are
-    HARD, but for those of phase 7, where all is SOFT and nothing means anything without an active plugin.
+    A need is a full id or a family. If a need was itself blocked, its blocker is returned. Needs are HARD, except in
+    phase 7, where all checks are SOFT and none means anything without an active plugin.
     """
     for need in needs:
         for result in results.values():
@@ -194,7 +194,7 @@ def blocker(needs: tuple[str, ...], results: dict[str, CheckResult]) -> str | No
 def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"]) -> Record:
     """Write ``record.json`` from the manifest and the events so far, atomically, and return it.
 
-    Results stand in the order of the selection.
+    Results are in the order of the selection.
     """
     manifest = read_manifest(run_dir)
     happened = read_events(run_dir)
@@ -229,9 +229,9 @@ def _grounded(
     happened: Iterable[dict[str, Any]],
     manifest: Manifest,
 ) -> tuple[list[CheckResult], list[list[str]]]:
-    """The results of ``checks`` with what each rests on, which is the same for all of one file; and those lists.
+    """The results of ``checks``, each with the index of its list of grounds, and these lists; one per file of checks.
 
-    Where nothing was noted, because a process died before its first check, that is everything.
+    If nothing was noted, because a process died before its first check, the list has every file.
     """
     noted: dict[str | int, set[str]] = {}
     for event in happened:
@@ -241,10 +241,10 @@ def _grounded(
     results = []
     for check in checks:
         file = check.node.partition("::")[0]
-        if not manifest.sources:  # of an older suite
+        if not manifest.sources:  # from an older version of the suite
             results.append(found[check.id])
             continue
-        names = manifest.sources.keys()
+        names: Set[str] = manifest.sources.keys()
         if file in noted:
             names &= noted[file] | noted.get(check.phase, set())
         place = lists.setdefault(tuple(sorted(names)), len(lists))
@@ -253,9 +253,9 @@ def _grounded(
 
 
 def lock(run_dir: Path) -> IO[bytes]:
-    """Hold the run until the returned file, and every copy a child inherited, is closed.
+    """Lock the run until the returned file, and every copy that a child inherited, is closed.
 
-    Raises ConfigurationError when another process holds it.
+    Raises ConfigurationError if another process holds the lock.
     """
     stream = (run_dir / LOCK).open("ab")
     try:

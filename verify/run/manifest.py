@@ -1,4 +1,4 @@
-"""What is fixed about a run before its first check: target, subject, environment, seed and its selection."""
+"""The part of a run that is fixed before its first check: target, subject, environment, seed and selection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from verify.subject.subject import Subject
 
 
 class Selected(BaseModel):
-    """A check that the run must finish, with what the runner needs to know when the check cannot speak for itself."""
+    """A check that the run must finish, with what the runner needs if the check's process dies."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,7 +40,7 @@ class Selected(BaseModel):
 
 
 class Surroundings(BaseModel):
-    """The machine, the subject and the instrument of a run; it is never continued with others."""
+    """The machine, the subject and the instrument of a run, which is never resumed with others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,11 +48,11 @@ class Surroundings(BaseModel):
     subject_info: SubjectInfo
     instrument_sha256: Sha256
     environment: Environment
-    sources: dict[str, Sha256] = Field(default_factory=dict)  #: every file that a result may come to rest on
+    sources: dict[str, Sha256] = Field(default_factory=dict)  #: every file that a result may rest on
 
     def refuse(self, now: Surroundings, run_id: str) -> None:
-        """Raise ConfigurationError naming the first thing that ``now`` has otherwise, with both values."""
-        pairs = {
+        """Raise ConfigurationError naming the first difference in ``now``, with both values."""
+        pairs: dict[str, tuple[object, object]] = {
             "the target": (self.target, now.target),
             "the subject's commit": (self.subject_info.git_sha, now.subject_info.git_sha),
             "the subject's content": (self.subject_info.content_sha256[:12], now.subject_info.content_sha256[:12]),
@@ -68,7 +68,7 @@ class Surroundings(BaseModel):
 
 
 def _facts(environment: Environment) -> dict[str, object]:
-    """Every single fact of ``environment``, by the name that a sentence can use."""
+    """Every fact of ``environment``, by a name that can be used in a sentence."""
     facts: dict[str, object] = {}
     for name, value in environment.model_dump().items():
         if isinstance(value, dict):
@@ -92,12 +92,12 @@ class Manifest(Surroundings):
 
     @property
     def model_id(self) -> str:
-        """The model as a record names it: a local one by its directory's name, not by where that lies."""
+        """The model's name in a record: for a local one the name of its directory, without its path."""
         return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
     @property
     def places(self) -> dict[Path, str]:
-        """The directories outside the repository that the run uses, with the words that stand for them in a record."""
+        """The directories outside the repository that the run uses, with their placeholders in a record."""
         named = {self.subject: "<subject>", self.model: "<model>"}
         return {Path(name): word for name, word in named.items() if Path(name).is_absolute()}
 
@@ -106,7 +106,7 @@ class Manifest(Surroundings):
         return "hardware" if self.device == "cuda" else "emulated"
 
     def repeat_command(self, node: str, root: Path) -> str:
-        """The command line that repeats one check from the repository root; a path in it is relative to that root."""
+        """The command line that repeats one check from the repository root; its paths are relative to that root."""
         words = ["python", "-m", "pytest", shlex.quote(node), "--device", self.device, "--seed", str(self.seed)]
         if self.subject != "bundled":
             words.append(f"--subject={shlex.quote(_relative(self.subject, root))}")
@@ -117,7 +117,7 @@ class Manifest(Surroundings):
         return " ".join(words)
 
     def result(self, check: Selected, verdict: Verdict, root: Path, **fields: Any) -> CheckResult:
-        """The result of a check of this run; ``fields`` are those that the run does not decide."""
+        """The result of a check of this run; ``fields`` are those that the run does not determine."""
         return CheckResult(
             id=check.id,
             gate=check.gate,
@@ -130,10 +130,10 @@ class Manifest(Surroundings):
 
 
 def survey(device: DeviceName, subject: Subject, root: Path, expect: int | None = None) -> Surroundings:
-    """Look at the machine, the subject and the instrument with the phases of ``root`` as they are now.
+    """Examine the current machine, subject and instrument, with the phases of ``root``.
 
-    ``expect`` is the SM number that the GPU must have. Raises ConfigurationError when it is another GPU or one that the
-    suite does not know, or the subject does not import.
+    ``expect`` is the SM number that the GPU must have. Raises ConfigurationError if the GPU is another one or unknown
+    to the suite, or if the subject does not import.
     """
     environment = capture(device)
     gpu = environment.gpu
@@ -183,7 +183,7 @@ def utc_now() -> str:
 
 
 def new_run_id(target: str) -> str:
-    """A name that sorts by time and that two runs of the same second do not share."""
+    """A name that sorts by time and differs between runs of the same second."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{target}-{secrets.token_hex(2)}"
 
 

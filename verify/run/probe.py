@@ -1,6 +1,6 @@
 """The pytest side of measuring the instrument: an error planted into each check, or a check over many seeds.
 
-Only a scratch run has it, which leaves no record: its results in its events, and here what it found beside them.
+Only a scratch run, which leaves no record, uses it: the results are in the run's events, further findings in this file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FILE = "probed.json"
 
 
 class Probed(Strict):
-    """What a scratch run found out about one numeric check: with how many seeds, and its comparisons' limits."""
+    """A scratch run's findings about one numeric check: the number of seeds, and the limits of its comparisons."""
 
     seeds: int
     limits: list[Limit]
@@ -33,7 +33,7 @@ _BY_ID = TypeAdapter(dict[str, Probed])
 
 @dataclass(eq=False)
 class Probe:
-    """Plants ``factor`` times what is allowed (0: nothing) and repeats numeric checks with ``seeds`` seeds."""
+    """Plants an error of ``factor`` times what is allowed (0: none); repeats numeric checks with ``seeds`` seeds."""
 
     folder: Path
     factor: float
@@ -67,7 +67,7 @@ class Probe:
                 pyfuncitem.obj(**arguments | {"seed": derive_seed(run_seed, id_of(pyfuncitem))})
             except AssertionError as error:
                 raise AssertionError(f"with --seed {run_seed}: {error}") from error
-            if not self._plant.limits:
+            if self._plant is not None and not self._plant.limits:
                 break  # it compares no floating-point numbers
         return True
 
@@ -76,6 +76,6 @@ class Probe:
 
 
 def read_probed(folder: Path) -> dict[str, Probed]:
-    """What the scratch run in ``folder`` found about each numeric check, by its id; nothing where it died."""
+    """The findings of the scratch run in ``folder`` about each numeric check, by id; empty if the run died."""
     path = folder / _FILE
     return _BY_ID.validate_json(path.read_bytes()) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""The process that runs one phase: started in its own session, watched, and put away whatever becomes of it."""
+"""The process that runs one phase: started in its own session, watched, and cleaned up however it ends."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from verify.run.manifest import Manifest, Selected
 from verify.run.progress import PhaseProgress
 from verify.subject.find import find_subject
 
-#: On top of a check's own limit, at which pytest-timeout stops it unless it is in native code that never returns.
+#: Added to a check's own limit, at which pytest-timeout stops it unless it hangs in native code.
 GRACE_S = 15.0
 
-#: For the time before the first check, between two checks, and after the last one.
+#: The limit before the first check, between two checks, and after the last one.
 IDLE_LIMIT_S = 180.0
 
 _POLL_S = 0.1
-#: Enough for the stacks of a dozen threads; of which the last lines are kept.
+#: Enough for the stacks of a dozen threads; only the last lines of it are kept.
 _TAIL_BYTES = 32_000
 _TAIL_LINES = 20
 _FRAME_OF_PYTEST = re.compile(r'^\s+File ".*(/_pytest/|/pluggy/|/pytest/|<frozen runpy>)')
 
 
 class PhaseProcess:
-    """One phase of a run in a process of its own.
+    """One phase of a run, in its own process.
 
-    ``held`` is the file descriptor of the run's lock: while the process lives, nobody else can continue the run.
-    ``stopping`` answers how often the user has asked the run to stop.
+    ``held`` is the file descriptor of the run's lock: while the process lives, no other process can resume the run.
+    ``stopping`` returns how often the user has asked the run to stop.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class PhaseProcess:
 
     def _command(self) -> list[str]:
         files = dict.fromkeys(check.node.partition("::")[0] for check in self._checks)
-        # without capture, what a library writes before it aborts reaches the log
+        # without capture, so that output of a library that aborts reaches the log
         options = [f"--run-dir={self._run_dir}", "--capture=no", "-v", "--tb=short"]
         return [*pytest_command(self._root), *files, *options]
 
@@ -86,7 +86,7 @@ class PhaseProcess:
         return {**inherited, **noting, processors.RUN_VARIABLE: self._manifest.run_id}
 
     def run(self, progress: PhaseProgress) -> None:
-        """Wait for the end of the phase; afterwards every check of it has a result, unless the user stopped the run."""
+        """Wait for the end of the phase; then each of its checks has a result, unless the user stopped the run."""
         hung = False
         try:
             while self._process.poll() is None:
@@ -95,8 +95,8 @@ class PhaseProcess:
                     self._end((signal.SIGINT, 5.0), (signal.SIGTERM, 3.0))
                 elif time.monotonic() > self._deadline:
                     hung = True
-                    # asked while every process of the run is still there
-                    self._busy = self._watch.busy() if self._current else None
+                    # asked while every process of the run still exists
+                    self._busy = self._watch.busy() if self._current and self._watch is not None else None
                     # the first signal makes the child write every thread's stack into its log
                     self._end((signal.SIGUSR1, 1.0), (signal.SIGTERM, 3.0))
                 else:
@@ -110,7 +110,7 @@ class PhaseProcess:
 
     def _follow(self, progress: PhaseProgress) -> None:
         for event in self._events.new():
-            # of phases that run beside this one, other processes tell
+            # events of phases that run at the same time are followed by other PhaseProcesses
             if event["event"] == "start" and event["id"] in self._limits:
                 self._current, self._current_since = event["id"], time.monotonic()
                 self._watch = processors.Watch.begin(os.getpid(), self._manifest.run_id)
@@ -123,7 +123,7 @@ class PhaseProcess:
                 progress.finished(event["result"])
 
     def _end(self, *steps: tuple[signal.Signals, float]) -> None:
-        """Signal the process, then harder; a user who asks again does not wait for the gentle ways."""
+        """Send ever harder signals to the process; if the user asks again, the wait for the gentler ones ends."""
         for number, patience_s in steps:
             with suppress(ProcessLookupError):
                 self._process.send_signal(number)
@@ -133,13 +133,13 @@ class PhaseProcess:
         self._kill_group()
 
     def _kill_group(self) -> None:
-        """Kill what is left of the process's group: a server that a check started must not hold the GPU."""
+        """Kill the rest of the process group: a server that a check started must not keep the GPU."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _settle(self, hung: bool, progress: PhaseProgress) -> None:
-        """Give the checks that the process left without a result the one that its end implies."""
+        """Record, for each check without a result, the result that the end of the process implies."""
         missing = [check for check in self._checks if check.id not in self._finished]
         how = "was killed because it hung" if hung else _ending(self._process.returncode)
         culprit = self._current
@@ -152,7 +152,7 @@ class PhaseProcess:
                 verdict, by = (Verdict.TIMEOUT if hung else Verdict.CRASH), None
                 message = f"the process {how} during this check; {self._log.name} ends: {self._tail()}"
                 if hung:
-                    message = f"no end within {check.timeout_s:g} s + {GRACE_S:g} s; {message}"
+                    message = f"not finished within {check.timeout_s:g} s + {GRACE_S:g} s; {message}"
                 if self._busy:
                     verdict, message = Verdict.INFRA, f"{self._busy}; {message}"
             elif culprit:
@@ -181,15 +181,15 @@ class PhaseProcess:
 
 
 def pytest_command(root: Path) -> list[str]:
-    """The beginning of every pytest child's command line; it takes no part in a cache, and loads what it needs only."""
+    """The start of every pytest child's command line: without pytest's cache, and only with the needed plugins."""
     own = ["-p", "pytest_timeout", "-p", "no:cacheprovider", "--color=no"]
     return [sys.executable, "-m", "pytest", f"--rootdir={root}", "-o", "addopts=--strict-markers", *own]
 
 
 def pytest_environment() -> dict[str, str]:
-    """The environment of a pytest child: none of the user's options or plugins, which could retry checks."""
+    """The environment of a pytest child: without the user's options and plugins, which could retry checks."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")}
-    # what `python -m verify` could import where it was started, as module:NAME, its children can
+    # children can import what `python -m verify` could in the directory where it was started, as module:NAME
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), os.getcwd()]))
     return {**inherited, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 

@@ -1,4 +1,4 @@
-"""What a run shows while it happens: a live line per phase on a terminal; elsewhere plain lines and a heartbeat."""
+"""The display of a run in progress: a live line per phase on a terminal; elsewhere plain lines and a heartbeat."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from verify.run.manifest import Selected
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: The order and the words of a phase's summary.
+#: The order and wording of a phase's summary.
 _WORDS = {
     Verdict.PASS: "passed",
     Verdict.FAIL: "failed",
@@ -31,10 +31,10 @@ _WORDS = {
 
 
 class RunProgress:
-    """The display of a run, as a context; its phases may come from several threads.
+    """The display of a run, as a context manager; its phases may run in several threads.
 
-    ``lanes`` are the checks that are left, by what runs side by side. ``durations_s`` are those of an earlier run on
-    this machine by check, from which the end is estimated; none without one.
+    ``lanes`` are lists of the remaining checks; the lists run in parallel. ``durations_s`` are the durations by check
+    in an earlier run on this machine, from which the remaining time is estimated; None without such a run.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class RunProgress:
             shown.end()
 
     def say(self, line: str) -> None:
-        # a message is text, not markup, and a line of a log is not to be wrapped
+        # a message is not markup, and the lines of a log must not be wrapped
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def left_s(self) -> float | None:
-        """Seconds until the slowest lane ends, if all takes as long as it did the last time."""
+        """Seconds until the slowest lane ends, if every check takes as long as the last time."""
         if self._durations_s is None:
             return None
         left = (
@@ -115,7 +115,7 @@ class PhaseProgress:
         self._run.say(f"  note: {sentence}")
 
     def told(self) -> str:
-        """How far the phase is, in a part of a sentence."""
+        """The progress of the phase, as part of a sentence."""
         where = f"{self._title} {self._counts.total()} of {self._total}"
         return f"{where}, {self._current} for {time.monotonic() - self._since:.0f} s"
 

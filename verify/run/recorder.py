@@ -1,4 +1,4 @@
-"""Turns what pytest saw of a check into its verdict, and writes it down the moment the check ends."""
+"""Turns pytest's view of a check into its verdict, and records it the moment the check ends."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from verify.record.schema import FAILING, CheckResult, Measurement, Verdict
 from verify.run import events
 from verify.run.manifest import Manifest, Selected
 
-#: Where the measurements of a check collect between the ``measure`` fixture and its result.
+#: The measurements of a check, from the ``measure`` fixture, until its result is made.
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
 
-#: Likewise its curves, from the ``curve`` fixture.
+#: Its curves, from the ``curve`` fixture.
 CURVES = pytest.StashKey[list[Curve]]()
 
 
 _SUITE = IMPORT_ROOT / "verify"
 
-#: Between two looks at what the processes of a check have taken.
+#: The interval at which the processor time of a check's processes is sampled.
 _LOOK_S = 5.0
 
 
@@ -48,14 +48,25 @@ def spec_of(item: pytest.Item) -> CheckSpec | None:
     return marker.args[0] if marker else None
 
 
+def _declared(item: pytest.Item) -> CheckSpec:
+    """The declaration of a check. Raises ValueError for a test that is not one."""
+    spec = spec_of(item)
+    if spec is None:
+        raise ValueError(f"{item.nodeid} is not a check")
+    return spec
+
+
 def id_of(item: pytest.Item) -> str:
-    """The stable id of a check: its family and the name of its case."""
-    return spec_of(item).id_of(item.callspec.id)
+    """The stable id of a check: its family and the name of its case. Raises ValueError for a test that is not one."""
+    spec = _declared(item)
+    if not isinstance(item, pytest.Function):
+        raise ValueError(f"{item.nodeid} is not a function, but a check must be one")
+    return spec.id_of(item.callspec.id)
 
 
 def selected(item: pytest.Item) -> Selected:
-    """A check as a manifest names it."""
-    spec = spec_of(item)
+    """The entry of a check in a manifest."""
+    spec = _declared(item)
     slow = item.get_closest_marker("slow") is not None
     return Selected(
         id=id_of(item), node=item.nodeid, gate=spec.gate, plan=spec.plan, timeout_s=spec.timeout_s, slow=slow
@@ -64,7 +75,7 @@ def selected(item: pytest.Item) -> Selected:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How one of a check's three steps (setup, call, teardown) ended, other than well."""
+    """How one of a check's three steps (setup, call, teardown) ended, if not well."""
 
     verdict: Verdict
     message: str
@@ -73,10 +84,7 @@ class Ending:
 
 
 def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping[Path, str], subject: Path) -> Ending:
-    """The verdict of an exception that left a step; one out of the package in ``subject`` is that package's failure.
-
-    Raises ValueError if a skip carries a code nobody declared.
-    """
+    """The verdict for an exception from a step; one raised in the package in ``subject`` is a FAIL of that package."""
     error = excinfo.value
     if isinstance(error, pytest.skip.Exception):
         if blocked_by := getattr(error, "by", None):
@@ -93,7 +101,7 @@ def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping
         return Ending(Verdict.TIMEOUT, localise(f"{where}{error}", root, own))
     failed = when == "call" and isinstance(error, AssertionError | pytest.fail.Exception)
     if failed or isinstance(error, SubjectLacks):
-        # pytest adds the values of the assertion, cut short, below the message
+        # pytest appends the truncated values of the assertion to the message
         said = str(error).rpartition("\nassert ")[0] or str(error)
         return Ending(Verdict.FAIL, localise(f"{where}{said}", root, own) or "assertion without a message")
     if place := _raised_in(excinfo.tb, subject, root):
@@ -106,15 +114,15 @@ def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping
 
 
 def _passed_through(traceback: TracebackType | None, module: str) -> bool:
-    # pytest has filtered excinfo.traceback by now
+    # not excinfo.traceback, which pytest has filtered
     frames = (frame for frame, _ in walk_tb(traceback))
     return any(frame.f_globals.get("__name__") == module for frame in frames)
 
 
 def _raised_in(traceback: TracebackType | None, subject: Path, root: Path) -> str:
-    """The line of the subject that an exception comes out of; empty where the suite's own code raised it.
+    """The line of the subject that raised an exception; empty if the suite's own code raised it.
 
-    What a library raises counts as its caller's, and the suite may be called back by the subject.
+    An exception from a library counts as its caller's. The subject may call back into the suite.
     """
     found = ""
     for frame, line in walk_tb(traceback):
@@ -127,7 +135,7 @@ def _raised_in(traceback: TracebackType | None, subject: Path, root: Path) -> st
 
 
 def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
-    """The innermost line of ``phases/`` that the exception passed through, as a prefix of a message."""
+    """The innermost line of ``phases/`` that the exception passed through, as a message prefix."""
     for entry in reversed(excinfo.traceback):
         path = Path(entry.path)
         if path.is_relative_to(root / "phases"):
@@ -135,16 +143,16 @@ def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
     return ""
 
 
-@dataclass(slots=True, eq=False)  # pytest puts plugins into sets, and an equality of fields has no hash
+@dataclass(slots=True, eq=False)  # pytest puts plugins into sets, and a dataclass with eq has no hash
 class Recorder:
-    """The pytest plugin of one run: gates each check before setup, times it, and appends its result.
+    """The pytest plugin of one run: blocks or skips checks before setup, times them, and appends their results.
 
-    ``subject`` is the directory of the package under test. ``runner`` is the process that started this one for
-    one phase and notes how busy the machine is; None where this process runs every phase, and notes it itself.
-    ``grounds`` knows what results rest on; None where no record is left.
+    ``subject`` is the directory of the package under test. ``runner`` is the process that started this one for one
+    phase and records how busy the machine is; None if this process runs every phase and records it itself. ``grounds``
+    knows what results rest on; None if the run leaves no record.
 
-    The record on disk is brought up to date when a check fails and when the next phase begins, so that a process that
-    is aborted leaves one with the results so far.
+    The record on disk is updated when a check fails and when the next phase begins, so that an aborted process leaves
+    one with the results so far.
     """
 
     run_dir: Path
@@ -159,13 +167,13 @@ class Recorder:
     _results: dict[str, CheckResult] = field(init=False)
 
     def __post_init__(self) -> None:
-        # of earlier phases; one that runs beside this one has no check that another needs
+        # of earlier phases; no check needs one of a phase that runs in parallel
         self._results = events.read_results(self.run_dir)
         threading.Thread(target=self._look, name="machine", daemon=True).start()
 
     def _look(self) -> None:
-        """Keep an eye on the processes of the check that runs, while they are there."""
-        # signals are the main thread's: one that it blocks must not arrive by way of this one
+        """Sample the processes of the running check while they exist."""
+        # signals belong to the main thread: one that it blocks must not be delivered to this one
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while True:
             time.sleep(_LOOK_S)
@@ -182,7 +190,7 @@ class Recorder:
             if self.grounds is not None:
                 self.grounds.begin_phase()
             for again in self._results.keys() - events.judged(self._results):
-                if again.startswith(f"p{spec.phase}."):  # tried again here, and until then it blocks nothing
+                if again.startswith(f"p{spec.phase}."):  # it is tried again here, and blocks nothing until then
                     del self._results[again]
             if self.runner is None:
                 events.append_machine(self.run_dir, spec.phase, "start", processors.state())
@@ -193,7 +201,7 @@ class Recorder:
         events.append_start(self.run_dir, id_of(item))
         self._watch = processors.Watch.begin(self.runner or os.getpid(), self.manifest.run_id)
         begun = time.perf_counter()
-        handled = yield  # an interrupt leaves from here, and the check stays without a result
+        handled = yield  # an interrupt is raised here, and the check then has no result
         result = self._result(item, time.perf_counter() - begun)
         self._results[result.id] = result
         events.append_result(self.run_dir, result)
@@ -203,7 +211,7 @@ class Recorder:
         return handled
 
     def _note(self, phase: int, file: str) -> None:
-        """Write down what the results of a phase, and of one of its files, rest on beside what is written."""
+        """Append further files that the results of a phase, and of one of its files of checks, rest on."""
         if self.grounds is None:
             return
         opened, imported = self.grounds.news(file)
@@ -213,7 +221,7 @@ class Recorder:
             events.append_grounds(self.run_dir, imported, file=file)
 
     def end_phase(self) -> None:
-        """Bring the record up to date when the last check of a phase has ended; nothing before the first phase."""
+        """Update the record after the last check of a phase; do nothing before the first phase."""
         if self._phase is None:
             return
         if self.runner is None:
@@ -230,7 +238,7 @@ class Recorder:
             skip("NO_GPU", SKIP_CODES["NO_GPU"])
         if by := events.blocker(spec.needs, self._results):
             blocked = pytest.skip.Exception(f"blocked by {by}")
-            blocked.by = by
+            blocked.by = by  # type: ignore[attr-defined]  # pytest's exception takes it to ending_of
             raise blocked
 
     @pytest.hookimpl(wrapper=True)
@@ -240,24 +248,25 @@ class Recorder:
         report = yield
         if spec_of(item) is not None and call.excinfo is not None:
             ending = ending_of(call.excinfo, call.when, self.root, self.manifest.places, self.subject)
-            # asked before the fixtures end what the check has started
-            if ending.verdict is Verdict.TIMEOUT and (busy := self._watch.busy()):
+            # asked before the fixtures end the processes that the check started
+            busy = self._watch.busy() if self._watch is not None and ending.verdict is Verdict.TIMEOUT else None
+            if busy:
                 ending = replace(ending, verdict=Verdict.INFRA, message=f"{busy}; {ending.message}")
             if self._ending is None or self._ending.verdict in (Verdict.SKIP, Verdict.BLOCKED):
                 self._ending = ending
             if report.skipped and ending.verdict is Verdict.ERROR:
-                # pytest would count a bare skip as harmless; its own exit code must be red as well
+                # pytest treats a skip without a code as harmless, but its exit code must be red
                 report.outcome, report.longrepr = "failed", ending.message
                 vars(report).pop("wasxfail", None)
         return report
 
     def _result(self, item: pytest.Item, duration_s: float) -> CheckResult:
-        spec = spec_of(item)
+        spec = _declared(item)
         ending = self._ending or Ending(Verdict.PASS, "")
         measurements = item.stash[MEASUREMENTS]
         outside = [m.name for m in measurements if not m.within]
         if ending.verdict is Verdict.PASS and outside:
-            ending = Ending(Verdict.ERROR, f"the check swallowed the failure of its measurement {outside[0]!r}")
+            ending = Ending(Verdict.ERROR, f"the check ignored the failure of its measurement {outside[0]!r}")
         return self.manifest.result(
             selected(item),
             ending.verdict,

@@ -1,4 +1,4 @@
-"""What a run was asked to do: the arguments of ``python -m verify run``, validated and frozen."""
+"""The request for a run: the arguments of ``python -m verify run``, validated and frozen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from verify.architectures import EMULATED, parse_target
+from verify.architectures import Emulated, parse_target
 from verify.checks import DEFAULT_SEED, PHASES
 from verify.errors import ConfigurationError
 from verify.files import default_out
@@ -37,20 +37,20 @@ def parse_phases(text: str) -> tuple[int, ...]:
 
 
 def parse_expect(text: str) -> int:
-    """The SM number of the GPU that ``--expect`` names; ConfigurationError for unknown names and ``emulated``."""
+    """The SM number of the GPU in ``--expect``. Raises ConfigurationError for unknown names and ``emulated``."""
     target = parse_target(text)
-    if target is EMULATED:
-        raise ConfigurationError("--expect emulated names no GPU; use --device cpu for a run without one")
+    if isinstance(target, Emulated):
+        raise ConfigurationError("--expect emulated does not name a GPU; use --device cpu for a run without one")
     return target.sm
 
 
 @dataclass(frozen=True)  # without slots, so that the defaults can be read from the class
 class RunRequest:
-    """One run, as asked for. Raises ConfigurationError when a field is out of range or two contradict each other.
+    """A requested run. Raises ConfigurationError if a field is out of range or two contradict each other.
 
     ``phases`` are ascending; ``expression`` is a pytest marker expression; ``expect`` is the SM number the GPU must
-    have; ``subject`` is what ``find_subject`` takes; ``resume`` is the id or the directory of an earlier run, whose
-    frozen request then replaces all of this but ``out``, ``expect`` and ``strict_soft``.
+    have; ``subject`` is an argument of ``find_subject``; ``resume`` is the id or the directory of an earlier run, whose
+    frozen request then replaces every field except ``out``, ``expect`` and ``strict_soft``.
     """
 
     phases: tuple[int, ...] = tuple(PHASES)
@@ -68,7 +68,7 @@ class RunRequest:
     def __post_init__(self) -> None:
         unknown = [phase for phase in self.phases if phase not in PHASES]
         if unknown or not self.phases:
-            raise ConfigurationError(f"phases {list(self.phases)} must be a choice of {min(PHASES)} to {max(PHASES)}")
+            raise ConfigurationError(f"phases {list(self.phases)} must be numbers from {min(PHASES)} to {max(PHASES)}")
         if self.phases != tuple(sorted(set(self.phases))):
             raise ConfigurationError(f"phases {list(self.phases)} must be ascending and without repeats")
         if self.device not in get_args(DeviceChoice):
@@ -84,6 +84,6 @@ class RunRequest:
         for name in ("expression", "model", "subject", "resume"):
             value = getattr(self, name)
             if value is not None and not value.strip():
-                raise ConfigurationError(f"{name} is empty; leave the option out or give it a value")
+                raise ConfigurationError(f"{name} is empty; omit the option or give it a value")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigurationError(f"--out {self.out} is not a directory; name a directory for the run's files")

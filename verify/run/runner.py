@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from threading import Event
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from verify.checks import PHASES
 from verify.errors import ConfigurationError, Exit
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 
 _COLLECTION_LIMIT_S = 180
 
-#: How many of the newest records are looked at for how long checks take here.
+#: How many of the newest records are searched for the durations of checks on this machine.
 _LOOKED_AT = 10
 
-#: The phase whose checks others need, and those that run beside the rest where there are cores for it.
+#: The phase whose checks others need, and the phases that run in parallel with the rest if there are enough cores.
 _FIRST, _BESIDE = 1, frozenset({6})
 
-#: What is selected on a CPU where no marker expression is given: slow checks, soft ones all, take minutes each there.
+#: The default marker expression on a CPU, where slow checks, which are all soft, take minutes each.
 _ON_CPU = "not slow"
 
 
@@ -52,14 +52,14 @@ def run(request: RunRequest) -> int:
     """Carry out ``request`` and return the exit code of ``python -m verify run``.
 
     0 everything selected passed (soft failures are warnings), 1 a HARD check failed or was blocked, 2 interrupted and
-    resumable, 3 the machine is at fault, 4 a SOFT failure under ``strict_soft``. Raises ConfigurationError, exit code 3
-    too, when the request cannot be carried out; then nothing was run and no new run is left behind.
+    resumable, 3 the machine is at fault, 4 a SOFT failure under ``strict_soft``. Raises ConfigurationError, also exit
+    code 3, if the request cannot be carried out; then nothing was run and no new run is left behind.
     """
     from rich.console import Console
 
     console, root = Console(highlight=False), repository_root()
     try:
-        run_dir = _find_run(request) if request.resume else _new_run(request, root, console)
+        run_dir = _find_run(request.out, request.resume) if request.resume else _new_run(request, root, console)
         with events.lock(run_dir) as held:
             manifest = events.read_manifest(run_dir)
             if request.resume:
@@ -74,9 +74,9 @@ def run(request: RunRequest) -> int:
 
 
 def exit_code(results: Iterable[CheckResult], *, strict_soft: bool = False) -> int:
-    """The exit code that these results mean; a HARD check that is blocked failed with its blocker.
+    """The exit code for these results; a blocked HARD check counts like its blocker.
 
-    Where the machine kept any check from its verdict, HARD or not, the run has no answer.
+    If any check, HARD or SOFT, has no verdict because of the machine, the run has no answer (exit code 3).
     """
     by_id = {result.id: result for result in results}
     soft_failed = any(result.gate == "soft" and result.verdict in FAILING for result in by_id.values())
@@ -91,19 +91,19 @@ def exit_code(results: Iterable[CheckResult], *, strict_soft: bool = False) -> i
 
 
 def _blocker(blocked: CheckResult, by_id: Mapping[str, CheckResult]) -> CheckResult:
-    """What blocks a check, or itself where that has not failed."""
-    blocker = by_id.get(blocked.by, blocked)
+    """The blocker of a check, or the check itself if the blocker has not failed."""
+    blocker = by_id.get(blocked.by or "", blocked)
     return blocker if blocker.verdict in FAILING else blocked
 
 
 class Interruption:
-    """Counts requests to stop (Ctrl-C, SIGTERM, a closed terminal) instead of raising in the middle of a write."""
+    """Counts requests to stop (Ctrl-C, SIGTERM, a closed terminal) instead of raising during a write."""
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self._count = 0
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def count(self) -> int:
         return self._count
@@ -112,7 +112,7 @@ class Interruption:
         for number in self._SIGNALS:
             before = signal.getsignal(number)
             if number is signal.SIGHUP and before is signal.SIG_IGN:
-                continue  # nohup asked for a run that outlives its terminal
+                continue  # started by nohup, to outlive its terminal
             self._before[number] = before
             signal.signal(number, self._note)
         return self
@@ -126,7 +126,7 @@ class Interruption:
 
 
 def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
-    """Look at everything that could make the run impossible, then make its directory."""
+    """Check everything that could prevent the run, then create its directory."""
     subject = find_subject(request.subject, root)
     device = resolve(request.device)
     if device.name == "cpu" and request.expression is None:
@@ -146,7 +146,7 @@ def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
     try:
         events.create(run_dir, manifest)
     except OSError as error:
-        raise ConfigurationError(f"{run_dir} cannot be made ({error.strerror}); choose another --out") from error
+        raise ConfigurationError(f"{run_dir} cannot be created ({error.strerror}); choose another --out") from error
     if device.note:
         console.print(f"note: {device.note}", markup=False, soft_wrap=True)
     console.print(f"run {manifest.run_id}: {len(manifest.selected)} checks on {manifest.target}", markup=False)
@@ -154,7 +154,7 @@ def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
 
 
 def _words(request: RunRequest) -> str:
-    """The selection as it would be typed."""
+    """The selection as command-line options."""
     words = [] if request.phases == tuple(PHASES) else ["--phases", ",".join(map(str, request.phases))]
     words += ["-m", request.expression] if request.expression else []
     words += ["--sanitize"] if request.sanitize else []
@@ -162,7 +162,7 @@ def _words(request: RunRequest) -> str:
 
 
 def _select(request: RunRequest, root: Path) -> tuple[Selected, ...]:
-    """The checks that the request selects, from a pytest that only collects and that refuses what it cannot gate."""
+    """The checks that the request selects, from a pytest that only collects and refuses tests that are not checks."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "selected.json"
         command = [*pytest_command(root), "phases", "--collect-only", "-q", "--device=cpu", f"--select-to={answer}"]
@@ -186,7 +186,7 @@ def _select(request: RunRequest, root: Path) -> tuple[Selected, ...]:
 
 
 def _complaint(child: subprocess.CompletedProcess[str]) -> str:
-    """The line in which pytest says what was wrong, else its last one."""
+    """The line in which pytest says what is wrong, else its last line."""
     lines = [line.strip() for line in (child.stderr + "\n" + child.stdout).splitlines() if line.strip()]
     for start in ("ERROR: ", "E  "):
         if said := [line.removeprefix(start).strip() for line in lines if line.startswith(start)]:
@@ -194,30 +194,30 @@ def _complaint(child: subprocess.CompletedProcess[str]) -> str:
     return lines[-1] if lines else f"pytest ended with exit code {child.returncode} and said nothing"
 
 
-def _find_run(request: RunRequest) -> Path:
-    """The directory of the run that ``--resume`` names. Raises ConfigurationError naming the latest run there is."""
-    for candidate in (request.out / request.resume, Path(request.resume)):
+def _find_run(out: Path, name: str) -> Path:
+    """The directory of the run that ``--resume`` names. Raises ConfigurationError naming the latest run."""
+    for candidate in (out / name, Path(name)):
         if (candidate / events.MANIFEST).is_file():
             return candidate.resolve()
-    known = sorted(path.parent.name for path in request.out.glob(f"*/{events.MANIFEST}"))
-    latest = f"the latest is {known[-1]}" if known else "there is none yet"
-    raise ConfigurationError(f"there is no run {request.resume!r} in {request.out}; {latest}")
+    known = sorted(path.parent.name for path in out.glob(f"*/{events.MANIFEST}"))
+    latest = f"the latest is {known[-1]}" if known else "there are no runs yet"
+    raise ConfigurationError(f"there is no run {name!r} in {out}; {latest}")
 
 
 def unjudged(record: Record, run_dir: Path) -> str:
-    """A sentence on the checks that the machine kept from a verdict, with what repeats them; empty without any."""
+    """A sentence on the checks without a verdict because of the machine, and how to repeat them; empty without any."""
     found = [result for result in record.results if result.verdict is Verdict.INFRA]
     if not found:
         return ""
     checks = f"{len(found)} checks have" if len(found) > 1 else "1 check has"
     return (
-        f"INFRA: {checks} no verdict because of the machine, not of the subject, the first of them {found[0].id}; "
+        f"INFRA: {checks} no verdict because of the machine, not the subject, the first of them {found[0].id}; "
         f"repeat {'them' if len(found) > 1 else 'it'} with: python -m verify run --resume {_resume_name(run_dir)}"
     )
 
 
 def _resume_name(run_dir: Path) -> str:
-    """What to give ``--resume``: the id, or the directory of a run that is not where runs are looked for."""
+    """The value for ``--resume``: the run's id, or its directory if that is not in the default folder of runs."""
     usual = run_dir.resolve().parent == default_out().resolve()
     return run_dir.name if usual else shlex.quote(os.path.relpath(run_dir))
 
@@ -225,13 +225,13 @@ def _resume_name(run_dir: Path) -> str:
 def _refuse_other_gpu(request: RunRequest, manifest: Manifest) -> None:
     if request.expect is not None and manifest.target != f"sm{request.expect}":
         raise ConfigurationError(
-            f"--expect sm{request.expect}, but run {manifest.run_id} is on {manifest.target}; "
+            f"--expect sm{request.expect}, but run {manifest.run_id} is for {manifest.target}; "
             "resume another run, or drop --expect"
         )
 
 
 def _check_resumable(manifest: Manifest, run_dir: Path, root: Path, console: Console) -> None:
-    """Refuse to go on with a run whose surroundings have changed; a complete one may always be looked at again."""
+    """Refuse to resume a run whose surroundings have changed; a complete run is never refused."""
     events.drop_torn_line(run_dir)
     missing = len(_missing(manifest, run_dir))
     if not missing:
@@ -252,7 +252,7 @@ def _missing(manifest: Manifest, run_dir: Path) -> list[Selected]:
 def _run_phases(
     run_dir: Path, root: Path, manifest: Manifest, interruption: Interruption, held: int, console: Console
 ) -> bool:
-    """Run what is left, phase by phase in each lane; True when every selected check has been tried."""
+    """Run the remaining checks, phase by phase in each lane; True if every selected check has been tried."""
     from verify.run.progress import RunProgress
 
     missing = _missing(manifest, run_dir)
@@ -282,7 +282,7 @@ def _run_phases(
         with ThreadPoolExecutor(max(len(lanes), 1)) as pool:
             running = [pool.submit(carry_out, lane, progress) for lane in lanes]
             for lane in as_completed(running):
-                if lane.exception() is not None:  # of one that cannot go on, the others end as well
+                if lane.exception() is not None:  # if one cannot continue, the others end too
                     broken.set()
                     may_begin.set()
         for lane in running:
@@ -293,10 +293,11 @@ def _run_phases(
 
 
 def lanes_of(checks: Sequence[Selected], device: str, cores: int) -> list[list[int]]:
-    """The phases that run one after the other, in lists that run side by side.
+    """The phases in lists: the phases of a list run one after another, and the lists run in parallel.
 
-    A CPU of several cores has two, of a process of one thread each. Slow checks compare times, so nothing runs beside
-    them, and one GPU is shared by nothing: what checks measure of its memory and its time would be another's.
+    On a CPU with several cores there are two lists, each with one single-threaded process at a time. Slow checks
+    compare times, so nothing runs in parallel with them. Nothing shares a GPU, because checks measure its memory and
+    time.
     """
     phases = sorted({check.phase for check in checks})
     alone = device != "cpu" or cores < 2 or any(check.slow for check in checks)
@@ -305,7 +306,7 @@ def lanes_of(checks: Sequence[Selected], device: str, cores: int) -> list[list[i
 
 
 def _earlier_durations(run_dir: Path, manifest: Manifest) -> dict[str, float] | None:
-    """Seconds that each check took in the last complete run of this machine that had them all; None without one."""
+    """The seconds of each check in the last complete run on this machine that had them all; None without such a run."""
     wanted = {check.id for check in manifest.selected}
     for record in islice(newest_runs(run_dir.parent), _LOOKED_AT):
         found = {result.id: result.duration_s for result in record.results}
@@ -316,11 +317,11 @@ def _earlier_durations(run_dir: Path, manifest: Manifest) -> dict[str, float] | 
 
 
 def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console) -> int:
-    """Write the record before anything is printed: the terminal may be gone."""
+    """Write the record, and only then print: the terminal may be gone."""
     from verify.report.verb import print_matrix
 
     record = events.compose(run_dir, "complete" if finished else "interrupted")
-    # a closed terminal is one of the reasons to be here, and the record is what counts
+    # a closed terminal may be why the run ended, and the record is written
     with suppress(OSError):
         print_matrix(record, console)
         lines = [f"record: {os.path.relpath(run_dir / events.RECORD)}"]

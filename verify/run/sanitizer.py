@@ -1,7 +1,7 @@
-"""The kernel checks under NVIDIA's compute-sanitizer, which sees what a right result can hide.
+"""The kernel checks under NVIDIA's compute-sanitizer, which finds errors that a correct result can hide.
 
-It finds accesses outside an allocation, races in shared memory and reads of memory that nothing wrote, at ten to a
-hundred times the usual time, and so it runs only when asked for: ``python -m verify run --sanitize``.
+It finds accesses outside an allocation, races in shared memory and reads of uninitialised memory, but takes ten to a
+hundred times as long, so it runs only when asked for: ``python -m verify run --sanitize``.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ PROGRAM = "compute-sanitizer"
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 
-#: The tool's own, beside the time that checks of the kernels take with it.
+#: The limit of one tool over the checks that it runs.
 LIMIT_S = 3600.0
 
-#: Python may take its time to reach the GPU; processes that build kernels have nothing to check; and libraries ask the
-#: driver for what it may not have, which is an error of the call and none of a kernel.
+#: No limit for Python to reach the GPU; child processes, which only build kernels, are not checked; nor are API errors,
+#: because libraries probe the driver for optional features, which is not a kernel error.
 _OPTIONS = ("--launch-timeout", "0", "--target-processes", "application-only", "--report-api-errors", "no")
 
-#: One allocation for each tensor, or an access outside one lands in its neighbour's cached block unseen.
+#: One allocation per tensor; otherwise an access outside one could land unnoticed in a neighbour's cached block.
 _ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
-#: ``ERROR SUMMARY: 2 errors``, and of racecheck ``RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)``.
+#: ``ERROR SUMMARY: 2 errors``; for racecheck ``RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)``.
 _SUMMARY = re.compile(r"^=+ (?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warnings?\))")
 
 _LINE = re.compile(r"^=+ +(?!COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY)(\S.*)")
@@ -38,7 +38,7 @@ _LINE = re.compile(r"^=+ +(?!COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY)(
 
 @dataclass(frozen=True)
 class Finding:
-    """How many errors a tool counted, and the first that it described, or nothing."""
+    """The number of errors that a tool found, and its description of the first one; empty without any."""
 
     errors: int
     first: str
@@ -56,10 +56,10 @@ def nodes() -> list[str]:
 def sanitize(
     tool: str, *checks: str, subject: str = "bundled", device: str = "cuda", limit_s: float = LIMIT_S
 ) -> Finding:
-    """What ``tool`` finds in the checks with these nodes, in a process of its own.
+    """Run the checks with these nodes under ``tool``, in a separate process, and return its finding.
 
-    Raises AssertionError when they did not come to their end, or one of them does not pass there; FileNotFoundError
-    where there is no compute-sanitizer.
+    Raises AssertionError if the checks did not finish, or one of them does not pass there; FileNotFoundError if
+    compute-sanitizer is not installed.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -70,7 +70,7 @@ def sanitize(
         found = read(log.read_text("utf-8", "replace") if log.is_file() else "")
     if found is not None and found.errors:
         return found
-    assert run.exit_code is not None, f"{tool} was not finished within {limit_s:g} s, after {len(run.results)} checks"
+    assert run.exit_code is not None, f"{tool} did not finish within {limit_s:g} s, after {len(run.results)} checks"
     assert found is not None, f"{tool} ended with exit code {run.exit_code} and no summary: {run.last_line}"
     wrong = [result for result in run.results.values() if result.verdict is not Verdict.PASS]
     assert not wrong, f"under {tool} {wrong[0].id} is {wrong[0].verdict}: {wrong[0].message}"
@@ -83,7 +83,7 @@ def available() -> bool:
 
 
 def read(log: str) -> Finding | None:
-    """What the log of a tool says; None where it has no summary, because the process or the tool ended early."""
+    """The finding in the log of a tool; None if it has no summary, because the process or the tool ended early."""
     counts = [match for line in log.splitlines() if (match := _SUMMARY.match(line))]
     if not counts:
         return None

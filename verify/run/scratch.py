@@ -1,4 +1,4 @@
-"""A run of some checks that proves nothing about the machine, and so leaves no record: only its results come back."""
+"""A run of some checks that proves nothing about the machine, so it leaves no record and only returns its results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from verify.run.process import pytest_command, pytest_environment
 
 @dataclass(frozen=True)
 class Scratch:
-    """What came of it, by id, even where pytest died: ``exit_code`` is pytest's or None after the limit."""
+    """The results and findings by id, even if pytest died; ``exit_code`` is pytest's, or None after the time limit."""
 
     results: dict[str, CheckResult]
     probed: dict[str, Probed]
@@ -30,9 +30,9 @@ class Scratch:
     last_line: str
 
     def finished(self) -> Scratch:
-        """Itself. Raises ConfigurationError when pytest did not come to its end."""
+        """Return self. Raises ConfigurationError if pytest did not finish."""
         if self.exit_code not in (0, 1):
-            how = "did not end in time" if self.exit_code is None else f"ended with exit code {self.exit_code}"
+            how = "did not finish in time" if self.exit_code is None else f"ended with exit code {self.exit_code}"
             raise ConfigurationError(f"the scratch run {how}: {self.last_line}")
         return self
 
@@ -45,7 +45,7 @@ def scratch_run(
     under: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Scratch:
-    """Run the checks that pytest's ``options`` select, as a child of the command ``under`` if there is one."""
+    """Run the checks that pytest's ``options`` select, as a child of the command ``under`` if given."""
     root = repository_root()
     with tempfile.TemporaryDirectory() as folder:
         scratch, log = Path(folder) / "run", Path(folder) / "log"
@@ -70,5 +70,5 @@ def scratch_run(
             events.read_results(scratch) if ran else {},
             read_probed(scratch) if ran else {},
             exit_code,
-            said[-1] if said else "it said nothing",
+            said[-1] if said else "there was no output",
         )

@@ -16,7 +16,7 @@ from verify.errors import ConfigurationError
 from verify.record.schema import Verdict
 from verify.record.strict import Strict
 
-#: From the arithmetic to what is concluded from it; each is the name of a file under ``faults/``.
+#: From the arithmetic to the conclusions; each is the name of a file under ``faults/``.
 LAYERS = (
     "kernel", "scoring", "statistics", "selection", "trigger", "hf", "vllm", "cli", "record", "report",
 )  # fmt: skip
@@ -27,16 +27,16 @@ _END = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT})
 
 
 class _File(Strict):
-    """One file of faults before they are read: ``[[fault]]`` tables, and nothing beside them."""
+    """One file of faults before validation: ``[[fault]]`` tables, and nothing else."""
 
     fault: list[dict[str, Any]] = Field(default_factory=list)
 
 
 class Edit(Strict):
-    """One change of a subject's source: the ``nth`` (from 1) or only ``before`` within a function or class.
+    """One change of a subject's source: ``after`` replaces the ``nth`` (from 1) or only ``before``.
 
-    ``file`` is relative to the package; ``within`` is a dotted name, empty for the whole file; ``before`` and ``after``
-    are each one expression or one statement. Formatting and comments do not matter.
+    ``file`` is relative to the package; ``within`` is the dotted name of a function or class, empty for the whole file;
+    ``before`` and ``after`` are each one expression or one statement. Formatting and comments do not matter.
     """
 
     file: str = Field(min_length=1)
@@ -61,7 +61,7 @@ class Wrapper(Strict):
 
 
 class Change(Strict):
-    """One change of a record: what stands ``at`` a path becomes ``to``; it goes, or stands there ``twice``.
+    """One change of a record: the value ``at`` a path is set to ``to``, removed, or listed ``twice``.
 
     In ``results`` the key of the path is a check's id.
     """
@@ -72,7 +72,7 @@ class Change(Strict):
 
 
 class Tampered(Strict):
-    """A good record of ``target`` made on ``day``, with the results of some ``phases``, and what was done to it."""
+    """A good record of ``target`` made on ``day``, with the results of some ``phases``, and the changes made to it."""
 
     target: str = "sm120"
     day: int = Field(default=1, ge=1, le=28)
@@ -83,9 +83,9 @@ class Tampered(Strict):
 class Fault(Strict):
     """One mistake that somebody could make, and the checks that claim to catch it.
 
-    ``kills`` are ids or families of checks, or of ``records.JUDGES`` for tampered records. It is caught when one of
-    them ends in one of ``verdicts`` with a message that the pattern ``says`` is found in. It is planted by edits of the
-    ``bundled`` or the ``plain`` subject, by a ``wrapper`` around any subject, or in ``records``.
+    ``kills`` are ids or families of checks, or names in ``records.JUDGES`` for tampered records. A fault is caught when
+    one of them ends in one of ``verdicts`` with a message that matches the pattern ``says``. It is planted by edits of
+    the ``bundled`` or the ``plain`` subject, by a ``wrapper`` around any subject, or in ``records``.
     """
 
     layer: str
@@ -107,29 +107,32 @@ class Fault(Strict):
     def _planted_in_one_way(self) -> Fault:
         ways = [bool(self.bundled or self.plain), self.wrapper is not None, bool(self.records)]
         if sum(ways) != 1:
-            raise ValueError("plant it by edits, by a wrapper or in records, and only by one of them")
+            raise ValueError("plant it by edits, by a wrapper or in records, and in one way only")
         if not self.verdicts <= _END:
             raise ValueError(f"verdicts may be {', '.join(sorted(_END))}")
         try:
             re.compile(self.says)
         except re.error as error:
-            raise ValueError(f"says is no regular expression ({error})") from error
+            raise ValueError(f"says is not a regular expression ({error})") from error
         return self
 
     def edits_of(self, subject: str) -> tuple[Edit, ...]:
-        """The edits for the subject of that name; none where the fault cannot be planted in it."""
+        """The edits for the subject of that name; none if the fault cannot be planted in it."""
         return {"bundled": self.bundled, "plain": self.plain}.get(subject, ())
 
     def fits(self, subject: str) -> bool:
         return bool(self.edits_of(subject) or self.wrapper or self.records)
 
     def claimed(self, checks: Iterable[Check]) -> list[Check]:
-        """The checks that claim to catch it. Raises ConfigurationError for a claim that no check answers to."""
+        """The checks that claim to catch it. Raises ConfigurationError if ``kills`` names something that is not a
+        check.
+        """
         checks = list(checks)
         for claim in self.kills:
             if not any(claim in (check.id, check.spec.family) for check in checks):
                 raise ConfigurationError(
-                    f"fault {self.id} names {claim}, which is no check; name another in {FAULTS.name}/{self.layer}.toml"
+                    f"fault {self.id} names {claim}, which is not a check; "
+                    f"name another in {FAULTS.name}/{self.layer}.toml"
                 )
         return [check for check in checks if {check.id, check.spec.family} & {*self.kills}]
 
@@ -138,10 +141,10 @@ class Fault(Strict):
 def load_faults(folder: Path = FAULTS) -> tuple[Fault, ...]:
     """Every fault, layer by layer in the order of the files.
 
-    Raises ConfigurationError naming the file and the fault that breaks a rule, or whose id is taken.
+    Raises ConfigurationError naming the file and the fault that is invalid, or whose id is taken.
     """
     if strays := sorted({path.stem for path in folder.glob("*.toml")} - {*LAYERS}):
-        raise ConfigurationError(f"{strays[0]}.toml is the file of no layer; name it after one: {', '.join(LAYERS)}")
+        raise ConfigurationError(f"{strays[0]}.toml does not belong to a layer; name it after one: {', '.join(LAYERS)}")
     faults: dict[str, Fault] = {}
     for layer in LAYERS:
         path = folder / f"{layer}.toml"
@@ -163,8 +166,8 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         return _File.model_validate(tomllib.loads(path.read_text("utf-8"))).fault
     except ValidationError as error:
         raise _wrong(path.name, error) from error
-    except ValueError as error:  # bytes that are no UTF-8, or a text that is no TOML
-        raise ConfigurationError(f"{path.name} is no TOML ({error}); correct it there") from error
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise ConfigurationError(f"{path.name} is not TOML ({error}); correct it there") from error
 
 
 def _wrong(what: str, error: ValidationError) -> ConfigurationError:

@@ -41,7 +41,7 @@ def subject_key(subject: Subject) -> str:
 
 
 def _wrap(package: Path, name: str, fault: Fault) -> None:
-    """Put the wrapper's module beside the subject's, and have the module it is around hand over its names."""
+    """Copy the wrapper's module into the package, and make the module it is around pass its names to ``plant``."""
     around = package.joinpath(*fault.wrapper.around.split("."))
     source = around / "__init__.py" if around.is_dir() else around.with_suffix(".py")
     if not source.is_file():
@@ -60,7 +60,7 @@ def _edit(path: Path, edit: Edit, fault: Fault) -> None:
 def edited(text: str, edit: Edit, fault: Fault) -> str:
     """The source ``text`` with one edit.
 
-    Raises ConfigurationError where ``within`` is not there, or ``before`` is not there exactly once, or ``nth`` times.
+    Raises ConfigurationError if ``within`` is missing, or ``before`` does not occur exactly once, or ``nth`` times.
     """
     module = cst.parse_module(text)
     scope = _scope(module, edit.within)
@@ -72,7 +72,7 @@ def edited(text: str, edit: Edit, fault: Fault) -> str:
     if not (len(found) == 1 if edit.nth is None else len(found) >= edit.nth):
         place = f"{edit.file}, {edit.within}" if edit.within else edit.file
         raise _does_not_apply(
-            fault, f"{place} has {len(found)} times {edit.before!r}", "before" if not found else "nth"
+            fault, f"{place} has {edit.before!r} {len(found)} times", "before" if not found else "nth"
         )
     new = _parsed(edit.after, fault, "after")
     if isinstance(new, cst.BaseStatement) is not isinstance(wanted, cst.BaseStatement):
@@ -87,7 +87,7 @@ def _does_not_apply(fault: Fault, why: str, field: str) -> ConfigurationError:
 
 
 def _scope(node: cst.CSTNode, within: str) -> cst.CSTNode | None:
-    """The function or class of that dotted name; the first one, where it is defined twice."""
+    """The function or class of that dotted name; the first one if it is defined twice."""
     for name in filter(None, within.split(".")):
         inner = _below(node)
         node = next((x for x in inner if isinstance(x, cst.FunctionDef | cst.ClassDef) and x.name.value == name), None)
@@ -109,12 +109,12 @@ def _parsed(source: str, fault: Fault, field: str) -> cst.CSTNode:
     with suppress(cst.ParserSyntaxError):
         return cst.parse_statement(source.strip())
     raise ConfigurationError(
-        f"fault {fault.id}: {field!r} is no expression and no statement; edit it in faults/{fault.layer}.toml"
+        f"fault {fault.id}: {field!r} is neither an expression nor a statement; edit it in faults/{fault.layer}.toml"
     )
 
 
 def _as_statement(edit: Edit, fault: Fault) -> cst.CSTNode:
-    """What an expression becomes that takes a statement's place. Raises ConfigurationError the other way round."""
+    """``after``, an expression, as the statement that ``before`` is. Raises ConfigurationError the other way round."""
     try:
         cst.parse_expression(f"({edit.before.strip()})")
     except cst.ParserSyntaxError:
@@ -125,7 +125,7 @@ def _as_statement(edit: Edit, fault: Fault) -> cst.CSTNode:
 
 
 def _meaning(source: str) -> str:
-    """What a piece of source means, whatever its formatting; empty for one that means nothing by itself."""
+    """The syntax tree of a piece of source, whatever its formatting; empty if it does not parse by itself."""
     for text, mode in ((f"({source}\n)", "eval"), (source.strip(), "exec")):
         with suppress(SyntaxError):
             return ast.dump(ast.parse(text, mode=mode))

@@ -1,4 +1,4 @@
-"""Records that were tampered with, and the rules that must refuse them or must not turn green on them."""
+"""Tampered records, and the rules that must refuse them or must not turn green on them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from verify.record.schema import (
 from verify.record.verdict import TargetVerdict, assess, must_pass
 from verify.selftest.faults import Change, Fault, Tampered
 
-#: What the results of a sound record rest on: a file of the suite and one of the subject.
+#: The files that the results of a sound record rest on: one of the suite and one of the subject.
 _SOURCES = ("verify/judge/oracle.py", f"{SUBJECT}/{PACKAGE}/__init__.py")
 
 _GREEN = (TargetVerdict.VERIFIED, TargetVerdict.EMULATED_PASS)
 
 
 def judge(fault: Fault) -> list[Cell]:
-    """What each rule that claims to catch a tampered record says of it."""
+    """What each rule that claims to catch a tampered record says about it."""
     with TemporaryDirectory() as folder:
         paths = []
         for number, tampered in enumerate(fault.records):
@@ -56,7 +56,7 @@ def _cell(fault: Fault, name: str, objection: str | None) -> Cell:
 
 
 def _refused(paths: Sequence[Path]) -> str | None:
-    """The sentence with which reading refuses one of the files."""
+    """The sentence with which ``read_record`` refuses one of the files."""
     for path in paths:
         try:
             read_record(path)
@@ -66,7 +66,7 @@ def _refused(paths: Sequence[Path]) -> str | None:
 
 
 def _not_green(paths: Sequence[Path]) -> str | None:
-    """The verdict and its sentence where all files together do not turn the first one's target green."""
+    """The verdict and its sentence if all files together do not turn the first one's target green."""
     records = [read_record(path) for path in paths]
     found = assess(parse_target(records[0].target), records, _checks(), _checkout())
     return None if found.verdict in _GREEN else f"{found.verdict}: {found.sentence}"
@@ -86,7 +86,7 @@ JUDGES: dict[str, Callable[[Sequence[Path]], str | None]] = {
 def _judge_named(fault: Fault, name: str) -> Callable[[Sequence[Path]], str | None]:
     if name not in JUDGES:
         raise ConfigurationError(
-            f"fault {fault.id} names {name}, which judges no record; use {' or '.join(JUDGES)} "
+            f"fault {fault.id} names {name}, which does not judge records; use {' or '.join(JUDGES)} "
             f"in faults/{fault.layer}.toml"
         )
     return JUDGES[name]
@@ -138,7 +138,7 @@ def good_record(target: str, day: int = 1, phases: Sequence[int] = tuple(range(1
 
 
 def _applied(fault: Fault, tampered: Tampered) -> dict[str, Any]:
-    """The record as JSON data with every change made. Raises ConfigurationError for one that does not apply."""
+    """The record as JSON data with every change made. Raises ConfigurationError if one does not apply."""
     data = good_record(tampered.target, tampered.day, tampered.phases).model_dump(mode="json")
     for change in tampered.changes:
         try:
@@ -167,7 +167,7 @@ def _change(data: Any, change: Change) -> None:
 
 
 def _index(data: Any, key: str | int) -> str | int:
-    """The place of a result by its id; any other key is its own place, and must be there."""
+    """The index of a result by its id; any other key is its own index, and must exist."""
     if isinstance(data, list) and isinstance(key, str):
         return next(number for number, item in enumerate(data) if item["id"] == key)
     if isinstance(data, dict) and key not in data:

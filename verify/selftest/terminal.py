@@ -1,4 +1,4 @@
-"""How the kill matrix and the way to it are shown."""
+"""Shows the kill matrix, and progress on the way to it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from verify.selftest.faults import LAYERS, load_faults
 if TYPE_CHECKING:
     from rich.table import Table
 
-#: From this width on a row has room for what was planted.
+#: Terminals at least this wide show what was planted.
 _WIDE = 140
 
 _STYLE = {Outcome.KILLED: "green", Outcome.SURVIVED: "bold red", Outcome.NOT_RUN: "yellow"}
 
 
 class Progress:
-    """A bar on a terminal, elsewhere a heartbeat, and a line for what is not killed; all on stderr."""
+    """Progress on stderr: a bar on a terminal, elsewhere a heartbeat, and a line for each fault that is not killed."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
@@ -43,7 +43,7 @@ class Progress:
         self._bar.stop()
 
     def doing(self, what: str) -> None:
-        """Note, and keep for the heartbeat, what goes on from here."""
+        """Print what begins now, and keep it for the heartbeat."""
         self._doing = what
         self.note(what)
 
@@ -62,7 +62,7 @@ class Progress:
 
 
 def print_matrix(matrix: Matrix, form: str, path: Path | None) -> None:
-    """Print what became of every fault, then what is wrong with the suite or with the claims."""
+    """Print the outcome of every fault, then what is wrong with the suite or with the claims."""
     if form == "json":
         print(matrix.model_dump_json(indent=1))
         return
@@ -119,14 +119,14 @@ def _sentences(matrix: Matrix) -> list[str]:
     lines = [f"{len(killed)} of {count(total, 'planted fault')} caught in {matrix.subject.source}."]
     lines += [f"NOT CAUGHT {row.id}: {row.what} ({_killers(row)})" for row in survived]
     lines += [f"not tried {row.id}: {_killers(row)}" for row in unrun]
-    lines += [f"claims too much: {claim} does not catch {fault}" for fault, claim in false_claims(matrix)]
+    lines += [f"false claim: {claim} does not catch {fault}" for fault, claim in false_claims(matrix)]
     if matrix.selection == "everything" and matrix.idle:
-        lines.append(f"Caught none of them, or met none: {', '.join(matrix.idle)}.")
+        lines.append(f"Checks that caught no fault, or met none: {', '.join(matrix.idle)}.")
     return lines
 
 
 def false_claims(matrix: Matrix) -> list[tuple[str, str]]:
-    """Pairs of a fault and a check, or a family, that claims to catch it, met it, and did not."""
+    """Pairs of a fault and a check, or a family, that claims to catch it, ran against it, and did not."""
     faults, found = {fault.id: fault for fault in load_faults()}, []
     for row in matrix.rows:
         for claim in faults[row.id].kills:

@@ -1,4 +1,4 @@
-"""Runs checks against a copy of a subject, each phase in a process of its own, and keeps what came of it."""
+"""Runs checks against a copy of a subject, each phase in a process of its own, and caches the results."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from verify.selftest.records import judge
 from verify.subject.find import find_subject
 from verify.subject.subject import Subject
 
-#: What changes results beside the suite and the subject.
+#: The software that changes results, besides the suite and the subject.
 _VERSIONS = ("python", "torch", "triton", "transformers", "vllm")
 
 
 class Interrupted(Exception):
-    """The user stopped it; what was finished is kept."""
+    """The user stopped the selftest; finished results are kept."""
 
 
 class _Kept(Strict):
@@ -55,7 +55,7 @@ class _Quiet:
 class Bench:
     """One subject, and how checks are run against copies of it on the CPU.
 
-    ``stopping`` answers how often the user asked to stop; then everything raises Interrupted.
+    ``stopping`` returns how often the user asked to stop; from then on everything raises Interrupted.
     """
 
     root: Path
@@ -71,7 +71,7 @@ class Bench:
         return {name: getattr(self.surroundings.environment, name) for name in _VERSIONS}
 
     def baseline(self, checks: Sequence[Check]) -> dict[str, Verdict]:
-        """How each check ends without a fault; every kill rests on a PASS here. Kept check by check."""
+        """The verdict of each check without a fault; a kill counts only if it is PASS. Cached check by check."""
         places = {check.id: self._place(None, [check]) for check in checks}
         results = {name: kept.results[0] for name, place in places.items() if (kept := _read(place))}
         if missing := [check for check in checks if check.id not in results]:
@@ -82,7 +82,7 @@ class Bench:
         return {name: result.verdict for name, result in results.items()}
 
     def row(self, fault: Fault, checks: Sequence[Check], baseline: dict[str, Verdict]) -> Row:
-        """What the checks make of one fault; those that do not pass without it are not run."""
+        """The outcome of the checks against one fault; those that do not pass without it are not run."""
         if fault.records:
             begun = time.monotonic()
             cells = judge(fault)
@@ -99,12 +99,12 @@ class Bench:
             begun = time.monotonic()
             results = self._run(fault, checks)
             kept = _Kept(results=results, duration_s=time.monotonic() - begun)
-            if all(result.verdict is not Verdict.INFRA for result in results):  # which says nothing of the fault
+            if all(result.verdict is not Verdict.INFRA for result in results):  # which says nothing about the fault
                 _write(place, kept)
         return kept
 
     def _place(self, fault: Fault | None, checks: Iterable[Check]) -> Path:
-        """A file named by everything that results depend on: suite, subject, versions, seed, checks, and the fault."""
+        """A file named after everything that results depend on: suite, subject, versions, seed, checks and fault."""
         planted = None
         if fault is not None:
             planted = fault.model_dump(mode="json", include={"bundled", "plain", "wrapper"})
@@ -146,7 +146,7 @@ class Bench:
 
 
 def _read(place: Path) -> _Kept | None:
-    with suppress(OSError, ValueError):  # not there, or not whole: it is tried again
+    with suppress(OSError, ValueError):  # missing or incomplete: run again
         return _Kept.model_validate_json(place.read_bytes())
     return None
 
@@ -166,5 +166,5 @@ def _cell(fault: Fault, check: Check, result: CheckResult | None, before: Verdic
 
 
 def caught(fault: Fault, verdict: Verdict, message: str) -> bool:
-    """Whether a check that ended so caught the fault: as one of its verdicts, and saying what it should say."""
+    """Whether a check with this result caught the fault: one of its verdicts, and a message that it ``says``."""
     return verdict in fault.verdicts and re.search(fault.says, message) is not None

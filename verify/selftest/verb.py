@@ -1,4 +1,4 @@
-"""Plants the chosen faults, several side by side, and says which of them the suite catches."""
+"""Plants the chosen faults, several in parallel, and shows which of them the suite catches."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from verify.subject.find import find_subject
 
 _MODEL = "embedded"
 
-#: The checks of these phases start several servers; two such faults side by side would starve each other.
+#: The checks of these phases start several servers; two such faults in parallel would starve each other.
 _ALONE = frozenset({7})
 
-#: What a sample is drawn from where no layer is named. A fault of the vLLM plugin needs servers with it and without it,
-#: which takes the three minutes that a whole sample may.
+#: The layers that a sample is drawn from if none is named. A fault of the vLLM plugin needs servers with it and without
+#: it, which takes the three minutes that a whole sample may.
 _SAMPLED = tuple(layer for layer in LAYERS if layer != "vllm")
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice:
-    """What was asked for. ``full`` are the phases whose checks every fault meets, None for those that claim it."""
+    """The request. ``full`` are the phases whose checks run against every fault; None runs those that claim it."""
 
     only: Sequence[str] = ()
     sample: int | None = None
@@ -52,7 +52,7 @@ class Choice:
 
     @property
     def words(self) -> str:
-        """The selection as it would be typed."""
+        """The selection as a command line."""
         words = list(chain.from_iterable(("--only", name) for name in self.only))
         words += ["--sample", str(self.sample), "--seed", str(self.seed)] if self.sample is not None else []
         words += ["--full", ",".join(map(str, self.full))] if self.full is not None else []
@@ -66,9 +66,9 @@ class Choice:
 def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out: Path | None) -> int:
     """Try the chosen faults, write the matrix, print it, and return the exit code.
 
-    0 every fault that could be tried was caught, by all that claim it; 1 one was not, or a check that should catch it
-    fails without it; 2 interrupted, and what was tried is kept. Raises ConfigurationError for a subject that is no
-    checkout, a selection that names nothing, a fault that no longer applies, and an ``out`` that cannot be written.
+    0 every fault that could be tried was caught by all that claim it; 1 one was not, or a check that should catch it
+    fails without it; 2 interrupted, finished results are kept. Raises ConfigurationError for a subject that cannot be
+    copied, a selection without a fault, a fault that no longer applies, and an ``out`` that cannot be written.
     """
     from verify.selftest.terminal import false_claims, print_matrix
 
@@ -89,7 +89,10 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
         try:
             rows = _tried(bench, plan, jobs or len(cores()))
         except Interrupted:
-            print("verify: interrupted; what was tried is kept, and the same command goes on from it", file=sys.stderr)
+            print(
+                "verify: interrupted; finished results are kept, and the same command continues from them",
+                file=sys.stderr,
+            )
             return Exit.INTERRUPTED
     if choice.full is not None:
         claims = [{check.id for check in fault.claimed(checks)} for fault, _ in plan]
@@ -108,27 +111,27 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
 
 
 def _uncaught(row: Row) -> bool:
-    """Whether nothing caught the fault, for another reason than that all its checks are skipped here."""
+    """Whether nothing caught the fault, although not all of its checks are skipped here."""
     if row.outcome is Outcome.NOT_RUN:
         return any(not cell.verdict.startswith(Verdict.SKIP) for cell in row.cells)
     return row.outcome is Outcome.SURVIVED
 
 
 def chosen(choice: Choice, faults: Sequence[Fault]) -> list[Fault]:
-    """The faults that ``only`` names by id or layer, and of those a seeded sample that is spread over the layers.
+    """The faults that ``only`` names by id or layer, or a seeded sample of them that is spread over the layers.
 
-    A sample has faults of the vLLM plugin only where ``only`` names them.
-    Raises ConfigurationError for a name that is neither, and for a selection without a fault.
+    A sample has faults of the vLLM plugin only if ``only`` names them. Raises ConfigurationError for a name that is
+    neither, and for a selection without a fault.
     """
     known = {*LAYERS, *(fault.id for fault in faults)}
     if unknown := [name for name in choice.only if name not in known]:
         meant = "".join(f", such as {fault.id}" for fault in faults if fault.name == unknown[0])
         raise ConfigurationError(
-            f"--only {unknown[0]} is no planted fault of this subject; give an id{meant}, or a layer: "
+            f"--only {unknown[0]} is not a planted fault of this subject; give an id{meant}, or a layer: "
             f"{', '.join(LAYERS)}"
         )
     if choice.sample is not None and choice.sample < 1:
-        raise ConfigurationError(f"--sample {choice.sample} is no fault; give 1 or more")
+        raise ConfigurationError(f"--sample {choice.sample} tries nothing; give 1 or more")
     wanted = {*(choice.only or (LAYERS if choice.sample is None else _SAMPLED))}
     found = [fault for fault in faults if {fault.id, fault.layer} & wanted]
     if not found:
@@ -155,7 +158,7 @@ def _checks_for(fault: Fault, choice: Choice, checks: Sequence[Check]) -> list[C
 
 
 def _in_a_run(check: Check) -> bool:
-    """Whether a run on a CPU has the check: it needs no GPU, and it is not slow."""
+    """Whether a run on a CPU includes the check: it needs no GPU, and it is not slow."""
     file, _, test = check.node.partition("::")
     function = getattr(importlib.import_module(f"phases.{Path(file).stem}"), test.partition("[")[0])
     slow = any(mark.name == "slow" for mark in getattr(function, "pytestmark", ()))
@@ -163,24 +166,24 @@ def _in_a_run(check: Check) -> bool:
 
 
 def _idle(rows: Iterable[Row], checks: Iterable[Check]) -> list[str]:
-    """The families of checks, of those that a run on a CPU has, that killed nothing."""
+    """The families of checks in a run on a CPU that killed nothing."""
     killed = {cell.check.rpartition(".")[0] for row in rows for cell in row.killers}
     families = dict.fromkeys(check.spec.family for check in checks if _in_a_run(check))
     return [family for family in families if family not in killed]
 
 
 def _tried(bench: Bench, plan: Sequence[tuple[Fault, list[Check]]], jobs: int) -> list[Row]:
-    """A row for each fault, in the order of the plan; first of all each check is tried without a fault."""
+    """A row for each fault, in the order of the plan; first each check is run without a fault."""
     from verify.selftest.terminal import Progress
 
     needed = list({check.id: check for _, checks in plan for check in checks}.values())
     parts = [[check for check in needed if check.phase == phase] for phase in sorted({c.phase for c in needed})]
     begun = time.monotonic()
     with Progress(len(plan)) as progress:
-        progress.doing(f"without a fault: {len(needed)} checks")
+        progress.doing(f"running {len(needed)} checks without a fault")
         found = _side_by_side(bench.baseline, [(part,) for part in parts], jobs, [_alone(part) for part in parts])
         baseline = {name: verdict for part in found for name, verdict in part.items()}
-        progress.doing(f"with one: {len(plan)} faults")
+        progress.doing(f"planting {len(plan)} faults")
         calls = [(fault, checks, baseline) for fault, checks in plan]
         rows = _side_by_side(bench.row, calls, jobs, [_alone(checks) for _, checks in plan], progress.finished)
     progress.note(f"{time.monotonic() - begun:.0f} s")
@@ -195,9 +198,9 @@ def _side_by_side(
     function: Callable[..., T], calls: Sequence[tuple], jobs: int, alone: Sequence[bool],
     done: Callable[[T], None] = lambda result: None,
 ) -> list[T]:  # fmt: skip
-    """The results of the calls in their order, ``jobs`` at a time, of which one at most is of those that are ``alone``.
+    """The results of the calls in their order, ``jobs`` in parallel, but at most one of the ``alone`` ones at a time.
 
-    Raises what a call raises, once those that run are done; no other begins.
+    Raises what a call raises, once the running ones are done; no other begins.
     """
     results: dict[int, T] = {}
     waiting = {kind: [number for number, lonely in enumerate(alone) if lonely is kind][::-1] for kind in (True, False)}

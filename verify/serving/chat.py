@@ -1,6 +1,6 @@
-"""A conversation in the wire form of an agent's client (OpenClaw): what it sends turn after turn, and must get back.
+"""A conversation as an agent's client (OpenClaw) sends it, turn after turn, and the answers that it must get.
 
-Such a client always streams and asks for usage in the stream, names its limit ``max_completion_tokens``, sends
+Such a client always streams and requests usage in the stream, limits the answer by ``max_completion_tokens``, sends
 ``store: false`` and tools with ``strict: false``, and repeats its own tool calls with ``content: null``.
 """
 
@@ -36,7 +36,7 @@ _CALLED = {
     ],
 }
 
-#: What comes before each answer: user turns, and between the first two a tool call and its result.
+#: The messages before each answer: user turns, and between the first two a tool call and its result.
 _TURNS: tuple[list[dict[str, Any]], ...] = (
     [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "What did I write about the train?"}],
     [_CALLED, {"role": "tool", "tool_call_id": "call_1", "content": "The train leaves at noon. Bring the blue bag."}],

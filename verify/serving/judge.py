@@ -1,4 +1,4 @@
-"""What phase 7 serves: its settings, a server with the plugin, and what must hold for every answer of one."""
+"""Phase 7: its settings, a server with the plugin, and what must hold for every answer of that server."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from verify.serving.server import Answer, Server, answer_of, block_size
 from verify.serving.trace import VARIABLE, Step, Trace, read_trace
 from verify.subject.subject import Subject
 
-#: Small enough that short answers have several rounds, and a pool that six requests do not fit into.
+#: So small that short answers have several rounds, and that six requests do not fit into a pool of LONGEST tokens.
 BUDGET, DIVIDE, WINDOW, CHUNK, LONGEST = 256, 64, 32, 128, 1536
 
 STORY = "Tell me a long story about a train that travels west along the river, and about the people of the town. "
 ASKED = ("a dog", "a boat", "an old clock", "a girl who could not sleep", "the market", "a letter that came late")
 
-#: What the declarations of the checks have in common.
+#: The fields that the declarations of the checks share.
 COMMON: dict[str, Any] = {
     "gate": "soft", "needs": ("p1.identity", "p7.plugin"), "timeout_s": 600,
-    "reason": "Serving is where compression pays, and where tokens that are wrong now and then are hardest to notice.",
-    "remedy": "Read server.log of the run; repeat the request alone with VLLM_LOGGING_LEVEL=DEBUG, which names rounds.",
+    "reason": "Serving is where compression pays off, and where occasional wrong tokens are hardest to notice.",
+    "remedy": "Read server.log of the run; repeat the request alone with VLLM_LOGGING_LEVEL=DEBUG, which logs rounds.",
 }  # fmt: skip
 REPLAYED = (
-    "Greedy tokens are equal, but where the oracle's logit of the served token is within 1e-3 of its best (counted); "
-    "log-probabilities of the served tokens are within 1e-3 (ATTENTION_LOG_PROB)."
+    "Greedy tokens are equal, except where the oracle's logit of the served token is within 1e-3 of its best "
+    "(counted); log-probabilities of the served tokens are within 1e-3 (ATTENTION_LOG_PROB)."
 )
 
 
@@ -37,30 +37,30 @@ def server_of(
     served: tuple[str, Path], subject: Subject, device: str, folder: Path, *flags: str, dtype: str = "float32",
     alone: bool = False, **environment: str,
 ) -> Server:  # fmt: skip
-    """A server of the model, with the plugin on at a small budget unless the environment says otherwise."""
+    """A server of the model, with the plugin enabled at a small budget unless ``environment`` overrides that."""
     folder.mkdir()
     settings = {"KV_BUDGET": BUDGET, "DIVIDE_LENGTH": DIVIDE, "WINDOW_SIZE": WINDOW, "SPARSE_STATS_PATH": served[1]}
     named = {f"TRIATTN_RUNTIME_{name}": str(value) for name, value in settings.items()}
     usual = ["--dtype", dtype, "--served-model-name", "model", "--enable-auto-tool-choice"]
     usual += ["--tool-call-parser", "hermes"]
     if device != "cpu":
-        usual += ["--gpu-memory-utilization", "0.2"]  # three servers share the card
+        usual += ["--gpu-memory-utilization", "0.2"]  # three servers share the GPU
     env = {**subject.environment(), **named, VARIABLE: str(folder / "trace.jsonl"), **environment}
     return Server(served[0], env, folder / "server.log", *usual, *flags, device=device, alone=alone)
 
 
-def complete(server: Server, prompt: str, new: int) -> Answer:
+def complete(server: Server, prompt: str | list[int], new: int) -> Answer:
     """The greedy answer of ``new`` tokens, with their log-probabilities."""
     return answer_of(server.complete(prompt, new, ignore_eos=True, logprobs=0))
 
 
 def trace_of(server: Server) -> Trace:
-    """What the scheduler of a ``server_of`` did so far."""
+    """What the scheduler of a ``server_of`` has done so far."""
     return read_trace(server.log.with_name("trace.jsonl"))
 
 
 def differing(one: list[int], other: list[int]) -> int:
-    """In how many places two lists of tokens differ, those that only one has among them."""
+    """The number of places where two lists of tokens differ, including those that only one has."""
     return sum(a != b for a, b in zip(one, other, strict=False)) + abs(len(one) - len(other))
 
 
@@ -71,7 +71,7 @@ def rule(device: str) -> Rule:
 
 @dataclass(frozen=True)
 class Judge:
-    """Replays what a server answered, once for each answer, and asks of the result what holds for all of them."""
+    """Replays each answer of a server once, and checks what must hold for every answer."""
 
     model: LiveModel
     statistics: Mapping[str, Any]
@@ -90,14 +90,14 @@ class Judge:
         where = f"{where}: {found.tokens} tokens, {found.rounds} rounds, {found.preemptions} preemptions"
         wrong = [f"token {one.position - len(answer.prompt)} by {one.gap:.3g} of a logit" for one in found.wrong]
         measure("wrong tokens", len(wrong), 0, where=f"{where} {'; '.join(wrong[:3])}")
-        assert len(answer.log_probs) == len(answer.tokens), f"{where}: no log-probabilities came back"
-        # a text that goes in circles has the right tokens whatever was kept, and other log-probabilities
+        assert len(answer.log_probs) == len(answer.tokens), f"{where}: the server returned no log-probabilities"
+        # a repetitive text has the right tokens whatever was kept, but other log-probabilities
         measure("largest difference of a log-probability", found.drift, ATTENTION_LOG_PROB, where=where)
         measure("near ties that went the other way", found.near_ties + found.ties, math.inf, where=where)
         assert not found.violations, f"{where}: {found.violations[0]}"
         measure("steps that a round waited for free blocks", found.late, math.inf, where=where)
         if not found.late:
-            # what the prefix cache has of a request is there at once, and thinned at the step after
+            # tokens from the prefix cache are there at once, and evicted at the next step
             hits = [
                 step.start for before, step in zip([None, *steps[:-1]], steps, strict=True) if admitted(before, step)
             ]
@@ -107,7 +107,7 @@ class Judge:
 
 
 def admitted(before: Step | None, step: Step) -> bool:
-    """Whether a request begins with this step, for the first time or anew."""
+    """Whether a request begins with this step, for the first time or again."""
     return before is None or step.preempted or step.start < before.end
 
 
@@ -120,4 +120,4 @@ def bounded(answer: Answer, steps: Sequence[Step], grown: Sequence[Step], rule: 
     measure("most KV blocks of the request", max(step.blocks for step in steps), bound, unit="blocks")
     plainly = rule.blocks(len(answer.prompt) + len(answer.tokens) - 1)
     most = max(step.blocks for step in grown)
-    assert most == plainly, f"without the plugin it held {most} blocks, and {plainly} were expected"
+    assert most == plainly, f"without the plugin it held {most} blocks instead of {plainly}"

@@ -1,4 +1,4 @@
-"""Clients that keep a server busy: requests of mixed lengths, some sharing a prompt's beginning, some that hang up."""
+"""Clients that keep a server busy: requests of mixed lengths, some with a shared prompt prefix, some that hang up."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from verify.serving.server import Answer, Server, answer_of
 _NOUNS = ("train", "river", "town", "clock", "market", "letter", "dog", "boat", "storm", "bridge", "garden", "song")
 _VERBS = ("finds", "loses", "carries", "hears", "forgets", "follows", "paints", "sells", "hides", "remembers")
 _SHARED = "You are telling stories to a child. Keep to plain words, and never end a story before its end. " * 4
-#: Of the requests, how many share the beginning of their prompt, and how many hang up before their end.
+#: The share of requests with a common prompt prefix, and of those that hang up before the end of their answer.
 _SHARING, _HANGING_UP = 0.3, 0.15
 
 
 @dataclass
 class Load:
-    """What a load did: the answers that came to their end, and how many clients hung up."""
+    """The result of a load: the complete answers, and how many requests were hung up."""
 
     answers: list[Answer] = field(default_factory=list)
     hung_up: int = 0
 
 
 def story(draw: random.Random, sentences: int) -> str:
-    """A prompt of about nine tokens a sentence, that no other seed gives."""
+    """A prompt of about nine tokens per sentence, different for each seed."""
     made = (f"The {draw.choice(_NOUNS)} {draw.choice(_VERBS)} the {draw.choice(_NOUNS)} of a {draw.choice(_NOUNS)}."
             for _ in range(sentences))  # fmt: skip
     return " ".join(made)
 
 
 def run(server: Server, seed: int, *, clients: int, seconds: float, longest: int, each_s: Callable[[], None]) -> Load:
-    """Keep ``clients`` requests in flight for ``seconds``; none has more than ``longest`` tokens with its answer.
+    """Keep ``clients`` requests in flight for ``seconds``; none has more than ``longest`` tokens including its answer.
 
     ``each_s`` is called once a second meanwhile. Raises what a client raised.
     """

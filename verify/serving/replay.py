@@ -1,8 +1,8 @@
-"""What a served request should have said: its recorded steps again, by transformers' model and the oracle's keep sets.
+"""What a served request should have returned: its steps, replayed with transformers and the oracle's keep sets.
 
-Teacher-forced: the tokens that were served are fed, in chunks cut where the engine evicted, and at each position that
-was sampled the model here must choose the token that was served. It takes from the engine when a round happened and
-how much it evicted, both of which must be what the rule says; which tokens to keep it decides by itself.
+The replay is teacher-forced. The served tokens are fed, in chunks cut where the engine evicted, and at each sampled
+position the model here must choose the token that was served. When a round happened and how much it evicted is taken
+from the engine, and both must be what the rule says; which tokens to keep is decided here.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from verify.serving.trace import Step
 if TYPE_CHECKING:
     import numpy as np
 
-#: Tokens fed at once: their logits are what takes memory.
+#: Tokens fed at once; their logits take the memory.
 _CHUNK = 256
-#: Of so many undecided keep sets of an answer every choice is tried.
+#: If an answer has no more undecided keep sets than this, every combination of them is tried.
 _MOST_TIES = 4
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When a paged engine evicts how many blocks: lengths in tokens, ``mode`` per_head or per_layer_per_head."""
+    """When a paged engine evicts how many blocks. Lengths are in tokens; ``mode`` is per_head or per_layer_per_head."""
 
     kv_budget: int
     divide_length: int
@@ -40,7 +40,7 @@ class Rule:
     mode: str = "per_head"
 
     def due(self, length: int, prompt: int) -> int:
-        """Blocks to evict from a request of physical ``length`` with ``prompt`` prompt tokens, 0 if it is not due."""
+        """Blocks to evict from a request of physical ``length`` with ``prompt`` prompt tokens; 0 if no round is due."""
         limit = self.kv_budget + (0 if self.count_prompt else prompt)
         protected = self.blocks(self.window) + (self.blocks(prompt) if self.protect_prefill else 0)
         if length < max(limit, self.block_size * (1 + protected)) + self.divide_length:
@@ -48,7 +48,7 @@ class Rule:
         return min(self.blocks(length - limit), self.blocks(length) - 1 - protected)
 
     def evictable(self, sources: int, length: int, prompt: int) -> np.ndarray:
-        """Which of the first ``sources`` of ``length`` tokens may go, bool ``[sources]``."""
+        """Which of the first ``sources`` of ``length`` tokens may be evicted, bool ``[sources]``."""
         import numpy as np
 
         index = np.arange(sources)
@@ -60,7 +60,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class WrongToken:
-    """At ``position``, ``served`` was said where the model prefers ``expected`` by ``gap`` of a logit."""
+    """At ``position``, ``served`` was sampled, but the model prefers ``expected`` by ``gap`` of a logit."""
 
     position: int
     served: int
@@ -70,14 +70,13 @@ class WrongToken:
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of it: ``tokens`` compared, those ``wrong``, and those that differ by less than NEAR_TIE of a logit.
+    """The result: ``tokens`` compared, those ``wrong``, and the number that differ by less than NEAR_TIE of a logit.
 
-    ``rounds`` were seen, ``late`` steps put one off for want of free blocks, ``longest`` is the largest physical length
-    and ``narrowest`` the least difference of two scores that parted a kept token from an evicted one. Where that is
-    below KEEP_SET_TIE either set is right, and ``ties`` counts the sets that had to be the other one than the oracle's
-    for the answer to agree. ``drift`` is the largest difference of a served token's
-    log-probability from the one here, 0 where none were given: a text that repeats itself has the right tokens whatever
-    was kept, and even there not these.
+    ``rounds`` were seen, ``late`` steps postponed a round because too few blocks were free, ``longest`` is the largest
+    physical length and ``narrowest`` the smallest score difference between a kept and an evicted token. If a difference
+    is below KEEP_SET_TIE, either set is right; ``ties`` counts the sets that had to differ from the oracle's for the
+    answer to agree. ``drift`` is the largest difference of a served token's log-probability from the one here, 0 if
+    none were given. A repetitive text has the right tokens whatever was kept, but not the right log-probabilities.
     """
 
     tokens: int
@@ -108,8 +107,8 @@ def replay(
 ) -> Replay:
     """Replay the ``steps`` of a request with the token ids ``prompt`` that was answered with ``served``.
 
-    ``model`` is transformers' in float32, ``statistics`` what the statistics file holds (format version 2);
-    ``log_probs`` are those that the server gave for the served tokens, if it was asked.
+    ``model`` is transformers' in float32, ``statistics`` the content of the statistics file (format version 2),
+    ``log_probs`` the server's log-probabilities of the served tokens, if requested.
     """
 
     def once(other_way: Collection[int]) -> tuple[Replay, list[int]]:
@@ -131,7 +130,7 @@ def _once(run: _Run, steps: Sequence[Step]) -> Replay:
             break
     run.feed()
     if not run.violations and len(run.compared) < len(served):
-        run.violations.append(f"{len(served)} tokens were served, the trace samples {len(run.compared)}")
+        run.violations.append(f"{len(served)} tokens were served, but the trace samples {len(run.compared)}")
     differing = [found for found in run.compared if found is not None]
     return Replay(
         tokens=len(run.compared),
@@ -150,7 +149,7 @@ def _once(run: _Run, steps: Sequence[Step]) -> Replay:
 
 @dataclass
 class _Run:
-    """How far a replay is: the tokens before ``end`` are computed, ``evicted`` of them are gone again."""
+    """The state of a replay: the tokens before ``end`` are computed, ``evicted`` of them are evicted."""
 
     sequence: _Sequence
     rule: Rule
@@ -174,7 +173,7 @@ class _Run:
         return self.prompt + self.served
 
     def take(self, step: Step) -> bool:
-        """Do what ``step`` did, all but feeding its tokens; whether the replay can go on."""
+        """Replay ``step``, except for feeding its tokens; returns whether the replay can continue."""
         where = f"step {step.number}, token {step.start}"
         if self.end is None:
             self._begin(step, where)
@@ -192,20 +191,20 @@ class _Run:
         needed = self.rule.blocks(step.end - step.evicted)
         if step.blocks != needed:
             self.violations.append(f"{where}: {step.blocks} blocks hold {step.end - step.evicted} tokens, not {needed}")
-        # after a preemption the tokens that were sampled before it are only computed again
+        # after a preemption the tokens sampled before it are computed again, but not sampled again
         if step.end == len(self.prompt) + len(self.compared) + len(self.sampled) and step.end < len(self.ids):
             self.sampled.append(step.end - 1)
         return True
 
     def _begin(self, step: Step, where: str) -> None:
-        """Begin with nothing; what the step does not compute itself came whole from the prefix cache."""
+        """Begin with an empty cache; what the step does not compute itself came complete from the prefix cache."""
         self.sequence.clear()
         self.evicted = step.evicted
         if step.evicted:
             self.violations.append(f"{where}: a request that just got its blocks lacks {step.evicted} tokens")
 
     def _round(self, step: Step, where: str) -> bool:
-        """Check that the step begins with the round that the rule demands, and do the one that it begins with."""
+        """Check that the step begins with the round that the rule requires, and replay the round it begins with."""
         length, gone = step.start - self.evicted, step.evicted - self.evicted
         size = self.rule.block_size
         sources = (self.rule.blocks(length) - 1) * size
@@ -215,10 +214,10 @@ class _Run:
         elif gone != due:
             self.violations.append(f"{where}: {gone} of {length} tokens were evicted, the rule says {due}")
         if gone <= 0:
-            return not gone  # none, or tokens that came back
+            return not gone  # no round, or evicted tokens that came back
         evictable = self.rule.evictable(sources, length, len(self.prompt))
         if gone > evictable.sum():
-            self.violations.append(f"{where}: {gone} tokens were evicted, and {evictable.sum()} are not protected")
+            self.violations.append(f"{where}: {gone} tokens were evicted, but only {evictable.sum()} are not protected")
             return False
         self.feed()
         self.narrowest = min(self.narrowest, self.sequence.evict(gone, evictable, step.start))
@@ -226,7 +225,7 @@ class _Run:
         return True
 
     def feed(self) -> None:
-        """Feed the tokens that wait, and compare what the model says with what was served."""
+        """Feed the pending tokens, and compare the model's choices with what was served."""
         for position, logits in zip(
             self.sampled, self.sequence.feed(self.ids[: self.end or 0], self.sampled), strict=True
         ):
@@ -240,10 +239,10 @@ class _Run:
 
 
 class _Sequence:
-    """The cache of one sequence: rotated keys and values, and where each of them comes from.
+    """The cache of one sequence: rotated keys and values, and the position of each.
 
-    ``positions`` is int ``[L, H, P]``: what is kept differs by KV head, and by layer if the mode says so. ``ties`` are
-    the numbers of the keep sets that were undecided; those in ``other_way`` keep the token that just lost.
+    ``positions`` is int ``[L, H, P]``: keep sets differ by KV head, and by layer if the mode says so. ``ties`` are the
+    numbers of the keep sets that were undecided; those in ``other_way`` keep the token that just lost.
     """
 
     def __init__(self, model: Any, statistics: Mapping[str, Any], mode: str, other_way: Collection[int] = ()) -> None:
@@ -260,7 +259,7 @@ class _Sequence:
         self._positions = np.empty((config.num_hidden_layers, config.num_key_value_heads, 0), dtype=int)
 
     def feed(self, ids: Sequence[int], sampled: Sequence[int]) -> Iterator[Any]:
-        """Feed those of ``ids`` that were not fed yet; the logits ``[vocabulary]`` at each position in ``sampled``."""
+        """Feed the ``ids`` not fed yet; yields the logits ``[vocabulary]`` at each position in ``sampled``."""
         import numpy as np
         import torch
 
@@ -282,9 +281,9 @@ class _Sequence:
         self._fed = len(ids)
 
     def evict(self, count: int, evictable: np.ndarray, t: int) -> float:
-        """Evict ``count`` of the ``evictable`` tokens (bool, of the first ones) before position ``t``.
+        """Evict ``count`` of the ``evictable`` tokens (bool, of the first ones), scored at position ``t``.
 
-        The least difference of two scores of which one was kept and the other evicted; inf if none could be kept.
+        Returns the smallest score difference between a kept and an evicted token; inf if no evictable token was kept.
         """
         import numpy as np
         import torch
@@ -312,7 +311,7 @@ class _Sequence:
         return float(narrowest)
 
     def _scores(self, layers: Sequence[int], head: int, evictable: np.ndarray, t: int) -> np.ndarray:
-        """The oracle's scores ``[N]`` by which ``layers`` share a keep set of one KV head."""
+        """The oracle's scores ``[N]`` by which ``layers`` choose a shared keep set of one KV head."""
         sources = len(evictable)
         problems = [
             scoring_problem(

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server as a child on the loopback address: started, asked, and put away whatever becomes of it."""
+"""vLLM's OpenAI server as a child process on the loopback address: started, queried, and always stopped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,7 @@ from typing import Any, Self
 from verify.machine.processors import cores
 from verify.machine.workers import end_with_parent
 
-#: Two cores take 25 s; the rest is for a machine that is busy, and for a GPU that compiles.
+#: Two cores take 25 s; the rest allows for a busy machine, and for a GPU that compiles.
 START_LIMIT_S = 180.0
 _REQUEST_LIMIT_S = 300.0
 _STOP_LIMIT_S = 20.0
@@ -29,9 +29,9 @@ _POLL_S = 0.2
 _TAIL_LINES = 8
 _HOST = "127.0.0.1"
 _OFFLINE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": _HOST}
-#: A KV cache of 1 GiB, and no core set aside.
+#: A KV cache of 1 GiB, and no binding of threads to cores.
 _ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-#: What a process of vLLM puts before its lines; what no line about a problem has in it; a frame of a traceback.
+#: The prefix of vLLM's log lines; what marks a line that reports no problem; a frame of a traceback.
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(ERROR [\d-]+ [\d:]+ \[[^]]*\] ?)?")
 _USUAL = re.compile(r"^(INFO|WARNING|DEBUG) |Warning: |warnings\.warn\(|^Traceback |^\s*[\^~]*$")
 _FRAME = re.compile(r'^\s+File ".*", line \d+')
@@ -39,15 +39,15 @@ _SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? (\S+)")
 
 
 def block_size(device: str) -> int:
-    """The smallest block that every attention backend of a device takes, in tokens."""
+    """The smallest block size, in tokens, that every attention backend of a device supports."""
     return 32 if device == "cpu" else 16
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request came back with: the server's name of it, prompt and new token ids, text and ``usage``.
+    """The answer to a request: the server's name for it, prompt and new token ids, text and ``usage``.
 
-    ``log_probs`` of the new tokens, of a completion that was asked for ``logprobs``.
+    ``log_probs`` are those of the new tokens, if a completion was asked for ``logprobs``.
     """
 
     id: str
@@ -60,7 +60,7 @@ class Answer:
 
 
 def answer_of(data: Mapping[str, Any]) -> Answer:
-    """The only choice of a completion or chat completion that was asked for with ``return_token_ids``."""
+    """The only choice of a completion or chat completion that was requested with ``return_token_ids``."""
     (choice,) = data["choices"]
     text = choice["text"] if "text" in choice else choice["message"]["content"]
     prompt = choice.get("prompt_token_ids") or data.get("prompt_token_ids") or []
@@ -72,9 +72,9 @@ def answer_of(data: Mapping[str, Any]) -> Answer:
 class Server:
     """``python -m vllm.entrypoints.openai.api_server`` for the model in ``location``, within a ``with`` statement.
 
-    ``env`` is the whole environment to start from, to which is added what keeps the server offline and, on a ``cpu``,
-    small. There it has one thread, or as many as ``env`` says, because those of servers that share a few cores wait for
-    each other, or one for each core where it is ``alone``. ``log`` is the file that everything printed goes to. Raises
+    ``env`` is the complete base environment; variables that keep the server offline and, on a ``cpu``, small are added.
+    On a CPU it has a thread for each core if it is ``alone``, else OMP_NUM_THREADS of ``env`` or 1, because the threads
+    of servers that share a few cores wait for each other. ``log`` gets everything that is printed. Raises
     AssertionError, with the end of the log, for a server that is not healthy within START_LIMIT_S, or that leaves a
     process behind.
     """
@@ -107,8 +107,8 @@ class Server:
         self.stop()
 
     def launch(self) -> None:
-        """Start the process, without waiting for its health: several servers come up side by side."""
-        # a server that is killed leaves its sockets behind; where they lie, a path may have 107 characters
+        """Start the process without waiting until it is healthy, so that several servers can start at once."""
+        # a killed server leaves its sockets behind; their paths may have at most 107 characters
         self._sockets = tempfile.mkdtemp(prefix="verify-")
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -145,7 +145,7 @@ class Server:
         return self.log.read_text("utf-8", errors="replace")
 
     def stop(self) -> None:
-        """End the server's processes, gently first; does nothing where there are none.
+        """End the server's processes, first with SIGTERM; does nothing if there are none.
 
         Raises AssertionError if one is still there afterwards.
         """
@@ -165,7 +165,7 @@ class Server:
         assert not left, f"processes of the server are still there after SIGKILL: {left}"
 
     def _processes(self) -> list[Any]:
-        """The live processes of the server, also those whose parent is gone or that have left its process group."""
+        """The live processes of the server, including those without their parent or outside its process group."""
         import psutil
 
         found = {process for process in psutil.process_iter() if _session_of(process.pid) == self._process.pid}
@@ -186,7 +186,7 @@ class Server:
         """The answer of /v1/chat/completions."""
         return self._answer("POST", "/v1/chat/completions", body)
 
-    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
         """The chunks of a streamed answer; to disconnect early, call ``close()`` on the iterator."""
         until = time.monotonic() + _REQUEST_LIMIT_S
         with self._client() as client, client.stream("POST", path, json={**body, "stream": True}) as response:
@@ -210,7 +210,7 @@ class Server:
         return dict(found)
 
     def memory_bytes(self) -> int:
-        """Physical memory of the server's processes, what they share counted once in each."""
+        """Resident memory of the server's processes; shared memory counts once for each process."""
         return sum(process.memory_info().rss for process in self._processes())
 
     def idle(self, limit_s: float = 30.0) -> dict[str, float]:
@@ -232,14 +232,14 @@ class Server:
     def _client(self) -> Any:
         import httpx
 
-        # no proxy of the user's: nothing here leaves the machine
+        # ignore the user's proxy: nothing here leaves the machine
         return httpx.Client(base_url=f"http://{_HOST}:{self._port}", timeout=_REQUEST_LIMIT_S, trust_env=False)
 
     def _check(self, response: Any) -> None:
         if response.is_success:
             return
         told = f"answered {response.request.url.path} with {response.status_code} ({response.text[:400]})"
-        # a refused request says itself why; of a fault the log tells more
+        # a client error explains itself; for a server error the log says more
         raise AssertionError(self._told(told) if response.is_server_error else f"the server {told}")
 
 
@@ -248,7 +248,7 @@ def refused(
 ) -> tuple[int, str]:
     """Exit code and log of a server that is expected to end by itself.
 
-    Raises AssertionError, with the end of the log, for one that is still there after ``limit_s``.
+    Raises AssertionError, with the end of the log, if it still runs after ``limit_s``.
     """
     server = Server(location, env, log, *flags, device=device)
     server.launch()
@@ -260,7 +260,7 @@ def refused(
 
 
 def telling(log: str) -> str:
-    """The last lines of a log of vLLM that tell of a problem: no frames of tracebacks, no progress, none twice."""
+    """The last lines of a vLLM log that report a problem: no traceback frames, no progress, no duplicates."""
     lines, after_frame = {}, False
     for line in (_PREFIX.sub("", line) for line in log.splitlines()):
         source, after_frame = after_frame and line.startswith("    "), bool(_FRAME.match(line))
@@ -270,7 +270,7 @@ def telling(log: str) -> str:
 
 
 def _end_with_parent() -> None:
-    end_with_parent(signal.SIGTERM)  # at which a server ends its own processes, as it does not at SIGKILL
+    end_with_parent(signal.SIGTERM)  # on SIGTERM, unlike SIGKILL, a server ends its own processes
 
 
 def _free_port() -> int:

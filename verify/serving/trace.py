@@ -1,8 +1,8 @@
-"""What vLLM's scheduler really did: a plugin of the suite that writes it down step by step, and the reader.
+"""What vLLM's scheduler really did: a vLLM plugin of the suite that records it step by step, and its reader.
 
-vLLM loads ``register`` in each of its processes. In the one that asks for a scheduler, the base class is made to
-record, so that happens inside whatever a subclass does before and after, and sees the block tables as the engine is
-about to use them.
+vLLM loads ``register`` in each of its processes. In the process that asks for a scheduler, the scheduler's base class
+is made to record. So recording happens inside whatever a subclass does before and after, and sees the block tables as
+the engine is about to use them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any
 
-#: Names the file that the trace goes to; without it nothing is recorded.
+#: The variable that names the trace file; without it nothing is recorded.
 VARIABLE = "TRIATTENTION_TRACE"
 
 
@@ -47,9 +47,9 @@ class Step:
 class Record:
     """One call of the scheduler: a line of the trace.
 
-    ``scheduled`` tells of each request that computes in this step its start, tokens, evicted and blocks; ``held`` how
-    many blocks each request holds; ``preempted`` which requests lost theirs, unfinished, since the record before.
-    ``free`` of the ``pool`` blocks are free after it. ``time_s`` is of the machine's monotonic clock.
+    ``scheduled`` has the start, tokens, evicted and blocks of each request that computes in this step; ``held`` the
+    number of blocks that each request holds; ``preempted`` the unfinished requests that lost theirs since the previous
+    record. ``free`` of the ``pool`` blocks are free after it. ``time_s`` is from the machine's monotonic clock.
     """
 
     number: int
@@ -84,7 +84,7 @@ class Trace:
         """The steps of the request that an API response named ``response_id``, of its ``prompt``-th prompt.
 
         The engine appends the number of the prompt (completions only) and eight random characters to the API's id.
-        Raises AssertionError unless exactly one request of the trace is meant.
+        Raises AssertionError unless exactly one request of the trace matches.
         """
         numbered = f"-{prompt}" if response_id.startswith("cmpl-") else ""
         meant = re.compile(re.escape(response_id + numbered) + r"(-[0-9a-f]{8})?")
@@ -94,12 +94,12 @@ class Trace:
 
     @property
     def pool(self) -> int:
-        """Blocks that the pool hands out."""
+        """The number of blocks that the pool hands out."""
         return self.records[0].pool
 
     @property
     def held(self) -> list[int]:
-        """Blocks held by all requests together after each record; one that two requests share counts twice."""
+        """Blocks held by all requests together after each record; a block shared by two requests counts twice."""
         return [sum(record.held.values()) for record in self.records]
 
     @property
@@ -108,14 +108,16 @@ class Trace:
 
     @property
     def free_at_end(self) -> int:
-        """Free blocks after the last record, which the engine makes once more after its last request has finished."""
+        """Free blocks after the last record; the engine makes one more after its last request has finished."""
         return self.records[-1].free
 
 
 def read_trace(path: Path) -> Trace:
-    """The trace in ``path``. Raises AssertionError when no scheduler wrote one there."""
+    """The trace in ``path``. Raises AssertionError if no scheduler wrote one there."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    assert lines, f"no scheduler wrote to {path.name}; is verify's entry point installed where the server ran?"
+    assert lines, (
+        f"no scheduler wrote to {path.name}; check that verify's entry point is installed where the server ran"
+    )
     records = []
     for line in lines:
         read = json.loads(line)
@@ -125,7 +127,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def register() -> None:
-    """The plugin of vLLM: unless a trace is asked for, it returns at once."""
+    """The vLLM plugin: it returns at once unless a trace is requested."""
     path = os.environ.get(VARIABLE)
     if not path:
         return
@@ -143,7 +145,7 @@ def register() -> None:
 
 @cache
 def _record_to(path: Path) -> None:
-    """Make every scheduler of this process record; only the engine's process asks, so no other imports one for this."""
+    """Make every scheduler of this process record. Only the engine's process calls it; no other imports a scheduler."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     schedule, recorder = Scheduler.schedule, Recorder(path)
@@ -158,7 +160,7 @@ def _record_to(path: Path) -> None:
 
 
 class Recorder:
-    """Appends to ``path`` what each call of a scheduler decided."""
+    """Appends the decisions of each scheduler call to ``path``."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -194,7 +196,7 @@ class Recorder:
 
 
 def _starts(output: Any) -> dict[str, int]:
-    """Computed tokens of each scheduled request before the step; the requests' own counts have moved on already."""
+    """The computed tokens of each scheduled request before the step; the requests' own counts are already ahead."""
     cached = output.scheduled_cached_reqs
     new = {request.req_id: request.num_computed_tokens for request in output.scheduled_new_reqs}
     return {**new, **dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))}

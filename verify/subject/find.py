@@ -14,16 +14,16 @@ from verify.record.grounds import PACKAGE
 from verify.subject.subject import OnlyItsOwn, Subject
 from verify.subject.toml import FILE, read
 
-#: What ``--subject`` takes, as an error offers it.
+#: The values of ``--subject``, for error messages.
 _KINDS = f"'bundled', 'installed', 'module:NAME', or the path of a checkout with a {PACKAGE}/ directory"
 
 
 def find_subject(name: str, repository: Path) -> Subject:
     """The subject that ``--subject name`` means: ``bundled``, ``installed``, ``module:NAME``, or a checkout's path.
 
-    ``installed`` is the package that an import finds outside ``repository``; ``module:NAME`` is another package, which
-    plays its part. A ``subject.toml`` (verify/subject/toml.py) lies in the root of a checkout, and in the package of
-    the others. Imports nothing. Raises ConfigurationError for anything else, and for a subject file with a mistake.
+    ``installed`` is the package that an import finds outside ``repository``; ``module:NAME`` is another package in its
+    role. ``subject.toml`` (verify/subject/toml.py) is in the root of a checkout, and in the package of the others.
+    Imports nothing. Raises ConfigurationError for anything else, and for a subject file with a mistake.
     """
     if name == "bundled":
         return _with_file(Subject(name, _holding(repository, PACKAGE, name), "bundled"), None)
@@ -65,27 +65,27 @@ def _holding(root: Path, package: str, name: str) -> Path:
 
 
 def _installed(repository: Path) -> Path:
-    """The directory from which an import finds the package, were it not for the one in ``repository``."""
+    """The directory from which an import would find the package if ``repository`` had none."""
     own = repository / PACKAGE
     importlib.invalidate_caches()
     specs = [PathFinder.find_spec(PACKAGE, [place for place in sys.path if (Path(place) / PACKAGE).resolve() != own])]
-    # an editable installation may have a finder of its own
+    # an editable installation may have its own finder
     others = (finder for finder in sys.meta_path if finder is not PathFinder and not isinstance(finder, OnlyItsOwn))
     specs += [finder.find_spec(PACKAGE, None) for finder in others if hasattr(finder, "find_spec")]
     places = [Path(place).resolve() for spec in specs if spec for place in spec.submodule_search_locations or ()]
     found = next((place for place in places if place != own), None)
     if found is None:
         raise ConfigurationError(
-            f"subject 'installed': no {PACKAGE} is installed beside this repository's own, which is 'bundled', also "
-            f"where an editable installation points here; install another, or use {_KINDS}"
+            f"subject 'installed': no {PACKAGE} is installed besides this repository's own, which is 'bundled' (an "
+            f"editable installation of it is the same); install another, or use {_KINDS}"
         )
     return found.parent
 
 
 def _importable(module: str, name: str) -> Path:
-    """The directory from which the package ``module`` imports; found without importing it."""
+    """The directory from which the package ``module`` is imported; found without importing it."""
     if not all(part.isidentifier() for part in module.split(".")) or module == PACKAGE:
-        problem = f"{PACKAGE} is the subject's own name" if module == PACKAGE else f"{module!r} is no name of a package"
+        problem = f"{PACKAGE} is the subject's own name" if module == PACKAGE else f"{module!r} is not a package name"
         raise ConfigurationError(f"subject {name!r}: {problem}; use {_KINDS}")
     top, *below = module.split(".")
     importlib.invalidate_caches()

@@ -1,5 +1,5 @@
-"""Triton launches: counting them, so that a check can tell a kernel that ran from a path that went round it; and
-writing them down instead of running them, so that what a subject would launch can be built without a GPU.
+"""Intercepts Triton launches. Counting them shows a check whether a kernel really ran. Recording them, instead of
+running them, lets a subject's kernels be built without a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import ConfigDict
 from verify.record.builds import Plain
 from verify.record.strict import Strict
 
-#: The Triton type of what a pointer points at, by the name of the tensor's dtype.
+#: The Triton type that a pointer points to, by the name of the tensor's dtype.
 ELEMENT_TYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "bool": "u1", "uint8": "u8",
     "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
@@ -27,24 +27,24 @@ ELEMENT_TYPES = {
 
 
 class UnknownArgument(ValueError):
-    """A kernel is launched with something that has no Triton type here; the message names it."""
+    """A kernel is launched with an argument that has no Triton type here; the message names it."""
 
 
 class Exchanged(Strict):
-    """What processes tell one another: an infinite argument comes back as the number that it was."""
+    """A message between processes; its JSON preserves infinite numbers."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class Tensor(Exchanged):
-    """A pointer argument: the Triton type that it points at, and whether its address divides by 16."""
+    """A pointer argument: the Triton type that it points to, and whether its address is divisible by 16."""
 
     element: str
     aligned: bool
 
 
 class Dtype(Exchanged):
-    """A type as an argument, by its name in Triton."""
+    """A dtype as an argument, by its Triton name."""
 
     dtype: str
 
@@ -53,11 +53,11 @@ Value = Tensor | Dtype | Plain
 
 
 class Launch(Exchanged):
-    """One launch as a subject asks for it, before anything is compiled.
+    """One launch as a subject requests it, before anything is compiled.
 
-    ``module`` and ``attribute`` say where the kernel can be looked up; there is no attribute where nothing but a
-    function's own variable holds it. ``arguments`` are in the order of the kernel's own signature, ``constexprs`` the
-    names of the constants among them; ``options`` are num_warps, num_stages and the like.
+    ``module`` and ``attribute`` say where the kernel can be looked up; ``attribute`` is empty if only a local variable
+    holds it. ``arguments`` are in the order of the kernel's own signature, ``constexprs`` the names of the constants
+    among them; ``options`` are num_warps, num_stages and the like.
     """
 
     module: str
@@ -78,7 +78,7 @@ class Launch(Exchanged):
 
     @property
     def constants(self) -> dict[str, Plain]:
-        """The constants as plain values, a type by its name."""
+        """The constants as plain values, dtypes by name."""
         values = {name: self.arguments[name] for name in self.constexprs}
         plain = {name: value.dtype if isinstance(value, Dtype) else value for name, value in values.items()}
         return {name: value for name, value in plain.items() if not isinstance(value, Tensor)}
@@ -106,7 +106,7 @@ def counted() -> Iterator[list[str]]:
 
 @contextmanager
 def skipped() -> Iterator[list[str]]:
-    """The names of the kernels that would be launched inside the block, none of which runs or writes anything."""
+    """The names of the kernels that would be launched inside the block; none of them runs or writes anything."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -124,10 +124,11 @@ def skipped() -> Iterator[list[str]]:
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[Launch, ...]]]:
-    """The launches inside the block, none of which runs: what the kernels would write stays unwritten.
+    """The launches inside the block; none of them runs, so outputs stay unwritten.
 
-    For a process in which Triton interprets its kernels, so that the tensors may be on the CPU. A kernel that is tuned
-    over several configurations is one launch with as many alternatives, every other has one. Raises UnknownArgument.
+    For a process in which Triton interprets its kernels, so that the tensors may be on the CPU. A kernel that is
+    autotuned over several configurations is one launch with that many alternatives; any other launch has one. Raises
+    UnknownArgument.
     """
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.interpreter import InterpretedFunction
@@ -157,7 +158,7 @@ def recorded() -> Iterator[list[tuple[Launch, ...]]]:
 
 @contextmanager
 def _replaced(wrappers: Mapping[type, Callable[[Callable[..., Any]], Callable[..., Any]]]) -> Iterator[None]:
-    """Each type's ``run`` is what its wrapper makes of it, inside the block."""
+    """Inside the block, each type's ``run`` is replaced by its wrapper around it."""
     with ExitStack() as stack:
         for owner, wrap in wrappers.items():
             stack.enter_context(mock.patch.object(owner, "run", wrap(owner.run)))
@@ -186,7 +187,7 @@ def _described(
 
 
 def _held(function: Callable[..., Any]) -> tuple[str, str]:
-    """The module and the name in it that hold a kernel's function, in whatever tunes it; no name where none does."""
+    """The module and the name in it that hold a kernel's function, or an autotuner around it; no name if none does."""
     from triton.runtime.jit import KernelInterface
 
     def holds(value: Any) -> bool:
@@ -201,7 +202,7 @@ def _held(function: Callable[..., Any]) -> tuple[str, str]:
         found = getattr(found, name, None)
     if holds(found):
         return own, function.__qualname__
-    # made by a function, or kept under another name: in its own module, or in the one that had it made
+    # made by a function, or bound to another name: in its own module, or in the one that had it made
     for module in (own, *sys.modules):
         for name, value in [*getattr(sys.modules.get(module), "__dict__", {}).items()]:
             if holds(value):

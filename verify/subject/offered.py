@@ -11,10 +11,8 @@ if TYPE_CHECKING:
     from verify.subject.subject import Subject
 
 
-def probe(subject: Subject) -> dict[Name, tuple[str, bool]]:
-    """What is wrong, in words, with each published name that an active subject lacks (True) or gives another
-    signature (False).
-    """
+def differences(subject: Subject) -> dict[Name, tuple[str, bool]]:
+    """What is wrong with each published name that an active subject lacks (True) or gives another signature (False)."""
     found = {}
     for name in (*NAMES, *OPTIONAL):
         try:
@@ -27,9 +25,9 @@ def probe(subject: Subject) -> dict[Name, tuple[str, bool]]:
 
 
 def optional(subject: Subject, module: str, name: str) -> Any:
-    """What the subject has under an optional published name; ends the check as SKIP(PKG_MISSING) where it has none.
+    """The subject's object for an optional published name; ends the check as SKIP(PKG_MISSING) if there is none.
 
-    Raises AssertionError for another signature than the published one, and SubjectLacks for a module that is there and
+    Raises AssertionError if its signature differs from the published one, and SubjectLacks if its module exists but
     does not import.
     """
     (published,) = (one for one in OPTIONAL if (one.module, one.name) == (module, name))

@@ -7,7 +7,7 @@ defaults; a subject may append keyword-only parameters with defaults.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A published name and, where it is callable, its parameters as ``name`` or ``name=default`` (``repr`` of the
+    """A published name and, if it is callable, its parameters as ``name`` or ``name=default`` (``repr`` of the
     default).
     """
 
@@ -72,7 +72,7 @@ NAMES = (
     Name("vllm.core.config", "TriAttentionConfig"),
 )
 
-#: Where the entry point of the published distribution says that vLLM finds the plugin.
+#: The vLLM plugin, as the entry point of the published distribution names it.
 PLUGIN = "triattention.vllm.plugin:register_triattention_backend"
 
 #: What a subject may leave out; its checks are then SKIP(PKG_MISSING).
@@ -82,7 +82,7 @@ OPTIONAL = (
 )
 
 #: Defaults of the two configurations, by field; a window that is not set follows the budget and is left out.
-CONFIG_DEFAULTS = MappingProxyType(
+CONFIG_DEFAULTS: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
         "methods.triattention": {
             "offset_max_length": 65536,
@@ -130,7 +130,7 @@ CONFIG_DEFAULTS = MappingProxyType(
 
 
 def signature_differs(name: Name, found: Callable[..., object]) -> str:
-    """What is wrong with the signature of ``found``, in words, or an empty string."""
+    """What is wrong with the signature of ``found``; an empty string if nothing."""
     if name.parameters is None:
         return ""
     parts = filter(None, name.parameters.split(","))

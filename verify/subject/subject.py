@@ -1,4 +1,4 @@
-"""The implementation under test: found by ``--subject``, imported lazily, and never named anywhere else."""
+"""The implementation under test: chosen with ``--subject``, imported lazily, and never named anywhere else."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _GIT_LIMIT_S = 30
 #: Converting, calibrating and answering two questions take a minute on two cores.
 _COMMAND_LIMIT_S = 420
 
-#: Prints where the package was found and its version; run in a child, so that asking costs this process nothing.
-_PROBE = """
+#: Prints where the package was found and its version; run in a child, so that this process imports nothing.
+_ASK = """
 import importlib, importlib.metadata, json
 package = importlib.import_module({package!r})
 version = getattr(package, "__version__", None)
@@ -42,9 +42,9 @@ print(json.dumps({{"where": next(iter(package.__path__)), "version": str(version
 
 
 class OnlyItsOwn(MetaPathFinder):
-    """Finds the package's modules where the package lies, and keeps every other finder from answering for them.
+    """Finds the package's modules only where the package is; no other finder is asked for them.
 
-    An editable installation of this project may have one that would lend its modules to a subject that lacks them.
+    Otherwise a finder of an editable installation of this project would lend its modules to a subject that lacks them.
     """
 
     def __init__(self, package: str) -> None:
@@ -63,10 +63,10 @@ class OnlyItsOwn(MetaPathFinder):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One implementation: ``root`` is the directory from which ``package`` imports, ``source`` how a record names it.
+    """One implementation: ``root`` is the directory from which ``package`` is imported, ``source`` its name in records.
 
-    ``name`` is what ``--subject`` was given, ``file`` its ``subject.toml`` where there is one, and ``names`` are the
-    names that this maps: ``module:attribute`` by published name.
+    ``name`` is the value of ``--subject``, ``file`` its ``subject.toml`` if there is one, and ``names`` the mapping in
+    it: ``module:attribute`` by published name.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Subject:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """This subject as JSON has it, for a child that makes it anew by ``described``."""
+        """This subject as JSON data, from which a child process makes it again with ``described``."""
         told = asdict(self)
         return told | {key: str(told[key]) for key in ("root", "file") if told[key]}
 
@@ -87,7 +87,7 @@ class Subject:
 
     @property
     def option(self) -> str:
-        """What ``--subject`` must be given to mean this subject from any directory."""
+        """The value of ``--subject`` that means this subject in any directory."""
         return str(self.root) if self.source.startswith("checkout:") else self.name
 
     @property
@@ -130,7 +130,7 @@ class Subject:
             raise SubjectLacks(f"subject {self.source!r} lacks {attribute} in {where}") from error
 
     def place(self, path: str, name: str) -> tuple[str, str]:
-        """The module and the attribute that the published name ``<path>.<name>`` is in this subject."""
+        """The module and the attribute of the published name ``<path>.<name>`` in this subject."""
         module, _, attribute = self.names.get(f"{path}.{name}", f"{self._inside(path)}:{name}").partition(":")
         return module, attribute
 
@@ -151,7 +151,7 @@ class Subject:
     def run(
         self, *arguments: str, limit_s: float = _COMMAND_LIMIT_S, environment: Mapping[str, str] | None = None
     ) -> str:
-        """What the subject's own CLI printed. Raises AssertionError, with its last line, unless it ends well."""
+        """The output of the subject's own CLI. Raises AssertionError, with the last line of its stderr, if it fails."""
         __tracebackhide__ = True
         try:
             child = subprocess.run(
@@ -175,11 +175,11 @@ class Subject:
         return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
     def info(self) -> SubjectInfo:
-        """What a record says about the subject, which is imported in a child.
+        """What a record says about the subject, which is imported in a child process.
 
         Raises ConfigurationError if it does not import.
         """
-        program = _PROBE.format(package=self.package)
+        program = _ASK.format(package=self.package)
         try:
             child = subprocess.run(
                 [sys.executable, "-c", program],
@@ -190,11 +190,11 @@ class Subject:
         if child.returncode:
             problem = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
             raise self._not_importable(problem)
-        # a subject may print, even when its interpreter ends
+        # a subject may print too, even at interpreter exit
         found = json.loads(next(line for line in child.stdout.splitlines() if line.startswith('{"where"')))
         self._must_be_here(found["where"])
         about = read(self.file).subject if self.file else None
-        # a checkout that merely lies around the package, as around a virtual environment, says nothing about it
+        # a checkout that merely contains the package, for example in a virtual environment, says nothing about it
         sha = self._git("rev-parse", "HEAD") if self._git("ls-files", "--", str(self.folder)) else None
         return SubjectInfo(
             name=(about and about.name) or self.package,
@@ -206,8 +206,8 @@ class Subject:
         )
 
     def content_sha256(self) -> str:
-        """A digest of the package's files but its tests, and of the subject file, so that two runs can tell whether
-        they test the same thing.
+        """A digest of the package's files, without its tests, and of the subject file. It tells whether two runs test
+        the same thing.
         """
         folder, beside = self.folder, {"__pycache__", "tests"}
         files = {
@@ -218,9 +218,11 @@ class Subject:
         return digest_of({*files, self.file}, self.root)
 
     def _committed(self) -> bool:
-        """Whether the commit vouches for every file of the package; an ignored or untracked one is not in it."""
+        """Whether every file of the package is committed and unchanged; ignored and untracked files do not count as
+        committed.
+        """
         tracked, place = self._git("ls-files", "--", str(self.folder)), str(self.folder)
-        # file by file, because a folder that is shown as one could hold more than caches
+        # file by file, because a folder shown as one entry could hold more than caches
         changes = self._git("status", "--porcelain", "--untracked-files=all", "--ignored=traditional", "--", place)
         if not tracked or changes is None:
             return False
@@ -237,7 +239,7 @@ class Subject:
             )
 
     def _git(self, *arguments: str) -> str | None:
-        """The output of git in ``root``, or None where that is not a checkout with a commit, or git is missing."""
+        """The output of git in ``root``; None if that is not a checkout with a commit, or git is missing."""
         command = ["git", "-C", str(self.root), *arguments]
         try:
             child = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_LIMIT_S)

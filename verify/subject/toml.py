@@ -1,7 +1,7 @@
-"""``subject.toml``: what a subject that differs from the published layout calls things.
+"""``subject.toml``: the names in a subject that differs from the published layout.
 
 [subject]                  # all optional
-package = "theirs"         # the package that plays the part of triattention; of a checkout only
+package = "theirs"         # the package in the role of triattention; for a checkout only
 name = "Theirs"            # how a record names it
 version = "1.2"
 
@@ -71,6 +71,6 @@ def _told(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        return f"{where} is not known; it may have [subject] with package, name, version, and [names]"
+        return f"{where} is not a known entry; use [subject] with package, name, version, and [names]"
     expected = "'module:attribute'" if where.startswith("names.") else "a table" if "." not in where else "a name"
     return f"{where} is {first['input']!r}; give {expected}"

@@ -180,7 +180,7 @@ def test_a_failing_core_step_is_one_sentence_and_leaves_no_stamp(
         install(failures)
     message = str(caught.value)
     assert sentence in message
-    assert message.endswith(f"{root}/.venv/bootstrap.log; mend that and run make setup")
+    assert message.endswith(f"{root}/.venv/bootstrap.log; fix that and run make setup")
     assert "\n" not in message
     assert not bootstrap.is_current(bootstrap.Venv(root / ".venv"), root, "cpu")
 

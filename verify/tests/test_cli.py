@@ -76,9 +76,9 @@ def test_run_options_that_make_no_sense_are_configuration_errors(options: list[s
         (["run", "--ph", "4"], "unrecognized arguments"),
         (["run", "--device", "cpu", "--expect", "sm120"], "contradict"),
         (["report", "--format", "html", "--gpu", "sm120"], "makes the pages of every target; drop --gpu sm120"),
-        (["report", "--out", "x"], "--out x is for the other formats; drop it, or give --format"),
-        (["report", "--gpu", "sm999"], "'sm999' is no GPU architecture"),
-        (["report", "--gpu", "sm101"], "sm101 was renamed sm110"),
+        (["report", "--out", "x"], "--out x needs another format than terminal; drop it, or give --format"),
+        (["report", "--gpu", "sm999"], "'sm999' is not a GPU architecture"),
+        (["report", "--gpu", "sm101"], "sm101 was renamed to sm110"),
         (["report", "--gpu", "sm90", "--records", "absent"], "absent is not a directory"),
         (["explain", "p4.orcle"], "nearest are p4.oracle"),
         (["explain", "zzzz"], "`python -m verify gates` lists them"),
@@ -181,7 +181,7 @@ def test_interrupted_it_says_so_and_leaves_nothing_behind(tree: Path) -> None:
         os.killpg(report.pid, signal.SIGINT)  # as a terminal does
         told = report.communicate(timeout=60)[1]
     shutil.rmtree(endless.parent)
-    assert (report.returncode, told) == (2, "verify: report was interrupted; call it again\n")
+    assert (report.returncode, told) == (2, "verify: report was interrupted; run it again\n")
     assert not list((tree / "pages").iterdir())
 
 

@@ -46,7 +46,7 @@ def test_a_driver_that_does_not_answer_is_infra(monkeypatch: pytest.MonkeyPatch,
 
 def test_another_gpu_is_infra_and_an_old_driver_a_failure(nvml_shows) -> None:
     nvml_shows(_card(sm=120))
-    with pytest.raises(InfraError, match=r"NVML sees sm120 \(Sample GPU\) and the run's target is sm90"):
+    with pytest.raises(InfraError, match=r"NVML sees sm120 \(Sample GPU\), but the run's target is sm90"):
         p1_environment.test_driver("version", "sm90")
     nvml_shows(_card(sm=120, driver="1.0"))
     with pytest.raises(AssertionError, match=r"driver 1\.0 is older than"):
@@ -58,9 +58,9 @@ def test_another_gpu_is_infra_and_an_old_driver_a_failure(nvml_shows) -> None:
     [
         ({}, None),
         ({"uuid": None}, None),
-        ({"uuid": "ffffffff" + UUID[8:]}, "NVML and torch mean two different cards"),
+        ({"uuid": "ffffffff" + UUID[8:]}, "NVML and torch use different cards"),
         ({"name": "Another GPU"}, "NVML's first GPU is Sample GPU and torch's is Another GPU"),
-        ({"major": 8}, "they disagree"),
+        ({"major": 8}, "but the tools report"),
     ],
 )
 def test_identity(monkeypatch: pytest.MonkeyPatch, nvml_shows, seen: dict, problem: str | None) -> None:

@@ -38,12 +38,13 @@ def tree(tmp_path: Path) -> Tree:
         ),
         (
             "@pytest.mark.slow" + _PASSES.format(phase=1, gate="hard"),
-            "phases/p1_tiny.py::test_passes[one] is hard and slow, which a run leaves out; make it quick, or soft",
+            "phases/p1_tiny.py::test_passes[one] is hard and slow, but a run leaves out slow checks; make it fast,"
+            " or soft",
         ),
         (
             "@pytest.mark.parametrize('more', [1, 2])"
             + _PASSES.format(phase=1, gate="hard").replace("case)", "case, more)"),
-            "test_passes[one-1] is parametrized beside its cases; name every combination in cases",
+            "test_passes[one-1] is parametrized outside its cases; list every combination in cases",
         ),
     ],
 )
@@ -220,7 +221,7 @@ def test_a_record_names_neither_the_subject_s_place_nor_the_model_s_nor_the_host
         (["--phase", "9"], "'9' is not a phase"),
         (["--subject=nowhere"], "subject 'nowhere': there is no directory"),
         (["--device=cpu", "--expect", "sm120"], "--expect sm120, but this machine has no GPU that torch can use"),
-        (["-p", "xdist", "-n", "2"], "-n spreads the checks of phases/ over processes, and a run of them is one"),
+        (["-p", "xdist", "-n", "2"], "-n would spread the checks of phases/ over processes, but a run is one process"),
     ],
 )
 def test_options_that_cannot_be_met_are_usage_errors(mixed: Tree, arguments: list[str], complaint: str) -> None:

@@ -110,7 +110,7 @@ def test_a_run_with_planted_errors_leaves_no_record(tmp_path: Path) -> None:
     tree.write_phase(1, _NUMERIC)
     refused = tree.pytest("phases", "--plant-error=30", "--device=cpu")
     assert refused.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "make no evidence; name a new directory with --scratch" in refused.stderr
+    assert "write no evidence; name a new directory with --scratch" in refused.stderr
     done = tree.pytest("phases", "--plant-error=30", f"--scratch={tmp_path / 'scratch'}", "--device=cpu")
     assert "1 failed, 1 passed" in done.stdout
     assert not list(tmp_path.rglob("record.json"))

@@ -21,7 +21,7 @@ _log = logging.getLogger("triattention.compressor")
 
 @dataclass
 class _LayerState:
-    """What one layer has been through since ``reset``; ``prefill_length`` is None until the prompt has been seen."""
+    """The history of one layer since ``reset``; ``prefill_length`` is None until the prompt has been seen."""
 
     evicted: int = 0
     rounds: int = 0
@@ -31,13 +31,13 @@ class _LayerState:
 class TriAttentionCompressor:
     """Compress one layer's cache at a time to ``config.kv_budget`` tokens; state is per layer.
 
-    Needs ``config.stats_path``. A statistics file in the published layout says nothing about RoPE, so it also needs
-    ``config.model_path`` (for omega and the attention scaling). Raises TriAttentionError for either, when first used.
+    Needs ``config.stats_path``. A statistics file in the published layout contains no RoPE parameters, so it also needs
+    ``config.model_path`` (for omega and the attention scaling). Raises TriAttentionError at first use without them.
     """
 
     def __init__(self, config: TriAttentionConfig) -> None:
         self.config = config
-        # every head's own scores, in float32: modes and dtype apply to what is selected from them
+        # scores of every head in float32; pruning_mode and topk_dtype are applied afterwards
         self._per_query_head = replace(config, pruning_mode="per_head", topk_dtype=torch.float32)
         self._layers: dict[int, _LayerState] = {}
         self._loaded: _Loaded | None = None
@@ -51,14 +51,15 @@ class TriAttentionCompressor:
         *,
         prefill_length: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keep the budget: ``[B, H, N, D]`` twice to ``[B, H, K, D]`` twice, and ascending indices ``[B, H, K]``.
+        """Compress to the budget: keys and values ``[B, H, N, D]`` to ``[B, H, K, D]``, with ascending indices
+        ``[B, H, K]``.
 
-        Below the trigger (budget + divide_length) everything is kept. ``cache_positions`` ``[N]`` or ``[B, N]``
-        gives the position of the newest token, the same for every row; without it tokens are counted from
-        ``reset``. The prompt, which ``protect_prefill`` protects, is the cache of a layer's first call after
-        ``reset``, or the first ``prefill_length`` tokens where that is given. Raises TriAttentionError when the
-        first call is due already and the prompt's length is not given, for a cache the configuration or the
-        statistics do not fit, and when a score is NaN or Inf.
+        Below the trigger (budget + divide_length) everything is kept. The maximum of ``cache_positions`` ``[N]`` or
+        ``[B, N]`` is the position of the newest token in every row; without it tokens are counted since ``reset``. The
+        prompt, which ``protect_prefill`` protects, is the cache of a layer's first call after ``reset``, or the first
+        ``prefill_length`` tokens. Raises TriAttentionError if the first call is already due and the prompt's length is
+        needed but not given, if the cache does not match the configuration or the statistics, or if a score is NaN or
+        Inf.
         """
         config = self.config
         batch, heads, length, _ = key_states.shape
@@ -91,7 +92,7 @@ class TriAttentionCompressor:
         return keys, values, kept
 
     def _prompt(self, state: _LayerState, length: int, given: int | None) -> int:
-        """The length of the prompt, remembered until ``reset``."""
+        """The length of the prompt, stored until ``reset``."""
         config = self.config
         if given is not None:
             state.prefill_length = given
@@ -99,9 +100,8 @@ class TriAttentionCompressor:
             matters = config.protect_prefill or not config.include_prefill_in_budget
             if matters and length >= config.kv_budget + config.divide_length:
                 raise TriAttentionError(
-                    f"the first call has {length} tokens, which is due for compression, and nothing says "
-                    "how many are the "
-                    "prompt; pass prefill_length, or set protect_prefill=False and include_prefill_in_budget=True"
+                    f"the first call has {length} tokens and is due for compression, but the length of the prompt is "
+                    "unknown; pass prefill_length, or set protect_prefill=False and include_prefill_in_budget=True"
                 )
             state.prefill_length = length
         return state.prefill_length
@@ -130,7 +130,7 @@ class TriAttentionCompressor:
         return self._loaded
 
     def reset(self) -> None:
-        """Forget every layer's state, before the next sequence."""
+        """Clear the state of all layers before a new sequence."""
         self._layers.clear()
 
     def get_state(self) -> dict[int, dict[str, Any]]:
@@ -140,7 +140,7 @@ class TriAttentionCompressor:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """Statistics on the device of the cache, with what their model's RoPE needs."""
+    """Statistics on the device of the cache, with the RoPE parameters of their model."""
 
     head_stats: dict[int, dict[str, torch.Tensor]]
     omega: torch.Tensor
@@ -177,13 +177,13 @@ class _Loaded:
         return cls(head_stats, omega, offsets, weight, trig_cache, style, kv_heads, str(config.stats_path))
 
     def check(self, config: TriAttentionConfig, keys: torch.Tensor, layer_idx: int) -> None:
-        """Raise TriAttentionError, naming both values, unless configuration, statistics and cache fit together."""
+        """Raise TriAttentionError, naming both values, unless configuration, statistics and cache match."""
         layers = len(self.head_stats)
         if not 0 <= layer_idx < layers:
-            raise TriAttentionError(f"{self.source} has {layers} layers and layer {layer_idx} was asked for")
+            raise TriAttentionError(f"{self.source} has {layers} layers, but layer {layer_idx} was requested")
         if config.rope_style != self.style:
             raise TriAttentionError(
-                f"rope_style is {config.rope_style!r} and {self.source} is of {self.style!r}; set it so"
+                f"rope_style is {config.rope_style!r}, but that of {self.source} is {self.style!r}; use that"
             )
         for name, given, found in (
             ("num_layers", config.num_layers, layers),
@@ -192,4 +192,4 @@ class _Loaded:
             ("statistics' KV heads", self.kv_heads, keys.shape[1]),
         ):
             if given is not None and given != found:
-                raise TriAttentionError(f"{name} is {given} and here it is {found}; use the values of one model")
+                raise TriAttentionError(f"{name} is {given}, but {found} here; use the values of one model")

@@ -1,4 +1,4 @@
-"""The published configuration of the engine-side front ends (plan 3.2), validated when it is made."""
+"""The published configuration of the engine-side front ends (plan 3.2), validated on creation."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ class TriAttentionConfig:
     """Options of scoring and selection; names, order and defaults as published.
 
     ``window_size=None`` becomes ``min(128, kv_budget // 2)``. ``rope_style``, ``head_dim``, ``num_kv_heads`` and
-    ``num_layers`` are compared with the cache and the statistics where they are given. Four options have nothing
-    left to do and any value is fine: ``compute_dtype`` (scoring is never below float32), ``position_indices_dtype``
-    (keys carry their rotation), ``device`` (the work is done where the keys are) and ``seed`` (ties are broken by
-    index, not by noise). ``disable_top_n_high_freq``, ``sparse_round_window`` and ``triton_block_size`` belong to
-    the published kernel; only their defaults are accepted. Raises TriAttentionError (a ValueError) for what cannot
-    be honoured.
+    ``num_layers`` are checked against the cache and the statistics if given. Four options accept any value and have no
+    effect: ``compute_dtype`` (scoring uses at least float32), ``position_indices_dtype`` (keys are already rotated),
+    ``device`` (that of the keys is used) and ``seed`` (ties are broken by index, not at random).
+    ``disable_top_n_high_freq``, ``sparse_round_window`` and ``triton_block_size`` belong to the published kernel; only
+    their defaults are accepted. Raises TriAttentionError (a ValueError) for unsupported values.
     """
 
     kv_budget: int = 2048

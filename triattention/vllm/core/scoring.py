@@ -1,4 +1,4 @@
-"""The published scoring entry points (plan 3.2): one weight per call, then the kernel or PyTorch."""
+"""The published scoring entry points (plan 3.2): fold the weights, then run the kernel or PyTorch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def compute_scores(
     round_start: int | None = None,
     trig_cache: TrigTableCache | None = None,
 ) -> torch.Tensor:
-    """Scores ``[B, H*G, N]`` (``[B, N]`` for ``per_layer``) by the path ``config.use_triton_scoring`` names, never
-    by another.
+    """Scores ``[B, H*G, N]`` (``[B, N]`` for ``per_layer``) by the path ``config.use_triton_scoring`` selects; there is
+    no fallback.
 
     ``key_states`` ``[B, H, N, D]``; ``head_stats`` has ``q_mean_complex`` ``[H*G, F, 2]`` and ``q_abs_mean``
-    ``[H*G, F]`` (absent: equals |q_mean|), and ``q_pass_mean`` ``[H*G, D - 2 F]`` for a model that does not rotate
-    every dim. ``round_start=None`` is the maximum of ``cache_positions``, else N - 1.
-    The dtype is ``config.topk_dtype``. A round beyond ``trig_cache`` forms its phases directly. Raises
-    TriAttentionError when shapes, dtypes or devices do not fit.
+    ``[H*G, F]`` (default: |q_mean|), and ``q_pass_mean`` ``[H*G, D - 2 F]`` for a model that does not rotate every dim.
+    ``round_start=None`` is the maximum of ``cache_positions``, else N - 1. The dtype is ``config.topk_dtype``. Phases
+    for a round beyond ``trig_cache`` are computed directly. Raises TriAttentionError if shapes, dtypes or devices do
+    not match.
     """
     scoring = compute_scores_triton if config.use_triton_scoring else compute_scores_pytorch
     args = (key_states, cache_positions, head_stats, omega, offsets, freq_scale_sq, config, round_start)
@@ -105,7 +105,7 @@ def _scores(
 ) -> torch.Tensor:
     if "q_mean_complex" not in head_stats:
         raise TriAttentionError(
-            f"head_stats has {sorted(head_stats)}; it needs q_mean_complex, and q_abs_mean beside it"
+            f"head_stats has {sorted(head_stats)}; it needs q_mean_complex, and q_abs_mean unless it is |q_mean|"
         )
     m = head_stats["q_mean_complex"]
     m_re, m_im = (m.real, m.imag) if m.is_complex() else (m[..., 0], m[..., 1])

@@ -1,1 +1,1 @@
-"""The vLLM plugin: ``eviction`` decides in the scheduler, ``compaction`` moves keys in the worker."""
+"""The vLLM plugin: ``eviction`` plans rounds in the scheduler, ``compaction`` moves keys and values in the worker."""

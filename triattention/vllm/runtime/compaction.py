@@ -1,7 +1,7 @@
-"""The worker's half: scores the keys of a request that is due, and gathers those that stay into its blocks.
+"""The worker's half: scores the keys of a request that is due, and compacts the kept tokens into its blocks.
 
 It runs inside the step, before the forward: on a GPU in stream order, so nothing waits for the device. Positions stay
-logical; what shifts is where a request's tokens lie, hence its sequence length and slots as attention sees them.
+logical; only the storage of a request's tokens moves, and with it the sequence length and slots used by attention.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = logging.getLogger("vllm.triattention")
 
 
 class _Keys(Sequence[torch.Tensor]):
-    """The rotated keys ``[1, H, N, D]`` of one request, layer by layer, read when asked for: one layer at a time."""
+    """The rotated keys ``[1, H, N, D]`` of one request by layer; each layer is read only when it is accessed."""
 
     def __init__(self, caches: Sequence[torch.Tensor], layouts: Sequence[BlockLayout], blocks: torch.Tensor) -> None:
         self._caches, self._layouts, self._blocks = caches, layouts, blocks
@@ -38,10 +38,10 @@ class _Keys(Sequence[torch.Tensor]):
 
 
 class Compactor:
-    """Carries out the rounds of one model runner, and knows how far each of its requests is shifted.
+    """Carries out the rounds of one model runner, and tracks how many tokens each request has lost.
 
-    ``layers`` are the runner's attention layers, first layer first. Raises TriAttentionError for a KV cache that
-    cannot be read (``layout.learn``).
+    ``layers`` are the runner's attention layers in order. Raises TriAttentionError for a KV cache that cannot be read
+    (``layout.learn``).
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Compactor:
 
     @torch.inference_mode()
     def before_step(self, runner: Any, output: Any) -> None:
-        """Carry out the rounds that come with a scheduler's output, and forget the requests that are gone."""
+        """Carry out the rounds in a scheduler's output, and drop the state of finished and readmitted requests."""
         admitted = {request.req_id for request in output.scheduled_new_reqs}
         admitted |= set(output.scheduled_cached_reqs.resumed_req_ids)
         for name in (*output.finished_req_ids, *admitted):
             self._offsets.pop(name, None)
             self._reported.discard(name)
         rounds: Rounds = getattr(output, "triattention", None) or Rounds()
-        # the prefix cache may admit a request at any length; its round can come at the next step only
+        # the prefix cache may admit a request at any length; its round can come at the next step at the earliest
         self._no_round_yet = admitted.union(rounds.put_off)
         if rounds.evictions:
             with self._timed(len(rounds.evictions)):
@@ -80,7 +80,7 @@ class Compactor:
                     self._carry_out(runner, eviction)
 
     def after_inputs(self, runner: Any, num_scheduled_tokens: np.ndarray) -> None:
-        """Make attention see physical lengths and slots, in the buffers that vLLM has just filled with logical ones."""
+        """Replace the logical lengths and slots, which vLLM has just written to its buffers, by physical ones."""
         batch = runner.input_batch
         names = batch.req_ids[: batch.num_reqs]
         offsets = np.fromiter((self._offsets.get(name, 0) for name in names), np.int64, len(names))
@@ -100,10 +100,10 @@ class Compactor:
         held = state.block_ids[0]
         if held != [*eviction.sources, eviction.newest]:
             raise RuntimeError(
-                f"request {eviction.request_id} holds other blocks here than in the scheduler, which is a fault of "
+                f"request {eviction.request_id} has different blocks here and in the scheduler, which is a bug in "
                 "this plugin; report it, and set ENABLE_TRIATTENTION=0"
             )
-        if eviction.kept:  # a budget below two blocks, with no window, may leave the newest block alone
+        if eviction.kept:  # with a budget below two blocks and no window, only the newest block may be kept
             self._compact(eviction)
         held[:] = [*eviction.kept, eviction.newest]
         row = runner.input_batch.req_id_to_index.get(eviction.request_id)
@@ -118,7 +118,7 @@ class Compactor:
             )  # fmt: skip
 
     def _compact(self, eviction: Eviction) -> None:
-        """Keep the best keys of every head and layer, in order, with their values: bit for bit, and in place."""
+        """Keep the best tokens of every head and layer, in order, with unchanged keys and values."""
         size, device = self.rule.block_size, self._caches[0].device
         sources, kept = (to_device(ids, device) for ids in (eviction.sources, eviction.kept))
         n_tokens, n_keep = len(sources) * size, len(kept) * size
@@ -127,19 +127,19 @@ class Compactor:
         protected[:, max(0, eviction.length - self.rule.window) :] = True
         protected[:, : eviction.prompt if self.rule.protect_prefill else 0] = True
         keys = _Keys(self._caches, self._layouts, sources)
-        # a NaN score is left alone: it comes from a NaN key, so the request's own logits are NaN already
+        # a NaN score is not an error here: it comes from a NaN key, so the request's logits are NaN already
         scores = self._scorer.selection_scores(View(keys, keys, eviction.seen, valid, ~protected))
         indices = keep_indices(keep_mask(scores, valid, protected, [n_tokens - n_keep]), n_keep)
         mode, picks, of = self._scorer.mode, None, None
         for number, (cache, layout) in enumerate(zip(self._caches, self._layouts, strict=True)):
-            if layout is not of or mode == "per_layer_per_head":  # else every layer keeps the same tokens
+            if layout is not of or mode == "per_layer_per_head":  # otherwise every layer keeps the same tokens
                 heads = layout.places.shape[1]
                 picks, of = layout.picks(layer_indices(indices, mode, number, heads)[0]), layout
             layout.thin(cache, sources, kept, picks)
 
     @torch.inference_mode()
     def _rehearse(self) -> None:
-        """A whole round on the null block: kernels are compiled now, and what cannot run ends the start."""
+        """Run a whole round on the null block, so that kernels are compiled, and errors raised, at startup."""
         size = self.rule.block_size
         n_sources = -(-(self.rule.kv_budget + self.rule.divide_length) // size)
         n_keep = max(1, self.rule.kv_budget // size - 1)
@@ -147,7 +147,7 @@ class Compactor:
         self._compact(Eviction("", length, length, 0, [0] * n_sources, [0] * n_keep, 0))
 
     def _report_missed(self, batch: Any, names: Sequence[str], offsets: np.ndarray) -> None:
-        """Say, and count, that a request is due at this step and nobody evicted anything."""
+        """Log and count requests that are due at this step but got no round."""
         rows = len(names)
         length = batch.num_computed_tokens_cpu[:rows] - offsets
         for row in np.flatnonzero(self.rule.is_due(length, batch.num_prompt_tokens[:rows])):
@@ -158,8 +158,8 @@ class Compactor:
                 self._reported.add(name)
                 self._counters.add("rounds_missed")
                 _log.error(
-                    "[TriAttention] request %s has %d tokens in the KV cache, which is over its budget, and no round "
-                    "came for it: the scheduler is not the one that this plugin patched",
+                    "[TriAttention] request %s has %d tokens in the KV cache, which is over its budget, but got no "
+                    "round: the scheduler is not the one that this plugin patched",
                     name, length[row],
                 )  # fmt: skip
 
@@ -168,7 +168,7 @@ class Compactor:
 
 
 class _Timer:
-    """Adds a block's duration to ``round_seconds``; on a GPU from events, read when a later round finds them done."""
+    """Adds the duration of a ``with`` block to ``round_seconds``; on a GPU with events, read in a later round."""
 
     def __init__(self, counters: Counters, rounds: int, device: torch.device, pending: list[tuple[Any, Any]]) -> None:
         self._counters, self._rounds, self._pending = counters, rounds, pending
@@ -192,7 +192,7 @@ class _Timer:
 
 
 class _Shift:
-    """Host integers to the device through pinned memory that is used again, so that no step waits for a copy."""
+    """Copies host integers to the device through reused pinned memory, so that no step waits for a copy."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,8 +1,8 @@
-"""The scheduler's half: which requests are due, and which of their blocks go. It decides from lengths alone.
+"""The scheduler's half: which requests are due, and which of their blocks are freed, decided from lengths alone.
 
-A block table is indexed by logical block, and an evicted block becomes vLLM's null block in it, as vLLM's own sliding
-windows do it; so allocation, preemption, abort and free need no change. What was decided rides to the worker on the
-scheduler's output and is carried out before that step's forward, so nothing comes back and nothing waits.
+A block table is indexed by logical block, and an evicted block is replaced by vLLM's null block, as in vLLM's own
+sliding windows; so allocation, preemption, abort and free need no change. The decisions are sent to the worker with the
+scheduler's output and carried out before that step's forward, so nothing is returned and nothing waits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from triattention.vllm.runtime.metrics import Counters
 
 _log = logging.getLogger("vllm.triattention")
 
-#: More full blocks than a request can have: vLLM then takes all of them for hashed already, and hashes no later one.
+#: More full blocks than a request can have, so vLLM considers all of them hashed, and hashes no later one.
 _NEVER_HASH_AGAIN = 1 << 30
 
 
@@ -26,7 +26,7 @@ def _ceil(tokens: Any, block_size: int) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """When a request is due and how many whole blocks go; all counts are tokens (spec: paged engines)."""
+    """When a request is due, and how many whole blocks it gives up; all counts are tokens."""
 
     kv_budget: int
     divide_length: int
@@ -36,24 +36,24 @@ class Rule:
     include_prefill_in_budget: bool = True
 
     def limit(self, prompt: Any) -> Any:
-        """What a request with a prompt of ``prompt`` tokens may hold after a round."""
+        """The tokens that a request with ``prompt`` prompt tokens may hold after a round."""
         return self.kv_budget + (0 if self.include_prefill_in_budget else prompt)
 
     def floor(self, prompt: Any) -> Any:
-        """What a round cannot evict: the newest block, and whatever blocks the window and a protected prompt touch."""
+        """The tokens in blocks that a round cannot evict: the newest, those of the window and of a protected prompt."""
         protected = _ceil(self.window, self.block_size) + (
             _ceil(prompt, self.block_size) if self.protect_prefill else 0
         )
         return (1 + protected) * self.block_size
 
     def is_due(self, length: Any, prompt: Any) -> Any:
-        """Whether a physical length calls for a round; also of NumPy arrays, request by request."""
+        """Whether a request of this physical length is due for a round; also for NumPy arrays, request by request."""
         due = length >= self.limit(prompt) + self.divide_length
-        # where the floor is above the limit, the next round comes a whole interval above the floor, not at every step
+        # if the floor is above the limit, the next round comes divide_length tokens above the floor, not at every step
         return due & (length >= self.floor(prompt) + self.divide_length)
 
     def blocks_to_evict(self, length: int, prompt: int) -> int:
-        """Whole blocks that leave a request of ``length`` that is due; the newest one never does."""
+        """Whole blocks to evict from a request of ``length`` that is due; never the newest one."""
         wanted = _ceil(length - self.limit(prompt), self.block_size)
         movable = _ceil(length, self.block_size) - self.floor(prompt) // self.block_size
         return max(0, min(wanted, movable))
@@ -61,10 +61,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Eviction:
-    """One request's round: the keys in the blocks ``sources`` are thinned into the blocks ``kept``.
+    """One request's round: the tokens in the blocks ``sources`` are compacted into the blocks ``kept``.
 
-    ``seen`` is the position of the next token, ``length`` the physical length before, ``prompt`` the prompt's tokens.
-    ``sources`` are its blocks in physical order but the ``newest``, which may be partly filled and stays as it is.
+    ``seen`` is the position of the next token, ``length`` the physical length before the round, ``prompt`` the number
+    of prompt tokens. ``sources`` are the request's blocks in physical order except the ``newest``, which may be partly
+    filled and is not changed.
     """
 
     request_id: str
@@ -78,7 +79,7 @@ class Eviction:
 
 @dataclass(frozen=True)
 class Rounds:
-    """What a scheduler step tells the worker; requests in ``put_off`` are due, but the pool lacked blocks for them."""
+    """The decisions of a scheduler step, sent to the worker; the rounds of requests in ``put_off`` are postponed."""
 
     evictions: list[Eviction] = field(default_factory=list)
     put_off: list[str] = field(default_factory=list)
@@ -90,12 +91,12 @@ class Evictor:
     def __init__(self, rule: Rule, counters: Counters) -> None:
         self.rule = rule
         self._counters = counters
-        # by the row itself, too: a preempted request comes back with a new one, and with nothing evicted
+        # together with the row: a preempted request comes back with a new row, and with nothing evicted
         self._offsets: dict[str, tuple[list[Any], int]] = {}
         self._warned = False
 
     def plan(self, scheduler: Any) -> Rounds:
-        """Evict blocks of every running request that is due; called at the start of a step, before it allocates."""
+        """Evict blocks of every running request that is due; called at the start of a step, before allocation."""
         manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
         rounds, offsets = Rounds(), {}
         for request in scheduler.running:
@@ -105,7 +106,7 @@ class Evictor:
             offset = known[1] if known is not None and known[0] is row else 0
             due = self.rule.is_due(request.num_computed_tokens - offset, request.num_prompt_tokens)
             if due and getattr(request, "resumable", False):
-                rounds.put_off.append(name)  # a session: vLLM sends its whole row anew with every part of its input
+                rounds.put_off.append(name)  # a session: vLLM sends its whole row again with every part of its input
             elif due:
                 offset += self._evict(request, row, offset, manager, rounds)
             if offset:
@@ -114,7 +115,7 @@ class Evictor:
         return rounds
 
     def drop_absent(self, rounds: Rounds, running: list[Any]) -> Rounds:
-        """Count the rounds, but for those of requests that the step preempted after all: nothing is left to move."""
+        """Drop the rounds of requests that this step has preempted, which have no blocks left, and count the others."""
         if not rounds.evictions:
             return rounds
         alive = {request.request_id for request in running}
@@ -126,7 +127,7 @@ class Evictor:
         return Rounds(left, rounds.put_off)
 
     def _evict(self, request: Any, row: list[Any], offset: int, manager: Any, rounds: Rounds) -> int:
-        """Take blocks from one request that is due; the tokens evicted, 0 where the round is put off."""
+        """Evict blocks of one request that is due; returns the number of evicted tokens, 0 if postponed."""
         name, seen, prompt = request.request_id, request.num_computed_tokens, request.num_prompt_tokens
         size, null, pool = manager.block_size, manager._null_block, manager.block_pool
         length = seen - offset
@@ -134,13 +135,13 @@ class Evictor:
         live = [block for block in row if block is not null]
         if len(live) != _ceil(length, size):
             raise RuntimeError(
-                f"request {name} holds {len(live)} blocks of {size} for {length} tokens, which is a fault of this "
+                f"request {name} holds {len(live)} blocks of {size} for {length} tokens, which is a bug in this "
                 "plugin; report it, and set ENABLE_TRIATTENTION=0"
             )
         self._warn_of_protection(length, prompt)
         *sources, newest = live
         n_keep = len(sources) - n_evict
-        # only blocks that nobody else may read are written: not shared with a request, not in the prefix cache
+        # write only to private blocks: not shared with another request and not in the prefix cache
         kept = [block for block in sources if block.ref_cnt == 1 and block.block_hash is None][:n_keep]
         missing = n_keep - len(kept)
         mine = {id(block) for block in kept}
@@ -150,7 +151,7 @@ class Evictor:
             self._counters.add("rounds_put_off")
             return 0
         pool.free_blocks(reversed(released))
-        # a block just released may come back here: the worker reads all sources of a layer before it writes one
+        # blocks just released may be reused here: the worker reads all sources of a layer before it writes
         kept += pool.get_new_blocks(missing) if missing else []
         row[:] = [*kept, *[null] * (len(row) - 1 - n_keep), newest]
         manager.num_cached_block[name] = _NEVER_HASH_AGAIN

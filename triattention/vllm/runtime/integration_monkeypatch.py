@@ -1,6 +1,7 @@
-"""Everything that this plugin changes in vLLM, in one place: five functions are wrapped, none is replaced.
+"""Everything that this plugin changes in vLLM: five functions are wrapped, none is replaced.
 
-Modules that this process has not imported yet are patched when it does, so the API server imports nothing for it.
+Modules that this process has not imported yet are patched when they are imported, so the API server imports nothing
+extra.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _log = logging.getLogger("vllm.triattention")
 
 _V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _MARK = "_triattention"
-#: The plugin's name among vLLM's, which VLLM_PLUGINS can leave out.
+#: The name of the plugin's entry point, which VLLM_PLUGINS may exclude.
 _ENTRY_POINT = "triattention"
 
 
 def install_from_environment() -> None:
-    """What the entry point does: install as ``TRIATTN_RUNTIME_PATCH_SCHEDULER`` and ``..._PATCH_WORKER`` say."""
+    """Called by the entry point: install as set by ``TRIATTN_RUNTIME_PATCH_SCHEDULER`` and ``..._PATCH_WORKER``."""
     if not enabled():
         return
     settings = read_settings()
@@ -37,10 +38,10 @@ def install_from_environment() -> None:
 
 
 def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patch_worker: bool = True) -> None:
-    """Make the vLLM of this process and its children compress; call it before an ``LLM`` is made. Twice is once.
+    """Make the vLLM of this process and its children compress; call it before creating an ``LLM``. Idempotent.
 
-    ``ENABLE_TRIATTENTION=0`` has the last word. Raises TriAttentionError for settings that cannot be honoured and for a
-    vLLM whose hook targets differ.
+    ``ENABLE_TRIATTENTION=0`` overrides it. Raises TriAttentionError for invalid settings, and for a vLLM whose hook
+    targets differ.
     """
     if not enabled():
         return
@@ -50,14 +51,14 @@ def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patc
             f"VLLM_PLUGINS is {allowed!r}, so vLLM's other processes would not load this plugin; "
             f"add {_ENTRY_POINT} to it"
         )
-    # the other processes ask the environment
+    # the other processes read these from the environment
     os.environ[f"{PREFIX}PATCH_SCHEDULER"] = str(patch_scheduler)
     os.environ[f"{PREFIX}PATCH_WORKER"] = str(patch_worker)
     settings = read_settings()
     hook_targets.require_supported()
-    importlib.import_module("vllm.logger")  # sets up the loggers below vllm: in the API server nothing has until now
+    importlib.import_module("vllm.logger")  # configures vllm's loggers, which the API server has not done yet
     if settings.disable_compression or not (patch_scheduler or patch_worker):
-        _log.info("[TriAttention] compression is off (DISABLE_COMPRESSION, or neither half is patched)")
+        _log.info("[TriAttention] compression is off (DISABLE_COMPRESSION is set, or neither half is patched)")
         return
     if not (patch_scheduler and patch_worker):
         raise TriAttentionError(
@@ -76,17 +77,17 @@ def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patc
 
 
 def _choose_runner() -> None:
-    """The V1 model runner, which a CPU has anyway: the rounds of the V2 runner have not run on a GPU yet."""
+    """Select the V1 model runner, the only one on a CPU: rounds in the V2 runner have not been tested on a GPU yet."""
     chosen = os.environ.setdefault(_V2_RUNNER, "0")
     if chosen.strip().lower() not in ("0", "false"):
         raise TriAttentionError(
-            f"{_V2_RUNNER} is {chosen!r} and TriAttention serves the V1 model runner only; unset it, or set {SWITCH}=0"
+            f"{_V2_RUNNER} is {chosen!r}, but TriAttention supports only the V1 runner; unset it, or set {SWITCH}=0"
         )
     _log.info("[TriAttention] the V1 model runner is used (%s=0)", _V2_RUNNER)
 
 
 def _patch_arguments(module: ModuleType, settings: RuntimeSettings) -> None:
-    """Refuse what cannot be served where the command line is read, before any engine process is started."""
+    """Check the configuration when the command line is read, before any engine process is started."""
 
     def create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(self, *args, **kwargs)
@@ -97,7 +98,7 @@ def _patch_arguments(module: ModuleType, settings: RuntimeSettings) -> None:
 
 
 def _patch_scheduler(module: ModuleType, settings: RuntimeSettings) -> None:
-    """Subclass whatever scheduler vLLM chooses, so that the choice between sync and async stays vLLM's."""
+    """Subclass the scheduler that vLLM chooses, so that vLLM still chooses between sync and async."""
 
     @functools.cache
     def evicting(base: type) -> type:
@@ -121,7 +122,7 @@ def _patch_scheduler(module: ModuleType, settings: RuntimeSettings) -> None:
 
 
 def _patch_runner(module: ModuleType, settings: RuntimeSettings) -> None:
-    """The V1 runner, of GPUs and CPUs: rounds before a step, then lengths and slots as attention must see them."""
+    """Patch the V1 runner of GPUs and CPUs: rounds before a step, then physical lengths and slots for attention."""
 
     def initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
@@ -130,7 +131,7 @@ def _patch_runner(module: ModuleType, settings: RuntimeSettings) -> None:
         return result
 
     def _update_states(original: Callable[..., Any], self: Any, output: Any) -> Any:
-        # not before execute_model: its copies of the last step's block table may still be under way until here
+        # not before execute_model: copies of the previous step's block table may still be in progress until here
         self.triattention.before_step(self, output)
         return original(self, output)
 
@@ -144,7 +145,7 @@ def _patch_runner(module: ModuleType, settings: RuntimeSettings) -> None:
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace a method by ``wrapper``, which gets the original first; a method that is wrapped already stays."""
+    """Replace a method by ``wrapper``, whose first argument is the original; an already wrapped method is kept."""
     original = getattr(owner, name)
     if hasattr(original, _MARK):
         return
@@ -158,7 +159,7 @@ def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Patches a module right after it was imported."""
+    """Patches a module right after its import."""
 
     def __init__(self) -> None:
         self.patches: dict[str, Callable[[ModuleType], None]] = {}

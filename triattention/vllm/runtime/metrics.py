@@ -1,7 +1,7 @@
-"""Counters that the engine's processes write and that the server shows in ``/metrics``, beside vLLM's own.
+"""Counters that the engine's processes write and that the server shows in ``/metrics``, next to vLLM's own.
 
-Each process adds to a small mapped file of its own; the server sums them up when it is asked. So the engine never
-waits, and no message of vLLM's has to carry anything.
+Each process adds to its own small memory-mapped file; the server sums them on request. So the engine never waits, and
+vLLM's messages need no extra fields.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-#: Where the files are: set by the first process of a server, inherited by the others.
+#: Environment variable with the directory of the files: set by a server's first process, inherited by the others.
 DIRECTORY = "TRIATTENTION_METRICS_DIRECTORY"
 
 NAMES = {
-    "rounds": "Rounds of eviction, each of one request.",
+    "rounds": "Eviction rounds, each of one request.",
     "evicted_tokens": "Tokens evicted from the KV cache.",
-    "blocks_freed": "KV cache blocks that requests gave back in rounds.",
-    "rounds_put_off": "Steps at which a request was due and the pool had no private block for its round.",
-    "rounds_missed": "Requests that passed budget + interval without a round, which is an error.",
+    "blocks_freed": "KV cache blocks freed by eviction rounds.",
+    "rounds_put_off": "Steps at which a round was due but postponed, because the pool lacked free blocks for it.",
+    "rounds_missed": "Requests that exceeded budget + divide_length without a round, which is an error.",
     "compactions": "Rounds that a worker carried out.",
     "round_seconds": "Time that workers spent scoring keys and compacting blocks.",
 }
@@ -34,7 +34,7 @@ _PREFIX = "triattention-metrics-"
 
 
 class Counters:
-    """The counters of this process, which only grow. Without a directory they are kept in this process alone."""
+    """The counters of this process, which only grow. Without a directory they stay in this process."""
 
     def __init__(self, directory: str | None = None) -> None:
         size = _LAYOUT.size * len(NAMES)
@@ -62,18 +62,18 @@ def counters() -> Counters:
 
 
 def expose() -> None:
-    """In the first process of a server: make the directory, and show what is in it in ``/metrics``."""
+    """In the first process of a server: create the directory, and show its counters in ``/metrics``."""
     if DIRECTORY in os.environ:
         return
     from prometheus_client import REGISTRY
 
     owner = os.getpid()
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        if (lock := _locked(path)) is not None:  # its server was killed, and could not clean up
+        if (lock := _locked(path)) is not None:  # left by a server that was killed
             shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
     made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
-    _locked(made)  # for as long as a process of this server lives, and before anybody's sweep can see the directory
+    _locked(made)  # until the last process of this server exits; locked before another server's cleanup can see it
     directory = made.rename(made.with_name(made.name[1:]))
     os.environ[DIRECTORY] = str(directory)
     atexit.register(lambda: shutil.rmtree(directory, ignore_errors=True) if os.getpid() == owner else None)
@@ -81,7 +81,7 @@ def expose() -> None:
 
 
 def _locked(directory: Path) -> int | None:
-    """A descriptor that locks the directory, None where somebody else does, in whatever container, or may not."""
+    """A descriptor that locks the directory; None if another process holds the lock, or access is denied."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except (FileNotFoundError, PermissionError):
@@ -95,7 +95,7 @@ def _locked(directory: Path) -> int | None:
 
 
 class _Collector:
-    """Sums up the files of all processes, those that have ended included."""
+    """Sums the files of all processes, including those that have exited."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -104,7 +104,7 @@ class _Collector:
         from prometheus_client.core import CounterMetricFamily, SummaryMetricFamily
 
         totals = dict.fromkeys(NAMES, 0.0)
-        for path in self._directory.glob("*"):  # none where somebody emptied the temporary folder
+        for path in self._directory.glob("*"):  # empty if somebody cleared the temporary folder
             for name, value in zip(NAMES, _LAYOUT.iter_unpack(path.read_bytes()), strict=True):
                 totals[name] += value[0]
         for name, text in NAMES.items():

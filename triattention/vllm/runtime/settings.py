@@ -1,4 +1,4 @@
-"""The plugin's configuration: environment variables with the published names, parsed once per process."""
+"""The plugin's configuration: environment variables with the published names."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from triattention.selection import check_budget, default_window
 PREFIX = "TRIATTN_RUNTIME_"
 SWITCH = "ENABLE_TRIATTENTION"
 
-#: Accepted because existing deployments set them; each with why it changes nothing here.
+#: Accepted because existing deployments set them; each with the reason why it has no effect here.
 _WITHOUT_EFFECT = {
-    "require_triton_scoring": "keys are scored by the Triton kernel on a GPU and by PyTorch elsewhere, always",
-    "enable_experimental_kv_compaction": f"compaction is how this plugin works; {SWITCH}=0 turns all of it off",
+    "require_triton_scoring": "keys are always scored by the Triton kernel on a GPU and by PyTorch elsewhere",
+    "enable_experimental_kv_compaction": f"this plugin always compacts; {SWITCH}=0 turns it off",
     "enable_experimental_block_reclaim": "evicted blocks always go back to the pool",
-    "model_path": "RoPE is read off the model that vLLM serves",
+    "model_path": "RoPE is read from the model that vLLM serves",
 }
 
 
 def _older(name: str) -> Any:
-    """A field that also goes by its older variable, ``TRIATTENTION_<name>``."""
+    """Aliases that also accept the older variable ``TRIATTENTION_<name>``."""
     return AliasChoices(f"{PREFIX}{name}", f"TRIATTENTION_{name}")
 
 
 class RuntimeSettings(BaseSettings):
-    """What the plugin was asked for; counts are tokens, names and defaults as published.
+    """The plugin's settings; counts are tokens, names and defaults as published.
 
-    ``kv_budget`` is beyond the prompt unless ``include_prefill_in_budget``. A round is due ``divide_length`` tokens
-    above it. The newest ``window_size`` tokens are never evicted (unset: 128, or half of a budget below 256), nor is
-    the prompt under ``protect_prefill``. ``sparse_stats_path`` is a file, or ``auto`` (also where unset) for the
-    statistics in the calibration cache.
+    ``kv_budget`` excludes the prompt unless ``include_prefill_in_budget``. A round is due ``divide_length`` tokens
+    above it. The newest ``window_size`` tokens are never evicted (default: 128, or half of a budget below 256), nor is
+    the prompt with ``protect_prefill``. ``sparse_stats_path`` is a file, or ``auto`` (the default) for the statistics
+    in the calibration cache.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", populate_by_name=True)
@@ -73,16 +73,16 @@ class RuntimeSettings(BaseSettings):
         return min(128, default_window(self.kv_budget)) if self.window_size is None else self.window_size
 
     def notes(self) -> list[str]:
-        """A sentence for each variable that was set and changes nothing."""
+        """A sentence for each variable that was set but has no effect."""
         return [
-            f"{PREFIX}{name.upper()} is accepted and has no effect: {reason}"
+            f"{PREFIX}{name.upper()} is accepted but has no effect: {reason}"
             for name, reason in _WITHOUT_EFFECT.items()
             if name in self.model_fields_set
         ]
 
 
 def enabled() -> bool:
-    """Whether ``ENABLE_TRIATTENTION`` is on, as it is where unset. Raises TriAttentionError for other words."""
+    """Whether ``ENABLE_TRIATTENTION`` is on (default: on). Raises TriAttentionError for unknown values."""
     value = os.environ.get(SWITCH, "1").strip().lower()
     if value not in ("0", "1", "true", "false", "yes", "no", "on", "off"):
         raise TriAttentionError(f"{SWITCH} is {value!r}; set it to 1 or 0")
@@ -95,7 +95,7 @@ def read_settings() -> RuntimeSettings:
     for name in sorted(os.environ):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
-            raise TriAttentionError(f"{name} is no setting of this plugin; the nearest is {nearest}")
+            raise TriAttentionError(f"{name} is not a setting of this plugin; the most similar one is {nearest}")
     if os.environ.get("TRIATTENTION_QUIET", "").lower() in ("1", "true", "yes"):
         os.environ.setdefault(f"{PREFIX}LOG_DECISIONS", "false")
     try:

@@ -1,4 +1,4 @@
-"""What must hold before vLLM serves a request compressed, each refusal in one sentence, and what is built then."""
+"""Startup of the plugin: checks of vLLM's configuration, each failing with one sentence, and construction."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("vllm.triattention")
 
-#: KV cache dtypes that are the model's own arithmetic; anything else is a quantisation.
+#: KV cache dtypes that are not quantised.
 _PLAIN_DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
-#: cos of a phase of a few radians is kept to 2^-9 in bfloat16; a wrong omega, pair layout or scale is off by far more.
+#: bfloat16 represents cos of a few radians to 2^-9; a wrong omega, pair layout or scale is off by far more.
 _ROTARY_ERROR, _ROTARY_POSITION = 2.0**-7, 5
 
 
 def refuse(config: Any, settings: RuntimeSettings) -> None:
-    """Raise TriAttentionError, naming what and the next step, for a vLLM configuration that cannot be served."""
+    """Raise TriAttentionError, naming the cause and the next step, for an unsupported vLLM configuration."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     if getattr(config, "use_v2_model_runner", False):
-        _cannot("the V2 model runner, which this configuration asks for", "leave out what asks for it")
+        _cannot("the V2 model runner, which this configuration selects", "remove the option that selects it")
     if parallel.distributed_executor_backend == "ray":
-        _cannot("Ray workers, which do not get these settings", "use --distributed-executor-backend mp")
+        _cannot("Ray workers, which do not receive these settings", "use --distributed-executor-backend mp")
     worker = str(parallel.worker_cls)
     if worker != "auto" and not worker.startswith("vllm.v1.worker."):
         _cannot(f"the worker class {worker}", "leave out --worker-cls")
     if model.runner_type == "pooling":
         _cannot("pooling models, whose prompts must stay whole", "serve a generating model")
     if getattr(model, "enable_sleep_mode", False):
-        _cannot("sleep mode, which takes away the memory that a round needs", "leave out --enable-sleep-mode")
+        _cannot("sleep mode, which frees the memory that a round needs", "leave out --enable-sleep-mode")
     if model.use_mla:
         _cannot("MLA, whose cache holds no keys that could be scored", "serve another model")
     if config.speculative_config is not None:
-        _cannot("speculative decoding, which takes back cached tokens", "leave out --speculative-config")
+        _cannot("speculative decoding, which rolls back cached tokens", "leave out --speculative-config")
     transfer = config.kv_transfer_config
     if transfer is not None and transfer.kv_connector is not None:
         _cannot(f"the KV connector {transfer.kv_connector}", "leave out --kv-transfer-config and --kv-offloading-size")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size"):
         size = getattr(parallel, name, 1)
         if size > 1:
-            _cannot(f"{name} {size}, which spreads what a round must see", f"use --{name.replace('_', '-')} 1")
+            _cannot(f"{name} {size}, which splits the data that a round needs", f"use --{name.replace('_', '-')} 1")
     if cache.cache_dtype not in _PLAIN_DTYPES:
         _cannot(f"a KV cache quantised to {cache.cache_dtype}, which cannot be scored", "use --kv-cache-dtype auto")
     check_budget_of_blocks(settings, cache.block_size)
@@ -58,7 +58,7 @@ def refuse(config: Any, settings: RuntimeSettings) -> None:
     rank_rows(live.num_kv_heads, live.num_query_heads, 0, parallel.tensor_parallel_size)
     if live.max_positions is not None and model.max_model_len > live.max_positions:
         raise TriAttentionError(
-            f"the RoPE of {live.model_id} changes its frequencies beyond {live.max_positions} tokens and "
+            f"the RoPE of {live.model_id} changes its frequencies beyond {live.max_positions} tokens, but "
             f"--max-model-len is {model.max_model_len}; use --max-model-len {live.max_positions}"
         )
     statistics_of(live, model, settings)
@@ -69,7 +69,7 @@ def _cannot(what: str, next_step: str) -> None:
 
 
 def check_budget_of_blocks(settings: RuntimeSettings, block_size: int | None) -> None:
-    """Raise TriAttentionError for a budget below one block; the size is None where vLLM has not chosen it yet."""
+    """Raise TriAttentionError for a budget below one block; ``block_size`` is None if vLLM has not chosen it yet."""
     if block_size is not None and settings.kv_budget < block_size:
         raise TriAttentionError(
             f"{PREFIX}KV_BUDGET is {settings.kv_budget}, less than a block of {block_size} tokens; give a larger "
@@ -78,7 +78,7 @@ def check_budget_of_blocks(settings: RuntimeSettings, block_size: int | None) ->
 
 
 def check_groups(config: Any) -> None:
-    """Raise TriAttentionError unless a KV cache configuration is one group of full attention."""
+    """Raise TriAttentionError unless the KV cache configuration has exactly one group, with full attention."""
     groups = config.kv_cache_groups
     kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
     if len(groups) != 1:
@@ -90,7 +90,7 @@ def check_groups(config: Any) -> None:
 
 
 def described(config: Any) -> Architecture:
-    """The model that vLLM serves. Raises TriAttentionError for one that cannot be compressed."""
+    """The description of the model that vLLM serves. Raises TriAttentionError if it cannot be compressed."""
     from triattention.architecture import describe_config
 
     try:
@@ -100,7 +100,7 @@ def described(config: Any) -> Architecture:
 
 
 def statistics_of(live: Architecture, model: Any, settings: RuntimeSettings) -> Statistics:
-    """The statistics of a model. Raises TriAttentionError where there are none, or those of another model."""
+    """The statistics of a model. Raises TriAttentionError if there are none, or only those of another model."""
     from triattention import statistics
 
     loaded = statistics.load(_statistics_path(model, settings))
@@ -120,14 +120,14 @@ def _statistics_path(model: Any, settings: RuntimeSettings) -> str:
     if not found:
         raise TriAttentionError(
             f"there are no statistics of {model.model} in {folder}; make them with python -m triattention calibrate "
-            f"--model {model.model}, or name a file in {PREFIX}SPARSE_STATS_PATH"
+            f"--model {model.model}, or set {PREFIX}SPARSE_STATS_PATH to a file"
         )
     dtype = str(model.dtype).removeprefix("torch.")
     return str(next((path for path in found if f"-{mark}-{dtype}-" in path.name), found[0]))
 
 
 def rule_of(settings: RuntimeSettings, block_size: int) -> Rule:
-    """The rule of rounds for blocks of this size."""
+    """The eviction rule for blocks of this size."""
     check_budget_of_blocks(settings, block_size)
     return Rule(
         settings.kv_budget, settings.divide_length, settings.window, block_size, settings.protect_prefill,
@@ -136,20 +136,20 @@ def rule_of(settings: RuntimeSettings, block_size: int) -> Rule:
 
 
 def build_evictor(scheduler: Any, settings: RuntimeSettings) -> Evictor:
-    """The evictor of a scheduler that has just been made. Raises TriAttentionError for one that cannot be served."""
+    """The evictor of a newly created scheduler. Raises TriAttentionError if its KV cache is not supported."""
     check_groups(scheduler.kv_cache_config)
     rule = rule_of(settings, scheduler.kv_cache_manager.coordinator.single_type_managers[0].block_size)
     _log.info(
-        "[TriAttention] a request of %d tokens in the KV cache is thinned to %d, in blocks of %d (%s)",
+        "[TriAttention] a request with %d tokens in the KV cache is compressed to %d, in blocks of %d (%s)",
         rule.kv_budget + rule.divide_length, rule.kv_budget, rule.block_size, settings.pruning_mode,
     )  # fmt: skip
     return Evictor(rule, counters())
 
 
 def build_compactor(runner: Any, settings: RuntimeSettings) -> Compactor:
-    """The compactor of a model runner whose KV cache has just been made.
+    """The compactor of a model runner whose KV cache has just been created.
 
-    Raises TriAttentionError for a cache or a model that is not what the statistics and the plugin need.
+    Raises TriAttentionError if the cache or the model does not match the statistics or is not supported.
     """
     from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -165,12 +165,12 @@ def build_compactor(runner: Any, settings: RuntimeSettings) -> Compactor:
     layers = layers_in_order(runner.compilation_config.static_forward_context, group.layer_names)
     if len(layers) != live.num_layers:
         raise TriAttentionError(
-            f"this worker has {len(layers)} of the {live.num_layers} layers, and keep sets need them all; "
+            f"this worker has {len(layers)} of the {live.num_layers} layers, but keep sets need all of them; "
             "use --pipeline-parallel-size 1"
         )
     cache, most = layers[0].kv_cache, 2 * layers[0].num_kv_heads * layers[0].head_size * runner.max_model_len
     if most >= 2**31:
-        _cannot(f"{runner.max_model_len} tokens of {most} cached elements a layer", "give a smaller --max-model-len")
+        _cannot(f"{runner.max_model_len} tokens with {most} cached elements per layer", "lower --max-model-len")
     options = TriAttentionConfig(
         None, None, cache.device, cache.dtype, settings.kv_budget, divide_length=settings.divide_length,
         score_aggregation=settings.sparse_score_aggregation, normalize_scores=settings.sparse_normalize_scores,
@@ -181,19 +181,19 @@ def build_compactor(runner: Any, settings: RuntimeSettings) -> Compactor:
     ranks = runner.parallel_config.tensor_parallel_size
     scorer.score_only(rank_rows(live.num_kv_heads, live.num_query_heads, get_tensor_model_parallel_rank(), ranks))
     rule = rule_of(settings, group.kv_cache_spec.block_size)
-    _log.info("[TriAttention] keys are scored with the statistics %s", calibrated.source)
+    _log.info("[TriAttention] keys are scored with the statistics in %s", calibrated.source)
     return Compactor(layers, config.num_blocks, scorer, rule, counters(), log_decisions=settings.log_decisions)
 
 
 def rank_rows(n_kv_heads: int, n_query_heads: int, rank: int, n_ranks: int) -> slice:
     """The query heads that read the KV heads of one tensor-parallel rank.
 
-    With more ranks than KV heads, several ranks hold the same one; each scores it with all of its query heads, so that
-    they agree. Raises TriAttentionError where the KV heads cannot be dealt out, nor repeated.
+    With more ranks than KV heads, several ranks hold the same KV head; each scores it with all of its query heads, so
+    that they agree. Raises TriAttentionError if neither of the two numbers is a multiple of the other.
     """
     if n_kv_heads % n_ranks and n_ranks % n_kv_heads:
         raise TriAttentionError(
-            f"--tensor-parallel-size {n_ranks} cannot share out statistics of {n_kv_heads} KV heads; use a size that "
+            f"--tensor-parallel-size {n_ranks} cannot split statistics of {n_kv_heads} KV heads; use a size that "
             f"divides {n_kv_heads}"
         )
     first, count = rank * n_kv_heads // n_ranks, max(1, n_kv_heads // n_ranks)
@@ -202,7 +202,7 @@ def rank_rows(n_kv_heads: int, n_query_heads: int, rank: int, n_ranks: int) -> s
 
 
 def layers_in_order(context: Any, names: Iterable[str]) -> list[Any]:
-    """The attention layers of these names, first layer first. Raises TriAttentionError for two of one number."""
+    """The attention layers with these names, in layer order. Raises TriAttentionError for two with the same number."""
     numbered: dict[int, Any] = {}
     for name in names:
         number = int(re.search(r"\.(\d+)\.", name)[1])
@@ -213,13 +213,13 @@ def layers_in_order(context: Any, names: Iterable[str]) -> list[Any]:
 
 
 def check_rotary(model: Any, live: Architecture) -> None:
-    """Raise TriAttentionError unless the rotary tables that vLLM made are those of the statistics' omega."""
+    """Raise TriAttentionError unless vLLM's rotary tables match the omega of the statistics."""
     import torch
 
     tables = [
         (name, module, getattr(module, kept))
         for name, module in model.named_modules()
-        # longrope keeps the table of short sequences first in the second one, and longer ones are refused
+        # longrope's second table starts with that of short sequences; longer sequences are refused
         for kept in ("cos_sin_cache", "long_short_cos_sin_cache")
         if getattr(module, kept, None) is not None
     ]
@@ -233,6 +233,6 @@ def check_rotary(model: Any, live: Architecture) -> None:
         off = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
         if off > _ROTARY_ERROR * max(1.0, live.attention_scaling) or style != live.rope_style:
             raise TriAttentionError(
-                f"{name} of vLLM rotates otherwise ({style}, off by {off:.3g} at position {_ROTARY_POSITION}) than the "
-                f"statistics say ({live.rope_style}); calibrate this model, or set {SWITCH}=0"
+                f"{name} of vLLM rotates differently ({style}, off by {off:.3g} at position {_ROTARY_POSITION}) from "
+                f"the statistics ({live.rope_style}); calibrate this model, or set {SWITCH}=0"
             )

@@ -1,7 +1,7 @@
-"""Notes which files of some directories a process opens: the interpreter of every child of a run imports this first.
+"""Logs which files of some directories a process opens: the interpreter of every child of a run imports this first.
 
-``verify/record/grounds.py`` puts this directory on PYTHONPATH, with the file to write to and the directories to watch
-in two variables. A server that is killed has no end at which it could tell, so each file is a line at once.
+``verify/record/grounds.py`` puts this directory on PYTHONPATH, and sets two variables to the log file and the watched
+directories. Each file is logged at once, because a server that is killed cannot write a list at its end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def follow(log: str, places: tuple[str, ...]) -> None:
         if not isinstance(path, str) or not os.path.abspath(path).startswith(places):
             return
         seen.add(path)
-        # opened anew each time: a descriptor kept open may be another file's by now
+        # opened each time: a descriptor kept open could meanwhile refer to another file
         with suppress(OSError):
             descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             os.write(descriptor, f"{os.path.abspath(path)}\n".encode())
@@ -36,15 +36,14 @@ def follow(log: str, places: tuple[str, ...]) -> None:
 
 
 def _unnoticed() -> set[int]:
-    """The threads that read for a digest; kept where the copies of this module in a process share it."""
-    if not hasattr(sys, "_verify_unnoticed"):
-        sys._verify_unnoticed = set()
-    return sys._verify_unnoticed
+    """The threads that read for a digest; stored in ``sys``, which all copies of this module in a process share."""
+    threads: set[int] = vars(sys).setdefault("_verify_unnoticed", set())
+    return threads
 
 
 @contextmanager
 def unnoticed() -> Iterator[None]:
-    """What this thread opens meanwhile is not noted: a file that is only digested changes no result."""
+    """Inside, files that this thread opens are not logged: a file that is only digested changes no result."""
     _unnoticed().add(threading.get_ident())
     try:
         yield

@@ -1,4 +1,4 @@
-"""The pages, one function each, and the folder that they make."""
+"""The pages of the site, one function each, and the folder they are written to."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from verify.record.digest import instrument_sha256
 from verify.record.index import Point
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
-from verify.report.matrix import compiled_words
+from verify.report.matrix import compiled_words, headline
 from verify.report.site import charts
 from verify.report.site.page import Frame
 from verify.report.site.runs import Notes, Past, write_runs
-from verify.report.site.view import Column, across, headline, lines
+from verify.report.site.view import Column, across, lines
 
 _STATIC = Path(__file__).parent / "static"
 
-#: What the chart of a check's page shows of the past: the newest records of the tightest targets.
+#: The history in the chart of a check's page: how many of the newest records, of how many of the tightest targets.
 CHARTED, _TIGHTEST = 12, 5
 
-#: The processes beside, which take 170 MiB each, and how many runs are worth one: it takes half a second to start.
+#: The worker processes, of 170 MiB each, and how many runs are worth one: it takes half a second to start.
 _PROCESSES, _WORTH = 2, 50
 
 
 @dataclass
 class Site:
-    """Everything that the pages are made from.
+    """The data of the pages.
 
-    ``heads`` are the records without results, newest first, and ``files`` what they are read from in full.
-    ``homes`` are the folders that runs may have left logs in. ``points`` are the results of the newest records of each
-    target, oldest first, for the charts of headroom.
+    ``heads`` are the records without results, newest first, and ``files`` the files of the full records. ``homes`` are
+    the folders in which runs may have left logs. ``points`` are the results of the newest records of each target,
+    oldest first, for the charts of headroom.
     """
 
     assessments: Sequence[Assessment]
@@ -65,23 +65,23 @@ class Site:
 
     @cached_property
     def families(self) -> dict[str, CheckSpec]:
-        """By name, in the order of the matrix on a terminal."""
+        """The families of checks by name, in the order of the terminal's matrix."""
         specs = {check.spec.family: check.spec for check in self.checks}
         return {family: specs[family] for family in dict.fromkeys(f for column in self.columns for f in column.rows)}
 
 
 def build(site: Site, out: Path) -> int:
-    """Make the folder ``out`` anew, whole or not at all, and return how many pages it has.
+    """Replace the folder ``out``, completely or not at all, and return its number of pages.
 
-    Raises ConfigurationError where ``out`` is a file, a folder with anything but a site in it, or cannot be made.
+    Raises ConfigurationError if ``out`` is a file, a folder with anything but a site in it, or cannot be created.
     """
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "site.css").is_file())):
-        raise ConfigurationError(f"--out {out} holds something else than a site; name a new folder or an empty one")
+        raise ConfigurationError(f"--out {out} holds something other than a site; name a new or an empty folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
     except OSError as error:
-        raise ConfigurationError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from error
+        raise ConfigurationError(f"--out {out} cannot be created ({error.strerror}); choose another folder") from error
     with scratch as folder:
         made, old = Path(folder, "new"), Path(folder, "old")
         shutil.copytree(_STATIC, made)
@@ -99,8 +99,8 @@ def build(site: Site, out: Path) -> int:
 
 @contextmanager
 def _processes() -> Iterator[Executor]:
-    """Processes beside this one, which end when it is interrupted."""
-    # a key of the terminal interrupts them too, and this one speaks for all
+    """Worker processes, which end when this one is interrupted."""
+    # Ctrl-C interrupts them too, but only this process reports it
     pool = ProcessPoolExecutor(_PROCESSES, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield pool
@@ -113,9 +113,9 @@ def _processes() -> Iterator[Executor]:
 
 
 def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tuple[str, str]]:
-    """The file name and the text of every page but those of the runs, which are written into ``made``.
+    """The file name and the text of every page except those of the runs, which are written into ``made``.
 
-    Most of the work is in those and in drawing, which holds Python's lock: both are done ``beside``.
+    Most of the work is in those and in drawing charts, which holds the GIL: both are done by ``beside``.
     """
     frame = Frame(len(site.heads), site.heads[0] if site.heads else None, site.unreadable)
     write = partial(write_runs, frame, frozenset(site.families), homes=site.homes, made=made / "run", out=out / "run")
@@ -124,7 +124,7 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     trends = {
         family: beside.submit(charts.over_time, trend, "headroom", log=True) for family, trend in _trends(site).items()
     }
-    page = frame.renderer(columns=site.columns, families=site.families, headline=headline(site.columns))
+    page = frame.renderer(columns=site.columns, families=site.families, headline=headline(site.assessments))
     yield "index.html", page("matrix.html", **_matrix(site))
     yield "catalogue.html", page("catalogue.html", by_phase=_by_phase(site), ids=_ids(site))
     yield "resources.html", page("resources.html", **_resources(site))
@@ -157,7 +157,7 @@ def _matrix(site: Site) -> dict[str, Any]:
 
 
 def _versions(columns: Sequence[Column]) -> dict[str, list[str]]:
-    """What each target's newest record was made with, by the name of the software."""
+    """The versions in each target's newest record, by the name of the software."""
     found: dict[str, list[str]] = {"driver": [], "torch": [], "triton": [], "ptxas": []}
     for column in columns:
         record, compilation = column.newest, column.assessment.compilation
@@ -198,12 +198,12 @@ def _gpu(column: Column, site: Site) -> dict[str, Any]:
         "runs": runs,
         "builds": assessment.compilation.builds if assessment.compilation else [],
         "build_name": charts.build_name,
-        "curves": [(cell.result, charts.plot(cell.result.curves)) for cell in assessment.with_curves],
+        "curves": [(cell.outcome, charts.plot(cell.outcome.curves)) for cell in assessment.with_curves],
     }
 
 
 def _absent(column: Column, site: Site) -> list[tuple[CheckSpec, int]]:
-    """The families with checks that have no result on the target, and how many these are."""
+    """The families that have checks without a result on the target, and how many."""
     absent = Counter(cell.check.spec.family for cell in column.assessment.cells if cell.result is None)
     return [(site.families[family], number) for family, number in absent.items()]
 
@@ -226,11 +226,11 @@ def _check(family: str, site: Site, noted: Mapping[str, Sequence[Past]]) -> dict
 
 
 def _trends(site: Site) -> dict[str, list[dict[str, Any]]]:
-    """By family, the least headroom of each record of the targets that a chart of it shows, oldest first."""
+    """By family, the least headroom in each record of the targets that its chart shows, oldest first."""
     least: dict[str, dict[str, dict[str, Any]]] = {}
     for one in site.points:
         family, room = one.id.rpartition(".")[0], 1 / one.share if one.share else math.inf
-        if family in site.families and 0 < room < math.inf:  # a log scale has no other
+        if family in site.families and 0 < room < math.inf:  # a log scale cannot show others
             of_runs = least.setdefault(family, {})
             point = {"time": one.time_utc, "target": one.target, "value": room, "allowed": 1}
             of_runs[one.run_id] = min(of_runs.get(one.run_id, point), point, key=itemgetter("value"))
@@ -239,7 +239,7 @@ def _trends(site: Site) -> dict[str, list[dict[str, Any]]]:
 
 
 def _tightest(trend: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points of the targets that came closest to what is allowed, of those with more than one."""
+    """The points of the targets that came closest to the bound, among targets with more than one point."""
     number = Counter(point["target"] for point in trend)
     least: dict[str, float] = {}
     for point in trend:
@@ -278,8 +278,8 @@ def _cell(build: Any, metric: str) -> str:
 
 
 def _latency(site: Site, notes: Notes) -> dict[str, Any]:
-    """The measurements of phase 8, and of any check in a unit of time, by family and name."""
-    shown = [
+    """The measurements of phase 8, and those of any other check in a unit of time, by check and name."""
+    shown: list[dict[str, Any]] = [
         {"id": key[0], "name": key[1], "unit": key[2], "points": points[-1:], "number": len(points)}
         | {"chart": charts.over_time(points[-CHARTED * len(site.columns) :], key[2] or key[1])}
         for key, points in notes.times.items()
@@ -293,7 +293,7 @@ def _latency(site: Site, notes: Notes) -> dict[str, Any]:
 
 
 def _faults(folder: Path) -> dict[str, Any]:
-    """The kill matrices of ``folder`` by name, and a sentence for each file that is none."""
+    """The kill matrices of ``folder`` by name, and a sentence for each file that is not one."""
     matrices, wrong = {}, []
     for path in sorted(folder.glob("*.json")):
         try:

@@ -1,4 +1,4 @@
-"""The charts of the pages: Vega-Lite specifications, drawn as SVG whose colours are the style sheet's."""
+"""The charts of the pages: Vega-Lite specifications, drawn as SVG with the colours of the style sheet."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CONFIG: Mapping[str, Any] = {
     "header": {"labelColor": "var(--muted)", "labelFontSize": 10, "title": None, "labelLimit": 0},
 }
 
-#: What a chart of builds can show, by the title of its axis.
+#: The metrics of a chart of builds, with the titles of its axis.
 METRICS = {
     "registers": "registers per thread",
     "instructions": "warp instructions per key",
@@ -42,12 +42,12 @@ METRICS = {
 
 
 def draw(specification: Mapping[str, Any]) -> Markup:
-    """The SVG of a Vega-Lite specification, to be put into a page as it is: Vega escapes the texts in it."""
+    """The SVG of a Vega-Lite specification, to be inserted into a page unescaped: Vega escapes the texts in it."""
     import vl_convert
 
     schema = {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
     svg = vl_convert.vegalite_to_svg({**schema, "config": _CONFIG, **specification})
-    # the page labels a chart as one image, in which Vega's roles are images without a name
+    # the page labels a chart as one image; Vega's roles would add images without a name
     return Markup(re.sub(r' (?:role|aria-[a-z]+)="[^"]*"', "", svg))
 
 
@@ -76,7 +76,7 @@ def plot(curves: Sequence[Curve], width: int = 560, height: int = 220) -> Markup
 
 
 def spread(compilations: Iterable[Compilation], metric: str) -> Markup:
-    """A metric of every build by architecture: a dot each, over the range they span."""
+    """A metric of every build by architecture: a dot for each build, and a line over their range."""
     values = [
         {"gpu": str(one.sm), "value": value}
         for one in compilations
@@ -110,7 +110,7 @@ def spread(compilations: Iterable[Compilation], metric: str) -> Markup:
 
 
 def multiples(compilations: Sequence[Compilation], metric: str) -> Markup:
-    """A metric of each variant over the architectures, a small chart per variant on one scale."""
+    """A metric of each variant over the architectures: a small chart per variant, all on one scale."""
     values = [
         {"gpu": str(one.sm), "value": value, "build": build_name(build)}
         for one in compilations
@@ -146,7 +146,7 @@ def multiples(compilations: Sequence[Compilation], metric: str) -> Markup:
 
 
 def over_time(values: Sequence[Mapping[str, Any]], unit: str, *, log: bool = False) -> Markup:
-    """Measurements by time, a small chart per target, with what was allowed as a dashed line.
+    """Measurements over time, a small chart per target, with the allowed value as a dashed line.
 
     ``values`` have ``time`` (RFC 3339), ``target``, ``value`` and ``allowed``, which may be None.
     """
@@ -160,7 +160,7 @@ def over_time(values: Sequence[Mapping[str, Any]], unit: str, *, log: bool = Fal
     up = {"type": "quantitative", "title": unit, "scale": scale, "axis": {"tickCount": 3, "labelFontSize": 9}}
     line = {"type": "line", "color": "var(--series-1)", "strokeWidth": 1.5, "point": {"size": 16}}
     limit = {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3], "color": "var(--bad)"}
-    layers = [{"mark": line, "encoding": {"x": when, "y": {"field": "value", **up}}}]
+    layers: list[dict[str, object]] = [{"mark": line, "encoding": {"x": when, "y": {"field": "value", **up}}}]
     if any(value["allowed"] is not None for value in values):
         layers.append({"mark": limit, "encoding": {"x": when, "y": {"field": "allowed", **up}}})
     return draw(
@@ -175,7 +175,7 @@ def over_time(values: Sequence[Mapping[str, Any]], unit: str, *, log: bool = Fal
 
 
 def number(build: Build, metric: str) -> float | None:
-    """One of ``METRICS`` of a build; None where the build has no such number."""
+    """One of the ``METRICS`` of a build; None if the build does not have it."""
     used = build.resources
     if used is None:
         return None

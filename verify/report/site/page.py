@@ -1,4 +1,4 @@
-"""How a template becomes a page: what every page says, and what its template can ask for."""
+"""Renders templates to pages: the content common to all pages, and the names available to a template."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from verify.report.site.view import SHAPES, Bar, page_name
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around every page: how many records there are, the newest of them, and those that do not count."""
+    """The frame of every page: the number of records, the newest one, and a sentence for each unreadable one."""
 
     records: int
     newest: Record | None
     unreadable: Sequence[str]
 
     def renderer(self, **common: Any) -> Callable[..., str]:
-        """What makes the text of a page of a template's name, the way to the site's root, and the facts it tells.
+        """A function from a template's name, the relative path to the site's root, and the page's data to its text.
 
-        Every page knows ``common``, too.
+        ``common`` is available to every page.
         """
         environment = Environment(
             loader=PackageLoader("verify.report.site"),
@@ -49,7 +49,8 @@ class Frame:
             "unreadable": self.unreadable,
             **common,
         }
-        row_start = cache(environment.get_template("macros.html").module.row_start)
+        macros = environment.get_template("macros.html").module
+        row_start = cache(macros.row_start)  # type: ignore[attr-defined]  # a macro, which the template defines
         environment.globals["start_of"] = lambda line, root: row_start(*line.start, root)
 
         def page(template: str, root: str = "", **facts: Any) -> str:

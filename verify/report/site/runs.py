@@ -1,4 +1,4 @@
-"""The page of each run, and what the pages of several runs show of it: made by processes beside, some runs each."""
+"""The page of each run, and its contribution to other pages; worker processes make them, several runs each."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from verify.report.site import charts
 from verify.report.site.page import Frame
 from verify.report.site.view import lines, page_name
 
-#: How many of its last results a check's page shows.
+#: The number of last results on a check's page.
 LAST = 12
 
-#: Files of a run that its page points at.
+#: Files of a run that its page links to.
 _LOGS = ("*.log", "events.jsonl")
 
-#: Units of time: what has one is shown with the latencies.
+#: Units of time: measurements in these are shown with the latencies.
 _TIMES = frozenset({"s", "ms", "us", "ns"})
 
 
 class Past(NamedTuple):
-    """A result, and where and when it was had."""
+    """A result, with its run, time and target."""
 
     run_id: str
     time_utc: str
@@ -37,9 +37,9 @@ class Past(NamedTuple):
 
 @dataclass
 class Notes:
-    """What the pages of several runs show of them; the runs are taken newest first."""
+    """What pages about several runs show; runs are added newest first."""
 
-    #: The number of results by verdict of each, by its id.
+    #: By run id, the number of results by verdict.
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     #: The last results of each family, newest first.
     past: dict[str, list[Past]] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Notes:
     codes: Counter[str] = field(default_factory=Counter)
 
     def add(self, older: Notes) -> None:
-        """Go on with runs that are older than all that were taken."""
+        """Add runs that are older than all that were added before."""
         self.counts |= older.counts
         for family, members in older.past.items():
             own = self.past.setdefault(family, [])
@@ -62,10 +62,10 @@ class Notes:
 def write_runs(
     frame: Frame, families: Set[str], files: Sequence[Path], *, homes: Sequence[Path], made: Path, out: Path
 ) -> Notes:
-    """Write the page of each run of ``files``, newest first, into ``made``, which will be ``out``.
+    """Write the page of each run in ``files``, newest first, into ``made``, which is renamed to ``out`` later.
 
-    ``families`` are the checks that have a page, and ``homes`` the folders that runs may have left logs in. Returns
-    what the other pages show. Raises ConfigurationError for a record that changed since it was counted.
+    ``families`` are the checks that have a page; ``homes`` are the folders in which runs may have left logs. Returns
+    what the other pages show. Raises ConfigurationError for a record that can no longer be read.
     """
     page, notes = frame.renderer(), Notes()
     for path in files:
@@ -103,7 +103,7 @@ def _noted(record: Record, families: Set[str]) -> Notes:
 
 
 def _logs(record: Record, homes: Sequence[Path], out: Path) -> list[tuple[str, str]]:
-    """The name of each log that the run left behind, and the way there from its page in ``out``."""
+    """The name of each log that the run left, and its path relative to the run's page in ``out``."""
     if Path(record.run_id).name != record.run_id:
         return []
     kept = [path for home in homes for pattern in _LOGS for path in sorted((home / record.run_id).glob(pattern))]

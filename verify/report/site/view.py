@@ -1,48 +1,47 @@
-"""What the pages show: assessments as marks, results as lines, and the sentences above them."""
+"""The content of the pages: assessments as marks, results as lines, and the sentences above them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from verify.architectures import EMULATED, Architecture, Target
+from verify.architectures import Architecture, Target
 from verify.record.schema import FAILING, CheckResult, Measurement, Record, Verdict
-from verify.record.verdict import Assessment, TargetVerdict
-from verify.report.matrix import COMPILED, Row, bound, headroom, rows, stale_of
+from verify.record.verdict import Assessment
+from verify.report.matrix import COMPILED, Row, bound, headroom, listed, rows, stale_of
 
 #: The shapes of evidence, best first; ``none`` is a dash.
 SHAPES = ("hardware", "compiled", "emulated")
 
 STALE = "STALE"
 
-#: The share of a bar that stands for what is allowed, and the powers of ten below it.
+#: The share of a bar's width at which the allowed value is, and the number of decades below it.
 _LIMIT, _DECADES = 0.8, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One cell: the ``shape`` of its evidence, the ``tone`` and ``word`` of how it ended, a short ``note``."""
+    """One cell: the ``shape`` of its evidence, the ``tone`` and ``word`` of its verdict, a short ``note``."""
 
     shape: str
     tone: str
     word: str
     note: str = ""
-    anchor: str = ""  #: where a target's page tells of it
+    anchor: str = ""  #: its place on the target's page
 
     @property
     def told(self) -> str:
-        """The cell in words, for whoever sees no shape."""
+        """The cell in words, for readers who cannot see the shape."""
         evidence = "no evidence" if self.shape == "none" else f"{self.shape} evidence"
         return ", ".join(filter(None, (self.word, evidence, self.note)))
 
 
 def tone_of(word: str, shape: str) -> str:
-    """How a verdict is coloured; only a pass on hardware is green."""
+    """The tone, which decides the colour, of a verdict; only a pass on hardware is green."""
     if word in FAILING:
         return "fail"
     if word == STALE:
@@ -80,7 +79,7 @@ class Column:
 
     @property
     def newest(self) -> Record | None:
-        """The newest run, or compilation where nothing ran."""
+        """The newest run, or the newest compilation if nothing ran."""
         used = self.assessment.used
         return next((record for record in used if not record.ahead_of_time), used[0] if used else None)
 
@@ -93,7 +92,7 @@ class Column:
         return {cell.check.id: Row(cell.check.spec, (cell,)) for cell in self.assessment.cells}
 
     def of_family(self, family: str) -> Mark | None:
-        """The mark of a family of checks, None where it does not apply to the target."""
+        """The mark of a family of checks; None if it does not apply to the target."""
         return self._mark(self.rows[family]) if family in self.rows else None
 
     def of_check(self, check_id: str) -> Mark | None:
@@ -103,7 +102,7 @@ class Column:
         shape = next((shape for shape in SHAPES if shape in row.evidence.split("+")), "none")
         anchor = next((cell.check.id for cell in row.cells if cell.result), row.spec.family)
         if (before := stale_of(row)) is not None:
-            return Mark(before.stale.evidence, "stale", STALE, f"was {before.stale.verdict}", anchor)
+            return Mark(before.evidence, "stale", STALE, f"was {before.verdict}", anchor)
         if len(row.cells) > 1 and "/" in row.verdict:
             note = row.verdict.split()[-1]
         else:
@@ -116,7 +115,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A measurement on a log scale, as percent of the width; what is allowed stands at ``LIMIT`` of it."""
+    """A measurement on a log scale, in percent of the width; the allowed value is at ``_LIMIT`` of the width."""
 
     text: str
     headroom: str
@@ -138,7 +137,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One result, as a row of a table; ``known`` is whether the suite has its check."""
+    """One result as a row of a table; ``known`` says whether the suite has its check."""
 
     result: CheckResult
     word: str
@@ -158,14 +157,14 @@ class Line:
 
     @property
     def start(self) -> tuple[str | bool, ...]:
-        """What its row says before it comes to numbers."""
+        """The content of its row before the numbers."""
         result, family = self.result, self.result.id.rpartition(".")[0]
         note = result.code or result.by or ""
         return result.id, family, result.gate, self.word, note, self.shape, self.tone, self.known
 
 
 def lines(results: Iterable[CheckResult], families: Container[str], column: Column | None = None) -> list[Line]:
-    """The rows of ``results``, as they count for the target of ``column`` where there is one."""
+    """The rows of ``results``, with the verdicts for the target of ``column`` if given."""
     found = []
     for result in results:
         shape = "none" if result.verdict in (Verdict.SKIP, Verdict.BLOCKED) else result.evidence
@@ -177,55 +176,26 @@ def lines(results: Iterable[CheckResult], families: Container[str], column: Colu
     return found
 
 
-def headline(columns: Sequence[Column]) -> str:
-    """The sentence at the top: what is verified, what failed, what was only compiled."""
-    gpus = [column for column in columns if column.target is not EMULATED]
-    by_verdict = Counter(column.assessment.verdict for column in gpus)
-    verified = [column.name for column in gpus if column.assessment.verdict is TargetVerdict.VERIFIED]
-    failed = [column.name for column in gpus if column.assessment.verdict is TargetVerdict.FAILED]
-    if verified:
-        told = [f"{_named(verified)} {'is' if len(verified) == 1 else 'are'} verified"]
-    else:
-        told = ["No GPU has been verified"]
-    if failed:
-        told.append(f"{_named(failed)} failed")
-    if by_verdict[TargetVerdict.INFRA]:
-        told.append(f"{by_verdict[TargetVerdict.INFRA]} could not be judged")
-    known = [(column.name, column.assessment.compilation) for column in gpus]
-    built = sum(one is not None and not one.gap and bool(one.builds) for _, one in known)
-    gaps = [name for name, one in known if one is not None and one.gap]
-    if built:
-        told.append(f"{built} of {len(gpus)} have kernels that compile")
-    if gaps:
-        told.append(f"for {_named(gaps)} no toolchain here builds anything")
-    return "; ".join(told) + "."
-
-
 def across(marks: Mapping[str, Mark | None]) -> str:
-    """What the targets say about one check, such as that it fails on one of them only."""
+    """The results of one check on all targets in a sentence, such as that it fails only on one."""
     told = {name: mark for name, mark in marks.items() if mark is not None}
     failing = [name for name, mark in told.items() if mark.tone == "fail"]
     passing = [name for name, mark in told.items() if mark.tone in ("pass", "emulated")]
     compiled = [name for name, mark in told.items() if mark.tone == "compiled"]
     parts = []
     if failing:
-        parts.append(f"fails {'only ' if len(failing) == 1 and passing else ''}on {_named(failing)}")
+        parts.append(f"fails {'only ' if len(failing) == 1 and passing else ''}on {listed(failing)}")
     if passing:
-        parts.append(f"passes on {_named(passing)}")
+        parts.append(f"passes on {listed(passing)}")
     elif failing:
         parts.append("passes nowhere")
     if compiled:
-        parts.append(f"compiled for {_named(compiled)}, which {'has' if len(compiled) == 1 else 'have'} yet to run it")
-    sentence = "; ".join(parts) or "no target has a result that counts"
+        parts.append(f"compiled for {listed(compiled)}, which {'has' if len(compiled) == 1 else 'have'} not run it")
+    sentence = "; ".join(parts) or "no target has a valid result"
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def page_name(text: str) -> str:
-    """``text`` as a file name; what had to be replaced is told apart by a digest."""
+    """``text`` as a file name; a digest keeps names apart in which characters had to be replaced."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip(".")[:80]
     return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _named(names: Sequence[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last

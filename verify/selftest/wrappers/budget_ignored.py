@@ -1,4 +1,4 @@
-"""The patch takes any budget, and compresses at the usual one."""
+"""The patch accepts any budget, but compresses at the default one."""
 
 from functools import wraps
 

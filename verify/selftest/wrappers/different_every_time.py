@@ -1,4 +1,4 @@
-"""Every third call is off by one unit in the last place at one key, as a race or an atomic sum would be."""
+"""Every third call is off by one unit in the last place at one key, as after a race or an atomic sum."""
 
 from functools import wraps
 from itertools import count

@@ -1,4 +1,4 @@
-"""disable_mlr is accepted, and does nothing."""
+"""disable_mlr is accepted, but does nothing."""
 
 from functools import wraps
 

@@ -1,4 +1,4 @@
-"""A table gives the row before the one that was asked for, as an index that counts from 0 does."""
+"""A table returns the row before the requested one, as an index that counts from 0 would."""
 
 from functools import wraps
 

@@ -1,4 +1,4 @@
-"""The Triton entry point answers with the subject's own PyTorch path."""
+"""The Triton entry point returns the scores of the subject's own PyTorch path."""
 
 from functools import wraps
 from importlib import import_module

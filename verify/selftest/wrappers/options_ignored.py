@@ -1,4 +1,4 @@
-"""One option of the patch is accepted, and its default is used."""
+"""One option of the patch is accepted, but its default is used."""
 
 from functools import wraps
 

@@ -1,4 +1,4 @@
-"""Scores that went through bf16 on their way."""
+"""Scores are rounded to bf16 on their way."""
 
 from functools import wraps
 

@@ -1,4 +1,4 @@
-"""Scores are kept by the shape of the keys, and served again for any keys of that shape."""
+"""Scores are cached by the shape of the keys, and returned for any keys of that shape."""
 
 from functools import wraps
 

@@ -79,8 +79,8 @@ def test_a_bound_that_whole_warps_pass_or_miss_is_counted_for_each(warp: int, st
     [
         (("LDG.E R4, desc[UR4][R2.64]", "ISETP.NE.AND P0, PT, R4, RZ, PT", "@P0 BRA 0x0", "EXIT"), "BRA at 0x20"),
         (("LDG.E R4, desc[UR4][R2.64]", "ISETP.NE.AND P0, PT, R4, RZ, PT", "@P0 EXIT", "EXIT"), "EXIT at 0x20"),
-        (("BRX R4 -0x10", "EXIT"), "BRX at 0x0 goes to a place that is computed"),
-        (("RET", "EXIT"), "RET at 0x0 does not say where it goes"),
+        (("BRX R4 -0x10", "EXIT"), "BRX at 0x0 goes to a computed address"),
+        (("RET", "EXIT"), "RET at 0x0 has no target"),
         # what differs between the threads of a warp
         (("S2R R4, SR_TID.X", "ISETP.NE.AND P0, PT, R4, RZ, PT", "@P0 BRA 0x30", "EXIT"), "BRA at 0x20"),
         (("S2R R4, SR_LANEID", "LOP3.LUT P0, RZ, R4, 0x10, RZ, 0xc0, !PT", "@P0 EXIT", "EXIT"), "EXIT at 0x20"),

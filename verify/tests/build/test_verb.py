@@ -105,7 +105,8 @@ def test_records_and_reports_of_what_was_built(tmp_path: Path) -> None:
         verify("compile", "--sm", "120", "--subject", str(tmp_path / "theirs"), "--out", str(out))
         (newest,) = set(out.iterdir()) - before
         (compared,) = [one for one in read_record(newest / "sm120.json").results if one.id == "p3.resources.registers"]
-        assert (compared.verdict, {one.measured for one in compared.measurements}) == ("PASS", {1.0})
+        grown = {one.measured * resources.GROWTH_ALLOWED / one.allowed for one in compared.measurements}
+        assert (compared.verdict, grown) == ("PASS", {1.0})
 
 
 def test_a_kernel_that_does_not_build_is_exit_1_and_told(tmp_path: Path) -> None:
@@ -136,10 +137,10 @@ def test_where_nothing_can_be_built_nothing_is_known(tmp_path: Path, sm: str, bo
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--sm", "101"], "sm101 was renamed sm110"),
-        (["--sm", "84"], "'84' is no GPU architecture"),
-        (["--sm", "90-80"], "runs backwards; write 80-90"),
-        (["--sm", "emulated"], "emulated is no GPU"),
+        (["--sm", "101"], "sm101 was renamed to sm110"),
+        (["--sm", "84"], "'84' is not a GPU architecture"),
+        (["--sm", "90-80"], "is reversed; write 80-90"),
+        (["--sm", "emulated"], "emulated, which is not a GPU"),
         (["--kernels", "a,,b"], "has an empty name"),
         (["--jobs", "0"], "--jobs 0 builds nothing"),
         (["--timeout", "0"], "--timeout 0 is out of range"),
@@ -155,7 +156,7 @@ def test_what_cannot_be_asked_is_one_sentence_and_exit_3(arguments: list[str], s
 
 def test_every_architecture_as_another_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_OVERRIDE_ARCH", "sm90")
-    with pytest.raises(ConfigurationError, match="TRITON_OVERRIDE_ARCH=sm90 would have"):
+    with pytest.raises(ConfigurationError, match="TRITON_OVERRIDE_ARCH=sm90 would build"):
         prepare()
 
 
@@ -274,7 +275,8 @@ def test_the_earlier_records_are_read_once_for_all_gpus(tmp_path: Path, monkeypa
     found = [compiled(f"sm{sm}").compilation for sm in (80, 90, 120)]
     what = Order(subject, parse_targets("80,90,120"), DEFAULT)
     assert len(records_of(what, subject.info(), found, "compile", tmp_path, REPOSITORY, [])) == 3
-    assert len(read) == 3
+    # the published ones, and those of this machine with those below --out
+    assert len(read) == 2
 
 
 def test_on_a_gpu_resources_are_measured_or_skipped() -> None:

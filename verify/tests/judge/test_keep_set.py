@@ -62,7 +62,7 @@ def test_sets_that_should_be_shared_and_are_not_are_named() -> None:
     assert sets_of(kept, "per_head").tolist() == kept[0].tolist()
     assert sets_of(kept, "per_layer_per_head").shape == (6, 5)
     with pytest.raises(
-        AssertionError, match="layer 0, KV head 1 holds other tokens than those it shares its per_layer"
+        AssertionError, match="layer 0, KV head 1 holds other tokens than the rest of its per_layer set"
     ):
         sets_of(kept, "per_layer")
     kept[2, 0, :2] = [True, False]

@@ -22,7 +22,7 @@ def test_cuda_without_a_gpu_is_refused_and_auto_is_emulated(monkeypatch: pytest.
     monkeypatch.setattr(device, "_driver_installed", lambda: False)
     assert device.resolve("auto").name == "cpu"
     with pytest.raises(
-        ConfigurationError, match=r"^--device cuda is not to be had: .*; see `python -m verify doctor`$"
+        ConfigurationError, match=r"^--device cuda is not available: .*; see `python -m verify doctor`$"
     ):
         device.resolve("cuda")
     assert device.resolve("cpu").evidence == "emulated"

@@ -85,13 +85,13 @@ CHANGES: dict[str, tuple[Callable[[Json], object], str]] = {
     "absent": (lambda r: r["results"].pop(0), "p1.bf16.matmul: is must-pass on sm120 and has no result"),
     "family absent": (lambda r: r.update(results=r["results"][:3] + r["results"][5:]), "p4.oracle: 2 checks are must-"),
     "twice": (lambda r: r["results"].append(r["results"][0]), "p1.bf16.matmul: has 2 results"),
-    "unknown id": (lambda r: r["results"].append(r["results"][0] | {"id": "p4.gone.x"}), "p4.gone.x: is no check of"),
+    "unknown id": (lambda r: r["results"].append(r["results"][0] | {"id": "p4.gone.x"}), "p4.gone.x: is not a check"),
     "state": (lambda r: r.update(state="running"), "state is 'running'"),
     "future": (
         lambda r: r.update(time_utc="2099-01-01T00:00:00Z", run_id="20990101T000000Z-sm120-beef"),
         "2099-01-01T00:00:00Z is not between",
     ),
-    "run id": (lambda r: r.update(run_id="20261101T010000Z-sm120-beef"), "has another time than"),
+    "run id": (lambda r: r.update(run_id="20261101T010000Z-sm120-beef"), "does not have the time of"),
     "placeholder": (lambda r: r["environment"].update(vllm="unknown"), "vllm is 'unknown', which says nothing"),
     "blank": (lambda r: r["environment"].update(os=" "), "os is ' ', which says nothing"),
     "no torch": (lambda r: r["environment"].update(torch="not installed"), "torch is 'not installed'"),
@@ -104,9 +104,9 @@ CHANGES: dict[str, tuple[Callable[[Json], object], str]] = {
     "another GPU": (lambda r: r["environment"]["gpu"].update(sm=90), "but the GPU is Sample GPU 120 (sm90)"),
     "CPU build": (lambda r: r["environment"].update(torch="2.13.0+cpu"), "torch 2.13.0+cpu is a CPU build"),
     "digest": (lambda r: r["subject"].update(content_sha256="0" * 64), "content_sha256 '000"),
-    "gate": (lambda r: of(r, TABLE).update(gate="soft"), f"{TABLE}: gate is soft, the catalogue's is hard"),
+    "gate": (lambda r: of(r, TABLE).update(gate="soft"), f"{TABLE}: gate is soft, but the catalogue has hard"),
     "evidence": (lambda r: of(r, TABLE).update(evidence="emulated"), f"{TABLE}: evidence is emulated"),
-    "seed": (lambda r: of(r, TABLE).update(seed=1), f"{TABLE}: seed is 1, and seed 7 of the run makes it"),
+    "seed": (lambda r: of(r, TABLE).update(seed=1), f"{TABLE}: seed is 1, but seed 7 of the run makes it"),
     "run's seed": (lambda r: r.update(seed=8), f"{TABLE}: seed is"),
     "repeat": (lambda r: of(r, TABLE).update(repeat="python -m pytest"), f"{TABLE}: repeat is 'python -m pytest'"),
     "outside": (
@@ -114,7 +114,7 @@ CHANGES: dict[str, tuple[Callable[[Json], object], str]] = {
         f"{TABLE}: PASS, but error: measured 2 is outside the allowed 1e-06",
     ),
     "NaN": (lambda r: of(r, TABLE)["measurements"][0].update(measured="NaN"), "PASS, but error: measured nan is"),
-    "no bound": (lambda r: of(r, TABLE)["measurements"][0].update(allowed="Infinity"), "allowed inf, which is no"),
+    "no bound": (lambda r: of(r, TABLE)["measurements"][0].update(allowed="Infinity"), "allowed inf, which is not a"),
     "nothing measured": (lambda r: of(r, TABLE).update(measurements=[]), f"{TABLE}: PASS without a measurement"),
     "a failure turned round": (lambda r: of(r, TABLE).update(message="is wrong"), f"{TABLE}: PASS with a message"),
     "no message": (lambda r: of(r, TABLE).update(verdict="FAIL"), f"{TABLE}: FAIL without a message"),
@@ -127,16 +127,16 @@ CHANGES: dict[str, tuple[Callable[[Json], object], str]] = {
             verdict="FAIL", message="error: measured 2, allowed 1",
             measurements=[{"name": "error", "measured": 3, "allowed": 1}],
         ),
-        "but what failed is error: measured 3",
+        "but the failed measurement is error: measured 3",
     ),
     "no blocker": (
         lambda r: of(r, TABLE).update(verdict="BLOCKED", by="p1.bf16.matmul"),
         f"{TABLE}: BLOCKED by p1.bf16.matmul, which is PASS here",
     ),
     "skip": (lambda r: of(r, TABLE).update(verdict="SKIP", code="VRAM"), "SKIP(VRAM) counts as absent"),
-    "no GPU wanted": (lambda r: of(r, TABLE).update(verdict="SKIP", code="NO_GPU"), "of a check that needs none"),
+    "no GPU wanted": (lambda r: of(r, TABLE).update(verdict="SKIP", code="NO_GPU"), "of a check that needs no GPU"),
     "another model": (
-        lambda r: r.update(schema_version=2), "has schema version 2, and this suite reads 1; use the suite that wrote"
+        lambda r: r.update(schema_version=2), "has schema version 2, but this suite reads 1; use the suite that wrote"
     ),
 }  # fmt: skip
 
@@ -150,7 +150,7 @@ def test_one_change_is_one_named_problem(tmp_path: Path, name: str) -> None:
 
 def test_an_emulated_record_cannot_claim_hardware(tmp_path: Path) -> None:
     found = tampered(tmp_path, lambda r: of(r, TABLE).update(evidence="hardware"), "emulated")
-    assert f"{TABLE}: evidence is hardware, and a result of it in this record is emulated" in found
+    assert f"{TABLE}: evidence is hardware, but must be emulated in this record" in found
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"schema_version": 1}', "[]", "\x00\xff"])
@@ -172,7 +172,7 @@ def test_a_record_in_the_folder_of_another_gpu_is_a_problem(tmp_path: Path) -> N
     other = tmp_path / "sm90" / "record.json"
     other.parent.mkdir()
     made.rename(other)
-    assert problems(other) == [": target is sm120, but it lies in sm90"]
+    assert problems(other) == [": target is sm120, but its folder is sm90"]
 
 
 def test_several_records_are_merged_unless_they_contradict_each_other(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_several_records_are_merged_unless_they_contradict_each_other(tmp_path: 
     assert problems(*paths) == []
     assert "are must-pass on sm120 and have no result" in problems(paths[0])[0]
     again = write(whole.model_copy(update={"run_id": "20261101T000001Z-sm120-0123"}), tmp_path, "evidence")
-    assert any("more results that" in one for one in problems(*paths, again))
+    assert any("more results of" in one for one in problems(*paths, again))
     subject = whole.subject.model_copy(update={"content_sha256": SHA[::-1]})
     other = write(rest.model_copy(update={"subject": subject}), tmp_path, "runs")
     assert any("subject.content_sha256 is" in one and "cannot be merged" in one for one in problems(paths[0], other))
@@ -202,9 +202,9 @@ def test_the_run_beside_a_record_must_tell_the_same(tmp_path: Path) -> None:
     assert problems(path) == []
     of(whole, TABLE)["measurements"][0]["measured"] = 1e-9
     path.write_text(json.dumps(whole))
-    assert problems(path) == [f"{TABLE}: PASS is not what events.jsonl beside it has"]
+    assert problems(path) == [f"{TABLE}: the PASS result differs from its events.jsonl"]
     (path.parent / "run.json").write_text(json.dumps(manifest | {"instrument_sha256": SHA[::-1]}))
-    assert ": instrument_sha256 is not that of run.json beside it" in problems(path)
+    assert ": instrument_sha256 differs from its run.json" in problems(path)
 
 
 def test_the_published_records_have_no_problem_but_what_they_lack() -> None:
@@ -239,6 +239,6 @@ def test_the_verb_answers_in_words_json_and_exit_codes(tmp_path: Path, capsys: p
     broken = tmp_path / "broken.json"
     broken.write_text(published.read_text()[:999])
     assert checker.check([str(broken)]) == 1
-    assert "is cut off or no JSON" in capsys.readouterr().out
+    assert "is cut off or not JSON" in capsys.readouterr().out
     assert checker.check([str(broken)], as_json=True) == 1
     assert json.loads(capsys.readouterr().out)["problems"][0]["record"] == str(broken)

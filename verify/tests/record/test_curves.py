@@ -21,7 +21,7 @@ AXES = {"x": "generated tokens", "y": "KV blocks"}
 @pytest.mark.parametrize(
     ("points", "words"),
     [
-        ([(0, 1)], "has 1 of the 2 points"),
+        ([(0, 1)], "needs at least 2 points, but has 1"),
         ([(0, 1), (1, math.nan)], "is not finite at point 1: (1.0, nan)"),
         ([(0, 1), (math.inf, 2)], "is not finite at point 1: (inf, 2.0)"),
         ([(0, 1), (2, 1), (1, 1)], "goes back from x 2 to 1 at point 2; sort its points"),
@@ -70,7 +70,7 @@ def test_the_curves_of_a_result_go_into_one_plot(other: dict[str, str], words: s
     points = [(0, 0), (1, 1)]
     with pytest.raises(ValidationError, match=words):
         result("p1.bf16.matmul", curves=[curve("a", points), curve(points=points, **other)])
-    with pytest.raises(ValidationError, match="has 5 curves, and a plot shows 4"):
+    with pytest.raises(ValidationError, match="has 5 curves, but a plot shows at most 4"):
         result("p1.bf16.matmul", curves=[curve(name, points) for name in "abcde"])
 
 

@@ -102,7 +102,7 @@ def test_without_a_cache_every_record_is_read_and_the_user_is_told(
     monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path / "file"))
     with open_index([reports]) as index:
         assert len(index.heads) == 1
-    assert "every record is read anew" in capsys.readouterr().err
+    assert "so every record is read" in capsys.readouterr().err
 
 
 def test_the_course_of_a_check_is_told_oldest_first(reports: Path) -> None:
@@ -150,14 +150,14 @@ def test_each_record_that_does_not_count_is_named_with_its_reason(reports: Path)
         (reports / f"{version}.json").write_text(json.dumps(whole))
     archive = load([reports])
     told = {name: next(one for one in archive.unreadable if f"{name}.json" in one) for name in bad}
-    assert "is cut off or no JSON (EOF while parsing" in told["empty"]
-    assert "is cut off or no JSON (EOF while parsing" in told["truncated"]
-    assert "has schema version 2, and this suite reads 1" in told["newer"]
+    assert "is cut off or not JSON (EOF while parsing" in told["empty"]
+    assert "is cut off or not JSON (EOF while parsing" in told["truncated"]
+    assert "has schema version 2, but this suite reads 1" in told["newer"]
     assert (
         "contradicts itself (Value error, run run-x claims sm90, but its environment has another"
         in told["contradictory"]
     )
-    assert "is half-written (state running); let the run end, or go on with it" in told["running"]
+    assert "is half-written (state running); let the run end, or continue it" in told["running"]
     assert "is a duplicate of" in next(one for one in archive.unreadable if "remove one of them" in one)
     assert any("contradict each other about run run-z" in one for one in archive.unreadable)
     assert [one.run_id for one in archive.records] == ["run-sm90-1"]

@@ -40,7 +40,7 @@ def test_one_failure_fails_the_gpu(verdict: str) -> None:
     found = assess(SM120, [record("sm120", replaced("p4.oracle.n33", verdict))], checks())
     assert found.verdict is TargetVerdict.FAILED
     assert "p4.oracle.n33" in found.sentence
-    assert "5 passed, 0 without a result" in found.sentence
+    assert "5 passed, 0 without a valid result" in found.sentence
 
 
 @pytest.mark.parametrize("verdict", ["SKIP", "BLOCKED"])
@@ -143,9 +143,7 @@ def test_a_result_counts_as_long_as_what_it_rests_on_is_as_it_was() -> None:
     assert (found.verdict, found.used, found.stale) == (TargetVerdict.INCOMPLETE, (), (made,))
     assert found.why_stale(made) == "verify/judge/oracle.py changed"
     assert {why: len(cells) for why, cells in found.outdated.items()} == {"verify/judge/oracle.py changed": len(HARD)}
-    assert (
-        "No result of the record of an sm120 GPU counts any longer (verify/judge/oracle.py changed)" in found.sentence
-    )
+    assert "No result in the record of an sm120 GPU is still valid (verify/judge/oracle.py changed)" in found.sentence
     # without a checkout to compare with, it is what it was
     assert assess(SM120, [made], checks()).verdict is TargetVerdict.VERIFIED
 
@@ -171,8 +169,8 @@ def test_an_older_result_counts_again_where_the_newer_one_is_stale() -> None:
 def test_results_that_name_nothing_are_shown_as_stale() -> None:
     made = record("sm120", [], rests_on=[], sources={}).model_copy(update={"results": passing()})
     found = assess(SM120, [made], checks(), here())
-    assert found.why_stale(made) == "recorded before results named what they rest on"
-    assert {*found.outdated} == {"recorded before results named what they rest on"}
+    assert found.why_stale(made) == "recorded before results listed the files they rest on"
+    assert {*found.outdated} == {"recorded before results listed the files they rest on"}
     assert found.verdict is TargetVerdict.INCOMPLETE
 
 

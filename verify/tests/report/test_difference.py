@@ -66,7 +66,9 @@ def test_without_a_history_a_factor_tells_what_is_tighter_or_slower() -> None:
     assert changes(of_share(0.2), of_share(0.29, 1.9)) == {}
     (found,) = changes(of_share(0.2), of_share(0.31)).values()
     assert (found.kind, found.worse) == ("tighter", False)
-    assert "0.31 of what is allowed, 0.2 before (beyond 1.5 times; 0 earlier runs tell no noise yet)" in found.told
+    assert (
+        "0.31 of what is allowed, 0.2 before (over 1.5 times; 0 earlier runs, too few to know the noise)" in found.told
+    )
     (found,) = changes(of_share(0.2, 1.0), of_share(0.2, 2.1)).values()
     assert found.kind == "slower"
 
@@ -75,7 +77,7 @@ def test_the_noise_of_enough_runs_is_allowed_for() -> None:
     noisy, steady = past(0.1, 0.3, 0.2, 0.25, 0.15), past(0.2, 0.2, 0.2, 0.2, 0.2)
     assert changes(of_share(0.2), of_share(0.4), noisy) == {}
     (found,) = changes(of_share(0.2), of_share(0.22), steady).values()
-    assert "beyond the noise of 5 earlier runs" in found.told
+    assert "above the noise of 5 earlier runs" in found.told
 
 
 @pytest.fixture
@@ -120,7 +122,7 @@ def test_since_last_green_finds_the_last_run_that_verified_its_target(
     assert verb(tree, "diff", "--since", "last-green", "--gpu", "sm120") == 1
     assert "from run-sm120-3" in capsys.readouterr().out
     assert verb(tree, "diff", "--since", "last-green") == 3
-    assert "there is no green run of sm90 before run-sm90-5" in capsys.readouterr().err
+    assert "there is no green run on sm90 before run-sm90-5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -128,10 +130,10 @@ def test_since_last_green_finds_the_last_run_that_verified_its_target(
     [
         (["diff", "run-sm120-1"], "diff compares two runs"),
         (["diff", "run-sm120-1", "absent"], "there is no record 'absent'"),
-        (["diff", "a", "b", "--since", "last-green"], "takes one run at most"),
-        (["history", "--check", "p4.orcle"], "no record has a result of 'p4.orcle'; nearest are p4.oracle"),
+        (["diff", "a", "b", "--since", "last-green"], "takes at most one run"),
+        (["history", "--check", "p4.orcle"], "no record has a result of 'p4.orcle'; the nearest are p4.oracle"),
         (["history", "--gpu", "sm80"], "no record has a result of a check on sm80"),
-        (["history", "--gpu", "sm1"], "is no GPU architecture"),
+        (["history", "--gpu", "sm1"], "is not a GPU architecture"),
     ],
 )
 def test_a_name_that_is_not_there_is_exit_3(tree: Path, words: list[str], told: str, capsys) -> None:

@@ -63,7 +63,7 @@ def test_a_plot_in_characters_is_what_it_should_be() -> None:
         "          generated tokens",
         "o rising",
         "x flat",
-        "* more than one of them",
+        "* several curves",
     ]
 
 

@@ -130,10 +130,10 @@ def test_every_page_is_there_and_every_link_leads_to_one(site: Path) -> None:
 
 def test_the_first_sentence_says_what_is_verified_and_what_is_not(site: Path, tmp_path: Path) -> None:
     assert (
-        "<h1>sm90 is verified; sm120 failed; 1 of 12 have kernels that compile; "
-        "for sm88 no toolchain here builds anything.</h1>"
+        "<h1>1 of 12 GPUs verified on hardware (sm90); sm120 failed; the kernels compile for 1; "
+        "no installed compiler knows sm88; every must-pass check passes without a GPU.</h1>"
     ) in text(site, "index.html")
-    assert "<h1>No GPU has been verified.</h1>" in text(made(tmp_path, []), "index.html")
+    assert "<h1>0 of 12 GPUs verified on hardware.</h1>" in text(made(tmp_path, []), "index.html")
 
 
 def test_nothing_in_a_record_becomes_markup(site: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_check_that_fails_on_one_gpu_only_says_so(site: Path) -> None:
     told = text(site, "check/p4.oracle.html")
     assert "Fails only on sm120; passes on sm90 and emulated." in told
     assert "<code>p4.oracle.n33</code>: Fails only on sm120; passes on sm90 and emulated." in told
-    assert across({}) == "No target has a result that counts."
+    assert across({}) == "No target has a valid result."
 
 
 def test_a_chart_of_headroom_has_what_a_log_scale_can_show(site: Path, tmp_path: Path) -> None:
@@ -182,17 +182,17 @@ def test_a_run_shows_its_logs_and_how_to_repeat_a_failure(site: Path) -> None:
 def test_faults_name_what_killed_them_and_survivors_stand_out(site: Path, tmp_path: Path) -> None:
     told = text(site, "faults.html")
     assert "1 of 2 mistakes planted in a subject or in a record were caught; " in told
-    assert ", with another state of the suite than this one." in told
+    assert ", with another version of the suite." in told
     assert "<td>p4.oracle (2)</td>" in told
     assert '<span class="v fail">survived</span>' in told
     build(site_of(tmp_path, [], []), tmp_path / "site")
-    assert "No record of planted faults is here" in text(tmp_path / "site", "faults.html")
+    assert "There is no kill matrix" in text(tmp_path / "site", "faults.html")
 
 
 def test_latency_that_nobody_measures_is_said_to_be_absent(tmp_path: Path) -> None:
     skipped = result("p8.kernel.ms", "SKIP", code="NO_BASELINE")
     told = text(made(tmp_path, [record("sm90", [skipped])]), "latency.html")
-    assert "1 result of phase 8 is NO_BASELINE, there is no earlier record to compare with" in told
+    assert "1 result of phase 8 is NO_BASELINE: there is no earlier record to compare with" in told
 
 
 def test_a_bar_ends_at_what_is_allowed() -> None:
@@ -218,10 +218,10 @@ def test_a_site_is_made_anew_and_replaces_nothing_else(tmp_path: Path) -> None:
     mine = tmp_path / "thesis"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigurationError, match="thesis holds something else than a site; name a new folder"):
+    with pytest.raises(ConfigurationError, match="thesis holds something other than a site; name a new or an empty"):
         build(site_of(tmp_path, [], []), mine)
     assert (mine / "thesis.tex").read_text() == "years of work"
-    with pytest.raises(ConfigurationError, match="below cannot be made"):
+    with pytest.raises(ConfigurationError, match="below cannot be created"):
         build(site_of(tmp_path, [], []), mine / "thesis.tex" / "below")
 
 

@@ -33,7 +33,7 @@ def test_what_is_no_phase_is_named(text: str) -> None:
         ({"phases": (2, 1)}, "ascending"),
         ({"seed": -1}, "seed -1 is out of range"),
         ({"seed": 2**32}, "out of range"),
-        ({"expect": 101}, "renamed sm110"),
+        ({"expect": 101}, "renamed to sm110"),
         ({"model": " "}, "model is empty"),
         ({"out": Path(__file__)}, "is not a directory"),
     ],
@@ -44,7 +44,7 @@ def test_a_request_that_cannot_be_met_is_refused(fields: dict, words: str) -> No
 
 
 def test_emulated_cannot_be_expected() -> None:
-    with pytest.raises(ConfigurationError, match="names no GPU"):
+    with pytest.raises(ConfigurationError, match="does not name a GPU"):
         parse_expect("emulated")
     assert parse_expect("9.0") == 90
 

@@ -231,7 +231,7 @@ def test_an_interrupted_run_is_resumed_and_finishes_the_same_record(tmp_path: Pa
     package.write_text(text + "# changed\n")
     refused = tree.verify("run", "--resume", record.run_id, "--expect", "sm120")
     assert refused.returncode == 3
-    assert f"--expect sm120, but run {record.run_id} is on emulated; " in refused.stderr
+    assert f"--expect sm120, but run {record.run_id} is for emulated; " in refused.stderr
     refused = tree.verify("run", "--resume", record.run_id)
     assert refused.returncode == 3
     assert re.search(r"cannot be resumed: the subject's content was \w{12} and is now \w{12}", refused.stderr)
@@ -409,7 +409,7 @@ def test_what_hangs_while_others_take_the_machine_is_not_judged_and_can_be_repea
     assert (results["p2.needs.it"].verdict, results["p2.needs.it"].by) == (Verdict.BLOCKED, "p1.hangs.python")
     command = f"python -m verify run --resume {tree.records()[-1].run_id}"
     assert done.stdout.rstrip().splitlines()[-1] == (
-        "INFRA: 2 checks have no verdict because of the machine, not of the subject, the first of them "
+        "INFRA: 2 checks have no verdict because of the machine, not the subject, the first of them "
         f"p1.hangs.python; repeat them with: {command}"
     )
     (tree.root / "mended").touch()

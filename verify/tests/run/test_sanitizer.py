@@ -78,8 +78,8 @@ def test_what_a_tool_finds_counts_whatever_became_of_the_checks(tool) -> None:
 @pytest.mark.parametrize(
     ("log", "ending", "complaint"),
     [
-        (_HEADER, "255", "racecheck ended with exit code 255 and no summary: it said nothing"),
-        (_HEADER, "time.sleep(60)", "racecheck was not finished within 2 s, after 0 checks"),
+        (_HEADER, "255", "racecheck ended with exit code 255 and no summary: there was no output"),
+        (_HEADER, "time.sleep(60)", "racecheck did not finish within 2 s, after 0 checks"),
         (_CLEAN, "0", "racecheck saw 0 of 1 checks"),
         (_CLEAN, "subprocess.call([*command, '-k', 'nothing'])", "racecheck saw 0 of 1 checks"),
     ],

@@ -83,10 +83,10 @@ def test_a_statement_is_replaced_by_a_statement() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"nth": None}, r"scorer.py, Scorer.score has 2 times 'q\*k'; edit its 'nth' in faults/scoring.toml"),
-        ({"before": "q / k"}, r"has 0 times 'q / k'; edit its 'before'"),
+        ({"nth": None}, r"scorer.py, Scorer.score has 'q\*k' 2 times; edit its 'nth' in faults/scoring.toml"),
+        ({"before": "q / k"}, r"has 'q / k' 0 times; edit its 'before'"),
         ({"within": "Scorer.rank"}, r"scorer.py has no Scorer.rank; edit its 'within'"),
-        ({"after": "q +"}, r"'after' is no expression and no statement"),
+        ({"after": "q +"}, r"'after' is neither an expression nor a statement"),
         ({"after": "pass"}, r"'before' is an expression and 'after' a statement"),
     ],
 )
@@ -123,14 +123,14 @@ def test_the_record_that_is_tampered_with_is_good_itself(target: str) -> None:
     [
         ("kernel.toml", b"fault = 3", "kernel.toml: fault: Input should be a valid list"),
         ("kernel.toml", b"[[faults]]", "kernel.toml: faults: Extra inputs are not permitted"),
-        ("kernel.toml", b"fault =", "kernel.toml is no TOML"),
-        ("kernel.toml", b"fault = '\xff'", "kernel.toml is no TOML"),
-        ("kernels.toml", b"", "kernels.toml is the file of no layer; name it after one: kernel, scoring"),
+        ("kernel.toml", b"fault =", "kernel.toml is not TOML"),
+        ("kernel.toml", b"fault = '\xff'", "kernel.toml is not TOML"),
+        ("kernels.toml", b"", "kernels.toml does not belong to a layer; name it after one: kernel, scoring"),
         ("kernel.toml", b"[[fault]]\nname = 'a'", "kernel.toml, a: what: Field required"),
         (
             "kernel.toml",
             b"[[fault]]\nname = 'a'\nwhat = 'b'\nkills = ['c']\nsays = '('\nrecords = [{target = 'd'}]",
-            r"kernel.toml, a: fault: Value error, says is no regular expression \(missing \)",
+            r"kernel.toml, a: fault: Value error, says is not a regular expression \(missing \)",
         ),
     ],
 )
@@ -183,7 +183,7 @@ def test_a_sample_is_seeded_and_spread_over_the_layers() -> None:
 
 
 def test_a_selection_that_names_nothing_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="--only kernels is no planted fault"):
+    with pytest.raises(ConfigurationError, match="--only kernels is not a planted fault"):
         chosen(Choice(only=["kernels"]), load_faults())
     with pytest.raises(ConfigurationError, match=r"an id, such as kernel\.norm_of_re, or a layer"):
         chosen(Choice(only=["norm_of_re"]), load_faults())

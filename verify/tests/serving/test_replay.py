@@ -256,7 +256,7 @@ def test_a_trace_that_does_not_tell_of_every_token_is_a_violation(model, statist
     engine, prompt = _Engine(model, statistics, _RULE), _prompt()
     served = _served(engine, prompt)
     engine.steps = engine.steps[:40]
-    assert _replayed(engine, prompt, served).violations == ["60 tokens were served, the trace samples 40"]
+    assert _replayed(engine, prompt, served).violations == ["60 tokens were served, but the trace samples 40"]
     engine.steps[30] = replace(engine.steps[30], evicted=0)
     assert _replayed(engine, prompt, served).violations == [
         "step 30, token 50: -16 of 34 tokens were evicted, the rule says 0"

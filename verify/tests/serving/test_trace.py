@@ -117,5 +117,7 @@ def test_nothing_is_touched_unless_a_trace_is_asked_for(monkeypatch: pytest.Monk
 
 
 def test_a_missing_trace_is_an_error_with_the_next_step(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"no scheduler wrote to trace\.jsonl; is verify's entry point installed"):
+    with pytest.raises(
+        AssertionError, match=r"no scheduler wrote to trace\.jsonl; check that verify's entry point is installed"
+    ):
         read_trace(tmp_path / "trace.jsonl")

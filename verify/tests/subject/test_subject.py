@@ -81,8 +81,8 @@ def test_what_git_ignores_or_does_not_track_is_dirty(checkout: Path) -> None:
     [
         ("nowhere", "there is no directory .*nowhere"),
         ("empty", "empty has no triattention/ directory"),
-        ("module:", "'' is no name of a package"),
-        ("module:a-b", "'a-b' is no name of a package"),
+        ("module:", "'' is not a package name"),
+        ("module:a-b", "'a-b' is not a package name"),
         ("module:triattention", "triattention is the subject's own name"),
     ],
 )
@@ -124,7 +124,7 @@ def test_an_editable_installation_of_this_repository_is_not_an_installed_one(mon
 
     monkeypatch.setattr("sys.path", [str(REPOSITORY)])
     monkeypatch.setattr("sys.meta_path", [PathFinder, Editable])
-    with pytest.raises(ConfigurationError, match=r"^subject 'installed': no triattention is installed beside this"):
+    with pytest.raises(ConfigurationError, match=r"^subject 'installed': no triattention is installed besides this"):
         find_subject("installed", REPOSITORY)
 
 
@@ -177,7 +177,7 @@ def test_the_subject_file_of_a_checkout_names_its_package_and_is_part_of_its_con
     [
         ("names = ", "cannot be read as TOML"),
         ("names = 3", "names is 3; give a table"),
-        ("[subject]\nverison = '1'", "subject.verison is not known"),
+        ("[subject]\nverison = '1'", "subject.verison is not a known entry"),
         ("[subject]\nversion = 1", "subject.version is 1; give a name"),
         ("[subject]\npackage = 'a b'", "subject.package is 'a b'; give a name"),
         ("[names]\n'vllm.core.scoring.compute_scores' = 'a.b'", "is 'a.b'; give 'module:attribute'"),

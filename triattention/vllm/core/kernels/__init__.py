@@ -1,1 +1,1 @@
-"""A published path; see ``triattention`` for what is behind it."""
+"""A published module path; the implementation is in ``triattention``."""

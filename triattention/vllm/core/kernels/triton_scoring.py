@@ -37,12 +37,12 @@ def triattention_scoring(
 
     ``K_rot`` ``[B, H, N, D]`` in bf16, fp16 or fp32, any strides; ``q_*`` and ``freq_scale_sq`` (the weight w, used
     as given) ``[H*G, F]``, query head h reading KV head ``h // G``; ``omega`` ``[F]``; ``offsets`` ``[O]``.
-    ``position_indices`` is accepted and not needed, the rotation is already in the key. ``trig_values`` = (cos,
-    sin) ``[O, F]`` wins over ``trig_cache``, which serves any integer ``round_start`` it covers. ``q_pass``
-    ``[H*G, P]`` is for models that rotate only 2 F = D - P dims of a head. A NaN key gets a NaN score. Source: paper,
-    score of a key; plan 3.1.
+    ``position_indices`` is ignored, because keys are already rotated. ``trig_values`` = (cos, sin) ``[O, F]`` takes
+    precedence over ``trig_cache``, which works for any integer ``round_start`` it covers. ``q_pass`` ``[H*G, P]`` is
+    for models that rotate only 2 F = D - P dims of a head. A NaN key gets a NaN score. Source: paper, score of a key;
+    plan 3.1.
 
-    Raises TriAttentionError (a ValueError) when shapes, dtypes, devices or ``round_start`` do not fit.
+    Raises TriAttentionError (a ValueError) if shapes, dtypes, devices or ``round_start`` are invalid.
     """
     named = {
         "q_mean_real": q_mean_real,
@@ -66,7 +66,7 @@ def _trig(
     trig_cache: TrigTableCache | None,
     trig_values: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin ``[O, F]`` from the explicit values, the table, or formed here, in this order."""
+    """cos and sin ``[O, F]``: the explicit values, else from the table, else computed here."""
     expected = (offsets.numel(), omega.numel())
     if trig_values is not None:
         cos, sin = trig_values

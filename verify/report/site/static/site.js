@@ -1,15 +1,15 @@
-// Everything here is a convenience: without it the pages show all rows, and every link works.
+// Everything here is optional: without it the pages show all rows and every link works.
 "use strict";
 
 const THEMES = ["auto", "light", "dark"];
 
-// a page that opens from disk may be refused its storage
+// a page opened from disk may have no access to storage
 const kept = {
   get(name) { try { return localStorage.getItem(name); } catch { return null; } },
   set(name, value) { try { localStorage.setItem(name, value); } catch { /* the choice lasts for this page */ } },
 };
 
-// before the page is drawn, so that a chosen theme does not flash
+// before the page is drawn, so that the default theme does not flash
 const setTheme = (theme) => { document.documentElement.dataset.theme = theme; };
 setTheme(THEMES.includes(kept.get("theme")) ? kept.get("theme") : "auto");
 
@@ -60,7 +60,7 @@ async function copy(text) {
   }
 }
 
-// The filters live in the hash (#q=oracle&verdict=FAIL): a page on disk may change nothing else of its address.
+// The filters are kept in the hash (#q=oracle&verdict=FAIL): a page on disk can change no other part of its address.
 function startFilters(form) {
   const more = (row) => (row.nextElementSibling?.matches(".more") ? row.nextElementSibling : null);
   const rows = [...document.querySelectorAll(".rows tr, .rows article")]
@@ -118,7 +118,7 @@ function startFilters(form) {
   apply();
 }
 
-// A table of links is one stop for Tab; the arrow keys move in it.
+// A table of links is a single Tab stop; the arrow keys move within it.
 function startGrid(table) {
   const inspector = document.querySelector(".inspector");
   const links = [...table.querySelectorAll("tbody a, thead a")];
@@ -158,7 +158,7 @@ function startGrid(table) {
   });
   table.addEventListener("pointerover", (event) => tell(event.target.closest("a")));
   table.addEventListener("pointerleave", () => tell(table.contains(document.activeElement) ? document.activeElement : null));
-  // what a filter hides can hold the only stop
+  // a filter may hide the row with the only Tab stop
   document.addEventListener("input", () => {
     const stop = links.find((link) => link.tabIndex === 0);
     if (!seen(stop?.closest("tr"))) enter(links.find((link) => link.closest("tbody") && seen(link.closest("tr"))));
