@@ -58,7 +58,14 @@ def apply_baseline_patch(
         raise TriAttentionError(f"method {method!r} is not known; known: {', '.join(BASELINES)}")
     window = default_window_of(method, kv_budget) if window_size is None else window_size
     check_window_of(method, window)
-    budget = Budget(kv_budget, divide_length, window, count_prompt_tokens, allow_prefill_compression, use_slack_trigger)
+    budget = Budget(
+        kv_budget=kv_budget,
+        divide_length=divide_length,
+        window_size=window,
+        count_prompt_tokens=count_prompt_tokens,
+        allow_prefill_compression=allow_prefill_compression,
+        use_slack_trigger=use_slack_trigger,
+    )
     make = partial(BASELINES[method], budget, pruning_mode, **({"seed": seed} if method == "random" else {}))
     from triattention.forward import patch  # needs transformers
 

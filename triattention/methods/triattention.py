@@ -83,9 +83,13 @@ class TriAttentionConfig:
     @property
     def limits(self) -> Budget:
         return Budget(
-            self.budget, self.divide_length, self.window_size, self.count_prompt_tokens,
-            self.allow_prefill_compression, self.use_slack_trigger,
-        )  # fmt: skip
+            kv_budget=self.budget,
+            divide_length=self.divide_length,
+            window_size=self.window_size,
+            count_prompt_tokens=self.count_prompt_tokens,
+            allow_prefill_compression=self.allow_prefill_compression,
+            use_slack_trigger=self.use_slack_trigger,
+        )
 
 
 class TriAttention(Compression):
@@ -236,11 +240,28 @@ def apply_triattention_patch(
     unsupported model.
     """
     config = TriAttentionConfig(
-        stats_path, model_path, model.device, model.dtype, kv_budget, offset_max_length, score_aggregation,
-        pruning_seed, metadata_expectations, normalize_scores, count_prompt_tokens, allow_prefill_compression,
-        divide_length, use_slack_trigger, per_head_pruning, per_layer_perhead_pruning, layer_perhead_aggregation,
-        disable_mlr, disable_trig, window_size=window_size, pruning_mode=pruning_mode,
-    )  # fmt: skip
+        stats_path=stats_path,
+        model_path=model_path,
+        device=model.device,
+        dtype=model.dtype,
+        budget=kv_budget,
+        offset_max_length=offset_max_length,
+        score_aggregation=score_aggregation,
+        pruning_seed=pruning_seed,
+        metadata_expectations=metadata_expectations,
+        normalize_scores=normalize_scores,
+        count_prompt_tokens=count_prompt_tokens,
+        allow_prefill_compression=allow_prefill_compression,
+        divide_length=divide_length,
+        use_slack_trigger=use_slack_trigger,
+        per_head_pruning=per_head_pruning,
+        per_layer_perhead_pruning=per_layer_perhead_pruning,
+        layer_perhead_aggregation=layer_perhead_aggregation,
+        disable_mlr=disable_mlr,
+        disable_trig=disable_trig,
+        window_size=window_size,
+        pruning_mode=pruning_mode,
+    )
     from triattention.forward import patch  # needs transformers, which scoring alone does not
 
     patch(model, lambda live: TriAttention(config, live=live))

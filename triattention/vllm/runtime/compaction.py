@@ -60,6 +60,7 @@ class Compactor:
         self._rehearse()
         self._offsets: dict[str, int] = {}
         self._reported: set[str] = set()
+        self._no_round_yet: set[str] = set()
         self._shift = _Shift(self._caches[0].device)
         self._pending: list[tuple[Any, Any]] = []
 

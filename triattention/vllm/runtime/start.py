@@ -130,9 +130,13 @@ def rule_of(settings: RuntimeSettings, block_size: int) -> Rule:
     """The eviction rule for blocks of this size."""
     check_budget_of_blocks(settings, block_size)
     return Rule(
-        settings.kv_budget, settings.divide_length, settings.window, block_size, settings.protect_prefill,
-        settings.include_prefill_in_budget,
-    )  # fmt: skip
+        kv_budget=settings.kv_budget,
+        divide_length=settings.divide_length,
+        window=settings.window,
+        block_size=block_size,
+        protect_prefill=settings.protect_prefill,
+        include_prefill_in_budget=settings.include_prefill_in_budget,
+    )
 
 
 def build_evictor(scheduler: Any, settings: RuntimeSettings) -> Evictor:
