@@ -257,7 +257,7 @@ def headline(assessments: Sequence[Assessment]) -> str:
         [f"the kernels compile for {built}"] if (built := sum(bool(c.builds) and not c.gap for _, c in known)) else []
     )
     gaps = [name for name, compilation in known if compilation.gap]
-    told += [f"no installed compiler knows {listed(gaps)}"] if gaps else []
+    told += [f"{listed(gaps)} cannot be compiled for yet"] if gaps else []
     if any(one.verdict is TargetVerdict.EMULATED_PASS for one in assessments):
         told.append("every must-pass check passes without a GPU")
     return "; ".join(told) + "."
