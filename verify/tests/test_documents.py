@@ -39,6 +39,9 @@ _COMMAND = re.compile(
     r"(OMP_NUM_THREADS=1 )?(\.venv/bin/)?(python -m (verify|triattention)\b|python -m pytest|pytest\b|make\b)"
 )
 
+#: What `make test` writes; a fresh checkout does not have it.
+_MADE = "reports/durations.json"
+
 #: The verbs that need no GPU and take seconds.
 _QUICK = {"gates", "doctor", "report", "history", "explain"}
 
@@ -140,10 +143,8 @@ def test_links_and_files_lead_somewhere(document: Path) -> None:
     text = document.read_text("utf-8")
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (document.parent / link).exists(), link
-    for name in re.findall(
-        r"`((?:verify|phases|triattention|docs|ci|reports)/[\w./-]+\.(?:py|toml|md|json|txt))`", text
-    ):
-        assert (REPOSITORY / name).exists(), name
+    file = r"`((?:verify|phases|triattention|docs|ci|reports)/[\w./-]+\.(?:py|toml|md|json|txt))`"
+    assert {name for name in re.findall(file, text) if not (REPOSITORY / name).exists()} <= {_MADE}
 
 
 def test_the_readme_is_short() -> None:
