@@ -126,7 +126,7 @@ def test_accuracy_class(case: tuple[str, Shape], subject: Subject, device: str, 
     path, shape = case
     problem = make(shape, seed, device)
     found = accuracy(engine(subject, path, problem).scores, problem.case)
-    measure("error", found.units, CLASS_A_UNITS, unit="x 2^-24 T", where=f"{path} path, {found.where}")
+    measure("error", found.units, CLASS_A_UNITS, unit="x 2^-24 T", where=f"{path} path, {found.units_where}")
 
 
 _GQA = {

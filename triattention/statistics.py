@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from triattention.architecture import Architecture, describe, rope_of
+from triattention.architecture import Architecture, build_rotary, describe, rope_of
 from triattention.errors import TriAttentionError
 from triattention.files import write_atomic
 
@@ -109,8 +109,6 @@ class Statistics:
             return self.architecture.omega, self.architecture.attention_scaling, self.architecture.rope_style
         if model_path is None:
             raise TriAttentionError(f"{self.source} does not contain omega; give model_path too, or calibrate again")
-        from triattention.architecture import build_rotary
-
         omega, scaling, _ = rope_of(build_rotary("cpu", model_path, torch.float32))
         return omega, scaling, self.declared.get("rope_style", "half")
 

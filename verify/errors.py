@@ -9,7 +9,7 @@ from verify.checks import SKIP_CODES
 
 
 class Exit(IntEnum):
-    """The exit codes of ``python -m verify``; the help of each verb says which of them it uses."""
+    """The exit codes of ``python -m verify``; docs/reference.md lists those of each verb."""
 
     OK = 0
     FAILED = 1  #: a HARD check failed, or the verb found another problem

@@ -47,6 +47,8 @@ _OWN = (
         "build/capture.py",
         "build/compiler.py",
         "build/control.py",
+        "build/meanings.py",
+        "build/registers.py",
         "build/sass.py",
         "build/warp.py",
     ),

@@ -53,11 +53,13 @@ class Worst(NamedTuple):
 class Accuracy:
     """How far scores are from the oracle, in the worst place.
 
-    ``units`` is the largest error over 2^-24 T (class A allows 8); ``class_b`` the element that uses the largest share
-    of its class B budget. Both are NaN if a score is NaN, which is within no bound.
+    ``units`` is the largest error over 2^-24 T (class A allows 8), at the score ``units_where``; ``class_b`` the error
+    that uses the largest share of its class B budget, at the score ``where``. Both are NaN if a score is NaN, which is
+    within no bound.
     """
 
     units: float
+    units_where: str
     class_b: Worst
     where: str
 
@@ -125,9 +127,12 @@ def accuracy(got: Any, case: Case) -> Accuracy:
     allowed = budget_b(case)
     error = np.abs(_planted(got - want, allowed, want))
     relative = _ratio(error, budget_a(case)) * CLASS_A_UNITS
-    place = _place_of_largest(relative)
-    told = "row {}, query head {}, key {}".format(*(int(i) for i in place))
-    return Accuracy(float(relative[place]), _worst(error, allowed), f"{told} (oracle {want[place]:.6g})")
+
+    def told(place: tuple[np.intp, ...]) -> str:
+        return "row {}, query head {}, key {}".format(*map(int, place)) + f" (oracle {want[place]:.6g})"
+
+    by_units, by_budget = _place_of_largest(relative), _place_of_largest(_ratio(error, allowed))
+    return Accuracy(float(relative[by_units]), told(by_units), _worst(error, allowed), told(by_budget))
 
 
 def blamed(paths: Mapping[str, Accuracy]) -> str:
@@ -178,15 +183,19 @@ def _planted(error: np.ndarray, allowed: np.ndarray, result: np.ndarray | None) 
 def _worst(error: np.ndarray, allowed: np.ndarray) -> Worst:
     import numpy as np
 
-    place = _place_of_largest(_ratio(np.abs(error), allowed))
-    return Worst(float(np.abs(error)[place]), float(allowed[place]))
+    size = np.abs(error)
+    ratio = _ratio(size, allowed)
+    place = _place_of_largest(ratio)
+    # an infinite error of an infinite allowance is no number, and within no bound
+    return Worst(float("nan") if np.isnan(ratio[place]) else float(size[place]), float(allowed[place]))
 
 
 def _place_of_largest(ratio: np.ndarray) -> tuple[np.intp, ...]:
-    """Where a ratio is largest; NaN is larger than any number."""
+    """Where a ratio is largest; the first NaN, if there is one."""
     import numpy as np
 
-    return np.unravel_index(int(np.argmax(np.where(np.isnan(ratio), np.inf, ratio))), ratio.shape)
+    missing = np.isnan(ratio)
+    return np.unravel_index(int(np.argmax(missing if missing.any() else ratio)), ratio.shape)
 
 
 def _ratio(error: Any, budget: Any) -> np.ndarray:

@@ -79,10 +79,13 @@ def version_of(distribution: str) -> str:
 
 
 def at_least(found: str, minimum: str) -> bool:
-    """Whether a version is ``minimum`` or newer; a pre-release counts as its release. Raises ValueError if invalid."""
-    from packaging.version import Version
+    """Whether a version is ``minimum`` or newer; a pre-release counts as its release, an unreadable one as older."""
+    from packaging.version import InvalidVersion, Version
 
-    return Version(Version(found).base_version) >= Version(minimum)
+    try:
+        return Version(Version(found).base_version) >= Version(minimum)
+    except InvalidVersion:
+        return False
 
 
 def vllm_version() -> str:

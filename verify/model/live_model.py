@@ -71,27 +71,31 @@ def locate(bundled: Subject, model: str, device: str) -> tuple[str, Path]:
     it also keeps their paths and the files of the reference that made them, until the reference changes.
     """
     if model != "embedded":
-        return model, _calibrated(bundled, model, device, bundled.environment())
+        return model, Path(_calibrated(bundled, model, device, bundled.environment()).strip().splitlines()[-1])
     root = repository_root()
     note = cache_folder() / "located" / f"{bundled.content_sha256()}-{device}.json"
+    statistics = note.with_suffix(".pt")
     with suppress(OSError, ValueError):  # missing or incomplete: ask again
-        location, statistics, opened = json.loads(note.read_bytes())
-        if Path(location).is_dir() and Path(statistics).is_file():
+        location, opened = json.loads(note.read_bytes())
+        if Path(location).is_dir() and statistics.is_file():
             tell_again(opened, Checkout(root, bundled.root, bundled.folder))
-            return location, Path(statistics)
+            return location, statistics
     with aside(root, bundled.root, bundled.folder, bundled.environment()) as watched:
         asked = bundled.run("download-models", "--model", "embedded", environment=watched.environment)
         location = asked.strip().splitlines()[-1]
-        statistics = _calibrated(bundled, location, device, watched.environment)
+        # to a file of its own: the command line's cache keeps the statistics of older code for the same text
+        statistics.parent.mkdir(parents=True, exist_ok=True)
+        _calibrated(bundled, location, device, watched.environment, "--output", str(statistics))
         opened = watched.names()
     tell_again(opened, Checkout(root, bundled.root, bundled.folder))
-    keep(note, json.dumps([location, str(statistics), opened]))
+    keep(note, json.dumps([location, opened]))
     return location, statistics
 
 
-def _calibrated(bundled: Subject, location: str, device: str, environment: Mapping[str, str]) -> Path:
-    options = ("--model", location, "--dtype", "float32", "--device", device)
-    return Path(bundled.run("build-stats", *options, environment=environment).strip().splitlines()[-1])
+def _calibrated(bundled: Subject, location: str, device: str, environment: Mapping[str, str], *output: str) -> str:
+    """What ``build-stats`` prints; without ``output`` its last line is the path of the cached statistics."""
+    options = ("--model", location, "--dtype", "float32", "--device", device, *output)
+    return bundled.run("build-stats", *options, environment=environment)
 
 
 def published_layout(statistics: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from verify.errors import ConfigurationError
-from verify.files import REPORTS
+from verify.files import REPORTS, write_out
 from verify.record.schema import SubjectInfo
 from verify.record.strict import Sha256, Strict
 
@@ -94,8 +94,6 @@ class Matrix(Strict):
 
 def write(matrix: Matrix, path: Path) -> None:
     """Write ``matrix``. Raises ConfigurationError if the file cannot be written."""
-    from verify.files import write_out
-
     write_out(matrix.model_dump_json(indent=1) + "\n", path)
 
 

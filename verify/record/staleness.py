@@ -65,7 +65,7 @@ class Comparison:
 
     def why_stale(self, record: Record, used: Sequence[Record]) -> str | None:
         if self.counts(record):
-            return _why_stale(record, used)
+            return why_not_merged(record, used)
         return next(iter(self.lists(record)), _NAMELESS)
 
     def lists(self, record: Record) -> list[str]:
@@ -88,7 +88,7 @@ class Comparison:
         return f"{name} changed" if name in newest.sources else "the subject changed"
 
 
-def _why_stale(record: Record, records: Sequence[Record]) -> str | None:
+def why_not_merged(record: Record, records: Sequence[Record]) -> str | None:
     """``stale_because`` against the newest run, and against the newest record of the same kind that merges with it.
 
     Without any run, the first of ``records``, the newest, takes its place.
@@ -108,6 +108,6 @@ def merged(
     own = newest_first(record for record in records if record.target == target.target)
     comparison = Comparison(checkout, own)
     current = [record for record in own if comparison.counts(record)]
-    used = [record for record in current if _why_stale(record, current) is None]
+    used = [record for record in current if why_not_merged(record, current) is None]
     kept = {id(record) for record in used}
     return used, [record for record in own if id(record) not in kept], comparison

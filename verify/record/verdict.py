@@ -12,7 +12,7 @@ from verify.record.archive import newest_first
 from verify.record.builds import Compilation
 from verify.record.grounds import Checkout
 from verify.record.schema import FAILING, CheckResult, Evidence, Record, SubjectInfo, Verdict
-from verify.record.staleness import Comparison, _why_stale, merged
+from verify.record.staleness import Comparison, merged, why_not_merged
 
 
 class TargetVerdict(StrEnum):
@@ -188,7 +188,7 @@ def _newest_results(
     """The newest results that count, and the newest of those that do not."""
     found: _Results = {}
     before: _Results = {}
-    why = {id(record): _why_stale(record, used) or "" for record in stale}
+    why = {id(record): why_not_merged(record, used) or "" for record in stale}
     for record in newest_first((*used, *stale)):
         for result in record.results:
             # must-pass checks of phase 6 are about the embedded model; runs with other models do not count

@@ -242,6 +242,18 @@ def _short(value: float) -> str:
     return f"{value:.3g}" if 0.01 <= abs(value) < 1e5 else f"{value:.1e}"
 
 
+_EMULATED = {
+    TargetVerdict.EMULATED_PASS: "every must-pass check passes without a GPU",
+    TargetVerdict.EMULATED_FAIL: "the run without a GPU failed",
+    TargetVerdict.EMULATED_INCOMPLETE: "the run without a GPU is incomplete",
+}
+
+
+def _compiles(one: Compilation) -> bool:
+    """Whether every kernel that was asked for was built."""
+    return bool(one.builds) and not one.unlaunched and all(build.verdict is BuildVerdict.OK for build in one.builds)
+
+
 def headline(assessments: Sequence[Assessment]) -> str:
     """In one sentence: how many GPUs are verified, failed or only compile, and how the run without a GPU ended."""
     gpus = [one for one in assessments if one.target is not EMULATED]
@@ -253,13 +265,11 @@ def headline(assessments: Sequence[Assessment]) -> str:
     for verdict, words in ((TargetVerdict.FAILED, "failed"), (TargetVerdict.INFRA, "could not be judged")):
         told += [f"{listed(named[verdict])} {words}"] if verdict in named else []
     known = [(one.target.target, one.compilation) for one in gpus if one.compilation is not None]
-    told += (
-        [f"the kernels compile for {built}"] if (built := sum(bool(c.builds) and not c.gap for _, c in known)) else []
-    )
+    if compiled := sum(_compiles(one) for _, one in known):
+        told.append(f"the kernels compile for {compiled}")
     gaps = [name for name, compilation in known if compilation.gap]
     told += [f"{listed(gaps)} cannot be compiled for yet"] if gaps else []
-    if any(one.verdict is TargetVerdict.EMULATED_PASS for one in assessments):
-        told.append("every must-pass check passes without a GPU")
+    told += [_EMULATED[one.verdict] for one in assessments if one.used and one.verdict in _EMULATED]
     return "; ".join(told) + "."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -126,3 +127,21 @@ def test_fp32_phases_land_in_class_b() -> None:
     trig = np.einsum("hf,bhnf->bhn", weights, k.conj()).real
     extra = np.einsum("hf,bhnf->bhn", case.w * (case.a - np.abs(case.m)), np.abs(k))
     assert tolerance.accuracy(trig + extra, case).accuracy_class == "B"
+
+
+def test_the_worst_element_is_the_one_that_uses_most_of_its_bound_and_nan_comes_first() -> None:
+    allowed = np.array([1.0, 1e-6, 2.0])
+    assert tolerance.worst(np.array([0.5, 1e-6, 0.1]), allowed) == (1e-6, 1e-6)
+    assert tolerance.worst(np.zeros(3), np.array([0.0, 1.0, 1.0])).ratio == 0
+    for error, bound in (([1.0, math.nan], [0.0, 2.0]), ([math.inf, 0.0], [math.inf, 1.0])):
+        assert math.isnan(tolerance.worst(np.array(error), np.array(bound)).error)
+
+
+def test_the_place_of_an_accuracy_is_that_of_its_recorded_error(case: oracle.Case) -> None:
+    want = oracle.scores(case)
+    budget = tolerance.budget_b(case)
+    got = want.copy()
+    got[0, 0, 3] += 5 * budget[0, 0, 3]
+    found = tolerance.accuracy(got, case)
+    assert found.where.startswith("row 0, query head 0, key 3 ")
+    assert found.class_b.error == pytest.approx(5 * budget[0, 0, 3])

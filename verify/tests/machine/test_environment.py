@@ -11,7 +11,7 @@ import pytest
 
 from verify.errors import ConfigurationError
 from verify.machine import nvml
-from verify.machine.environment import capture, cuda_toolkit, ptxas_versions, variables, version_of
+from verify.machine.environment import at_least, capture, cuda_toolkit, ptxas_versions, variables, version_of
 from verify.tests.samples import REPOSITORY
 
 
@@ -101,3 +101,17 @@ def test_an_assembler_put_in_the_place_of_tritons_is_recorded(tmp_path: Path, mo
     assert ptxas_versions()["TRITON_PTXAS_PATH"] == "unknown (exit code 7)"
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "absent"))
     assert ptxas_versions()["TRITON_PTXAS_PATH"] == "does not run (FileNotFoundError)"
+
+
+@pytest.mark.parametrize(
+    ("found", "minimum", "enough"),
+    [
+        ("0.19.0", "0.19", True),
+        ("0.20.0rc1+cpu", "0.20", True),
+        ("580.95", "570", True),
+        ("0.18.9", "0.19", False),
+        ("dev", "0.19", False),
+    ],
+)
+def test_versions_are_compared_as_releases(found: str, minimum: str, enough: bool) -> None:
+    assert at_least(found, minimum) is enough

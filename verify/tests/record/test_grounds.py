@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from verify.architectures import EMULATED
+from verify.build import builder
 from verify.checks import catalogue
 from verify.record.archive import load, newest_first, newest_runs
 from verify.record.grounds import BUNDLED, NEUTRAL, Checkout, environment, is_neutral
@@ -40,6 +41,13 @@ def test_a_module_that_runs_in_a_process_of_its_own_counts_as_imported() -> None
     assert {"verify/build/compiler.py", "verify/build/capture.py", "verify/build/control.py"} <= HERE.closure(
         "verify/build/builder.py"
     )
+
+
+def test_every_module_that_builds_kernels_decides_what_is_kept() -> None:
+    names = {
+        name.removeprefix("verify/") for name in HERE.closure("verify/build/compiler.py", "verify/build/capture.py")
+    }
+    assert {name for name in names if name.startswith(("build/", "subject/launches"))} <= {*builder._OWN}
 
 
 def test_what_is_neutral_is_there() -> None:
