@@ -201,8 +201,14 @@ def built(compilation: Compilation | None) -> str:
         return "-"
     if compilation.gap:
         return "gap"
-    good = sum(build.verdict is BuildVerdict.OK for build in compilation.needed)
-    return f"{good}/{len(compilation.needed) + len(compilation.unlaunched)}"
+    good, wanted = _counted(compilation)
+    return f"{good}/{wanted}"
+
+
+def _counted(compilation: Compilation) -> tuple[int, int]:
+    """How many kernels were built, of how many that the variants need."""
+    needed = compilation.needed
+    return sum(build.verdict is BuildVerdict.OK for build in needed), len(needed) + len(compilation.unlaunched)
 
 
 def compiled_words(compilation: Compilation) -> str:
@@ -250,8 +256,9 @@ _EMULATED = {
 
 
 def _compiles(one: Compilation) -> bool:
-    """Whether every kernel that was asked for was built."""
-    return bool(one.builds) and not one.unlaunched and all(build.verdict is BuildVerdict.OK for build in one.builds)
+    """Whether every kernel that the variants need was built."""
+    good, wanted = _counted(one)
+    return 0 < good == wanted
 
 
 def headline(assessments: Sequence[Assessment]) -> str:

@@ -20,6 +20,7 @@ from verify.files import EVIDENCE
 from verify.record.archive import load
 from verify.record.verdict import assess
 from verify.report.matrix import headline
+from verify.subject.find import find_subject
 from verify.tests.tree import REPOSITORY
 
 DOCUMENTS = [
@@ -73,9 +74,8 @@ def _words(command: str) -> list[str]:
 def _parser(package: str) -> argparse.ArgumentParser:
     if package == "verify":
         return cli.parser()
-    from triattention.cli import _parsers  # here, as another subject may be under test in this process
-
-    return _parsers()[0]
+    # imported here, as another subject may be under test in this process
+    return find_subject("bundled", REPOSITORY).module("cli")._parsers()[0]
 
 
 def test_commands_are_found() -> None:
