@@ -20,7 +20,7 @@ Gate = Literal["hard", "soft"]
 SKIP_CODES = MappingProxyType(
     {
         "NO_GPU": "the check needs an NVIDIA GPU and the run has none",
-        "PKG_MISSING": "an optional package, or an optional part of the subject, is missing",
+        "PKG_MISSING": "a third-party package is not installed",
         "VRAM": "the GPU has less memory than the check needs",
         "NO_BASELINE": "there is no earlier record to compare with",
     }
@@ -39,6 +39,46 @@ PHASES = MappingProxyType(
     }
 )
 
+#: What an implementation can offer, with the words for it. Every check is about one of these.
+CAPABILITIES = MappingProxyType(
+    {
+        "environment": "environment",
+        "api": "published names and defaults",
+        "triton": "scoring with Triton",
+        "pytorch": "scoring without Triton",
+        "trig_table": "trig tables",
+        "helpers": "helper functions",
+        "ranking": "ranking",
+        "compressor": "compressor",
+        "statistics": "statistics files",
+        "live_model": "live-model patch",
+        "calibration": "calibration",
+        "command_line": "command line",
+        "plan": "plan",
+        "plugin": "vLLM plugin",
+        "latency": "latency",
+    }
+)
+
+#: What each profile must pass: the HARD checks of these capabilities. Of alternatives it must offer at least one, and
+#: pass all of those that it offers.
+PROFILES: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType(
+    {
+        "scorer": (("environment",), ("triton", "pytorch")),
+        "engine": (
+            ("environment",), ("triton", "pytorch"), ("compressor", "ranking"), ("statistics",), ("live_model",)
+        ),
+        "serving": (
+            ("environment",), ("triton", "pytorch"), ("compressor", "ranking"), ("statistics",), ("live_model",),
+            ("plugin",),
+        ),
+        "full": tuple((name,) for name in CAPABILITIES if name != "ranking"),
+    }
+)  # fmt: skip
+
+#: The capability of a phase's checks, unless they name another.
+_USUAL = {1: "environment", 2: "api", 3: "triton", 4: "triton", 5: "trig_table", 6: "live_model", 7: "plugin", 8: "latency"}
+
 #: The default seed of a run: fixed, so that two runs without arguments draw the same inputs.
 DEFAULT_SEED = 0
 
@@ -55,7 +95,9 @@ class CheckSpec:
     it fails, ``tolerance`` which bound applies and where it comes from, ``plan`` which item of the verification plan
     (``"3.2"``) it answers. ``needs`` names checks (full ids, or families) whose failure makes this one BLOCKED.
     ``needs_gpu`` checks are SKIP(NO_GPU) on the CPU target and are not on its must-pass list. ``ahead_of_time`` checks
-    are about kernels that need not run: their results are compiled evidence, which is enough.
+    are about kernels that need not run: their results are compiled evidence, which is enough. ``capability`` is what
+    the check is about (``CAPABILITIES``): one for all cases, or one by case; by default that of the phase, or the path
+    that a case is named after.
 
     Raises ValueError naming the family if a field breaks these rules.
     """
@@ -72,6 +114,7 @@ class CheckSpec:
     needs_gpu: bool = False
     ahead_of_time: bool = False
     timeout_s: float = 120.0
+    capability: str | Mapping[str, str] = ""
 
     def __post_init__(self) -> None:
         if not _FAMILY.fullmatch(self.family):
@@ -88,6 +131,15 @@ class CheckSpec:
         bad = [case for case in self.cases if not _CASE.fullmatch(case)]
         if bad:
             raise ValueError(f"check {self.family} has a case named {bad[0]!r}; use letters, digits, '_' and '-'")
+        if unknown := [name for case in self.cases if (name := self.capability_of(case)) not in CAPABILITIES]:
+            raise ValueError(f"check {self.family} is about {unknown[0]!r}; use one of {', '.join(CAPABILITIES)}")
+
+    def capability_of(self, case: str) -> str:
+        """What one of the cases is about."""
+        if isinstance(self.capability, str):
+            path = case.partition("-")[0].removeprefix("dispatch_")
+            return self.capability or (path if path in ("triton", "pytorch") else _USUAL[self.phase])
+        return self.capability[case]
 
     @property
     def phase(self) -> int:
@@ -109,6 +161,10 @@ class Check:
     @property
     def phase(self) -> int:
         return self.spec.phase
+
+    @property
+    def capability(self) -> str:
+        return self.spec.capability_of(self.case)
 
     def applies_to(self, target: str) -> bool:
         """Whether this check applies to ``target``: ``emulated`` or ``sm<NN>``."""

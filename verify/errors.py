@@ -27,13 +27,23 @@ class InfraError(Exception):
     """The machine, not the subject, is at fault (a broken driver, the wrong GPU): the verdict is INFRA."""
 
 
-#: Exceptions of code that crashes or lacks something; all others count as deliberate refusals. A KeyError is a refusal:
-#: it names what is missing.
-CRASHES = (AssertionError, AttributeError, IndexError, NameError, NotImplementedError, RecursionError, TypeError)
+class SubjectLacks(Exception):
+    """The subject does not offer what the check asks for: the check is ABSENT; the message is one sentence."""
 
 
-class SubjectLacks(AssertionError):
-    """The subject lacks a name that the check needs: the check FAILs; the message is one sentence."""
+class SubjectNeeds(Exception):
+    """The subject needs a third-party package that is not installed: the check is SKIP(PKG_MISSING)."""
+
+
+class Refused(Exception):
+    """The subject refuses this input by a deliberate ``raise``, and accepts a plainer one: the check is REFUSED.
+
+    ``aspect`` names what it refuses: ``aggregation=max``.
+    """
+
+    def __init__(self, message: str, aspect: str = "") -> None:
+        super().__init__(message)
+        self.aspect = aspect
 
 
 def skip(code: str, reason: str) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from verify.machine.processors import cores
 from verify.record.builds import Build, Compilation
 from verify.record.curves import Curve, clash
 from verify.record.schema import Measurement
-from verify.run.recorder import CURVES, MEASUREMENTS, id_of
+from verify.run.recorder import CHOICE, CURVES, MEASUREMENTS, id_of
 from verify.session import SESSION
 from verify.subject.subject import Subject
 
@@ -131,6 +131,16 @@ def measure(request: pytest.FixtureRequest) -> Measure:
             raise AssertionError(f"{found.told}; repeat with: {repeat}")
 
     return measure
+
+
+@pytest.fixture
+def choose(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """``choose(words)``: record which of several lawful readings of the method the subject follows."""
+
+    def choose(words: str) -> None:
+        request.node.stash[CHOICE] = words
+
+    return choose
 
 
 @pytest.fixture

@@ -33,12 +33,18 @@ class Verdict(StrEnum):
     CRASH = "CRASH"
     TIMEOUT = "TIMEOUT"
     SKIP = "SKIP"
+    ABSENT = "ABSENT"
+    REFUSED = "REFUSED"
     BLOCKED = "BLOCKED"
     INFRA = "INFRA"
 
 
-#: Verdicts that report a problem, unlike SKIP and BLOCKED, which report that nothing was learnt.
+#: Verdicts that report a problem. SKIP and BLOCKED report that nothing was learnt; ABSENT, that the subject does not
+#: offer what the check asks for; REFUSED, that it says so at the call.
 FAILING = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.INFRA})
+
+#: Neither a failure nor a pass.
+NOT_OFFERED = frozenset({Verdict.ABSENT, Verdict.REFUSED})
 
 #: How a result was obtained; the three are never mixed in one cell.
 Evidence = Literal["hardware", "compiled", "emulated"]
@@ -76,7 +82,8 @@ def _room(one: Measurement) -> float:
 class CheckResult(Strict):
     """One check on one target. Raises ValidationError when the verdict and the other fields contradict each other.
 
-    ``rests_on`` is the index of its list in the record's ``rests_on``; older records have none.
+    ``aspect`` is what the subject refuses (``aggregation=max``), ``choice`` which of several lawful readings of the
+    method it follows. ``rests_on`` is the index of its list in the record's ``rests_on``; older records have none.
     """
 
     id: str = Field(pattern=r"^p[1-8]\.[a-z0-9_]+\.[A-Za-z0-9_\-]+$")
@@ -91,6 +98,8 @@ class CheckResult(Strict):
     measurements: list[Measurement] = Field(default_factory=list)
     curves: list[Curve] = Field(default_factory=list)
     message: str = ""
+    aspect: str = ""
+    choice: str = ""
     repeat: Annotated[str, Field(min_length=1), AfterValidator(sys.intern)]  # alike in every run of a machine
     rests_on: int | None = Field(default=None, ge=0)
 
@@ -108,7 +117,7 @@ class CheckResult(Strict):
             for measurement in self.measurements:
                 if not measurement.within:
                     raise ValueError(f"{self.id}: PASS, but {measurement.name} is outside its bound")
-        if self.verdict in FAILING and not self.message:
+        if self.verdict in FAILING | NOT_OFFERED and not self.message:
             raise ValueError(f"{self.id}: {self.verdict} without a message")
         if self.curves and (wrong := clash(self.curves)):
             raise ValueError(f"{self.id}: {wrong}")
@@ -173,7 +182,8 @@ class Sitting(Strict):
 class SubjectInfo(Strict):
     """The implementation under test; ``git_sha`` is ``none`` where the source is not a git checkout.
 
-    ``content_sha256`` is the digest of the package's files, independent of their location and of git.
+    ``content_sha256`` is the digest of the package's files, independent of their location and of git. ``profile`` is
+    what it must pass (None: what it offers), ``narrowed`` the values that its author says it takes, by property.
     """
 
     name: str = Field(min_length=1)
@@ -182,6 +192,8 @@ class SubjectInfo(Strict):
     git_sha: str = Field(min_length=1)
     dirty: bool
     content_sha256: Sha256
+    profile: str | None = None
+    narrowed: dict[str, list[str]] = Field(default_factory=dict)
 
 
 class Record(Strict):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 
 from verify.architectures import EMULATED, Target, parse_target
-from verify.checks import Check, Gate, catalogue
+from verify.checks import CAPABILITIES, PROFILES, Check, Gate, catalogue
 from verify.record.archive import newest_first
 from verify.record.builds import Compilation
-from verify.record.grounds import Checkout
-from verify.record.schema import FAILING, CheckResult, Evidence, Record, SubjectInfo, Verdict
+from verify.record.grounds import BUNDLED, Checkout
+from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Evidence, Record, SubjectInfo, Verdict
 from verify.record.staleness import Comparison, merged, why_not_merged
 
 
 class TargetVerdict(StrEnum):
-    """The verdict on a target. Only VERIFIED vouches for hardware; the EMULATED verdicts do not."""
+    """The verdict on a target. VERIFIED vouches for hardware: everything of the profile ``full`` passed on it. CONFORMS
+    does for an implementation with another profile, or none. The EMULATED verdicts vouch for no hardware.
+    """
 
     VERIFIED = "VERIFIED"
+    CONFORMS = "CONFORMS"
     FAILED = "FAILED"
     INCOMPLETE = "INCOMPLETE"
     INFRA = "INFRA"
@@ -29,13 +33,17 @@ class TargetVerdict(StrEnum):
 
 _EMULATED_WORDS = {
     TargetVerdict.VERIFIED: TargetVerdict.EMULATED_PASS,
+    TargetVerdict.CONFORMS: TargetVerdict.EMULATED_PASS,
     TargetVerdict.FAILED: TargetVerdict.EMULATED_FAIL,
     TargetVerdict.INCOMPLETE: TargetVerdict.EMULATED_INCOMPLETE,
     TargetVerdict.INFRA: TargetVerdict.INFRA,
 }
 
-#: The families that judge one scoring path each, with the name of the path.
-_JUDGED = {"p4.triton_oracle": "Triton", "p4.pytorch_oracle": "PyTorch"}
+#: The SOFT families that an implementation with the profile ``serving`` must pass too.
+_SERVING = frozenset({"p7.plugin", "p7.stream", "p7.replay", "p7.together", "p7.blocks"})
+
+#: The accuracy class in the place of a measurement.
+_CLASS = re.compile(r"\bclass ([ABC])\b")
 
 #: The evidence that a matrix cell may show, best first. A GPU's cell never shows an emulated result.
 _EMULATED_ONLY: tuple[Evidence, ...] = ("emulated",)
@@ -72,6 +80,11 @@ class Cell:
     @property
     def failed(self) -> bool:
         return self.proves and self.result is not None and self.result.verdict in FAILING
+
+    @property
+    def not_offered(self) -> bool:
+        """ABSENT or REFUSED: the subject does not offer what the check asks for."""
+        return self.proves and self.result is not None and self.result.verdict in NOT_OFFERED
 
     @property
     def compiled(self) -> bool:
@@ -137,9 +150,32 @@ class Assessment:
         return self.comparison.why_stale(record, self.used)
 
 
-def must_pass(checks: Iterable[Check], target: Target) -> list[Check]:
-    """The checks that ``target`` must pass: every HARD one that applies to it."""
-    return [check for check in checks if check.spec.gate == "hard" and check.applies_to(target.target)]
+def profile_of(subject: SubjectInfo) -> str | None:
+    """What a subject must pass: the bundled one everything, unless its record says otherwise."""
+    return subject.profile or ("full" if subject.source == BUNDLED else None)
+
+
+def must_pass(
+    checks: Iterable[Check],
+    target: Target,
+    profile: str | None = "full",
+    verdicts: Mapping[str, Verdict] | None = None,
+) -> list[Check]:
+    """The checks that an implementation with ``profile`` must pass on ``target``, given the ``verdicts`` so far, by id.
+
+    For ``full`` every HARD check that applies to the target. For another profile those of its capabilities; of
+    alternatives, those that the implementation offers. Without a profile, every HARD check of what it offers, except
+    those that the published API does not promise.
+    """
+    verdicts = verdicts or {}
+    applying = [check for check in checks if check.applies_to(target.target)]
+    hard = [check for check in applying if check.spec.gate == "hard"]
+    if profile is None:
+        return [check for check in hard if check.capability != "plan" and verdicts.get(check.id) not in NOT_OFFERED]
+    offered = {check.capability for check in applying if verdicts.get(check.id, Verdict.ABSENT) not in NOT_OFFERED}
+    wanted = {name for names in PROFILES[profile] for name in ({*names} & offered or names)}
+    soft = [check for check in applying if check.spec.family in _SERVING] if profile == "serving" else []
+    return [check for check in hard if check.capability in wanted] + soft
 
 
 def describe_subject(subject: SubjectInfo) -> str:
@@ -161,9 +197,12 @@ def assess(
     of a check that this suite does not have. Without a ``checkout``, every result counts.
     """
     used, stale, comparison = merged(target, records, checkout)
-    wanted = {check.id for check in must_pass(checks, target)}
     gates = {check.id: check.spec.gate for check in checks}
-    found, before = _newest_results(used, stale, gates, wanted, comparison)
+    profile = profile_of(used[0].subject) if used else "full"
+    hard = {check.id for check in must_pass(checks, target)}
+    found, before = _newest_results(used, stale, gates, hard, comparison)
+    verdicts = {name: result.verdict for (name, _), (result, _, _) in found.items()}
+    wanted = {check.id for check in must_pass(checks, target, profile, verdicts)}
     cells = tuple(
         cell
         for cell in (_cell(check, target, found, before, check.id in wanted) for check in checks)
@@ -172,6 +211,8 @@ def assess(
     results = (result for record in used for result in record.results)
     unknown = tuple(dict.fromkeys(result.id for result in results if gates.get(result.id) != result.gate))
     verdict = _verdict([cell for cell in cells if cell.must_pass])
+    if verdict is TargetVerdict.VERIFIED and profile != "full":
+        verdict = TargetVerdict.CONFORMS
     if target is EMULATED:
         verdict = _EMULATED_WORDS[verdict]
     sentence = _sentence(target, verdict, cells, used, stale)
@@ -246,33 +287,61 @@ def _sentence(
         )
         if number
     )
-    where = f"{_where(target, used)} for {describe_subject(used[0].subject)}"
+    subject = used[0].subject
+    where = f"{_where(target, used)} for {describe_subject(subject)}"
+    if (profile := profile_of(subject)) != "full":
+        where += f" (profile {profile})" if profile else " (without a profile: judged by what it offers)"
     end = "; this verifies no GPU." if emulated else "."
-    if verdict in (TargetVerdict.VERIFIED, TargetVerdict.EMULATED_PASS):
-        return f"All {len(hard)} must-pass checks passed {where}; {_soft(cells)}{end}"
+    told = "" if subject.source == BUNDLED and not failed else _by_capability(cells, subject)
+    if verdict in (TargetVerdict.VERIFIED, TargetVerdict.CONFORMS, TargetVerdict.EMULATED_PASS):
+        return f"All {len(hard)} must-pass checks passed {where}; {_soft(cells)}{told}{end}"
+    if unoffered := [cell.check.id for cell in hard if cell.not_offered]:
+        ahead = f", {len(unoffered)} of them absent or refused, the first {unoffered[0]}{ahead}"
     if failed:
         ended = "could not be judged" if verdict is TargetVerdict.INFRA else "failed"
         start = f"{len(failed)} of {len(hard)} must-pass checks {ended} {where}, the first of them {failed[0]}"
         rest = f"{passed} passed, {len(hard) - passed - len(failed)} without a valid result{ahead}"
-        return f"{start}; {rest}{_judged_paths(cells)}{end}"
+        return f"{start}; {rest}{told}{end}"
     return (
         f"{passed} of {len(hard)} must-pass checks passed {where} and none failed; "
         f"{len(hard) - passed} {'has' if passed == len(hard) - 1 else 'have'} no valid result{ahead}, "
-        f"so {target.target} is INCOMPLETE{end}"
+        f"so {target.target} is INCOMPLETE{told}{end}"
     )
 
 
-def _judged_paths(cells: Sequence[Cell]) -> str:
-    """Which of the two scoring paths is wrong according to the oracle; empty if neither is."""
-    told: list[str] = []
-    for family, path in _JUDGED.items():
-        results = [cell for cell in cells if cell.check.spec.family == family and cell.result is not None]
-        failed = sum(cell.failed for cell in results)
-        if failed:
-            told.insert(0, f"the {path} path is wrong ({failed} of {len(results)} comparisons with the oracle failed)")
-        elif results and all(cell.passed for cell in results):
-            told.append(f"the {path} path is right")
-    return f"; {' and '.join(told)}" if told and "wrong" in told[0] else ""
+def _by_capability(cells: Sequence[Cell], subject: SubjectInfo) -> str:
+    """What the subject offers, capability by capability: how many of its checks passed, and what it does not offer."""
+    told = []
+    for name, words in CAPABILITIES.items():
+        results = [cell.outcome for cell in cells if cell.check.capability == name and cell.proves and cell.result]
+        if name in ("environment", "latency") or not results:
+            continue
+        judged = [one for one in results if one.verdict is Verdict.PASS or one.verdict in FAILING]
+        refused = dict.fromkeys(one.aspect for one in results if one.verdict is Verdict.REFUSED and one.aspect)
+        absent = [one for one in results if one.verdict is Verdict.ABSENT]
+        if not judged:
+            blocked = any(one.verdict is Verdict.BLOCKED for one in results)
+            silent = all(one.message.startswith("not implemented") for one in absent)
+            if absent:
+                told.append(f"{words}: {'not implemented' if silent else 'not offered'}")
+            elif blocked:
+                told.append(f"{words}: blocked")
+            continue
+        passed = sum(one.verdict is Verdict.PASS for one in judged)
+        classes = {found[1] for one in judged for m in one.measurements if (found := _CLASS.search(m.where))}
+        parts = [*([f"class {max(classes)}"] if classes else []), f"{passed} of {len(judged)}"]
+        within = _narrowed(subject) if name in ("triton", "pytorch") else ""
+        told.append(f"{words}: {', '.join(parts)}{within}" + "".join(f"; {aspect}: refused" for aspect in refused))
+    return "".join(f"; {one}" for one in told)
+
+
+def _narrowed(subject: SubjectInfo) -> str:
+    """The values that the author says the subject takes, in brackets; empty without any."""
+    parts = [
+        f"{len(values)} set{'s' * (len(values) > 1)} of fixed offsets" if name == "offsets" else f"{name} {', '.join(values)}"
+        for name, values in subject.narrowed.items()
+    ]
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _where(target: Target, used: Sequence[Record]) -> str:

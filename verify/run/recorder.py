@@ -15,7 +15,7 @@ from types import TracebackType
 import pytest
 
 from verify.checks import SKIP_CODES, CheckSpec
-from verify.errors import InfraError, SubjectLacks, skip
+from verify.errors import InfraError, Refused, SubjectLacks, SubjectNeeds, skip
 from verify.files import IMPORT_ROOT
 from verify.machine import processors
 from verify.machine.environment import localise
@@ -24,9 +24,14 @@ from verify.record.grounds import Grounds
 from verify.record.schema import FAILING, CheckResult, Measurement, Verdict
 from verify.run import events
 from verify.run.manifest import Manifest, Selected
+from verify.subject.refusal import raised_in, refusal
+from verify.subject.subject import Subject
 
 #: The measurements of a check, from the ``measure`` fixture, until its result is made.
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
+
+#: Which of several lawful readings of the method its subject follows, from the ``choose`` fixture.
+CHOICE = pytest.StashKey[str]()
 
 #: Its curves, from the ``curve`` fixture.
 CURVES = pytest.StashKey[list[Curve]]()
@@ -81,10 +86,15 @@ class Ending:
     message: str
     code: str | None = None
     by: str | None = None
+    aspect: str = ""
 
 
-def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping[Path, str], subject: Path) -> Ending:
-    """The verdict for an exception from a step; one raised in the package in ``subject`` is a FAIL of that package."""
+def ending_of(
+    excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping[Path, str], subject: Subject
+) -> Ending:
+    """The verdict for an exception from a step. One raised in the subject is a FAIL of the subject, unless it says that
+    something is not implemented; a refusal counts only where the check has seen a plainer input accepted.
+    """
     error = excinfo.value
     if isinstance(error, pytest.skip.Exception):
         if blocked_by := getattr(error, "by", None):
@@ -100,11 +110,20 @@ def ending_of(excinfo: pytest.ExceptionInfo, when: str, root: Path, own: Mapping
     if isinstance(error, pytest.fail.Exception) and _passed_through(excinfo.tb, "pytest_timeout"):
         return Ending(Verdict.TIMEOUT, localise(f"{where}{error}", root, own))
     failed = when == "call" and isinstance(error, AssertionError | pytest.fail.Exception)
-    if failed or isinstance(error, SubjectLacks):
+    if isinstance(error, SubjectLacks):
+        return Ending(Verdict.ABSENT, localise(str(error), root, own))
+    if isinstance(error, SubjectNeeds):
+        return Ending(Verdict.SKIP, localise(str(error), root, own), code="PKG_MISSING")
+    if isinstance(error, Refused):
+        return Ending(Verdict.REFUSED, localise(str(error), root, own), aspect=error.aspect)
+    place = raised_in(error, subject, (root / "phases", _SUITE))
+    if failed and not place:
         # pytest appends the truncated values of the assertion to the message
         said = str(error).rpartition("\nassert ")[0] or str(error)
         return Ending(Verdict.FAIL, localise(f"{where}{said}", root, own) or "assertion without a message")
-    if place := _raised_in(excinfo.tb, subject, root):
+    if isinstance(error, NotImplementedError) and refusal(error, subject):
+        return Ending(Verdict.ABSENT, localise(f"not implemented ({place}: {error})", root, own))
+    if place:
         return Ending(
             Verdict.FAIL,
             localise(f"{where}the subject raised {excinfo.typename} at {place}: {error}", root, own),
@@ -117,21 +136,6 @@ def _passed_through(traceback: TracebackType | None, module: str) -> bool:
     # not excinfo.traceback, which pytest has filtered
     frames = (frame for frame, _ in walk_tb(traceback))
     return any(frame.f_globals.get("__name__") == module for frame in frames)
-
-
-def _raised_in(traceback: TracebackType | None, subject: Path, root: Path) -> str:
-    """The line of the subject that raised an exception; empty if the suite's own code raised it.
-
-    An exception from a library counts as its caller's. The subject may call back into the suite.
-    """
-    found = ""
-    for frame, line in walk_tb(traceback):
-        file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(subject):
-            found = f"{file.relative_to(subject.parent)}:{line}"
-        elif file.is_relative_to(root / "phases") or file.is_relative_to(_SUITE):
-            found = ""
-    return found
 
 
 def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
@@ -147,7 +151,7 @@ def _place(excinfo: pytest.ExceptionInfo, root: Path) -> str:
 class Recorder:
     """The pytest plugin of one run: blocks or skips checks before setup, times them, and appends their results.
 
-    ``subject`` is the directory of the package under test. ``runner`` is the process that started this one for one
+    ``subject`` is the implementation under test. ``runner`` is the process that started this one for one
     phase and records how busy the machine is; None if this process runs every phase and records it itself. ``grounds``
     knows what results rest on; None if the run leaves no record.
 
@@ -158,7 +162,7 @@ class Recorder:
     run_dir: Path
     manifest: Manifest
     root: Path
-    subject: Path
+    subject: Subject
     runner: int | None = None
     grounds: Grounds | None = None
     _ending: Ending | None = field(default=None, init=False)
@@ -195,7 +199,7 @@ class Recorder:
             if self.runner is None:
                 events.append_machine(self.run_dir, spec.phase, "start", processors.state())
         self._phase, self._ending = spec.phase, None
-        item.stash[MEASUREMENTS], item.stash[CURVES] = [], []
+        item.stash[MEASUREMENTS], item.stash[CURVES], item.stash[CHOICE] = [], [], ""
         file = item.nodeid.partition("::")[0]
         self._note(spec.phase, file)  # before the check, which may end this process
         events.append_start(self.run_dir, id_of(item))
@@ -273,6 +277,8 @@ class Recorder:
             self.root,
             code=ending.code,
             by=ending.by,
+            aspect=ending.aspect,
+            choice=item.stash[CHOICE],
             duration_s=duration_s,
             measurements=measurements,
             curves=item.stash[CURVES],

@@ -19,13 +19,15 @@ from threading import Event
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from verify.checks import PHASES
+from verify.architectures import parse_target
+from verify.checks import PHASES, catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.files import default_out, repository_root
 from verify.machine.device import prepare, resolve
 from verify.machine.processors import cores
 from verify.record.archive import newest_runs
-from verify.record.schema import FAILING, CheckResult, Record, Verdict
+from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Record, Verdict
+from verify.record.verdict import must_pass, profile_of
 from verify.run import events
 from verify.run.manifest import Manifest, Selected, freeze, survey
 from verify.run.process import PhaseProcess, pytest_command, pytest_environment
@@ -73,17 +75,23 @@ def run(request: RunRequest) -> int:
         return Exit.INTERRUPTED
 
 
-def exit_code(results: Iterable[CheckResult], *, strict_soft: bool = False) -> int:
-    """The exit code for these results; a blocked HARD check counts like its blocker.
+def exit_code(
+    results: Iterable[CheckResult], target: str, profile: str | None = "full", *, strict_soft: bool = False
+) -> int:
+    """The exit code for these results on ``target`` of a subject with ``profile``.
 
-    If any check, HARD or SOFT, has no verdict because of the machine, the run has no answer (exit code 3).
+    Its must-pass checks must pass: one that is ABSENT, REFUSED or SKIP(PKG_MISSING) counts as failed, a blocked one
+    like its blocker. If any check, HARD or SOFT, has no verdict because of the machine, the run has no answer (exit
+    code 3).
     """
     by_id = {result.id: result for result in results}
-    soft_failed = any(result.gate == "soft" and result.verdict in FAILING for result in by_id.values())
-    hard = [result for result in by_id.values() if result.gate == "hard"]
+    verdicts_of = {name: result.verdict for name, result in by_id.items()}
+    required = {check.id for check in must_pass(catalogue(), parse_target(target), profile, verdicts_of)}
+    soft_failed = any(one.gate == "soft" and one.verdict in FAILING for one in by_id.values())
+    hard = [result for name, result in by_id.items() if name in required]
     failed = [_blocker(result, by_id) if result.verdict is Verdict.BLOCKED else result for result in hard]
-    verdicts = {result.verdict for result in failed} & (FAILING | {Verdict.BLOCKED})
-    if verdicts - {Verdict.INFRA}:
+    verdicts = {result.verdict for result in failed} & (FAILING | NOT_OFFERED | {Verdict.BLOCKED})
+    if verdicts - {Verdict.INFRA} or any(result.code == "PKG_MISSING" for result in hard):
         return Exit.FAILED
     if any(result.verdict is Verdict.INFRA for result in by_id.values()):
         return Exit.CANNOT
@@ -329,4 +337,6 @@ def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console
         if not finished:
             lines.append(f"interrupted; resume with: python -m verify run --resume {_resume_name(run_dir)}")
         console.print("\n".join(lines), markup=False, soft_wrap=True)
-    return exit_code(record.results, strict_soft=strict_soft) if finished else Exit.INTERRUPTED
+    if not finished:
+        return Exit.INTERRUPTED
+    return exit_code(record.results, record.target, profile_of(record.subject), strict_soft=strict_soft)

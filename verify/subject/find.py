@@ -53,7 +53,17 @@ def _with_file(subject: Subject, file: Path | None) -> Subject:
             f"{file} names the package {content.subject.package}, but --subject {subject.name} is {subject.package}; "
             "drop the line, or give the path of a checkout"
         )
-    return replace(subject, file=file, names=content.names)
+    about = content.subject
+    return replace(
+        subject,
+        file=file,
+        names=content.names,
+        arguments={name: {ours: theirs or None for ours, theirs in one.items()} for name, one in content.arguments.items()},
+        sources=tuple(about.sources),
+        profile=about.profile,
+        plain_path=about.plain_path,
+        narrowed=content.offers.narrowed(),
+    )
 
 
 def _holding(root: Path, package: str, name: str) -> Path:

@@ -71,11 +71,36 @@ NAMES = (
 #: The vLLM plugin, as the entry point of the published distribution names it.
 PLUGIN = "triattention.vllm.plugin:register_triattention_backend"
 
-#: What a subject may leave out; its checks are then SKIP(PKG_MISSING).
+#: What the published API does not have, or names but does not require: judged where a subject offers it.
 OPTIONAL = (
     Name("calibration", "calibrate", "model, forward_loop"),
     Name("vllm.plugin", "register_triattention_backend", ""),
+    Name("ranking", "rank_keys", "key_states, head_stats, omega, offsets, freq_scale_sq, round_start"),
 )
+
+
+def parameters_of(module: str, name: str) -> tuple[str, ...]:
+    """The published parameters of a name, in order; none for one that is not a function."""
+    found = next((one for one in (*NAMES, *OPTIONAL) if (one.module, one.name) == (module, name)), None)
+    parts = filter(None, ((found and found.parameters) or "").split(","))
+    return tuple(part.partition("=")[0].strip() for part in parts)
+
+
+class Renamed:
+    """A subject's function under the published names of its parameters. ``names`` has the subject's name by published
+    name, or None for one that it does not take, which is then left out.
+    """
+
+    def __init__(
+        self, function: Callable[..., object], parameters: tuple[str, ...], names: Mapping[str, str | None]
+    ) -> None:
+        self.function, self.parameters, self.names = function, parameters, names
+
+    def __call__(self, *args: object, **given: object) -> object:
+        __tracebackhide__ = True
+        given = dict(zip(self.parameters, args, strict=False)) | given
+        theirs = {self.names.get(name, name): value for name, value in given.items()}
+        return self.function(**{name: value for name, value in theirs.items() if name is not None})
 
 #: Defaults of the two configurations, by field; a window that is not set follows the budget and is left out.
 CONFIG_DEFAULTS: Mapping[str, Mapping[str, object]] = MappingProxyType(
@@ -131,6 +156,11 @@ def signature_differs(name: Name, found: Callable[..., object]) -> str:
         return ""
     parts = filter(None, name.parameters.split(","))
     want = [tuple(part.strip() for part in text.split("=")) for text in parts]
+    if isinstance(found, Renamed):  # the author has said how it differs
+        have = inspect.signature(found.function).parameters.values()
+        missing = [theirs for theirs in found.names.values() if theirs and theirs not in {p.name for p in have}]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in have)
+        return f"{missing[0]}, named in subject.toml, is not one of its parameters" if missing and not takes_any else ""
     have = [p for p in inspect.signature(found).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     for index, (parameter, *default) in enumerate(want):
         if index >= len(have) or have[index].name != parameter:

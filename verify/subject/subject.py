@@ -10,16 +10,18 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from verify.errors import ConfigurationError, SubjectLacks
+from verify.errors import ConfigurationError, SubjectLacks, SubjectNeeds
 from verify.record.digest import digest_of
 from verify.record.grounds import PACKAGE
 from verify.record.schema import SubjectInfo
+from verify.subject.published import Renamed, parameters_of
 from verify.subject.toml import read
 
 _IMPORT_LIMIT_S = 180
@@ -61,12 +63,14 @@ class OnlyItsOwn(MetaPathFinder):
         return spec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Subject:
     """One implementation: ``root`` is the directory from which ``package`` is imported, ``source`` its name in records.
 
     ``name`` is the value of ``--subject``, ``file`` its ``subject.toml`` if there is one, and ``names`` the mapping in
-    it: ``module:attribute`` by published name.
+    it: ``module:attribute`` by published name. ``arguments`` renames parameters of published names (None: not taken),
+    ``sources`` are further packages whose code is the subject's own, ``profile`` is what it claims to be, ``plain_path``
+    what its path without Triton is called, and ``narrowed`` the values that it takes, by property of a problem.
     """
 
     name: str
@@ -75,6 +79,11 @@ class Subject:
     package: str = PACKAGE
     file: Path | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+    profile: str | None = None
+    plain_path: str = "PyTorch"
+    narrowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """This subject as JSON data, from which a child process makes it again with ``described``."""
@@ -83,7 +92,25 @@ class Subject:
 
     @classmethod
     def described(cls, told: Mapping[str, Any]) -> Subject:
-        return cls(**told | {key: Path(told[key]) for key in ("root", "file") if told[key]})
+        tuples = {"sources": tuple(told["sources"])}
+        tuples["narrowed"] = {
+            name: tuple(tuple(one) if isinstance(one, list) else one for one in values)
+            for name, values in told["narrowed"].items()
+        }
+        return cls(**told | tuples | {key: Path(told[key]) for key in ("root", "file") if told[key]})
+
+    def owns(self, file: Path) -> bool:
+        """Whether a source file is the subject's own code."""
+        return any(file.is_relative_to(folder) for folder in self._own_folders)
+
+    @cached_property
+    def _own_folders(self) -> tuple[Path, ...]:
+        found = [self.folder, self.folder.resolve()]
+        for name in self.sources:
+            spec = importlib.util.find_spec(name)
+            places = (spec and (spec.submodule_search_locations or [spec.origin])) or ()
+            found += [Path(place).resolve() for place in places if place]
+        return tuple(found)
 
     @property
     def option(self) -> str:
@@ -113,9 +140,19 @@ class Subject:
         self._must_be_here(next(iter(package.__path__)))
 
     def module(self, path: str = "") -> ModuleType:
-        """Import ``<package>.<path>``. Raises SubjectLacks when it, or a module that it needs, is absent."""
+        """Import ``<package>.<path>``. Raises SubjectLacks if it does not exist, SubjectNeeds if it needs a package that
+        is not installed, and whatever else its import raises.
+        """
         __tracebackhide__ = True
         return self._import(self._inside(path))
+
+    def offers(self, path: str, name: str) -> bool:
+        """Whether the published name ``<path>.<name>`` exists in this subject and its module imports."""
+        try:
+            self.attribute(path, name)
+        except (SubjectLacks, SubjectNeeds):
+            return False
+        return True
 
     def attribute(self, path: str, name: str) -> Any:
         """``<package>.<path>.<name>``, or what the subject file names instead. Raises SubjectLacks naming what is
@@ -125,9 +162,11 @@ class Subject:
         where, attribute = self.place(path, name)
         module = self._import(where)
         try:
-            return getattr(module, attribute)
+            found = getattr(module, attribute)
         except AttributeError as error:
-            raise SubjectLacks(f"subject {self.source!r} lacks {attribute} in {where}") from error
+            raise SubjectLacks(f"the subject has no {attribute} in {where}") from error
+        renamed = self.arguments.get(f"{path}.{name}")
+        return found if renamed is None else Renamed(found, parameters_of(path, name), renamed)
 
     def place(self, path: str, name: str) -> tuple[str, str]:
         """The module and the attribute of the published name ``<path>.<name>`` in this subject."""
@@ -141,8 +180,13 @@ class Subject:
         __tracebackhide__ = True
         try:
             return importlib.import_module(name)
-        except ImportError as error:
-            raise SubjectLacks(f"subject {self.source!r} lacks the module {name} ({error})") from error
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if missing and not any(f"{missing}.".startswith(f"{own}.") for own in (self.package, *self.sources)):
+                raise SubjectNeeds(f"{name} needs the package {missing}, which is not installed") from error
+            if missing and f"{name}.".startswith(f"{missing}."):  # the module itself, or a package that should hold it
+                raise SubjectLacks(f"the subject has no module {name}") from error
+            raise
 
     def command(self, *arguments: str) -> list[str]:
         """The command line that runs the subject's own CLI; use it with ``environment()``."""
@@ -203,6 +247,8 @@ class Subject:
             git_sha=sha or "none",
             dirty=sha is None or not self._committed(),
             content_sha256=self.content_sha256(),
+            profile=self.profile,
+            narrowed={name: [str(value) for value in values] for name, values in self.narrowed.items()},
         )
 
     def content_sha256(self) -> str:

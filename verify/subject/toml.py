@@ -1,12 +1,23 @@
-"""``subject.toml``: the names in a subject that differs from the published layout.
+"""``subject.toml``: what an implementation is called, what it claims to be, and what it takes.
 
 [subject]                  # all optional
 package = "theirs"         # the package in the role of triattention; for a checkout only
 name = "Theirs"            # how a record names it
 version = "1.2"
+profile = "scorer"         # what it must pass: scorer, engine, serving or full
+sources = ["their_lib"]    # further packages whose code is the subject's own
+plain_path = "C"           # what the path without Triton is called in reports
 
 [names]                    # published name = "module:attribute" in the subject
 "vllm.core.scoring.compute_scores" = "theirs.scores:score"
+
+[arguments."vllm.core.scoring.compute_scores"]   # published parameter = the subject's, or false if it takes none
+key_states = "keys"
+cache_positions = false
+
+[offers]                   # the values that it takes; a property that is left out is not narrowed
+offsets = [[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]]
+aggregation = ["mean"]
 """
 
 from __future__ import annotations
@@ -14,18 +25,20 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from verify.checks import PROFILES
 from verify.errors import ConfigurationError
-from verify.subject.published import NAMES, OPTIONAL
+from verify.subject.published import NAMES, OPTIONAL, parameters_of
 
 FILE = "subject.toml"
 
 _Dotted = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 _Target = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
 _Word = Annotated[str, StringConstraints(min_length=1)]
+_Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")]
 
 _PUBLISHED = tuple(f"{name.module}.{name.name}" for name in (*NAMES, *OPTIONAL))
 
@@ -40,6 +53,41 @@ class About(_Strict):
     package: _Dotted | None = None
     name: _Word | None = None
     version: _Word | None = None
+    profile: str | None = None
+    sources: list[_Dotted] = Field(default_factory=list)
+    plain_path: _Word = "PyTorch"
+
+
+_Sizes = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
+_Flags = Annotated[list[bool], Field(min_length=1)]
+_Dtypes = Annotated[list[Literal["float32", "bfloat16", "float16"]], Field(min_length=1)]
+_Styles = Annotated[list[Literal["half", "interleaved"]], Field(min_length=1)]
+_Aggregations = Annotated[list[Literal["mean", "max"]], Field(min_length=1)]
+_Strides = Annotated[list[Literal["contiguous", "transposed", "sliced", "spread"]], Field(min_length=1)]
+_Offsets = Annotated[list[Annotated[list[float | int], Field(min_length=1)]], Field(min_length=1)]
+
+
+class Offers(_Strict):
+    """The values that a subject takes, by property of a scoring problem; ``verify/judge/problems.py`` defines them."""
+
+    d: _Sizes | None = None
+    b: _Sizes | None = None
+    h: _Sizes | None = None
+    g: _Sizes | None = None
+    dtype: _Dtypes | None = None
+    style: _Styles | None = None
+    aggregation: _Aggregations | None = None
+    strides: _Strides | None = None
+    offsets: _Offsets | None = None
+    disable_mlr: _Flags | None = None
+    disable_trig: _Flags | None = None
+
+    def narrowed(self) -> dict[str, tuple[Any, ...]]:
+        """The properties that are narrowed, with their values, hashable."""
+        found = {name: value for name, value in self.model_dump().items() if value is not None}
+        if "offsets" in found:
+            found["offsets"] = [tuple(map(float, one)) for one in found["offsets"]]
+        return {name: tuple(values) for name, values in found.items()}
 
 
 class SubjectFile(_Strict):
@@ -47,6 +95,8 @@ class SubjectFile(_Strict):
 
     subject: About = About()
     names: dict[str, _Target] = Field(default_factory=dict)
+    arguments: dict[str, dict[str, _Identifier | Literal[False]]] = Field(default_factory=dict)
+    offers: Offers = Offers()
 
 
 def read(file: Path) -> SubjectFile:
@@ -60,17 +110,39 @@ def read(file: Path) -> SubjectFile:
         raise ConfigurationError(f"{file} cannot be read as TOML ({error}); repair it") from error
     except ValidationError as error:
         raise ConfigurationError(f"{file}: {_told(error)}") from error
-    for name in found.names:
-        if name not in _PUBLISHED:
-            near = difflib.get_close_matches(name, _PUBLISHED, 1, 0.0)[0]
-            raise ConfigurationError(f"{file}: {name!r} in [names] is not a published name; the nearest is {near!r}")
+    for table, names in ("names", found.names), ("arguments", found.arguments):
+        for name in names:
+            _known(file, name, table, _PUBLISHED, "a published name")
+    for name, renamed in found.arguments.items():
+        for parameter in renamed:
+            _known(file, parameter, f"arguments.{name}", parameters_of(*name.rsplit(".", 1)), "a published parameter")
+    if found.subject.profile is not None:
+        _known(file, found.subject.profile, "subject.profile", tuple(PROFILES), "a profile")
     return found
+
+
+def _known(file: Path, word: str, table: str, words: tuple[str, ...], what: str) -> None:
+    if word not in words:
+        near = difflib.get_close_matches(word, words, 1, 0.0)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ConfigurationError(f"{file}: {word!r} in [{table}] is not {what}{hint}")
+
+
+_EXPECTED = {
+    "names": "'module:attribute'",
+    "arguments": "the subject's parameter, or false",
+    "offers": "a list of the values that it takes",
+    "subject": "a name",
+}
 
 
 def _told(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
+    table, *entry = map(str, first["loc"])
+    where = ".".join((table, *entry[:1]))
     if first["type"] == "extra_forbidden":
-        return f"{where} is not a known entry; use [subject] with package, name, version, and [names]"
-    expected = "'module:attribute'" if where.startswith("names.") else "a table" if "." not in where else "a name"
-    return f"{where} is {first['input']!r}; give {expected}"
+        if entry:
+            known = ", ".join({"subject": About, "offers": Offers}[table].model_fields)
+            return f"{where} is not a known entry; [{table}] has {known}"
+        return f"{where} is not a known entry; use [subject], [names], [arguments] and [offers]"
+    return f"{where} is {first['input']!r}; give {_EXPECTED.get(table, 'a table') if entry else 'a table'}"

@@ -1,0 +1,200 @@
+"""What a scoring function takes, found by asking it, so that a subject is judged within what it offers.
+
+A refusal (``verify/subject/refusal.py``) counts only if a plainer problem is accepted. Which property is refused is
+found by changing one at a time. Properties that a check does not test are then replaced by ones that are taken, and
+random problems are drawn within them. A function that refuses nothing is never asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from verify.errors import Refused
+from verify.judge.problems import CHOICES, OFFSETS_17, Problem, Shape, drawn, make
+from verify.subject.refusal import REFUSALS, refusal
+from verify.subject.subject import Subject
+
+#: The properties that a subject may narrow, with the values that are tried. The first value is the plainest.
+PROPERTIES: Mapping[str, tuple[Any, ...]] = {
+    "offsets": (OFFSETS_17, (1.0, 2.0, 4.0), (1.0,)),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "aggregation": ("mean", "max"),
+    "style": ("half", "interleaved"),
+    "d": (128, 64, 96, 256),
+    "b": (1, 2, 3),
+    "h": (2, 1, 3),
+    "g": (1, 3),
+    "strides": ("contiguous", "transposed", "sliced", "spread"),
+    "disable_mlr": (False, True),
+    "disable_trig": (False, True),
+    "low_norm": (False, True),
+}
+
+#: Tried together until one is accepted; a scorer may take one dtype or one set of offsets only.
+_TOGETHER = ("offsets", "dtype", "aggregation", "style", "d")
+
+_PLAIN = Shape(n=33, t=64)
+
+
+@dataclass(eq=False)
+class Offers:
+    """What one scoring function takes. ``call(problem)`` calls it; ``values`` are those found or declared so far, by
+    property; a property that is not in it takes every value.
+    """
+
+    subject: Subject
+    call: Callable[[Problem], Any]
+    device: str
+    values: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    asked: bool = False
+    _control: Shape | None = None
+
+    def judge(self, error: Exception, at: str, shape: Shape, plain: bool) -> None:
+        """Raise Refused for a refusal of ``shape`` at the line ``at``; return if it does not count.
+
+        ``plain`` says that the call had further arguments, which are then what is refused.
+        """
+        self.ask()
+        if self._control is None:
+            return
+        aspect = "" if plain else self.refused_part(shape) or f"the combination {shape.told()}"
+        raise Refused(f"{aspect or 'the call'}: refused at {at} ({type(error).__name__}: {error})", aspect) from error
+
+    def ask(self) -> None:
+        """Find out what is taken; does nothing the second time."""
+        if self.asked:
+            return
+        self.asked = True
+        tried = {name: self.values.get(name, PROPERTIES[name]) for name in _TOGETHER}
+        for values in product(*tried.values()):
+            shape = self.fit(replace(_PLAIN, **dict(zip(tried, values, strict=True))), {})
+            if self._takes(shape):
+                self._control = shape
+                break
+        if self._control is None:
+            return
+        for name, values in PROPERTIES.items():
+            declared = self.values.get(name, values)
+            taken = tuple(one for one in declared if self._takes(replace(self._control, **{name: one}), lenient=True))
+            if len(taken) < len(values):
+                self.values[name] = taken
+
+    def _takes(self, shape: Shape, *, lenient: bool = False) -> bool:
+        """Whether the call returns. With ``lenient``, a crash counts as taken, so that a check shows it."""
+        try:
+            self.call(make(shape, 0, self.device))
+        except REFUSALS as error:
+            return lenient and not refusal(error, self.subject)
+        except Exception:  # a subject may crash in any way
+            return lenient
+        return True
+
+    def refused_part(self, shape: Shape) -> str:
+        """The first property of ``shape`` that is not taken, as ``aggregation=max``; empty if each is taken."""
+        for name, values in self.values.items():
+            value = getattr(shape, name)
+            if value not in values:
+                shown = f"{len(value)} offsets" if name == "offsets" else value
+                return f"{name}={shown}"
+        return ""
+
+    def fit(self, shape: Shape, tested: Mapping[str, Any] | set[str]) -> Shape:
+        """``shape`` with every property that is not taken replaced by one that is. Raises Refused if it is one of those
+        that the check tests.
+        """
+        for name, values in self.values.items():
+            value = getattr(shape, name)
+            if value in values:
+                continue
+            if name in tested or not values:
+                part = self.refused_part(replace(shape, **{n: v[0] for n, v in self.values.items() if n != name and v}))
+                raise Refused(f"{part}: not offered", part)
+            shape = replace(shape, **{name: values[0]})
+        return shape
+
+    def fitted(self, shape: Shape, usual: Shape) -> Iterator[Attempt]:
+        """One attempt to judge ``shape``, which tests the properties in which it differs from ``usual``, and a second
+        one within what is taken if the first is refused. Raises Refused if a tested property is not taken.
+        """
+        tested = {name for name in PROPERTIES if getattr(shape, name) != getattr(usual, name)}
+        yield from self._until_judged(lambda: [self.fit(shape, tested)])
+
+    def drawn(
+        self, seed: int, count: int, part: tuple[int, int] = (0, 1), **choices: tuple[Any, ...]
+    ) -> Iterator[Attempt]:
+        """Attempts to judge up to ``count`` problems drawn from ``seed`` within what is taken; of several ``parts``
+        (its number, and how many there are) only that one.
+
+        Raises Refused if every one of them was refused, or if none of the ``choices`` is taken.
+        """
+
+        def within() -> list[Shape]:
+            taken = {}
+            for name, values in self.values.items():
+                wanted = choices.get(name, CHOICES.get(name, (getattr(_PLAIN, name),)))
+                taken[name] = tuple(one for one in wanted if one in values)
+                if not taken[name]:
+                    if name in choices:
+                        self.fit(replace(_PLAIN, **{name: wanted[0]}), {name})
+                    taken[name] = values
+            first, step = part
+            return drawn(seed, count, **choices | taken)[first::step]
+
+        yield from self._until_judged(within)
+
+    def _until_judged(self, shapes: Callable[[], list[Shape]]) -> Iterator[Attempt]:
+        refused: Refused | None = None
+        judged = 0
+        for _ in range(2):
+            known = dict(self.values)
+            for shape in shapes():
+                attempt = Attempt(shape)
+                yield attempt
+                judged += attempt.refused is None
+                refused = attempt.refused or refused
+            if refused is None or known == self.values:
+                break
+        if not judged and refused is not None:
+            raise refused
+
+
+@dataclass
+class Attempt:
+    """One problem to judge: ``with attempt as shape: ...``. A refusal ends the block and is noted in ``refused``."""
+
+    shape: Shape
+    refused: Refused | None = None
+
+    def __enter__(self) -> Shape:
+        return self.shape
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, Refused):
+            self.refused = error
+            return True
+        return False
+
+
+@contextmanager
+def refusable(subject: Subject, aspect: str, control: Callable[[], Any]) -> Iterator[None]:
+    """Inside, a refusal raises Refused with this ``aspect`` if ``control()``, a plainer call, is accepted."""
+    try:
+        yield
+    except REFUSALS as error:
+        at = refusal(error, subject)
+        if at and accepted(control):
+            raise Refused(f"{aspect}: refused at {at} ({type(error).__name__}: {error})", aspect) from error
+        raise
+
+
+def accepted(control: Callable[[], Any]) -> bool:
+    """Whether a call returns."""
+    try:
+        control()
+    except Exception:  # a subject may refuse or crash in any way; then it accepts nothing
+        return False
+    return True
