@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from verify import skip
+from verify.errors import SubjectLacks
 from verify.model.live_model import LiveModel, load, locate, published_layout
 from verify.model.settings import RECOMMENDED
 from verify.serving.judge import Judge, rule
@@ -42,25 +43,20 @@ def loaded(located: tuple[str, Path], subject: Subject, device: str) -> LiveMode
 
 @pytest.fixture
 def model(loaded: LiveModel) -> Iterator[LiveModel]:
-    """The model, unpatched at the start; after each check its original forward is restored."""
-    original = loaded.model.forward
-    own = set(vars(loaded.model))
+    """The model, unpatched at the start; each check's patch is undone after it."""
     yield loaded
-    for name in set(vars(loaded.model)) - own:
-        delattr(loaded.model, name)
-    if loaded.model.forward != original:
-        loaded.model.forward = original
+    loaded.restore()
     loaded.model.set_attn_implementation("sdpa")
 
 
 @pytest.fixture(scope="module")
 def served(subject: Subject, request: pytest.FixtureRequest) -> tuple[str, Path]:
-    """The model directory and its statistics; skips if vLLM or the subject's plugin is missing."""
+    """The model directory and its statistics; vLLM must be installed, and the subject have a plugin."""
     if importlib.util.find_spec("vllm") is None:
         skip("PKG_MISSING", "vllm is not installed")
     optional(subject, "vllm.plugin", "register_triattention_backend")
     if (place := ":".join(subject.place("vllm.plugin", "register_triattention_backend"))) != PLUGIN:
-        skip("PKG_MISSING", f"vLLM's processes load the plugin as {PLUGIN}, and the subject's is {place}")
+        raise SubjectLacks(f"the subject has no {PLUGIN}, which vLLM's processes load; its plugin is {place}")
     return request.getfixturevalue("located")
 
 

@@ -5,23 +5,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+from typing import Any
 
 from verify import Measure, check, skip
-from verify.subject.published import CONFIG_DEFAULTS, NAMES, signature_differs
+from verify.errors import SubjectLacks, SubjectNeeds
+from verify.judge.offers import refusable
+from verify.subject.offered import unwritten
+from verify.subject.published import CONFIG_DEFAULTS, NAMES, Name, signature_differs
 from verify.subject.subject import Subject
+
+_BY_CASE = {name.full.replace(".", "-"): name for name in NAMES}
 
 
 @check(
-    "p2.names", gate="hard", plan="2.3",
-    cases={f"{name.module.replace('.', '-')}-{name.name}": name for name in NAMES},
+    "p2.names", gate="hard", plan="2.3", cases=_BY_CASE,
+    capability={case: name.capability for case, name in _BY_CASE.items()},
     claim="Each published name imports and takes the published parameters, in order, with the published defaults.",
     reason="Existing callers use these names; a missing or reordered argument changes results without an error.",
     remedy="Add the name, or make added parameters keyword-only with defaults.",
 )  # fmt: skip
-def test_name(case, subject: Subject) -> None:
+def test_name(case: Name, subject: Subject) -> None:
     found = subject.attribute(case.module, case.name)
+    if unwritten(found):
+        raise SubjectLacks(f"not implemented ({case.full} only raises NotImplementedError)")
     differs = signature_differs(case, found)
-    assert not differs, f"{case.module}.{case.name}: {differs}"
+    assert not differs, f"{case.full}: {differs}"
 
 
 @check(
@@ -41,17 +49,43 @@ def test_defaults(case: str, subject: Subject) -> None:
 
 
 @check(
-    "p2.config", gate="hard", plan="3.2", cases="plan_budget",
+    "p2.config", gate="hard", plan="3.2", cases="plan_budget", capability="plan",
     claim="The plan's configuration, a budget of 128 tokens without a window size, is accepted.",
     reason="Plan block 3.2 starts with it; a default window as large as the budget must not make the budget invalid.",
     remedy="Derive a window that is not set from the budget; an explicit window may be refused.",
 )  # fmt: skip
 def test_plan_budget(case: str, subject: Subject) -> None:
-    made = subject.attribute("vllm.core.config", "TriAttentionConfig")(
-        kv_budget=128, pruning_mode="per_head", score_aggregation="mean", rope_style="half", use_triton_scoring=False,
-        head_dim=128, num_kv_heads=4, disable_mlr=False,
-    )  # fmt: skip
+    configuration = subject.attribute("vllm.core.config", "TriAttentionConfig")
+
+    def with_budget(tokens: int) -> Any:
+        return configuration(
+            kv_budget=tokens, pruning_mode="per_head", score_aggregation="mean", rope_style="half",
+            use_triton_scoring=False, head_dim=128, num_kv_heads=4, disable_mlr=False,
+        )  # fmt: skip
+
+    with refusable(subject, "kv_budget=128 without a window", lambda: with_budget(2048)):
+        made = with_budget(128)
     assert made.kv_budget == 128, f"the budget became {made.kv_budget}"
+
+
+#: Imports modules in a child, apart from those that are absent; a module counts as absent if it, or a package that
+#: should hold it, does not exist. Says what was imported, and which packages of others are missing.
+_IMPORT = """
+import importlib, json, sys
+own, imported, needs = sys.argv[1].split(","), [], {}
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not any(f"{error.name}.".startswith(f"{one}.") for one in own):
+            needs[name] = error.name
+        elif not f"{name}.".startswith(f"{error.name}."):
+            raise
+    else:
+        imported.append(name)
+import torch
+print(json.dumps({"imported": imported, "needs": needs, "context": torch.cuda.is_initialized()}))
+"""
 
 
 @check(
@@ -62,14 +96,17 @@ def test_plan_budget(case: str, subject: Subject) -> None:
     timeout_s=180,
 )  # fmt: skip
 def test_no_cuda_context(case: str, subject: Subject) -> None:
-    lines = dict.fromkeys(f"import {subject.place(name.module, name.name)[0]}" for name in NAMES)
-    program = "\n".join([*lines, "import json, torch", "print(json.dumps(torch.cuda.is_initialized()))"])
-    child = subprocess.run(
-        [subject.command()[0], "-c", program], capture_output=True, text=True, timeout=150, env=subject.environment()
-    )
+    modules = dict.fromkeys(subject.place(name.module, name.name)[0] for name in NAMES)
+    command = [subject.command()[0], "-c", _IMPORT, ",".join((subject.package, *subject.sources)), *modules]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=150, env=subject.environment())
     last = (child.stderr.strip().splitlines() or ["no output"])[-1]
     assert child.returncode == 0, f"importing the published modules failed: {last}"
-    assert json.loads(child.stdout.splitlines()[-1]) is False, "importing the published modules created a CUDA context"
+    found = json.loads(child.stdout.splitlines()[-1])
+    if not found["imported"]:
+        for name, package in found["needs"].items():
+            raise SubjectNeeds(f"{name} needs the package {package}, which is not installed")
+        raise SubjectLacks("the subject has none of the published modules")
+    assert not found["context"], f"importing {', '.join(found['imported'])} created a CUDA context"
 
 
 @check(

@@ -6,11 +6,13 @@ numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from verify import Measure, check
 from verify.judge import guarded
 from verify.judge.guarded import PATHS
+from verify.judge.offers import Attempt
 from verify.judge.problems import Shape, drawn, make
 from verify.subject.subject import Subject
 
@@ -22,8 +24,14 @@ _BASE = Shape(t=64, offsets=(1.0, 2.0, 4.0))
 _TAILS = tuple(replace(_BASE, n=n, b=2, aggregation=a) for n in (1, 33, 65, 255) for a in ("mean", "max"))
 
 
-def _shapes(seed: int) -> tuple[Shape, ...]:
-    return (*_TAILS, replace(_BASE, b=2, strides="sliced"), replace(_BASE, d=96, strides="spread"), *drawn(seed, 6))
+#: Strides, and a head dim that is no power of two.
+_VIEWS = (replace(_BASE, b=2, strides="sliced"), replace(_BASE, d=96, strides="spread"))
+
+
+def _tried(subject: Subject, path: str, seed: int, device: str) -> Iterator[tuple[Attempt, guarded.Scorer]]:
+    """Every function of a path with its share of these problems: tails, views and random ones."""
+    shapes = (*_TAILS, *_VIEWS, *drawn(seed, 6))
+    return guarded.spread(subject, path, device, lambda offers, part: offers.several(shapes[part]))
 
 
 @check(
@@ -34,13 +42,11 @@ def _shapes(seed: int) -> tuple[Shape, ...]:
     remedy="Find the in-place operation on the argument named in the message.",
 )  # fmt: skip
 def test_inputs_untouched(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    for shape in _shapes(seed):
-        problem = make(shape, seed, device)
-        changed = list(guarded.engine(subject, case, problem).changed)
-        if case == "triton":
-            changed += guarded.kernel(subject, problem).changed
-        where = f"the {PATHS[case]} path wrote to {', '.join(changed)} ({shape.told()})" if changed else shape.told()
-        measure("inputs that changed", len(changed), 0, where=where)
+    for attempt, scorer in _tried(subject, case, seed, device):
+        with attempt as shape:
+            changed = scorer.call(make(shape, seed, device)).changed
+            told = f" wrote to {', '.join(changed)}" if changed else ""
+            measure("inputs that changed", len(changed), 0, where=f"{scorer.where(shape)}{told}")
 
 
 @check(
@@ -53,14 +59,16 @@ def test_inputs_untouched(case: str, subject: Subject, device: str, seed: int, m
 def test_nothing_is_written_beside_the_output(
     case: str, subject: Subject, device: str, seed: int, measure: Measure
 ) -> None:
-    for shape in _shapes(seed):
-        overruns = guarded.engine(subject, case, make(shape, seed, device)).overruns
-        where = f"the {PATHS[case]} path {'; '.join(overruns)} ({shape.told()})" if overruns else shape.told()
-        measure("out-of-bounds writes", len(overruns), 0, where=where)
+    for attempt, scorer in _tried(subject, case, seed, device):
+        with attempt as shape:
+            overruns = scorer.call(make(shape, seed, device)).overruns
+            told = f" {'; '.join(overruns)}" if overruns else ""
+            measure("out-of-bounds writes", len(overruns), 0, where=f"{scorer.where(shape)}{told}")
 
 
 @check(
     "p4.launches", gate="hard", needs=_NEEDS,
+    capability={**_CASES, **{f"dispatch_{path}": "api" for path in PATHS}},
     cases={
         **{path: (path, None) for path in PATHS},
         **{f"dispatch_{path}": (path, "compute_scores") for path in PATHS},
@@ -71,9 +79,14 @@ def test_nothing_is_written_beside_the_output(
 )  # fmt: skip
 def test_each_path_is_the_one_it_says(case: tuple[str, str | None], subject: Subject, device: str, seed: int) -> None:
     path, through = case
-    found = guarded.engine(subject, path, make(_BASE, seed, device), through=through)
-    told = f"{through or 'the call'} on the {PATHS[path]} path launched {', '.join(found.launched) or 'no kernel'}"
-    assert bool(found.launched) == (path == "triton"), told
+    guarded.entries(subject, path)  # which says if the subject has none
+    named = [guarded.Scorer(subject, path, through, device)] if through else guarded.scorers(subject, path, device)
+    for scorer in named:
+        for attempt in scorer.offers.fitted(_BASE, _BASE):
+            with attempt as shape:
+                launched = scorer.call(make(shape, seed, device)).launched
+                told = f"{scorer.name} on the {PATHS[path]} path launched {', '.join(launched) or 'no kernel'}"
+                assert bool(launched) == (path == "triton"), told
 
 
 @check(
@@ -90,12 +103,16 @@ def test_without_its_kernel_nothing_is_right(
     from verify.judge import oracle, tolerance
     from verify.subject.launches import skipped
 
-    problem = make(case, seed, device)
-    guarded.engine(subject, "triton", problem)  # a first call may leave its scores behind
-    with skipped():
-        found = guarded.engine(subject, "triton", problem)
-    right = abs(found.scores - oracle.scores(problem.case)) <= tolerance.budget_b(problem.case)
-    measure("right scores without a kernel", int(right.sum()), 0, where=f"{right.size} scores")
+    for scorer in guarded.scorers(subject, "triton", device):
+        for attempt in scorer.offers.fitted(case, _BASE):
+            with attempt as shape:
+                problem = make(shape, seed, device)
+                scorer(problem)  # a first call may leave its scores behind
+                with skipped():
+                    scores = scorer.call(problem).result.double().cpu().numpy()
+                right = abs(scores - oracle.scores(problem.case)) <= tolerance.budget_b(problem.case)
+                told = f"{scorer.name}, {right.size} scores"
+                measure("right scores without a kernel", int(right.sum()), 0, where=told)
 
 
 @check(
@@ -108,8 +125,12 @@ def test_without_its_kernel_nothing_is_right(
 def test_repeatable(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import torch
 
-    problem = make(replace(_BASE, b=2, n=129), seed, device)
-    first = guarded.engine(subject, case, problem).result.clone()
     repeats = 20 if device == "cuda" else 3
-    differ = sum(not torch.equal(first, guarded.engine(subject, case, problem).result) for _ in range(repeats))
-    measure("calls that differ from the first", differ, 0, where=f"{case} path, {repeats} repeats")
+    for scorer in guarded.scorers(subject, case, device):
+        for attempt in scorer.offers.fitted(replace(_BASE, n=129), replace(_BASE, n=129)):
+            with attempt as shape:
+                problem = make(shape, seed, device)
+                first = scorer.call(problem).result.clone()
+                differ = sum(not torch.equal(first, scorer.call(problem).result) for _ in range(repeats))
+                told = f"{scorer.where(shape)}, {repeats} repeats"
+                measure("calls that differ from the first", differ, 0, where=told)

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from verify import Measure, check
-from verify.errors import CRASHES
-from verify.judge.compressor import Caches, Kept, compress, make_caches, write_statistics
+from verify.errors import Refused
+from verify.judge.compressed import PER_LAYER, REGION, TOLERANCE, Judge, Reading, lowest_first
+from verify.judge.compressing import Compressor, Kept
+from verify.judge.compressor import BUDGET, DIVIDE, Caches, make_caches, tied, write_statistics
+from verify.subject.refusal import REFUSALS, refusal
 from verify.subject.subject import Subject
 
-if TYPE_CHECKING:
-    import numpy as np
-
-_BUDGET, _DIVIDE = 48, 16
 _PROMPT, _WINDOW = 20, 8
-_FAMILY: dict[str, Any] = {"needs": ("p1.identity", "p1.triton"), "timeout_s": 180}
-
-
-def _evictable(length: int, prompt: int = 0, window: int = 0) -> np.ndarray:
-    import numpy as np
-
-    return (np.arange(length) >= prompt) & (np.arange(length) < length - window)
-
-
-def _judge(caches: Caches, kept: Kept, layer: int, length: int, options: dict, measure: Measure, **where: int) -> None:
-    """Compare every row's keep set with the oracle's; ``where`` has t, prompt and window."""
-    evictable = _evictable(length, where.get("prompt", 0), where.get("window", 0))
-    for row in range(kept.indices.shape[0]):
-        selection = caches.selection(layer, row, slice(0, length), where.get("t", length), evictable, options)
-        held = kept.mask(row, length)
-        assert held[:, ~evictable].all(), f"row {row}: a protected token was evicted"
-        if len(selection.scores) == 1:
-            assert (held == held[:1]).all(), "the KV heads of a layer keep different tokens in mode per_layer"
-            held = held[:1]
-        measure(
-            "best evicted over worst kept score", selection.inversion(held, evictable), selection.allowed,
-            where=f"layer {layer}, row {row}",
-        )  # fmt: skip
+_DUE = BUDGET + DIVIDE
+_FAMILY: dict[str, Any] = {"needs": ("p1.identity", "p1.triton"), "timeout_s": 180, "capability": "compressor"}
 
 
 @check(
@@ -58,16 +37,14 @@ def test_compressor(
 ) -> None:
     import torch
 
-    length, expected = case["length"], case.get("kept", _BUDGET)
+    length, expected = case["length"], case.get("kept", BUDGET)
     caches = make_caches(tmp_path, seed, device, tokens=length, rows=case.get("rows", 1))
     dtype = getattr(torch, case.get("dtype", "float32"))
     keys, values = caches.keys[1].to(dtype), caches.values[1].to(dtype)
-    kept = compress(caches.compressor(subject), keys, values, layer_idx=1)
+    kept = Compressor.of(subject, caches).compress(keys, values, layer_idx=1)
     assert not kept.call.changed, f"it wrote to {', '.join(kept.call.changed)}"
     assert not kept.call.overruns, f"it {'; '.join(kept.call.overruns)}"
-    measure("kept tokens, off by", abs(kept.keys.shape[2] - expected), 0, unit="tokens")
-    for head in kept.indices.flatten(0, 1).tolist():
-        assert len(set(head) & set(range(length))) == expected, f"the indices are not those of {expected} tokens"
+    kept.must_count(expected, f"a cache of {length} tokens", "layer 1")
     where = kept.indices[..., None].expand(-1, -1, -1, keys.shape[-1])
     for what, given, held in (("keys", keys, kept.keys), ("values", values, kept.values)):
         measure(f"{what} that do not match the indices", int((given.gather(2, where) != held).sum()), 0)
@@ -95,17 +72,19 @@ _CHANGING: dict[str, dict[str, Any]] = {
     "p4.compressor_keep_set", gate="hard", **_FAMILY, cases=_NEUTRAL | _CHANGING,
     claim="With each option, the compressor's keep set matches the oracle's.",
     reason="If an option is accepted but ignored, an ablation with it measures nothing.",
-    tolerance="The oracle's set; scores closer than twice the class B error may swap (verify/judge/keep_set.py).",
+    tolerance=TOLERANCE,
     remedy="Honour the option, or refuse it when the configuration is created.",
 )  # fmt: skip
 def test_compressor_keep_set(
-    case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
-) -> None:
-    length = 97
-    caches = make_caches(tmp_path, seed, device, tokens=length, rows=2)
+    case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure,
+    choose: Callable[[str], None],
+) -> None:  # fmt: skip
+    caches = make_caches(tmp_path, seed, device, tokens=97)
+    judge = Judge(caches, case, measure, PER_LAYER if case.get("pruning_mode") == "per_layer" else (Reading(),))
     for layer, (keys, values) in enumerate(zip(caches.keys, caches.values, strict=True)):
-        kept = compress(caches.compressor(subject, **case), keys, values, layer_idx=layer)
-        _judge(caches, kept, layer, length, case, measure)
+        kept = Compressor.of(subject, caches, **case).compress(keys, values, layer_idx=layer)
+        judge.round(kept, layer, keys=keys, t=97)
+    judge.tell(choose)
 
 
 @check(
@@ -116,29 +95,33 @@ def test_compressor_keep_set(
         "both": {"window_size": _WINDOW, "protect_prefill": True},
         "prompt_on_top": {"protect_prefill": True, "include_prefill_in_budget": False},
     },
-    claim="A protected window or prompt is always kept, and the other tokens are ranked as by the oracle, with "
-    "z-scores over the evictable tokens only.",
+    claim="A protected window (the newest tokens of the cache) or prompt is always kept, and the other tokens are "
+    "ranked as by the oracle, with z-scores over the evictable tokens or over all cached ones.",
     reason="Evicting a new token before it was ever read, or the question, costs the most.",
     tolerance="Exact for protected tokens; the oracle's set for the others (verify/judge/keep_set.py).",
-    remedy="Rank protected tokens first, and exclude them from the mean and deviation of the z-scores.",
+    remedy="Rank protected tokens first, count the prompt alike in trigger and budget, and z-score over one region.",
 )  # fmt: skip
 def test_compressor_protects(
-    case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
-) -> None:
+    case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure,
+    choose: Callable[[str], None],
+) -> None:  # fmt: skip
     prompt = _PROMPT if case.get("protect_prefill") else 0
     window = case.get("window_size", 0)
-    budget = _BUDGET + (0 if case.get("include_prefill_in_budget", True) else prompt)
-    length = budget + _DIVIDE
+    budget = BUDGET + (0 if case.get("include_prefill_in_budget", True) else prompt)
+    length = budget + DIVIDE
     caches = make_caches(tmp_path, seed, device, tokens=length)
     for keys in caches.keys:  # far from the others, so that z-scores which include them differ
         keys[:, :, :_PROMPT] *= 30.0
         keys[:, :, length - _WINDOW :] *= -30.0
-    compressor = caches.compressor(subject, **case)
+    judge = Judge(caches, case, measure, REGION)
     for layer, (keys, values) in enumerate(zip(caches.keys, caches.values, strict=True)):
-        compress(compressor, keys[:, :, :_PROMPT], values[:, :, :_PROMPT], layer_idx=layer)
-        kept = compress(compressor, keys, values, layer_idx=layer)
-        measure("kept tokens, off the budget by", abs(kept.keys.shape[2] - budget), 0, unit="tokens")
-        _judge(caches, kept, layer, length, case, measure, prompt=prompt, window=window)
+        compressor = Compressor.of(subject, caches, **case)
+        compressor.compress(*caches.first(layer, _PROMPT), layer_idx=layer).must_count(
+            _PROMPT, "the call of the prompt"
+        )
+        kept = compressor.compress(keys, values, layer_idx=layer)
+        judge.round(kept, layer, keys=keys, t=length, expected=budget, prompt=prompt, window=window)
+    judge.tell(choose)
 
 
 @check(
@@ -152,95 +135,108 @@ def test_compressor_protects(
 def test_compressor_order(
     case: bool, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
 ) -> None:
-    length = 96
-    caches = make_caches(tmp_path, seed, device, tokens=length)
-    keys = caches.keys[0]
-    if case:  # every second key is identical: so many that the budget always cuts through them
-        keys[:, :, ::2] = keys[:, :, :1]
-        keys[:, :, 1::4] = 0.01 * keys[:, :, :1]
-        keys[:, :, 3::4] = 3.0 * keys[:, :, :1]
-    kept = compress(caches.compressor(subject), keys, caches.values[0])
-    falling = (kept.indices.diff(dim=-1) <= 0).sum()
-    measure("indices that do not ascend", int(falling), 0)
+    caches = make_caches(tmp_path, seed, device, tokens=96)
     if case:
-        for head in kept.mask(0, length):
-            tied = head[::2]
-            assert 0 < tied.sum() < len(tied), f"{tied.sum()} of {len(tied)} equal keys are kept; this tests nothing"
-            measure("equal keys kept after an evicted one", int(tied[tied.argmin() :].sum()), 0)
+        tied(caches)
+    kept = Compressor.of(subject, caches).compress(caches.keys[0], caches.values[0])
+    kept.must_count(BUDGET, "round 1", "layer 0")
+    measure("indices that do not ascend", int((kept.indices.diff(dim=-1) <= 0).sum()), 0)
+    if case:
+        lowest_first(kept, measure)
 
 
-def _grow(caches: Caches, compressor: Any, layers: tuple[int, ...], steps: int) -> dict[int, list[Kept]]:
-    """Fill each layer's cache up to the trigger ``steps`` times, layer by layer, starting from what was kept."""
+def _grow(caches: Caches, compressor: Compressor, layers: tuple[int, ...], rounds: int) -> Iterator[dict[int, Kept]]:
+    """Fill each layer's cache up to the trigger ``rounds`` times, layer by layer, starting from what was kept."""
     import torch
 
-    held = {layer: (caches.keys[layer][:, :, :_BUDGET], caches.values[layer][:, :, :_BUDGET]) for layer in layers}
-    rounds: dict[int, list[Kept]] = {layer: [] for layer in layers}
-    for number in range(steps):
-        new = slice(_BUDGET + number * _DIVIDE, _BUDGET + (number + 1) * _DIVIDE)
+    held = {layer: caches.first(layer, BUDGET) for layer in layers}
+    for number in range(rounds):
+        new = slice(BUDGET + number * DIVIDE, BUDGET + (number + 1) * DIVIDE)
+        kept = {}
         for layer in layers:
             keys, values = (
                 torch.cat([old, x[layer][:, :, new]], 2)
                 for old, x in zip(held[layer], (caches.keys, caches.values), strict=True)
             )
-            kept = compress(compressor, keys, values, layer_idx=layer)
-            held[layer] = (kept.keys, kept.values)
-            rounds[layer].append(kept)
-    return rounds
+            kept[layer] = compressor.compress(keys, values, layer_idx=layer)
+            held[layer] = (kept[layer].keys, kept[layer].values)
+        yield kept
+
+
+_MEANWHILE = {
+    "layers": "with rounds of layer 0 in between", "reset": "after two rounds and reset()",
+    "small_steps": "after calls below the trigger",
+}  # fmt: skip
 
 
 @check(
-    "p4.compressor_state", gate="hard", **_FAMILY,
-    cases={"layers": "layers", "reset": "reset", "small_steps": "small_steps"},
+    "p4.compressor_state", gate="hard", **_FAMILY, cases={name: name for name in _MEANWHILE},
     claim="A layer's keep set depends only on its own cache, not on other layers' rounds, a sequence before reset(), "
     "or calls below the trigger.",
     reason="Shared or surviving state shifts the position of the next round, and with it the keep set.",
-    tolerance="Bitwise equality.",
+    tolerance="Exact counts, bitwise equality.",
     remedy="Keep state per layer, and clear all of it in reset().",
 )  # fmt: skip
 def test_compressor_state(
     case: str, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
 ) -> None:
-    caches = make_caches(tmp_path, seed, device, tokens=_BUDGET + 3 * _DIVIDE)
-    alone = _grow(caches, caches.compressor(subject), (1,), 3)[1]
-    compressor = caches.compressor(subject)
+    caches = make_caches(tmp_path, seed, device, tokens=BUDGET + 3 * DIVIDE)
+    alone = _grow(caches, Compressor.of(subject, caches), (1,), 3)
+    compressor = Compressor.of(subject, caches)
     if case == "reset":
-        _grow(caches, compressor, (0, 1), 2)
+        list(_grow(caches, compressor, (0, 1), 2))
         compressor.reset()
     if case == "small_steps":
-        for length in range(_BUDGET - 9, _BUDGET + _DIVIDE, 8):
-            compress(compressor, caches.keys[1][:, :, :length], caches.values[1][:, :, :length], layer_idx=1)
-    together = _grow(caches, compressor, (0, 1) if case == "layers" else (1,), 3)[1]
+        for length in range(BUDGET - 9, _DUE, 8):
+            compressor.compress(*caches.first(1, length), layer_idx=1).must_count(length, f"{length} tokens", "layer 1")
+    together = _grow(caches, compressor, (0, 1) if case == "layers" else (1,), 3)
     for number, (one, other) in enumerate(zip(alone, together, strict=True), start=1):
-        measure("kept indices that differ", int((one.indices != other.indices).sum()), 0, where=f"round {number}")
-        measure("kept keys that differ", int((one.keys != other.keys).sum()), 0, where=f"round {number}")
+        one[1].must_count(BUDGET, f"round {number}", "layer 1")
+        assert other[1].count == BUDGET, (
+            f"{_MEANWHILE[case]}, layer 1 kept {other[1].count} tokens in round {number}; alone it kept {BUDGET}"
+        )
+        differ = int((one[1].indices != other[1].indices).sum())
+        measure("kept indices that differ", differ, 0, where=f"round {number}, layer 1, {_MEANWHILE[case]}")
+        measure("kept keys that differ", int((one[1].keys != other[1].keys).sum()), 0, where=f"round {number}")
 
 
 @check(
     "p4.compressor_rounds", gate="hard", **_FAMILY, cases={"counted": None, "given": 500},
-    claim="A later round scores from the position of the next token: the number of tokens seen since the reset, or the "
-    "largest given cache_positions plus one.",
+    claim="A later round scores from the position of the next token: the number of tokens seen since the reset, or, if "
+    "cache_positions are used, the largest of them plus one.",
     reason="After a round the cache length is no longer the position; using it ranks keys by wrong distances.",
-    tolerance="The oracle's set; scores closer than twice the class B error may swap (verify/judge/keep_set.py).",
-    remedy="Add the number of evicted tokens to the length, or take the largest given position plus one.",
+    tolerance=TOLERANCE,
+    remedy="Add the number of evicted tokens to the length. cache_positions may be ignored, as published.",
 )  # fmt: skip
 def test_compressor_rounds(
-    case: int | None, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
-) -> None:
+    case: int | None, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure,
+    choose: Callable[[str], None],
+) -> None:  # fmt: skip
     import torch
 
-    caches = make_caches(tmp_path, seed, device, tokens=_BUDGET + 3 * _DIVIDE)
-    compressor = caches.compressor(subject)
+    caches = make_caches(tmp_path, seed, device, tokens=BUDGET + 3 * DIVIDE, group=1)
     if case is None:
-        rounds = _grow(caches, compressor, (0,), 2)[0]
-        first, length = rounds[0], _BUDGET + _DIVIDE
-        joined = [torch.cat([first.keys, caches.keys[0][:, :, length : length + _DIVIDE]], 2), caches.keys[1]]
-        _judge(replace(caches, keys=joined), rounds[1], 0, length, {}, measure, t=length + _DIVIDE)
+        judge, keys, seen = Judge(caches, {}, measure), caches.first(0, BUDGET)[0], BUDGET
+        rounds = [kept[0] for kept in _grow(caches, Compressor.of(subject, caches), (0,), 3)]
+        for number, kept in enumerate(rounds, start=1):
+            kept.must_count(BUDGET, f"round {number}", "layer 0")
+        for number, kept in enumerate(rounds, start=1):
+            keys = torch.cat([keys, caches.keys[0][:, :, seen : seen + DIVIDE]], 2)
+            seen += DIVIDE
+            judge.round(kept, 0, keys=keys, t=seen, number=number)
+            keys = kept.keys
         return
-    length = _BUDGET + _DIVIDE
-    keys, values = caches.keys[0][:, :, :length], caches.values[0][:, :, :length]
-    positions = torch.arange(case, case + 3 * length, 3, device=device)
-    kept = compress(compressor, keys, values, cache_positions=positions)
-    _judge(caches, kept, 0, length, {}, measure, t=int(positions[-1]) + 1)
+    positions = torch.arange(case, case + 3 * _DUE, 3, device=device)
+    readings = (
+        Reading("cache_positions are used"),
+        Reading("cache_positions are ignored: the position is the number of tokens seen", {"t": _DUE}),
+    )
+    judge = Judge(caches, {}, measure, readings)
+    for layer in range(len(caches.keys)):
+        keys, values = caches.first(layer, _DUE)
+        kept = Compressor.of(subject, caches).compress(keys, values, cache_positions=positions, layer_idx=layer)
+        judge.round(kept, layer, keys=keys, t=int(positions[-1]) + 1)
+    judge.tell(choose)
 
 
 @check(
@@ -248,20 +244,26 @@ def test_compressor_rounds(
     cases={name: name for name in ("layer_absent", "head_absent", "layer_beyond", "no_file")},
     claim="A layer or head without statistics is an error; no other statistics are substituted.",
     reason="A substitute ranks every key by another head's statistics, and no number looks wrong.",
-    remedy="Raise before any work is done, and name the layer and head missing from the file.",
+    remedy="Raise ValueError before any work is done, and name the layer and head missing from the file.",
 )  # fmt: skip
 def test_compressor_statistics(case: str, subject: Subject, device: str, seed: int, tmp_path: Path) -> None:
-    caches = make_caches(tmp_path, seed, device, tokens=64)
+    caches = make_caches(tmp_path, seed, device, tokens=_DUE)
+    options = {"num_layers": None}  # so that the file alone can say that a layer is absent
+    keys, values = caches.keys[1], caches.values[1]
+    whole = Compressor.of(subject, caches, **options).compress(keys, values, layer_idx=1)
+    whole.must_count(BUDGET, "with the complete file, round 1", "layer 1")
     heads = range(caches.m.shape[1])
     absent = {"layer_absent": {(1, head) for head in heads}, "head_absent": {(1, 2)}}.get(case, set())
-    write_statistics(caches.statistics, caches.m, caches.a, absent)
-    options = {"num_layers": None} | ({"stats_path": None} if case == "no_file" else {})
+    write_statistics(tmp_path / "statistics.pt", caches.m, caches.a, absent)
+    if case == "no_file":
+        caches = replace(caches, statistics=None)
     layer = 2 if case == "layer_beyond" else 1
     try:
-        compressor = caches.compressor(subject, **options)
-        compress(compressor, caches.keys[1], caches.values[1], layer_idx=layer)
-    except CRASHES:
-        raise
-    except Exception:  # any other error is a refusal: a subject has errors of its own
+        Compressor.of(subject, caches, **options).compress(keys, values, layer_idx=layer)
+    except Refused:
         return
-    raise AssertionError(f"layer {layer} was compressed without statistics")
+    except REFUSALS as error:
+        if not refusal(error, subject):
+            raise
+        return
+    raise AssertionError(f"layer {layer} was compressed without statistics ({case})")

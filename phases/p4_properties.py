@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from verify import Measure, check, skip
 from verify.judge import oracle
-from verify.judge.guarded import PATHS, engine
-from verify.judge.problems import Problem, Shape, drawn, make
+from verify.judge.guarded import PATHS, Scorer, draws, scorers
+from verify.judge.problems import Problem, Shape, make
 from verify.judge.tolerance import accuracy, budget_b, key_rounding, worst
 from verify.subject.subject import Subject
 
@@ -27,16 +27,10 @@ _EXAMPLES = 8
 #: rotations is used, because a single one may hardly change the score when there is only one key.
 _NOT_LITTLE, _TURNS = 10, 4
 
+_EPSILON = "statistics that are zero give scores that are not, as with an epsilon under a square root"
+
 _BOTH = "The sum of the class B budgets of the scores compared"
 _FAMILY: dict[str, Any] = {"gate": "hard", "needs": ("p1.identity", "p1.triton"), "timeout_s": 180}
-
-
-def _scores(subject: Subject, path: str, problem: Problem) -> np.ndarray:
-    return engine(subject, path, problem).scores
-
-
-def _where(path: str, shape: Shape) -> str:
-    return f"{PATHS[path]} path, {shape.told()}"
 
 
 def _draw(seed: int) -> np.random.Generator:
@@ -75,10 +69,11 @@ def _rekeyed(problem: Problem, keys: np.ndarray, **parts: Any) -> Problem:
     remedy="Repeat with the shape in the message; change one field at a time towards the default.",
 )  # fmt: skip
 def test_drawn_shapes(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    for shape in drawn(seed, 3 * _EXAMPLES):
-        problem = make(shape, seed, device)
-        found = accuracy(_scores(subject, case, problem), problem.case)
-        measure("error", *found.class_b, where=f"{_where(case, shape)}, {found.where}")
+    for attempt, scorer in draws(subject, case, device, seed, 3 * _EXAMPLES):
+        with attempt as shape:
+            problem = make(shape, seed, device)
+            found = accuracy(scorer(problem), problem.case)
+            measure("error", *found.class_b, where=f"{scorer.where(shape)}, {found.where}")
 
 
 @check(
@@ -90,14 +85,15 @@ def test_drawn_shapes(case: str, subject: Subject, device: str, seed: int, measu
 )  # fmt: skip
 def test_shift(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     by = 2 * (seed % 4096) + 1
-    for shape in drawn(seed, _EXAMPLES, dtype=("float32",)):
-        here = make(shape, seed, device)
-        moved = here.case.shifted(by)
-        keys = oracle.rotated(moved.k0, moved.positions, moved.omega, shape.style)
-        there = _rekeyed(here, keys, positions=moved.positions).changed(shape=replace(shape, t=moved.t))
-        difference = _scores(subject, case, there) - _scores(subject, case, here)
-        allowed = budget_b(here.case) + budget_b(there.case) + key_rounding(here.case)
-        measure("difference", *worst(difference, allowed), where=f"{_where(case, shape)} + {by}")
+    for attempt, scorer in draws(subject, case, device, seed, _EXAMPLES, dtype=("float32",)):
+        with attempt as shape:
+            here = make(shape, seed, device)
+            moved = here.case.shifted(by)
+            keys = oracle.rotated(moved.k0, moved.positions, moved.omega, shape.style)
+            there = _rekeyed(here, keys, positions=moved.positions).changed(shape=replace(shape, t=moved.t))
+            difference = scorer(there) - scorer(here)
+            allowed = budget_b(here.case) + budget_b(there.case) + key_rounding(here.case)
+            measure("difference", *worst(difference, allowed), where=f"{scorer.where(shape)} + {by}")
 
 
 @check(
@@ -108,12 +104,13 @@ def test_shift(case: str, subject: Subject, device: str, seed: int, measure: Mea
     remedy="Check the pairing of dims (rope_style) and the sign of the phase.",
 )  # fmt: skip
 def test_key_phase(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    for shape in drawn(seed, _EXAMPLES, dtype=("float32",)):
-        here, random = make(shape, seed, device), _draw(seed)
-        times, there, predicted, allowed = max((_turned(here, random) for _ in range(_TURNS)), key=itemgetter(0))
-        assert times > _NOT_LITTLE, f"no rotation of the keys of {shape.told()} changes a score enough; draw more"
-        change = _scores(subject, case, there) - _scores(subject, case, here)
-        measure("error of the change", *worst(change - predicted, allowed), where=_where(case, shape))
+    for attempt, scorer in draws(subject, case, device, seed, _EXAMPLES, dtype=("float32",)):
+        with attempt as shape:
+            here, random = make(shape, seed, device), _draw(seed)
+            times, there, predicted, allowed = max((_turned(here, random) for _ in range(_TURNS)), key=itemgetter(0))
+            assert times > _NOT_LITTLE, f"no rotation of the keys of {shape.told()} changes a score enough; draw more"
+            change = scorer(there) - scorer(here)
+            measure("error of the change", *worst(change - predicted, allowed), where=scorer.where(shape))
 
 
 @check(
@@ -126,18 +123,19 @@ def test_key_phase(case: str, subject: Subject, device: str, seed: int, measure:
 def test_linear(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import torch
 
-    for shape in drawn(seed, _EXAMPLES, dtype=("float32",), aggregation=("mean",)):
-        one = make(shape, seed, device)
-        # the real or the imaginary part of each mean is 0, so |m| is exact, and a = |m| cancels the norm term
-        real = torch.arange(shape.d // 2, device=device) % 2 == 0
-        parts = {"q_mean_real": one.q_mean_real * real, "q_mean_imag": one.q_mean_imag * ~real}
-        one = one.changed(**parts, q_abs_mean=sum(abs(part) for part in parts.values()))
-        other = one.changed(keys=make(shape, seed + 1, device).keys)
-        both = one.changed(keys=2.0 * one.keys - 0.75 * other.keys)
-        a, b, c = (_scores(subject, case, problem) for problem in (one, other, both))
-        allowed = 2.0 * budget_b(one.case) + 0.75 * budget_b(other.case) + budget_b(both.case)
-        found = worst(c - (2.0 * a - 0.75 * b), allowed + key_rounding(both.case))
-        measure("difference", *found, where=_where(case, shape))
+    for attempt, scorer in draws(subject, case, device, seed, _EXAMPLES, dtype=("float32",), aggregation=("mean",)):
+        with attempt as shape:
+            one = make(shape, seed, device)
+            # the real or the imaginary part of each mean is 0, so |m| is exact, and a = |m| cancels the norm term
+            real = torch.arange(shape.d // 2, device=device) % 2 == 0
+            parts = {"q_mean_real": one.q_mean_real * real, "q_mean_imag": one.q_mean_imag * ~real}
+            one = one.changed(**parts, q_abs_mean=sum(abs(part) for part in parts.values()))
+            other = one.changed(keys=make(shape, seed + 1, device).keys)
+            both = one.changed(keys=2.0 * one.keys - 0.75 * other.keys)
+            a, b, c = (scorer(problem) for problem in (one, other, both))
+            allowed = 2.0 * budget_b(one.case) + 0.75 * budget_b(other.case) + budget_b(both.case)
+            found = worst(c - (2.0 * a - 0.75 * b), allowed + key_rounding(both.case))
+            measure("difference", *found, where=scorer.where(shape))
 
 
 _AXES = {"rows": 0, "heads": 1, "keys": 2}
@@ -156,19 +154,20 @@ def test_permute(case: tuple[str, int], subject: Subject, device: str, seed: int
 
     path, axis = case
     several: dict[int, dict[str, tuple[int, ...]]]
-    several = {0: {"b": (3, 2)}, 1: {"h": (3, 2)}, 2: {"n": (33, 31, 64, 65, 129, 200)}}
-    for shape in drawn(seed, _EXAMPLES, **several[axis]):
-        here = make(shape, seed, device)
-        size = here.keys.shape[axis]
-        order = torch.arange(size, device=device).roll(1 + seed % (size - 1))  # every index moves
-        names = ("q_mean_real", "q_mean_imag", "q_abs_mean", "freq_weight") if axis == 1 else ()
-        parts = {name: getattr(here, name)[order] for name in names}
-        positions = here.case.positions[order.cpu().numpy()] if axis == 2 else here.case.positions
-        there = here.changed(keys=here.keys.index_select(axis, order), positions=positions, **parts)
-        want = _scores(subject, path, here).take(order.cpu().numpy(), axis)
-        difference = _scores(subject, path, there) - want
-        allowed = budget_b(there.case) + budget_b(here.case).take(order.cpu().numpy(), axis)
-        measure("difference", *worst(difference, allowed), where=_where(path, shape))
+    several = {0: {"b": (3, 2), "h": (1, 2, 3)}, 1: {"h": (3, 2)}, 2: {"n": (33, 31, 64, 65, 129, 200)}}
+    for attempt, scorer in draws(subject, path, device, seed, _EXAMPLES, **several[axis]):
+        with attempt as shape:
+            here = make(shape, seed, device)
+            size = here.keys.shape[axis]
+            order = torch.arange(size, device=device).roll(1 + seed % (size - 1))  # every index moves
+            names = ("q_mean_real", "q_mean_imag", "q_abs_mean", "freq_weight") if axis == 1 else ()
+            parts = {name: getattr(here, name)[order] for name in names}
+            positions = here.case.positions[order.cpu().numpy()] if axis == 2 else here.case.positions
+            there = here.changed(keys=here.keys.index_select(axis, order), positions=positions, **parts)
+            want = scorer(here).take(order.cpu().numpy(), axis)
+            difference = scorer(there) - want
+            allowed = budget_b(there.case) + budget_b(here.case).take(order.cpu().numpy(), axis)
+            measure("difference", *worst(difference, allowed), where=scorer.where(shape))
 
 
 @check(
@@ -179,11 +178,12 @@ def test_permute(case: tuple[str, int], subject: Subject, device: str, seed: int
     remedy="Remove epsilons from the norms; nothing is divided by them.",
 )  # fmt: skip
 def test_zero(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    for shape in drawn(seed, _EXAMPLES):
-        here = make(shape, seed, device)
-        zero = {name: getattr(here, name) * 0 for name in ("q_mean_real", "q_mean_imag", "q_abs_mean")}
-        scores = _scores(subject, case, here.changed(**zero))
-        measure("largest score", abs(scores).max(), 0.0, where=_where(case, shape))
+    for attempt, scorer in draws(subject, case, device, seed, _EXAMPLES):
+        with attempt as shape:
+            here = make(shape, seed, device)
+            zero = {name: getattr(here, name) * 0 for name in ("q_mean_real", "q_mean_imag", "q_abs_mean")}
+            scores = scorer(here.changed(**zero))
+            measure("largest score", abs(scores).max(), 0.0, where=scorer.where(shape), cause=_EPSILON)
 
 
 @check(
@@ -202,18 +202,19 @@ def test_zero(case: str, subject: Subject, device: str, seed: int, measure: Meas
 )  # fmt: skip
 def test_scale(case: tuple[str, tuple[str, ...]], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, names = case
-    for shape in drawn(seed, _EXAMPLES):
-        here = make(shape, seed, device)
-        there = here.changed(**{name: 4.0 * getattr(here, name) for name in names})
-        difference = _scores(subject, path, there) - 4.0 * _scores(subject, path, here)
-        allowed = budget_b(there.case) + 4.0 * budget_b(here.case)
-        measure("difference", *worst(difference, allowed), where=_where(path, shape))
+    for attempt, scorer in draws(subject, path, device, seed, _EXAMPLES):
+        with attempt as shape:
+            here = make(shape, seed, device)
+            there = here.changed(**{name: 4.0 * getattr(here, name) for name in names})
+            difference = scorer(there) - 4.0 * scorer(here)
+            allowed = budget_b(there.case) + 4.0 * budget_b(here.case)
+            measure("difference", *worst(difference, allowed), where=scorer.where(shape))
 
 
-def _mean_and_max(subject: Subject, path: str, shape: Shape, seed: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+def _mean_and_max(scorer: Scorer, shape: Shape, seed: int, device: str) -> tuple[np.ndarray, np.ndarray]:
     """max - mean of the scores of a shape, and the allowed error of this difference."""
     both = [make(replace(shape, aggregation=aggregation), seed, device) for aggregation in ("max", "mean")]
-    largest, mean = (_scores(subject, path, problem) for problem in both)
+    largest, mean = (scorer(problem) for problem in both)
     of_largest, of_mean = (budget_b(problem.case) for problem in both)
     return largest - mean, of_largest + of_mean
 
@@ -226,9 +227,10 @@ def _mean_and_max(subject: Subject, path: str, shape: Shape, seed: int, device: 
     remedy="Look at the divisor of the mean and at the initial value of the maximum.",
 )  # fmt: skip
 def test_one_offset(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    for shape in drawn(seed, _EXAMPLES, offsets=((1.0,), (3.0,), (65536.0,))):
-        difference, allowed = _mean_and_max(subject, case, shape, seed, device)
-        measure("difference", *worst(difference, allowed), where=_where(case, shape))
+    for attempt, scorer in draws(subject, case, device, seed, _EXAMPLES, offsets=((1.0,), (3.0,), (65536.0,))):
+        with attempt as shape:
+            difference, allowed = _mean_and_max(scorer, shape, seed, device)
+            measure("difference", *worst(difference, allowed), where=scorer.where(shape))
 
 
 @check(
@@ -241,11 +243,14 @@ def test_one_offset(case: str, subject: Subject, device: str, seed: int, measure
 def test_max_is_not_below_mean(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
 
-    for shape in drawn(seed, _EXAMPLES, offsets=((1.0, 2.0, 4.0), tuple(float(1 << i) for i in range(17)))):
-        above, allowed = _mean_and_max(subject, case, shape, seed, device)
-        found = worst(np.minimum(above, 0.0), allowed)
-        measure("mean above the maximum", *found, where=_where(case, shape))
-        assert (above > allowed).any(), f"the maximum equals the mean: {_where(case, shape)}"
+    for attempt, scorer in draws(
+        subject, case, device, seed, _EXAMPLES, offsets=((1.0, 2.0, 4.0), tuple(float(1 << i) for i in range(17)))
+    ):
+        with attempt as shape:
+            above, allowed = _mean_and_max(scorer, shape, seed, device)
+            found = worst(np.minimum(above, 0.0), allowed)
+            measure("mean above the maximum", *found, where=scorer.where(shape))
+            assert (above > allowed).any(), f"the maximum equals the mean: {scorer.where(shape)}"
 
 
 @check(
@@ -256,13 +261,14 @@ def test_max_is_not_below_mean(case: str, subject: Subject, device: str, seed: i
     remedy="half pairs (f, f + D/2), interleaved (2f, 2f + 1); check which of the two a call received.",
 )  # fmt: skip
 def test_layout(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    for shape in drawn(seed, _EXAMPLES, style=("half",)):
-        half = make(shape, seed, device)
-        keys = half.keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-        pairs = half.changed(keys=keys, shape=replace(shape, style="interleaved"))
-        difference = _scores(subject, case, pairs) - _scores(subject, case, half)
-        allowed = budget_b(half.case) + budget_b(pairs.case)
-        measure("difference", *worst(difference, allowed), where=_where(case, shape))
+    for attempt, scorer in draws(subject, case, device, seed, _EXAMPLES, style=("half",)):
+        with attempt as shape:
+            half = make(shape, seed, device)
+            keys = half.keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+            pairs = half.changed(keys=keys, shape=replace(shape, style="interleaved"))
+            difference = scorer(pairs) - scorer(half)
+            allowed = budget_b(half.case) + budget_b(pairs.case)
+            measure("difference", *worst(difference, allowed), where=scorer.where(shape))
 
 
 @check(
@@ -275,20 +281,21 @@ def test_layout(case: str, subject: Subject, device: str, seed: int, measure: Me
 def test_chunked(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
 
-    for shape in drawn(seed, _EXAMPLES, n=(65, 33, 64, 129, 200)):
-        whole = make(shape, seed, device)
-        cuts = np.sort(_draw(seed).choice(np.arange(1, shape.n), 2, replace=False))
-        pieces = [
-            whole.changed(
-                keys=whole.keys[:, :, part], positions=whole.case.positions[part],
-                shape=replace(shape, n=part.stop - part.start),
-            )
-            for part in (slice(0, cuts[0]), slice(cuts[0], cuts[1]), slice(cuts[1], shape.n))
-        ]  # fmt: skip
-        joined = np.concatenate([_scores(subject, case, piece) for piece in pieces], -1)
-        difference = joined - _scores(subject, case, whole)
-        found = worst(difference, 2 * budget_b(whole.case))
-        measure("difference", *found, where=f"{_where(case, shape)}, cut at {cuts.tolist()}")
+    for attempt, scorer in draws(subject, case, device, seed, _EXAMPLES, n=(65, 33, 64, 129, 200)):
+        with attempt as shape:
+            whole = make(shape, seed, device)
+            cuts = np.sort(_draw(seed).choice(np.arange(1, shape.n), 2, replace=False))
+            pieces = [
+                whole.changed(
+                    keys=whole.keys[:, :, part], positions=whole.case.positions[part],
+                    shape=replace(shape, n=part.stop - part.start),
+                )
+                for part in (slice(0, cuts[0]), slice(cuts[0], cuts[1]), slice(cuts[1], shape.n))
+            ]  # fmt: skip
+            joined = np.concatenate([scorer(piece) for piece in pieces], -1)
+            difference = joined - scorer(whole)
+            found = worst(difference, 2 * budget_b(whole.case))
+            measure("difference", *found, where=f"{scorer.where(shape)}, cut at {cuts.tolist()}")
 
 
 @check(
@@ -299,17 +306,18 @@ def test_chunked(case: str, subject: Subject, device: str, seed: int, measure: M
     remedy="Cache nothing by a tensor's identity or address, or compare its contents.",
 )  # fmt: skip
 def test_reused_buffers(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    for shape in drawn(seed, _EXAMPLES):
-        held = make(shape, seed, device)
-        _scores(subject, case, held)
-        # at the same t, which may be a cache key too, and at another
-        for later in (0, 3):
-            new = make(replace(shape, t=shape.t + later, theta=5e5), seed + 1 + later, device)
-            fresh = new.tensors()
-            for name, tensor in held.tensors().items():
-                tensor.copy_(fresh[name])
-            found = accuracy(_scores(subject, case, replace(held, shape=new.shape, case=new.case)), new.case)
-            measure("error", *found.class_b, where=f"{_where(case, shape)}, {found.where}")
+    for attempt, scorer in draws(subject, case, device, seed, _EXAMPLES):
+        with attempt as shape:
+            held = make(shape, seed, device)
+            scorer(held)
+            # at the same t, which may be a cache key too, and at another
+            for later in (0, 3):
+                new = make(replace(shape, t=shape.t + later, theta=5e5), seed + 1 + later, device)
+                fresh = new.tensors()
+                for name, tensor in held.tensors().items():
+                    tensor.copy_(fresh[name])
+                found = accuracy(scorer(replace(held, shape=new.shape, case=new.case)), new.case)
+                measure("error", *found.class_b, where=f"{scorer.where(shape)}, {found.where}")
 
 
 @check(
@@ -322,17 +330,20 @@ def test_reused_buffers(case: str, subject: Subject, device: str, seed: int, mea
 )  # fmt: skip
 def test_not_finite(case: tuple[str, float], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, value = case
-    for shape in drawn(seed, _EXAMPLES, n=(33, 31, 64, 65, 129, 200)):
-        good = make(shape, seed, device)
-        bad = _draw(seed).choice(shape.n, 3, replace=False)
-        keys = good.keys.clone()
-        keys[:, :, bad.tolist(), seed % shape.d] = value
-        scores = _scores(subject, path, replace(good, keys=keys))
-        finite = abs(scores[:, :, bad]) < float("inf")
-        assert not finite.any(), f"{int(finite.sum())} keys with a {value} got a finite score: {_where(path, shape)}"
-        scores[:, :, bad] = oracle.scores(good.case)[:, :, bad]
-        found = accuracy(scores, good.case)
-        measure("error of the others", *found.class_b, where=f"{_where(path, shape)}, {found.where}")
+    for attempt, scorer in draws(subject, path, device, seed, _EXAMPLES, n=(33, 31, 64, 65, 129, 200)):
+        with attempt as shape:
+            good = make(shape, seed, device)
+            bad = _draw(seed).choice(shape.n, 3, replace=False)
+            keys = good.keys.clone()
+            keys[:, :, bad.tolist(), seed % shape.d] = value
+            scores = scorer(replace(good, keys=keys))
+            finite = abs(scores[:, :, bad]) < float("inf")
+            assert not finite.any(), (
+                f"{int(finite.sum())} keys with a {value} got a finite score: {scorer.where(shape)}"
+            )
+            scores[:, :, bad] = oracle.scores(good.case)[:, :, bad]
+            found = accuracy(scores, good.case)
+            measure("error of the others", *found.class_b, where=f"{scorer.where(shape)}, {found.where}")
 
 
 #: Two strides exceed 2^31 elements, one does not, so only the product of index and stride overflows.
@@ -365,5 +376,6 @@ def test_large_indices(case: tuple[str, int], subject: Subject, device: str, see
     far = torch.empty(0, dtype=torch.bfloat16, device=device).set_(buffer, 2**31, problem.keys.shape, strides)
     far.copy_(problem.keys)
     assert torch.equal(far, problem.keys), "torch itself cannot index that far on this device"
-    found = accuracy(_scores(subject, path, replace(problem, keys=far)), problem.case)
-    measure("error", *found.class_b, where=f"{PATHS[path]} path, {found.where}")
+    for scorer in scorers(subject, path, device):
+        found = accuracy(scorer(replace(problem, keys=far)), problem.case)
+        measure("error", *found.class_b, where=f"{scorer.where(shape)}, {found.where}")

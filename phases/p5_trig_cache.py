@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from verify import Measure, check
+from verify.errors import Refused
 from verify.judge.guarded import KERNELS, kernel
+from verify.judge.offers import must_refuse
 from verify.judge.problems import Shape, make
 from verify.judge.tolerance import accuracy, budget_b, trig_entry_error, worst
 from verify.subject.subject import Subject
@@ -119,7 +121,7 @@ def test_stale_table(case: str, subject: Subject, device: str, seed: int, measur
     new = problem.changed()
     try:
         found = accuracy(kernel(subject, problem, trig_cache=table).scores, new.case)
-    except ValueError:
+    except Refused:
         measure("scores given", 0, 0, where="refused")
         return
     measure("error", *found.class_b, where=found.where)
@@ -130,39 +132,19 @@ _BETWEEN = {f"t{t}": t for t in (1, 127, 129, 5000, 8191)}
 
 @check(
     "p5.between", gate="hard", cases=_BETWEEN, needs=("p1.identity", "p1.triton",),
-    claim="A round between two rows gets the oracle's scores, or ValueError is raised.",
+    claim="A round between two rows gets the oracle's scores.",
     reason="Reading the nearest row instead gives plausible scores for a different position.",
     tolerance="Class B.",
-    remedy="Rotate the row below by the residual angle, or raise ValueError.",
+    remedy="Rotate the row below by the residual angle, or raise ValueError where such a round is refused.",
     timeout_s=180,
 )  # fmt: skip
 def test_between(case: int, subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    found = _between(case, subject, device, seed)
-    if found is None:
-        measure("scores given", 0, 0, where="refused")
-    else:
-        measure("error", *found.class_b, where=found.where)
-
-
-@check(
-    "p5.any_round", gate="soft", cases=_BETWEEN, needs=("p1.identity", "p1.triton",),
-    claim="A round between two rows is scored, not refused.",
-    reason="Odd prompt lengths and multi-token steps put rounds between the rows; an engine must not fail there.",
-    remedy="Rotate the row below by the residual angle.",
-    timeout_s=180,
-)  # fmt: skip
-def test_any_round(case: int, subject: Subject, device: str, seed: int) -> None:
-    assert _between(case, subject, device, seed) is not None, f"a round at t = {case} is refused"
-
-
-def _between(t: int, subject: Subject, device: str, seed: int):
-    """Accuracy of the scores with the table at ``t``, or None if the subject raises ValueError."""
-    problem = make(Shape(n=65, t=t), seed, device)
+    problem = make(Shape(n=65, t=case), seed, device)
     try:
-        call = kernel(subject, problem, trig_cache=_table(subject, problem))
-    except ValueError:
-        return None
-    return accuracy(call.scores, problem.case)
+        found = accuracy(kernel(subject, problem, trig_cache=_table(subject, problem)).scores, problem.case)
+    except Refused as error:
+        raise Refused(f"t = {case}, between two rows: {error}", "rounds between rows") from error
+    measure("error", *found.class_b, where=found.where)
 
 
 @check(
@@ -173,11 +155,8 @@ def _between(t: int, subject: Subject, device: str, seed: int):
 )  # fmt: skip
 def test_errors(case: int, subject: Subject, device: str, seed: int) -> None:
     table = _table(subject, make(Shape(n=8), seed, device))
-    try:
-        table.get_trig_values(case)
-    except ValueError:
-        return
-    raise AssertionError(f"get_trig_values({case}) returned a row of a table at multiples of 128 up to 8192")
+    what = f"get_trig_values({case}) of a table with rows at multiples of 128 from 128 to 8192 was"
+    must_refuse(subject, what, lambda: table.get_trig_values(case), lambda: table.get_trig_values(_INTERVAL))
 
 
 @check(
@@ -187,12 +166,13 @@ def test_errors(case: int, subject: Subject, device: str, seed: int) -> None:
     remedy="Compare round_start with the table's range before launching.",
 )  # fmt: skip
 def test_beyond_table(case: str, subject: Subject, device: str, seed: int) -> None:
-    problem = make(Shape(n=8, t=_MAX_SEQ_LEN + _INTERVAL), seed, device)
+    beyond, last = (make(Shape(n=8, t=_MAX_SEQ_LEN + more), seed, device) for more in (_INTERVAL, 0))
+    kernel(subject, last, trig_cache=_table(subject, last))
     try:
-        kernel(subject, problem, trig_cache=_table(subject, problem))
-    except ValueError:
+        kernel(subject, beyond, trig_cache=_table(subject, beyond))
+    except Refused:
         return
-    raise AssertionError(f"a round at {problem.shape.t} was scored with a table that ends at {_MAX_SEQ_LEN}")
+    raise AssertionError(f"a round at {beyond.shape.t} was scored with a table that ends at {_MAX_SEQ_LEN}")
 
 
 @check(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,14 @@ import pytest
 from verify import Measure, check
 from verify.judge.tolerance import CALIBRATION
 from verify.model.live_model import LiveModel
+from verify.model.observed import rotary_of
 from verify.model.settings import PROMPTS
+from verify.model.tiny import tiny, tokens
 from verify.subject.offered import optional
+from verify.subject.subject import Subject
+
+#: Token ids ``[B, T]`` and their mask, None without padding.
+Text = tuple[Any, Any]
 
 _CALIBRATION = {
     "reason": "Statistics of queries other than those used in attention make every score wrong without any error.",
@@ -23,20 +31,33 @@ _CALIBRATION = {
 }
 
 
-def _calibration_error(model: LiveModel, loop: Any) -> float:
-    """Largest difference between calibrated and directly computed means over ``loop``, relative to E|q|."""
+def _calibration_error(calibrate: Callable[..., Any], model: LiveModel, texts: Sequence[Text]) -> float:
+    """Largest difference between calibrated and directly computed means over ``texts``, relative to E|q|."""
     import numpy as np
+    import torch
 
     from verify.judge.oracle import pairs
 
-    got = optional(model.subject, "calibration", "calibrate")(model.model, loop)
+    def loop(m: Any) -> None:
+        with torch.inference_mode():
+            for ids, mask in texts:
+                m(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    got = calibrate(model.model, loop)
     with model.rotated_queries() as taken:
         loop(model.model)
-    layers, heads, n_freq = got.q_abs_mean.shape
+    config, rotated_dims = model.model.config, 2 * rotary_of(model.model).inv_freq.numel()
+    want = (config.num_hidden_layers, config.num_attention_heads, rotated_dims // 2)
+    for name in ("q_mean_real", "q_mean_imag", "q_abs_mean"):
+        found = tuple(getattr(got, name).shape)
+        assert found == want, f"{name} has shape {found}; the model has (layers, query heads, frequencies) {want}"
+    layers, _, n_freq = want
     errors = []
     for layer in range(layers):
-        q = np.concatenate([queries[0].double().cpu().numpy() for queries in taken[layer::layers]], axis=1)
-        assert q.shape[0] == heads, f"{heads} query heads were calibrated, but the model has {q.shape[0]}"
+        # [H*G, real tokens, D], every row of every step
+        real = [(torch.ones_like(ids) if mask is None else mask).bool().cpu() for ids, mask in texts]
+        steps = zip(taken[layer::layers], real, strict=True)
+        q = np.concatenate([queries.double().cpu().transpose(0, 1)[:, some] for queries, some in steps], axis=1)
         rotated = pairs(q[..., : 2 * n_freq], getattr(got.architecture, "rope_style", "half"))
         size = np.abs(rotated).mean(1)
         mean = got.q_mean_real[layer].double().numpy() + 1j * got.q_mean_imag[layer].double().numpy()
@@ -49,25 +70,33 @@ def _calibration_error(model: LiveModel, loop: Any) -> float:
 
 
 @check(
-    "p6.calibration", gate="soft", needs=("p1.identity",), cases={"model": False, "extreme_q_norm": True},
-    claim="Calibration averages exactly the queries that enter RoPE, for any split into batches.", **_CALIBRATION,
+    "p6.calibration", gate="soft", needs=("p1.identity",), capability="calibration",
+    cases={name: name for name in ("model", "extreme_q_norm", "padded", "long_step")},
+    claim="Calibration averages exactly the queries of real tokens that enter RoPE, for any split into batches.",
+    **_CALIBRATION,
 )  # fmt: skip
 def test_calibration_agrees_with_a_direct_computation(
-    case: bool, model: LiveModel, seed: int, measure: Measure
+    case: str, model: LiveModel, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
 ) -> None:
     import torch
 
+    calibrate = optional(subject, "calibration", "calibrate")
     ids = model.tokens(" ".join(PROMPTS * 8))["input_ids"]
-    if case:
+    texts: list[Text] = [(part, None) for part in ids.split(150, dim=1)]
+    if case == "extreme_q_norm":
         model = replace(model, model=_extreme_qwen3(seed).to(model.model.device))
-        ids = ids % model.model.config.vocab_size
-
-    def loop(m: Any) -> None:
-        with torch.inference_mode():
-            for part in ids.split(150, dim=1):
-                m(input_ids=part, use_cache=False)
-
-    measure("error of the means over E|q|", _calibration_error(model, loop), CALIBRATION)
+        texts = [(part % model.model.config.vocab_size, None) for part, _ in texts]
+    elif case == "padded":
+        model = tiny(tmp_path, subject, device, seed)
+        texts = []
+        for sizes in ((40, 17), (9, 33), (25, 25)):
+            width = max(sizes)
+            mask = torch.tensor([[0] * (width - size) + [1] * size for size in sizes], device=device)
+            texts.append((tokens(model, 2 * width, seed + width).view(2, width), mask))
+    elif case == "long_step":
+        model = tiny(tmp_path, subject, device, seed, num_hidden_layers=1)
+        texts = [(tokens(model, 16 * 600, seed).view(16, 600), None)]
+    measure("error of the means over E|q|", _calibration_error(calibrate, model, texts), CALIBRATION)
 
 
 def _extreme_qwen3(seed: int) -> Any:
@@ -87,7 +116,8 @@ def _extreme_qwen3(seed: int) -> Any:
 
 
 @check(
-    "p6.calibration_restores", gate="soft", needs=("p1.identity",), cases={"after_success": False, "after_error": True},
+    "p6.calibration_restores", gate="soft", needs=("p1.identity",), capability="calibration",
+    cases={"after_success": False, "after_error": True},
     claim="Calibration leaves the model unchanged, also when the text loop raises.", **_CALIBRATION,
 )  # fmt: skip
 def test_calibration_restores_the_model(case: bool, model: LiveModel, measure: Measure) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 
 from verify import Measure, check, skip
+from verify.errors import SubjectLacks
+from verify.judge.offers import refusable
 from verify.judge.tolerance import ATTENTION_LOG_PROB
 from verify.model import quality
-from verify.model.live_model import LiveModel, physical_length
-from verify.model.settings import BUDGET, DIVIDE, PER_LAYER_PER_HEAD, PROMPT, PROMPTS
+from verify.model.live_model import LiveModel
+from verify.model.observed import physical_length, positions_noted, require_counting
+from verify.model.settings import BUDGET, DIVIDE, NEAR, PATCHED, PER_LAYER_PER_HEAD, PROMPT, PROMPTS
 from verify.subject.subject import Subject
 
 _MAX_QUESTIONS = 2
@@ -37,6 +40,8 @@ def _answers(out: Path) -> list[dict[str, Any]]:
 
 
 def _run_one(subject: Subject, location: str, device: str, out: Path, *options: str) -> list[dict[str, Any]]:
+    if not (subject.folder / "__main__.py").is_file():
+        raise SubjectLacks(f"the subject has no command line: python -m {subject.package} needs a __main__ module")
     printed = subject.run(
         "run-one", "--model", location, "--dataset", "smoke", "--max-questions", str(_MAX_QUESTIONS),
         "--max-new-tokens", "64", "--device", device, "--out", str(out), *options,
@@ -57,7 +62,7 @@ _CLI = {
 
 
 @check(
-    "p6.cli", gate="hard", needs=("p1.identity",), cases="sdpa", plan="4.1",
+    "p6.cli", gate="hard", needs=("p1.identity",), capability="plan", cases="sdpa", plan="4.1",
     claim="The command line answers questions under sdpa while compressing the KV cache.",
     tolerance="Exact, by the trigger rule: fewer than budget + divide_length tokens after every step.", **_CLI,
 )  # fmt: skip
@@ -74,7 +79,7 @@ def test_cli_sdpa(
 
 
 @check(
-    "p6.cli_full", gate="hard", needs=("p1.identity",), cases="sdpa", plan="4.3",
+    "p6.cli_full", gate="hard", needs=("p1.identity",), capability="plan", cases="sdpa", plan="4.3",
     claim="With the full cache the command line answers questions, and answers What is 2+2? with 4.", **_CLI,
 )  # fmt: skip
 def test_cli_full(case: str, subject: Subject, location: str, device: str, tmp_path: Path) -> None:
@@ -85,7 +90,8 @@ def test_cli_full(case: str, subject: Subject, location: str, device: str, tmp_p
 
 
 @check(
-    "p6.cli_flash", gate="soft", needs=("p1.identity",), cases="flash_attention_2", plan="4.2", needs_gpu=True,
+    "p6.cli_flash", gate="soft", needs=("p1.identity",), capability="plan", cases="flash_attention_2", plan="4.2",
+    needs_gpu=True,
     claim="The command line answers questions under flash_attention_2 while compressing the KV cache.",
     tolerance="Exact, by the trigger rule: fewer than budget + divide_length tokens after every step.", **_CLI,
 )  # fmt: skip
@@ -106,7 +112,7 @@ def test_cli_flash(
 
 
 @check(
-    "p6.baseline", gate="hard", needs=("p1.identity",), cases="budget_above_length",
+    "p6.baseline", gate="hard", needs=PATCHED, cases="budget_above_length",
     claim="With a budget that is never reached, the patched model generates exactly the tokens of the unpatched one.",
     reason="Without evictions, any difference is an error of the patch in a mask, a position or the cache.",
     tolerance="Token ids are equal; nothing is evicted, so the arithmetic is the same.",
@@ -117,16 +123,13 @@ def test_baseline(case: str, model: LiveModel, measure: Measure) -> None:
     encoded = model.tokens(*PROMPTS)
     want = model.generate(encoded, _NEW_TOKENS)
     model.patch(kv_budget=4096)
-    measure(
-        "tokens that differ",
-        int((model.generate(encoded, _NEW_TOKENS) != want).sum()),
-        0,
-        where="two rows, one left-padded",
-    )
+    with refusable(model.subject, "a batch of two rows", lambda: model.generate(model.tokens(PROMPTS[0]), 2)):
+        got = model.generate(encoded, _NEW_TOKENS)
+    measure("tokens that differ", int((got != want).sum()), 0, where="two rows, one left-padded")
 
 
 @check(
-    "p6.cache", gate="hard", needs=("p1.identity",), cases={"per_head": True, "union": False},
+    "p6.cache", gate="hard", needs=PATCHED, cases={"per_head": True, "union": False},
     claim="The cache holds fewer than budget + divide_length tokens after every step, and the budget after a round.",
     reason="A budget without effect is the most reported bug of KV cache compression, and raises no error.",
     tolerance="Exact, by the trigger rule: length < max(budget, protected) + divide_length after a step and its round.",
@@ -143,7 +146,7 @@ def test_cache_bound(case: bool, model: LiveModel, measure: Measure) -> None:
 
 
 @check(
-    "p6.prefill", gate="hard", needs=("p1.identity",),
+    "p6.prefill", gate="hard", needs=PATCHED,
     # tokens of the first step, tokens of each later step, options of the patch
     cases={
         "chunked": (37, 37, {}),
@@ -159,52 +162,33 @@ def test_cache_bound(case: bool, model: LiveModel, measure: Measure) -> None:
     timeout_s=300,
 )  # fmt: skip
 def test_chunked_prefill(case: tuple[int, int, dict[str, Any]], model: LiveModel, measure: Measure) -> None:
-    import torch
-
     prompt, step, options = case
     ids = model.tokens(" ".join(PROMPTS * 4))["input_ids"][:, :160]
     assert ids.shape[1] > 2 * BUDGET, f"the prompt has {ids.shape[1]} tokens, too few for this test"
     model.patch(kv_budget=BUDGET, allow_prefill_compression=True, **options)
-    cache = model.new_cache()
-    with torch.inference_mode():
-        for chunk in (ids[:, :prompt], *ids[:, prompt:].split(step, dim=1)):
-            if not chunk.shape[1]:
-                continue
-            cache = model.model(
-                input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).past_key_values
+    steps = [min(step, 160 - fed) for fed in range(prompt, 160, step)]
+    with refusable(model.subject, "a prompt in several steps", lambda: list(model.feed(ids[:, :NEAR], NEAR - 1))):
+        for _, cache in model.feed(ids, prompt, *steps):
             measure("cache after a chunk", physical_length(cache), BUDGET + DIVIDE - 1, unit="tokens")
 
 
 @check(
-    "p6.positions", gate="hard", needs=("p1.identity",), cases="keep_counting",
+    "p6.positions", gate="hard", needs=PATCHED, cases="keep_counting",
     claim="The position of the next token is the number of tokens seen so far, regardless of evictions.",
     reason="Positions taken from the cache length repeat after a round, and attention uses wrong distances.",
     remedy="Count the tokens seen, not the tokens held in the cache.",
     timeout_s=300,
 )  # fmt: skip
 def test_positions(case: str, model: LiveModel) -> None:
-    seen: list[list[int]] = []
-    rotary = next(module for module in model.model.modules() if hasattr(module, "inv_freq"))
-
-    def note(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        seen.append(positions[0].tolist())
-
-    handle = rotary.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        model.patch(kv_budget=BUDGET)
+    model.patch(kv_budget=BUDGET)
+    with positions_noted(model.model) as got:
         fed = [count for count, _ in model.decode(_below_budget(model), _STEPS)]
-    finally:
-        handle.remove()
-    got = [position for step in seen for position in step]
-    wrong = next((i for i, position in enumerate(got) if position != i), None)
-    assert wrong is None, f"token {wrong} was given position {got[wrong]}"
+    require_counting(got)
     assert len(got) == sum(fed), f"{sum(fed)} tokens were given {len(got)} positions"
 
 
 @check(
-    "p6.batch", gate="hard", needs=("p1.identity",),
+    "p6.batch", gate="hard", needs=PATCHED,
     cases={"padded_equals_single": {}, "per_layer_per_head": PER_LAYER_PER_HEAD},
     claim="A left-padded row of a batch generates the same tokens as alone, through several rounds.",
     reason="Length, trigger, budget and normalisation are per row; counting padding shifts all of them.",
@@ -214,14 +198,15 @@ def test_positions(case: str, model: LiveModel) -> None:
 )  # fmt: skip
 def test_padded_batch(case: dict[str, Any], model: LiveModel, measure: Measure) -> None:
     model.patch(kv_budget=BUDGET // 2, divide_length=DIVIDE // 2, allow_prefill_compression=True, **case)
-    together = model.generate(model.tokens(*PROMPTS), _NEW_TOKENS)
+    with refusable(model.subject, "a batch of two rows", lambda: model.generate(model.tokens(PROMPTS[0]), 2)):
+        together = model.generate(model.tokens(*PROMPTS), _NEW_TOKENS)
     for row, prompt in enumerate(PROMPTS):
         alone = model.generate(model.tokens(prompt), _NEW_TOKENS)
         measure("tokens that differ", int((together[row] != alone[0]).sum()), 0, where=f"row {row}")
 
 
 @check(
-    "p6.reset", gate="hard", needs=("p1.identity",), cases="between_generations",
+    "p6.reset", gate="hard", needs=PATCHED, cases="between_generations",
     claim="A generation is not affected by the evictions of earlier ones.",
     reason="State that survives a generation makes the next one evict at the wrong step.",
     tolerance="Token ids are equal; the same call on the same inputs computes the same numbers.",
@@ -236,7 +221,7 @@ def test_reset(case: str, model: LiveModel, measure: Measure) -> None:
 
 
 @check(
-    "p6.attention", gate="soft", needs=("p1.identity",), cases="eager_equals_sdpa",
+    "p6.attention", gate="soft", needs=PATCHED, cases="eager_equals_sdpa",
     claim="With a compressed cache, eager and sdpa attention give nearly the same next-token distribution.",
     reason="The two build their masks differently; a mask that only one of them applies shows here.",
     tolerance="1e-3 on teacher-forced float32 log-probabilities: two summation orders over thirty layers.",
@@ -264,7 +249,7 @@ def test_eager_equals_sdpa(case: str, model: LiveModel, measure: Measure) -> Non
 
 
 @check(
-    "p6.quality", gate="soft", needs=("p1.identity",), cases={name: name for name in quality.gated()},
+    "p6.quality", gate="soft", needs=PATCHED, cases={name: name for name in quality.gated()},
     claim="Compression beats a simple control method at the same budget by at least half of the recorded margin.",
     reason="All other checks can pass with a method that keeps useless tokens; this one measures the model's output.",
     tolerance="Half of the recorded margin (reports/quality); a margin whose interval contains 0 is not tested.",
@@ -277,7 +262,7 @@ def test_quality(
     if model_name != "embedded":
         skip("NO_BASELINE", f"margins are recorded for the embedded model, not for {model_name}")
     if "window_size" not in model.patch_options():
-        skip("PKG_MISSING", "the subject's patch has no window_size, and the controls protect a window")
+        raise SubjectLacks("the subject's patch has no window_size, and the controls protect a window")
     recorded = quality.recorded_margins()[case]
     now = measured_quality.margin(model, case)
     measure(
@@ -294,7 +279,7 @@ def measured_quality() -> quality.Measured:
 
 @pytest.mark.slow
 @check(
-    "p6.throughput", gate="soft", needs=("p1.identity",),
+    "p6.throughput", gate="soft", needs=PATCHED,
     # prompt tokens, generated tokens, required speed-up
     cases={"prompt_2k": (2048, 2048, 1.2), "generated_4k": (64, 4096, 1.0)},
     claim="Including prefill, generation with a compressed cache is 1.2 times as fast as with the full cache after a "

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from verify import Measure, check, skip
-from verify.errors import CRASHES
-from verify.model.live_model import LiveModel, Round
-from verify.model.settings import BUDGET, EVICT_PROMPT, FED, NEAR, PER_LAYER_PER_HEAD, PROMPT, PROMPTS
+from verify import Measure, check
+from verify.judge.compressor import write_statistics
+from verify.judge.offers import must_refuse
+from verify.model.live_case import judge
+from verify.model.live_model import LiveModel
+from verify.model.observed import Round
+from verify.model.settings import (
+    BUDGET,
+    EVICT_PROMPT,
+    FED,
+    NEAR,
+    PATCHED,
+    PER_LAYER_PER_HEAD,
+    PROMPT,
+    PROMPTS,
+)
+from verify.model.tiny import drawn_statistics, tiny, tokens
+from verify.subject.subject import Subject
 
 _UNION = {"per_head_pruning": False}
-
-
-def _mode(options: dict[str, Any]) -> str:
-    if "pruning_mode" in options:
-        return options["pruning_mode"]
-    if options.get("per_layer_perhead_pruning"):
-        return "per_layer_per_head"
-    return "per_head" if options.get("per_head_pruning", True) else "union"
 
 
 def _ids(model: LiveModel) -> Any:
@@ -34,6 +40,9 @@ def _prompt(options: dict[str, Any]) -> int:
     protected = not options.get("allow_prefill_compression")
     return PROMPT if protected or not options.get("use_slack_trigger", True) else NEAR
 
+
+#: Sizes of a tiny model with more than ten layers, and more than ten query heads in each.
+_MANY: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 12, "num_attention_heads": 12, "head_dim": 8}
 
 #: Settings whose three rounds are checked by ``p6.rounds``; other checks reuse them.
 _THREE_ROUNDS = {
@@ -50,7 +59,7 @@ class _Taken:
     rounds: list[Round] = field(default_factory=list)
     error: Exception | None = None
 
-    def __iter__(self) -> Generator[Round, None, None]:
+    def again(self) -> Generator[Round, None, None]:
         yield from self.rounds
         if self.error is not None:
             raise self.error
@@ -77,7 +86,7 @@ def _rounds(model: LiveModel, options: dict[str, Any], taken: dict[str, _Taken])
         except Exception as error:  # raised again when a check reaches the round that failed
             found.error = error
         taken[name] = found  # not reached after a timeout, which is not an Exception
-    return iter(taken[name])
+    return taken[name].again()
 
 
 _KEEP_SET = {
@@ -90,7 +99,7 @@ _KEEP_SET = {
 
 
 @check(
-    "p6.keep_set", gate="hard", needs=("p1.identity",),
+    "p6.keep_set", gate="hard", needs=PATCHED,
     cases={
         "per_head": _THREE_ROUNDS["per_head"],
         "union": _THREE_ROUNDS["union"],
@@ -108,11 +117,11 @@ _KEEP_SET = {
     **_KEEP_SET,
 )  # fmt: skip
 def test_keep_set(case: dict[str, Any], model: LiveModel, three_rounds: dict[str, _Taken], measure: Measure) -> None:
-    _check_keep_set(case, _rounds(model, case, three_rounds), model, measure)
+    judge(model, _rounds(model, case, three_rounds), case, measure, prompt=_prompt(case), rounds=1)
 
 
 @check(
-    "p6.keep_set_mode", gate="soft", needs=("p1.identity",),
+    "p6.keep_set_mode", gate="soft", needs=PATCHED,
     # the published patch lacks the first option, and the meaning of the second is not documented anywhere
     cases={
         "per_layer": {**EVICT_PROMPT, **_UNION, "pruning_mode": "per_layer"},
@@ -121,51 +130,11 @@ def test_keep_set(case: dict[str, Any], model: LiveModel, three_rounds: dict[str
     **_KEEP_SET,
 )  # fmt: skip
 def test_keep_set_of_an_unpublished_mode(case: dict[str, Any], model: LiveModel, measure: Measure) -> None:
-    if "pruning_mode" in case and "pruning_mode" not in model.patch_options():
-        skip("PKG_MISSING", "the subject's patch has no pruning_mode")
-    _check_keep_set(case, _rounds(model, case, {}), model, measure)
-
-
-def _check_keep_set(
-    case: dict[str, Any],
-    rounds: Generator[Round, None, None],
-    model: LiveModel,
-    measure: Measure,
-    *,
-    layers: Sequence[int] | None = None,
-) -> None:
-    """Compare the first of ``rounds`` with the oracle: protected tokens, size and keep set.
-
-    ``layers[i]`` is the layer whose statistics rank layer i.
-    """
-    import numpy as np
-
-    from verify.judge.keep_set import select, sets_of
-
-    mode = _mode(case)
-    first = next(rounds, None)
-    assert first is not None, f"no round happened within {FED} tokens at a budget of {BUDGET}"
-    rounds.close()
-    evictable = np.ones(first.seen, dtype=bool)
-    evictable[: 0 if case.get("allow_prefill_compression") else PROMPT] = False
-    kept = sets_of(first.kept, mode)
-    assert kept[:, ~evictable].all(), "a protected token was evicted"
-    assert (kept.sum(-1) == BUDGET).all(), (
-        f"{kept.sum(-1).tolist()} tokens are held after a round; the budget is {BUDGET}"
-    )
-    numbers = range(len(first.keys)) if layers is None else layers
-    cases = [
-        model.oracle_case(number, keys, first.seen, case) for number, keys in zip(numbers, first.keys, strict=True)
-    ]
-    selection = select(
-        cases, evictable,
-        mode=mode, normalize=case.get("normalize_scores", True), group=case.get("layer_perhead_aggregation", "max"),
-    )  # fmt: skip
-    measure("best evicted over worst kept score", selection.inversion(kept, evictable), selection.allowed)
+    judge(model, _rounds(model, case, {}), case, measure, prompt=_prompt(case), rounds=1)
 
 
 @check(
-    "p6.rounds", gate="hard", needs=("p1.identity",),
+    "p6.rounds", gate="hard", needs=PATCHED,
     cases=_THREE_ROUNDS,
     claim="In three consecutive rounds the kept tokens match the oracle's, given the survivors of the previous round "
     "and the new tokens.",
@@ -175,54 +144,21 @@ def _check_keep_set(
     timeout_s=300,
 )  # fmt: skip
 def test_rounds(case: dict[str, Any], model: LiveModel, three_rounds: dict[str, _Taken], measure: Measure) -> None:
-    import numpy as np
-
-    from verify.judge.keep_set import select, sets_of
-
-    mode = _mode(case)
-    count = 0
-    for round_ in _rounds(model, case, three_rounds):
-        count += 1
-        sizes = sets_of(round_.kept, mode).sum(-1)
-        assert (sizes == BUDGET).all(), f"{sizes.tolist()} tokens are held after round {count}; expected {BUDGET}"
-        for layers, heads in _sharing(mode, *round_.kept.shape[:2]):
-            held = round_.before[layers[0], heads[0]].nonzero()[0]
-            head = heads[0] if len(heads) == 1 else None
-            cases = [
-                model.oracle_case(n, round_.keys[n][:, heads][:, :, held], round_.seen, case, held, head)
-                for n in layers
-            ]
-            everything = np.ones(len(held), dtype=bool)
-            selection = select(cases, everything, mode=mode, normalize=True)
-            kept = round_.kept[layers[0], heads[0]][None, held]
-            measure(
-                "best evicted over worst kept score", selection.inversion(kept, everything), selection.allowed,
-                where=f"round {count}, layer {layers[0]}, KV head {heads[0]}",
-            )  # fmt: skip
-    assert count == 3, f"{count} rounds happened within {FED} tokens; expected 3"
-
-
-def _sharing(mode: str, n_layers: int, n_heads: int) -> list[tuple[list[int], list[int]]]:
-    """The groups of layers and KV heads that share one keep set in a mode."""
-    if mode == "union":
-        return [(list(range(n_layers)), list(range(n_heads)))]
-    if mode == "per_head":
-        return [(list(range(n_layers)), [head]) for head in range(n_heads)]
-    return [([layer], [head]) for layer in range(n_layers) for head in range(n_heads)]
+    judge(model, _rounds(model, case, three_rounds), case, measure, prompt=_prompt(case), rounds=3)
 
 
 @check(
-    "p6.long_prompt", gate="hard", needs=("p1.identity",),
+    "p6.long_prompt", gate="hard", needs=PATCHED,
     cases={"per_head": EVICT_PROMPT, "max": {**EVICT_PROMPT, "score_aggregation": "max"}},
     **{**_KEEP_SET, "claim": "After a prompt above the trigger, fed in one step, the oracle's keep set remains."},
 )  # fmt: skip
 def test_long_prompt(case: dict[str, Any], model: LiveModel, measure: Measure) -> None:
     model.patch(**case)
-    _check_keep_set(case, model.rounds(_ids(model), FED), model, measure)
+    judge(model, model.rounds(_ids(model), FED), case, measure, prompt=FED, rounds=1)
 
 
 @check(
-    "p6.layer_statistics", gate="hard", needs=("p1.identity",), cases={"in_place": False, "exchanged": True},
+    "p6.layer_statistics", gate="hard", needs=PATCHED, cases={"in_place": False, "exchanged": True},
     **{**_KEEP_SET, "claim": "Each layer is ranked by its own statistics: swapping those of two layers in the file "
     "changes the keep sets as the oracle predicts."},
 )  # fmt: skip
@@ -234,37 +170,71 @@ def test_statistics_of_each_layer(case: bool, model: LiveModel, tmp_path: Path, 
         layers[0], layers[-1] = layers[-1], layers[0]
     restated = model.restated(tmp_path / "statistics.pt", layers)
     restated.patch(**options)
-    _check_keep_set(options, restated.rounds(_ids(model), FED), restated, measure, layers=layers)
+    rounds = restated.rounds(_ids(model), NEAR)
+    judge(restated, rounds, options, measure, prompt=NEAR, rounds=1, layers=layers)
 
 
 @check(
-    "p6.statistics", gate="hard", needs=("p1.identity",),
-    cases={name: name for name in ("layer_absent", "head_absent", "fewer_layers", "expectation")},
-    claim="Statistics that lack a layer or head, belong to a model with another number of layers, or contradict "
+    "p6.statistics", gate="hard", needs=PATCHED, capability="statistics",
+    # head dim, heads and style of the statistics: the model has 16, 4 and half
+    cases={
+        **{name: {} for name in ("layer_absent", "head_absent", "fewer_layers", "expectation")},
+        "head_dim": {"n_freq": 16}, "fewer_heads": {"heads": 2}, "more_heads": {"heads": 8},
+        "rope_style": {"style": "interleaved"},
+    },
+    claim="Statistics that lack a layer or head, belong to a model of another shape or rope style, or contradict "
     "metadata_expectations are refused.",
     reason="A substitute ranks every key by another head's statistics, and no number looks wrong.",
     remedy="Compare the file with the model when the patch is applied, and name what is missing.",
-    timeout_s=300,
 )  # fmt: skip
-def test_statistics_of_another_model(case: str, model: LiveModel, tmp_path: Path) -> None:
-    layers = range(model.model.config.num_hidden_layers - (case == "fewer_layers"))
-    heads = {
-        "layer_absent": {(3, head) for head in range(model.model.config.num_attention_heads)}, "head_absent": {(3, 1)}
-    }  # fmt: skip
-    expected = {"metadata_expectations": {"head_dim": 48}} if case == "expectation" else {}
-    restated = model.restated(tmp_path / "statistics.pt", layers, heads.get(case, ()))
-    try:
-        restated.patch(**EVICT_PROMPT, **expected)
-        next(restated.rounds(_ids(model), FED), None)
-    except CRASHES:  # a missing entry point or argument is not a refusal
-        raise
-    except Exception:  # any other error is a refusal: a subject has errors of its own
-        return
-    raise AssertionError("the patch was applied and the cache was compressed")
+def test_statistics_of_another_model(
+    case: dict[str, Any], subject: Subject, device: str, seed: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    name, live = request.node.callspec.id, tiny(tmp_path, subject, device, seed)
+    layers, heads = live.model.config.num_hidden_layers, live.model.config.num_attention_heads
+    place = tmp_path / "other.pt"
+    without = {"layer_absent": {(1, head) for head in range(heads)}, "head_absent": {(1, 1)}}.get(name, set())
+    if case:
+        m, a = drawn_statistics(seed, layers, case.get("heads", heads), case.get("n_freq", 8))
+        write_statistics(place, m, a, style=case.get("style", "half"))
+        other = replace(live, given=place)
+    else:
+        other = live.restated(place, range(layers - (name == "fewer_layers")), without)
+    expected = {"metadata_expectations": {"head_dim": 48}} if name == "expectation" else {}
+    ids = tokens(live, FED, seed)
+
+    def compress(this: LiveModel, **options: Any) -> None:
+        this.apply(**EVICT_PROMPT, **options)
+        assert next(this.rounds(ids, NEAR), None) is not None, f"no round happened within {FED} tokens"
+
+    what = f"the statistics of another model ({name}) are"
+    must_refuse(subject, what, lambda: compress(other, **expected), lambda: compress(live))
 
 
 @check(
-    "p6.attention_keep_set", gate="soft", needs=("p1.identity",), cases="eager_equals_sdpa",
+    "p6.statistics_names", gate="hard", needs=PATCHED, capability="statistics", cases="more_than_ten",
+    **{**_KEEP_SET, "claim": "With more than ten layers and heads, each is ranked by the statistics of its name, "
+    "whatever the order of the file."},
+)  # fmt: skip
+def test_statistics_go_by_name(
+    case: str, subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
+) -> None:
+    import torch
+
+    live = tiny(tmp_path, subject, device, seed, **_MANY)
+    content = torch.load(live.given, weights_only=True)
+    # the order of names without leading zeros: layer10 comes before layer2
+    ordered = sorted(content["metadata"]["sampled_heads"], key=lambda one: f"layer{one[0]}_head{one[1]}")
+    content["metadata"]["sampled_heads"] = ordered
+    content["stats"] = {name: content["stats"][name] for name in (f"layer{i:02d}_head{j:02d}" for i, j in ordered)}
+    torch.save(content, live.given)
+    options = {**EVICT_PROMPT, **PER_LAYER_PER_HEAD}
+    live.patch(**options)
+    judge(live, live.rounds(tokens(live, FED, seed), NEAR), options, measure, prompt=NEAR, rounds=1)
+
+
+@check(
+    "p6.attention_keep_set", gate="soft", needs=PATCHED, cases="eager_equals_sdpa",
     claim="eager and sdpa attention keep the same tokens through three rounds in float32.",
     reason="Keep sets should depend on the model, not on the attention kernel.",
     tolerance="The sets are equal; in float32, gaps between scores are far above their rounding errors.",
@@ -277,5 +247,8 @@ def test_keep_sets_do_not_depend_on_the_attention(
     kept = {"sdpa": [round_.kept for round_ in _rounds(model, EVICT_PROMPT, three_rounds)]}
     model.model.set_attn_implementation("eager")
     kept["eager"] = [round_.kept for round_ in model.rounds(_ids(model), NEAR)]
+    for name, rounds in kept.items():
+        sizes = [sorted({*round_.sum(-1).flatten().tolist()}) for round_ in rounds]
+        assert sizes == [[BUDGET]] * 3, f"with {name} attention the rounds keep {sizes} tokens, expected 3 x {BUDGET}"
     for number, (eager, sdpa) in enumerate(zip(kept["eager"], kept["sdpa"], strict=True), start=1):
         measure("tokens that only one keeps", int((eager != sdpa).sum()), 0, where=f"round {number}")

@@ -54,7 +54,7 @@ CAPABILITIES = MappingProxyType(
         "live_model": "live-model patch",
         "calibration": "calibration",
         "command_line": "command line",
-        "plan": "plan",
+        "plan": "what only the plan asks",
         "plugin": "vLLM plugin",
         "latency": "latency",
     }
@@ -137,7 +137,7 @@ class CheckSpec:
     def capability_of(self, case: str) -> str:
         """What one of the cases is about."""
         if isinstance(self.capability, str):
-            path = case.partition("-")[0].removeprefix("dispatch_")
+            path = case.partition("-")[0]
             return self.capability or (path if path in ("triton", "pytorch") else _USUAL[self.phase])
         return self.capability[case]
 
@@ -174,7 +174,9 @@ class Check:
 class Measure(Protocol):
     """The type of the fixture ``measure``, which records a number and fails the check if it is outside its bound."""
 
-    def __call__(self, name: str, measured: float, allowed: float, *, unit: str = "", where: str = "") -> None: ...
+    def __call__(
+        self, name: str, measured: float, allowed: float, *, unit: str = "", where: str = "", cause: str = ""
+    ) -> None: ...
 
 
 class Draw(Protocol):

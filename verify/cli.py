@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from verify.checks import DEFAULT_SEED
+from verify.checks import DEFAULT_SEED, PROFILES
 from verify.errors import ConfigurationError, Exit
 from verify.files import repository_root
 from verify.run.request import RunRequest, parse_expect, parse_phases
@@ -21,7 +21,7 @@ _FORMATS = ("terminal", "markdown", "json")
 #: Options that are fixed when a run starts, by the name of their setting.
 _FIXED = {
     "phases": "--phases", "expression": "-m", "device": "--device", "model": "--model", "subject": "--subject",
-    "seed": "--seed", "sanitize": "--sanitize",
+    "seed": "--seed", "sanitize": "--sanitize", "profile": "--profile",
 }  # fmt: skip
 
 _EXAMPLES = """\
@@ -43,6 +43,8 @@ examples:
   python -m verify report --format html          HTML pages; start at reports/site/index.html
   python -m verify doctor --expect sm90          is this machine ready, and is its GPU an sm90
   python -m verify explain p4.triton_oracle
+  python -m verify init DIR --profile scorer     start an implementation: stubs, to be filled in and judged
+  python -m verify contract                      what each published name is given and must return
 
 exit codes: 0 success; 1 a HARD check failed; 2 interrupted, can be continued; 3 configuration or usage error;
   4 a SOFT check failed under --strict-soft; 5 the report was made, but some records were unreadable
@@ -52,6 +54,7 @@ _RUN_EXAMPLES = """\
 examples:
   python -m verify run --phases 1,3-5
   python -m verify run --subject ../another-checkout --device cpu
+  python -m verify run --subject ../another-checkout --profile scorer
   python -m verify run -m 'hard and not slow' --out results
 """
 
@@ -106,9 +109,7 @@ def parser() -> argparse.ArgumentParser:
     export = _add(verbs, "export", "a record as JUnit XML or as an in-toto test result")
     form = export.add_mutually_exclusive_group(required=True)
     form.add_argument("--junit", dest="form", action="store_const", const="junit", help="JUnit XML, a suite per phase")
-    form.add_argument(
-        "--attestation", dest="form", action="store_const", const="attestation", help="in-toto test result, v0.1"
-    )
+    form.add_argument("--attestation", dest="form", action="store_const", const="attestation", help="in-toto, v0.1")
     export.add_argument("record", metavar="RECORD", help="a file, the directory of a run, or a run's id")
     export.add_argument("--out", metavar="FILE", type=Path, help="default: stdout")
     diff = _add(verbs, "diff", "what changed between two runs: exit 1 if a HARD check got worse, else 0")
@@ -129,11 +130,20 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print the problems as JSON")
     doctor = _add(verbs, "doctor", "found and minimum versions, what will be skipped and why, the next step")
     doctor.add_argument("--expect", metavar="GPU", help="the GPU this machine must have")
-    doctor.add_argument("--subject", metavar="S", help=f"also check its published names: {_SUBJECT}")
+    doctor.add_argument("--subject", metavar="S", help=f"also examine what it offers: {_SUBJECT}")
+    _add_profile(doctor)
     _add_format(_add(verbs, "gates", "every check: its gate, where it is must-pass, its claim"))
     explain = _add(verbs, "explain", "one check in full: claim, reason, tolerance, remedy, last results")
     explain.add_argument("id", metavar="ID", help="a check (p4.triton_oracle.n33) or a family (p4.triton_oracle)")
-    _add_records(explain)
+    _add_records(explain, whose=False)
+    init = _add(verbs, "init", "start an implementation: a package of stubs, a subject.toml and a workflow")
+    init.add_argument("folder", metavar="DIR", type=Path, help="a new or empty directory")
+    init.add_argument("--profile", choices=tuple(PROFILES), required=True, help="what it will have to pass")
+    init.add_argument("--name", metavar="NAME", help="its name in records (default: that of the directory)")
+    contract = _add(
+        verbs, "contract", "what each published name is given and must return, with shapes, dtypes and units"
+    )
+    contract.add_argument("--format", choices=("text", "markdown"), default="text")
     return top
 
 
@@ -180,15 +190,19 @@ def _add_format(verb: argparse.ArgumentParser, *formats: str) -> None:
     verb.add_argument("--format", choices=formats or _FORMATS, default="terminal")
 
 
-def _add_records(verb: argparse.ArgumentParser) -> None:
+def _add_profile(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--records",
-        metavar="DIR",
-        type=Path,
-        action="append",
-        default=[],
-        help="read the records under DIR (repeatable; default: reports/evidence and reports/runs)",
+        "--profile", choices=tuple(PROFILES), help="what the subject must pass (default: what its subject.toml claims)"
     )
+
+
+def _add_records(verb: argparse.ArgumentParser, *, whose: bool = True) -> None:
+    verb.add_argument(
+        "--records", metavar="DIR", type=Path, action="append", default=[],
+        help="read the records under DIR (repeatable; default: reports/evidence and reports/runs)",
+    )  # fmt: skip
+    if whose:
+        verb.add_argument("--subject", metavar="S", help="whose records: bundled (default), or a name in a record")
 
 
 def _add_run(verbs: argparse._SubParsersAction) -> None:
@@ -209,6 +223,7 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
     run.add_argument("--expect", metavar="GPU", help="refuse to run on any other GPU (sm120, 120 or 12.0)")
     run.add_argument("--model", metavar="M", help="embedded (default), or a directory")
     run.add_argument("--subject", metavar="S", help=_SUBJECT)
+    _add_profile(run)
     run.add_argument("--seed", type=int, metavar="N", help=f"default: {DEFAULT_SEED}")
     run.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
     run.add_argument("--resume", metavar="RUN", help="the id or directory of an interrupted run; it keeps its options")
@@ -269,9 +284,7 @@ def _add_selftest(verbs: argparse._SubParsersAction) -> None:
         "--only", metavar="FAULT", action="append", default=[], help="a fault by its id, or a layer (repeatable)"
     )
     verb.add_argument("--sample", metavar="N", type=int, help="try only N faults, spread over the layers")
-    verb.add_argument(
-        "--seed", metavar="N", type=int, default=DEFAULT_SEED, help="seed of the sample; default: %(default)s"
-    )
+    verb.add_argument("--seed", metavar="N", type=int, default=DEFAULT_SEED, help="of the sample; default: %(default)s")
     verb.add_argument(
         "--full", metavar="PHASES", nargs="?", const="1-8",
         help="run every check of these phases (default: all) against each fault, not only those that claim it",
@@ -306,7 +319,8 @@ def _run(chosen: argparse.Namespace) -> int:
 def _report(chosen: argparse.Namespace) -> int:
     from verify.report import verb
 
-    return verb.report(chosen.gpu, chosen.format, chosen.records, every_check=chosen.all, out=chosen.out)
+    more = {"every_check": chosen.all, "out": chosen.out, "subject": chosen.subject}
+    return verb.report(chosen.gpu, chosen.format, chosen.records, **more)
 
 
 def _export(chosen: argparse.Namespace) -> int:
@@ -318,13 +332,13 @@ def _export(chosen: argparse.Namespace) -> int:
 def _diff(chosen: argparse.Namespace) -> int:
     from verify.report import difference
 
-    return difference.diff(chosen.runs, chosen.since, chosen.gpu, chosen.records, as_json=chosen.json)
+    return difference.diff(chosen.runs, chosen.since, chosen.gpu, chosen.records, chosen.subject, as_json=chosen.json)
 
 
 def _history(chosen: argparse.Namespace) -> int:
     from verify.report import history
 
-    return history.history(chosen.check, chosen.gpu, chosen.records, as_json=chosen.json)
+    return history.history(chosen.check, chosen.gpu, chosen.records, chosen.subject, as_json=chosen.json)
 
 
 def _check(chosen: argparse.Namespace) -> int:
@@ -338,7 +352,8 @@ def _doctor(chosen: argparse.Namespace) -> int:
     from verify.subject.find import find_subject
 
     subject = find_subject(chosen.subject, repository_root()) if chosen.subject is not None else None
-    return doctor.doctor(parse_expect(chosen.expect) if chosen.expect is not None else None, subject)
+    expect = parse_expect(chosen.expect) if chosen.expect is not None else None
+    return doctor.doctor(expect, subject, chosen.profile)
 
 
 def _gates(chosen: argparse.Namespace) -> int:
@@ -351,6 +366,18 @@ def _explain(chosen: argparse.Namespace) -> int:
     from verify import explain
 
     return explain.explain(chosen.id, chosen.records)
+
+
+def _init(chosen: argparse.Namespace) -> int:
+    from verify.subject import scaffold
+
+    return scaffold.init(chosen.folder, chosen.profile, chosen.name)
+
+
+def _contract(chosen: argparse.Namespace) -> int:
+    from verify.subject import contract
+
+    return contract.contract(chosen.format)
 
 
 _VERBS = {
@@ -366,4 +393,6 @@ _VERBS = {
     "doctor": _doctor,
     "gates": _gates,
     "explain": _explain,
+    "init": _init,
+    "contract": _contract,
 }

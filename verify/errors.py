@@ -35,6 +35,16 @@ class SubjectNeeds(Exception):
     """The subject needs a third-party package that is not installed: the check is SKIP(PKG_MISSING)."""
 
 
+class Wrong(AssertionError):
+    """The subject is wrong, and the check knows why: ``cause`` is one short sentence without numbers, and failures with
+    the same cause are told as one finding.
+    """
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
 class Refused(Exception):
     """The subject refuses this input by a deliberate ``raise``, and accepts a plainer one: the check is REFUSED.
 
@@ -58,3 +68,5 @@ def skip(code: str, reason: str) -> NoReturn:
     skipped = pytest.skip.Exception(reason)
     skipped.code = code  # type: ignore[attr-defined]  # pytest's exception carries it to the recorder
     raise skipped
+
+CRASHES = (AssertionError, AttributeError, IndexError, NameError, NotImplementedError, RecursionError, TypeError)  # XXX temporary

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verify.architectures import EMULATED
-from verify.checks import PHASES, Check, CheckSpec, catalogue
+from verify.checks import PHASES, PROFILES, Check, CheckSpec, catalogue
 from verify.errors import ConfigurationError
 from verify.files import repository_root
 from verify.judge.perturb import Limit
 from verify.record.archive import load, newest_first
+from verify.record.grounds import BUNDLED
 from verify.record.schema import CheckResult, Record
 from verify.report.documents import dumps, markdown_table
 from verify.report.matrix import PLAN_TABLE, bound, count, headroom
@@ -103,9 +104,15 @@ def _families(checks: Sequence[Check]) -> list[CheckSpec]:
 
 def _must(spec: CheckSpec) -> tuple[str, str]:
     """Where this family is must-pass: on which GPUs, and whether on the emulated target."""
-    if spec.gate == "soft":
+    if not _is_must_pass(spec):
         return "-", "-"
     return "all", "-" if spec.needs_gpu else "yes"
+
+
+def _is_must_pass(spec: CheckSpec) -> bool:
+    """Whether a GPU must pass any check of the family to be verified."""
+    wanted = {name for names in PROFILES["full"] for name in names}
+    return spec.gate == "hard" and any(spec.capability_of(case) in wanted for case in spec.cases)
 
 
 def _limit(ids: Iterable[str], limits: Mapping[str, Limit]) -> Limit | None:
@@ -126,8 +133,8 @@ def _family_data(spec: CheckSpec, limits: Mapping[str, Limit]) -> dict[str, obje
         "plan": spec.plan,
         "gate": spec.gate,
         "in_plan_table": spec.plan in PLAN_TABLE,
-        "must_pass_gpu": spec.gate == "hard",
-        "must_pass_emulated": spec.gate == "hard" and not spec.needs_gpu,
+        "must_pass_gpu": _is_must_pass(spec),
+        "must_pass_emulated": _is_must_pass(spec) and not spec.needs_gpu,
         "claim": spec.claim,
         "checks": ids,
         "detection_limits": {name: limits[name].model_dump() for name in ids if name in limits},
@@ -248,7 +255,9 @@ def _print_results(ids: Sequence[str], records: Sequence[Record], console: Conso
         tight = result.tightest
         number = f"{tight.name} {bound(tight)}, headroom {headroom(tight)}" if tight else ""
         words = " ".join(filter(None, [result.verdict, result.code, result.by and f"by {result.by}"]))
-        table.add_row(record.time_utc[:10], record.target, verdict_text(words), Text(result.id), Text(number))
+        whose = "" if record.subject.source == BUNDLED else record.subject.source
+        told = (Text(result.id), Text(number), Text(whose))
+        table.add_row(record.time_utc[:10], record.target, verdict_text(words), *told)
     console.print(f"\nLast results, newest first ({min(len(found), _LAST)} of {len(found)}):")
     console.print(table)
     if last := next((result for _, result in found if result.curves), None):

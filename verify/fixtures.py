@@ -9,7 +9,7 @@ import pytest
 
 from verify.architectures import parse_target
 from verify.checks import Draw, Measure, derive_seed
-from verify.errors import ConfigurationError
+from verify.errors import ConfigurationError, Wrong
 from verify.machine.environment import localise
 from verify.machine.processors import cores
 from verify.record.builds import Build, Compilation
@@ -117,18 +117,22 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest) -> Measure:
-    """``measure(name, measured, allowed, *, unit="", where="")``: record a number, fail outside its bound."""
+    """``measure(name, measured, allowed, *, unit="", where="", cause="")``: record a number, fail outside its bound, for
+    this ``cause`` if the check knows it.
+    """
     session = request.config.stash[SESSION]
     repeat = session.manifest.repeat_command(request.node.nodeid, session.root)
     taken = request.node.stash[MEASUREMENTS]
 
-    def measure(name: str, measured: float, allowed: float, *, unit: str = "", where: str = "") -> None:
+    def measure(
+        name: str, measured: float, allowed: float, *, unit: str = "", where: str = "", cause: str = ""
+    ) -> None:
         __tracebackhide__ = True
         where = localise(where, session.root, session.manifest.places)
         found = Measurement(name=name, measured=float(measured), allowed=float(allowed), unit=unit, where=where)
         taken.append(found)
         if not found.within:
-            raise AssertionError(f"{found.told}; repeat with: {repeat}")
+            raise Wrong(f"{found.told}; repeat with: {repeat}", cause)
 
     return measure
 

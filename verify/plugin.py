@@ -15,11 +15,12 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from verify.checks import DEFAULT_SEED, PHASES, derive_seed
+from verify.checks import DEFAULT_SEED, PHASES, PROFILES, derive_seed
 from verify.errors import ConfigurationError
 from verify.files import RUNS
 from verify.machine.device import Device, prepare, resolve
@@ -45,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("verification", "the checks of phases/")
     group.addoption("--phase", action="append", default=[], help="run these phases only: 4, or 1,3-5; may be repeated")
     group.addoption("--subject", default="bundled", help="what to test: bundled, installed, module:NAME or =PATH")
+    group.addoption("--profile", choices=tuple(PROFILES), help="what it must pass; by default what it offers")
     group.addoption(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if torch can use one"
     )
@@ -105,6 +107,7 @@ def _session(config: pytest.Config) -> Session:
         subject = find_subject(frozen.subject, root)
         return Session(root, Device(frozen.device), subject, frozen.model, frozen.seed, phases, run_dir, frozen)
     subject = find_subject(option("subject"), root)
+    subject = replace(subject, profile=option("profile") or subject.profile)
     return Session(root, resolve(option("device")), subject, option("model"), option("seed"), phases)
 
 

@@ -14,11 +14,11 @@ from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from verify.errors import Refused, Wrong
 from verify.judge.interpreter import quicken
 from verify.judge.offers import Attempt, Offers
-from verify.judge.problems import Problem, Shape
+from verify.judge.problems import BETWEEN_FLOAT16_KEYS, BETWEEN_KEYS, UNWRITTEN, Problem, Shape
 from verify.record import trail
-from verify.errors import Refused
 from verify.subject.launches import counted
 from verify.subject.published import CONFIG_DEFAULTS
 from verify.subject.refusal import REFUSALS, refusal
@@ -34,7 +34,10 @@ GUARD_BYTES = 4096
 GUARD = 0xA5
 
 KERNELS, SCORING, CONFIG = "vllm.core.kernels.triton_scoring", "vllm.core.scoring", "vllm.core.config"
-KERNEL, DISPATCH = "triattention_scoring", "compute_scores"
+KERNEL, DISPATCH, RANKER = "triattention_scoring", "compute_scores", "rank_keys"
+
+#: The modules of the functions that are not in ``SCORING``.
+_MODULES = {KERNEL: KERNELS, RANKER: "ranking"}
 
 #: The two published paths: the name in their functions, and the name in messages.
 PATHS = {"triton": "Triton", "pytorch": "PyTorch"}
@@ -53,7 +56,14 @@ class Call:
 
     @property
     def scores(self) -> np.ndarray:
-        """The result in float64 on the CPU."""
+        """The result in float64 on the CPU.
+
+        Raises Wrong if a score was never written, or was computed from memory outside the keys.
+        """
+        for mark, words in _MARKS.items():
+            count = _marked(self.result, mark)
+            if count:
+                raise Wrong(f"{count} of {self.result.numel()} scores are NaN: {words}", words)
         return self.result.double().cpu().numpy()
 
 
@@ -82,8 +92,11 @@ class Scorer:
     device: str
 
     def __call__(self, problem: Problem) -> np.ndarray:
-        """The scores in float64 on the CPU."""
-        return self.call(problem).scores
+        """The scores in float64 on the CPU, ``[B, H*G, N]``. Raises AssertionError for another shape."""
+        found, shape = self.call(problem), problem.shape
+        given, wanted = tuple(found.result.shape), (shape.b, shape.h * shape.g, shape.n)
+        assert given == wanted, f"{self.where(shape)}: the scores have shape {given}, expected {wanted}"
+        return found.scores
 
     def call(self, problem: Problem) -> Call:
         return engine(self.subject, self.path, problem, through=self.name)
@@ -121,12 +134,19 @@ def draws(
 
     Raises SubjectLacks if the path has no function, Refused if every problem is refused.
     """
+    return spread(subject, path, device, lambda offers, part: offers.drawn(seed, count, part, **choices))
+
+
+def spread(
+    subject: Subject, path: str, device: str, attempts: Callable[[Offers, slice], Iterator[Attempt]]
+) -> Iterator[tuple[Attempt, Scorer]]:
+    """``attempts`` with every function of a path, which gets a part of the problems; see ``draws``."""
     found = scorers(subject, path, device)
     refused: Refused | None = None
     judged = False
     for number, scorer in enumerate(found):
         try:
-            for attempt in scorer.offers.drawn(seed, count, (number, len(found)), **choices):
+            for attempt in attempts(scorer.offers, slice(number, None, len(found))):
                 yield attempt, scorer
                 judged |= attempt.refused is None
         except Refused as error:
@@ -139,6 +159,7 @@ def draws(
 ENTRIES = {
     "triton": ("compute_scores_triton", KERNEL),
     "pytorch": ("compute_scores_pytorch",),
+    "ranking": (RANKER,),
 }
 
 
@@ -147,31 +168,30 @@ def entries(subject: Subject, path: str) -> tuple[str, ...]:
 
     ``compute_scores`` alone, without a function for either path, is a scorer without Triton.
     """
-    found = [name for name in ENTRIES[path] if subject.offers(_module_of(name), name)]
-    if not found and path == "pytorch" and subject.offers(SCORING, DISPATCH):
-        if not any(subject.offers(_module_of(name), name) for name in ENTRIES["triton"]):
-            found = [DISPATCH]
-    if not found:
+    by_path = {
+        one: [name for name in names if subject.offers(_module_of(name), name)] for one, names in ENTRIES.items()
+    }
+    if path == "pytorch" and not by_path["triton"] and not by_path["pytorch"] and subject.offers(SCORING, DISPATCH):
+        return (DISPATCH,)
+    if not by_path[path]:
         subject.attribute(_module_of(ENTRIES[path][0]), ENTRIES[path][0])  # says what is absent
-    return tuple(found)
+    return tuple(by_path[path])
 
 
 def _module_of(name: str) -> str:
-    return KERNELS if name == KERNEL else SCORING
+    return _MODULES.get(name, SCORING)
 
 
 def path_name(subject: Subject, path: str) -> str:
     """The name of a path in messages; a subject may score with something else than PyTorch."""
-    return subject.plain_path if path == "pytorch" else PATHS[path]
+    return subject.plain_path if path == "pytorch" else PATHS.get(path, path)
 
 
 def kernel(subject: Subject, problem: Problem, **more: Any) -> Call:
     """A guarded call of the published ``triattention_scoring``, or of the engine function where a subject has only
     that; ``more`` are further arguments. Raises Refused as ``engine`` does.
     """
-    through = KERNEL if more else None
-    found = entries(subject, "triton") if through is None else (KERNEL,)
-    return engine(subject, "triton", problem, through=KERNEL if KERNEL in found else found[0], **more)
+    return engine(subject, "triton", problem, through=KERNEL if more else entries(subject, "triton")[-1], **more)
 
 
 def engine(subject: Subject, path: str, problem: Problem, *, through: str | None = None, **more: Any) -> Call:
@@ -181,12 +201,12 @@ def engine(subject: Subject, path: str, problem: Problem, *, through: str | None
     one, and whatever else the call raises.
     """
     name = through or entries(subject, path)[0]
-    trail.note(path=path, function=name, **problem.shape.properties())
+    trail.note(path=path_name(subject, path), function=name, **problem.shape.properties(), **{"class": "unknown"})
     try:
         return call(engine_call(subject, path, problem, through=name, **more), problem.tensors())
     except REFUSALS as error:
         if at := refusal(error, subject):
-            Scorer(subject, path, name, problem.keys.device.type).offers.judge(error, at, problem.shape, bool(more))
+            Scorer(subject, path, name, problem.keys.device.type).offers.judge(error, at, problem.shape, more)
         raise
 
 
@@ -209,6 +229,9 @@ def engine_call(
         "key_states": problem.keys, "cache_positions": None, "head_stats": problem.head_stats, "omega": problem.omega,
         "offsets": problem.offsets, "freq_scale_sq": problem.freq_weight, "round_start": shape.t,
     }  # fmt: skip
+    if name == RANKER:
+        del arguments["cache_positions"]
+        return lambda: compute(**arguments)
     # made within the call, because a configuration may refuse an option too
     return lambda: compute(**arguments, config=configuration(subject, options), **more)
 
@@ -286,10 +309,31 @@ def _between_guards(made: torch.Tensor, allocations: list[Allocation]) -> torch.
     size = span * made.element_size()
     buffer = torch.full((size + 2 * GUARD_BYTES,), GUARD, dtype=torch.uint8, device=made.device)
     payload = buffer[GUARD_BYTES : GUARD_BYTES + size].view(made.dtype)
-    if made.dtype.is_floating_point or made.dtype.is_complex:
+    if made.dtype == torch.float32:
+        payload.view(torch.int32).fill_((UNWRITTEN << 16) + UNWRITTEN)
+    elif made.dtype.is_floating_point or made.dtype.is_complex:
         payload.fill_(torch.nan)
     allocations.append(Allocation(buffer, size, f"a tensor {list(made.shape)} of {made.dtype}"))
     return payload.as_strided(made.size(), made.stride())
+
+
+#: What a NaN in the scores means, by the upper half of its bits in float32; arithmetic passes them on.
+_OUTSIDE = "memory between or around the keys was read, outside the view that was given (look at the strides)"
+_MARKS = {
+    UNWRITTEN: "memory that was allocated and never written",
+    BETWEEN_KEYS: _OUTSIDE,
+    BETWEEN_FLOAT16_KEYS: _OUTSIDE,
+}
+
+
+def _marked(result: torch.Tensor, mark: int) -> int:
+    """How many elements of a float32 tensor are NaN with these upper bits; 0 for any other dtype."""
+    import torch
+
+    if result.dtype != torch.float32:
+        return 0
+    bits = result.contiguous().view(torch.int32)
+    return int(((bits >> 16 & 0x7FFF) == mark).sum())
 
 
 def _wait_for_all() -> None:

@@ -75,6 +75,23 @@ class Selection:
         decided[at, [inside[i], outside[j]]] = False, True
         return perturb.Error(decided, float(gap / self.allowed), float(gap), float(self.scores[at, inside[i]]))
 
+    def told(self, kept: np.ndarray, evictable: np.ndarray) -> str:
+        """The worst inversion in words: the set, the token that it evicts, and the one that it keeps instead."""
+        import numpy as np
+
+        inside = np.where(kept & evictable, self.scores, np.inf)
+        outside = np.where(~kept & evictable, self.scores, -np.inf)
+        at = int((outside.max(-1) - inside.min(-1)).argmax())
+        evicted, held = int(outside[at].argmax()), int(inside[at].argmin())
+        return (
+            f"set {at}: token {evicted} (score {outside[at, evicted]:.4g}) is evicted, "
+            f"token {held} ({inside[at, held]:.4g}) is kept"
+        )
+
+    def fits(self, kept: np.ndarray, evictable: np.ndarray) -> bool:
+        """Whether a keep set is right by these scores."""
+        return self._inversion(kept, evictable) <= self.allowed
+
     @property
     def allowed(self) -> float:
         """Two scores are compared, so rounding can cause an inversion of at most twice the error of one."""
@@ -82,37 +99,40 @@ class Selection:
 
 
 def select(
-    cases: Sequence[oracle.Case], evictable: np.ndarray, *, mode: str, normalize: bool, group: str = "max"
-) -> Selection:
+    cases: Sequence[oracle.Case], evictable: np.ndarray, *, mode: str, normalize: bool, group: str = "max",
+    heads: str = "max", region: np.ndarray | None = None,
+) -> Selection:  # fmt: skip
     """The selection scores of one sequence from one scoring problem per layer (batch of 1).
 
     The sets are ``per_head``: one for each KV head; ``union``: one; ``per_layer``: one for each layer;
     ``per_layer_per_head``: one for each layer and KV head, layer by layer. ``group`` (``max`` or ``mean``) joins the
-    query heads of a KV head.
+    query heads of a KV head, ``heads`` the KV heads of ``per_layer``. z-scores are over the evictable tokens, or over
+    those of ``region``.
     """
     import numpy as np
 
+    region = evictable if region is None else region
     grouped, errors = [], []
     for case in cases:
         scores, error = oracle.scores(case)[0], tolerance.budget_b(case)[0]
         if normalize:
-            inside = scores[:, evictable]
+            inside = scores[:, region]
             std = np.maximum(inside.std(-1, keepdims=True), 1e-6)
             z = (scores - inside.mean(-1, keepdims=True)) / std
             # the score, the mean and the standard deviation are each off by at most the largest error in the region
-            error = error[:, evictable].max(-1, keepdims=True) / std * (2 + np.abs(z))
+            error = error[:, region].max(-1, keepdims=True) / std * (2 + np.abs(z))
             scores = z
         by_head = scores.reshape(case.k0.shape[1], -1, scores.shape[-1])
         grouped.append(by_head.mean(1) if group == "mean" else by_head.max(1))
         errors.append(float(error[:, evictable].max()))
-    heads = np.stack(grouped)  # [L, H, N]
+    joined = np.stack(grouped)  # [L, H, N]
     if mode == "per_head":
-        return Selection(heads.mean(0), float(np.mean(errors)))
+        return Selection(joined.mean(0), float(np.mean(errors)))
     if mode == "union":
-        return Selection(heads.max((0, 1))[None], max(errors))
+        return Selection(joined.max((0, 1))[None], max(errors))
     if mode == "per_layer":
-        return Selection(heads.max(1), max(errors))
-    return Selection(heads.reshape(-1, heads.shape[-1]), max(errors))
+        return Selection(joined.mean(1) if heads == "mean" else joined.max(1), max(errors))
+    return Selection(joined.reshape(-1, joined.shape[-1]), max(errors))
 
 
 def sets_of(kept: np.ndarray, mode: str) -> np.ndarray:

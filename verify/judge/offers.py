@@ -7,13 +7,13 @@ random problems are drawn within them. A function that refuses nothing is never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from verify.errors import Refused
+from verify.errors import Refused, Wrong
 from verify.judge.problems import CHOICES, OFFSETS_17, Problem, Shape, drawn, make
 from verify.subject.refusal import REFUSALS, refusal
 from verify.subject.subject import Subject
@@ -53,16 +53,16 @@ class Offers:
     asked: bool = False
     _control: Shape | None = None
 
-    def judge(self, error: Exception, at: str, shape: Shape, plain: bool) -> None:
+    def judge(self, error: Exception, at: str, shape: Shape, further: Iterable[str] = ()) -> None:
         """Raise Refused for a refusal of ``shape`` at the line ``at``; return if it does not count.
 
-        ``plain`` says that the call had further arguments, which are then what is refused.
+        ``further`` are arguments that a plainer call does not have.
         """
         self.ask()
         if self._control is None:
             return
-        aspect = "" if plain else self.refused_part(shape) or f"the combination {shape.told()}"
-        raise Refused(f"{aspect or 'the call'}: refused at {at} ({type(error).__name__}: {error})", aspect) from error
+        aspect = self.refused_part(shape) or ", ".join(further) or f"the combination {shape.told()}"
+        raise Refused(f"{aspect}: refused at {at} ({type(error).__name__}: {error})", aspect) from error
 
     def ask(self) -> None:
         """Find out what is taken; does nothing the second time."""
@@ -71,7 +71,7 @@ class Offers:
         self.asked = True
         tried = {name: self.values.get(name, PROPERTIES[name]) for name in _TOGETHER}
         for values in product(*tried.values()):
-            shape = self.fit(replace(_PLAIN, **dict(zip(tried, values, strict=True))), {})
+            shape = self.fit(replace(_PLAIN, **dict(zip(tried, values, strict=True))), ())
             if self._takes(shape):
                 self._control = shape
                 break
@@ -102,7 +102,7 @@ class Offers:
                 return f"{name}={shown}"
         return ""
 
-    def fit(self, shape: Shape, tested: Mapping[str, Any] | set[str]) -> Shape:
+    def fit(self, shape: Shape, tested: Collection[str]) -> Shape:
         """``shape`` with every property that is not taken replaced by one that is. Raises Refused if it is one of those
         that the check tests.
         """
@@ -123,11 +123,14 @@ class Offers:
         tested = {name for name in PROPERTIES if getattr(shape, name) != getattr(usual, name)}
         yield from self._until_judged(lambda: [self.fit(shape, tested)])
 
+    def several(self, shapes: Iterable[Shape]) -> Iterator[Attempt]:
+        """Attempts to judge ``shapes``, each within what is taken. Raises Refused if every one of them was refused."""
+        return self._until_judged(lambda: list(dict.fromkeys(self.fit(shape, ()) for shape in shapes)))
+
     def drawn(
-        self, seed: int, count: int, part: tuple[int, int] = (0, 1), **choices: tuple[Any, ...]
+        self, seed: int, count: int, part: slice, **choices: tuple[Any, ...]
     ) -> Iterator[Attempt]:
-        """Attempts to judge up to ``count`` problems drawn from ``seed`` within what is taken; of several ``parts``
-        (its number, and how many there are) only that one.
+        """Attempts to judge a ``part`` of up to ``count`` problems drawn from ``seed`` within what is taken.
 
         Raises Refused if every one of them was refused, or if none of the ``choices`` is taken.
         """
@@ -141,13 +144,13 @@ class Offers:
                     if name in choices:
                         self.fit(replace(_PLAIN, **{name: wanted[0]}), {name})
                     taken[name] = values
-            first, step = part
-            return drawn(seed, count, **choices | taken)[first::step]
+            return drawn(seed, count, **choices | taken)[part]
 
         yield from self._until_judged(within)
 
     def _until_judged(self, shapes: Callable[[], list[Shape]]) -> Iterator[Attempt]:
         refused: Refused | None = None
+        wrong: Wrong | None = None
         judged = 0
         for _ in range(2):
             known = dict(self.values)
@@ -156,18 +159,26 @@ class Offers:
                 yield attempt
                 judged += attempt.refused is None
                 refused = attempt.refused or refused
+                wrong = wrong or attempt.wrong
             if refused is None or known == self.values:
                 break
+        if wrong is not None:
+            raise wrong
         if not judged and refused is not None:
             raise refused
 
 
 @dataclass
 class Attempt:
-    """One problem to judge: ``with attempt as shape: ...``. A refusal ends the block and is noted in ``refused``."""
+    """One problem to judge: ``with attempt as shape: ...``.
+
+    A refusal ends the block and is noted in ``refused``; so is a failure of a known cause in ``wrong``, which must not
+    hide what other problems show.
+    """
 
     shape: Shape
     refused: Refused | None = None
+    wrong: Wrong | None = None
 
     def __enter__(self) -> Shape:
         return self.shape
@@ -175,8 +186,9 @@ class Attempt:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         if isinstance(error, Refused):
             self.refused = error
-            return True
-        return False
+        elif isinstance(error, Wrong) and error.cause:
+            self.wrong = error
+        return bool(self.refused or self.wrong)
 
 
 @contextmanager
@@ -198,3 +210,18 @@ def accepted(control: Callable[[], Any]) -> bool:
     except Exception:  # a subject may refuse or crash in any way; then it accepts nothing
         return False
     return True
+
+
+def must_refuse(subject: Subject, what: str, bad: Callable[[], Any], good: Callable[[], Any]) -> None:
+    """``good`` must be accepted, and ``bad`` be refused by a ``raise`` of the subject's own.
+
+    Passes every other error on: a crash is no refusal. Raises AssertionError if ``bad`` is accepted.
+    """
+    good()
+    try:
+        bad()
+    except REFUSALS as error:
+        if refusal(error, subject):
+            return
+        raise
+    raise AssertionError(f"{what} accepted, and must be refused with ValueError")

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 OFFSETS_17 = tuple(float(1 << i) for i in range(17))
 
 
+#: The upper half of the bits of two NaN in float32: in memory that a subject allocates, and around the keys it gets.
+UNWRITTEN, BETWEEN_KEYS = 0x7FE5, 0x7FEB
+#: A NaN in float16, and the upper half of its bits in float32.
+_IN_FLOAT16, BETWEEN_FLOAT16_KEYS = 0x7E5A, 0x7FCB
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes and options of one scoring problem; the letters are those of the oracle."""
@@ -47,8 +53,10 @@ class Shape:
 
     def properties(self) -> dict[str, str]:
         """What may cause a failure, as words by name; sizes that only add work are left out."""
-        found = {field.name: str(getattr(self, field.name)) for field in fields(self)}
-        return found | {"offsets": str(len(self.offsets)), "n": "1" if self.n == 1 else "several"}
+        counts = {"n": self.n, "b": self.b, "h": self.h, "g": self.g, "offsets": len(self.offsets)}
+        words = {name: "1" if count == 1 else "several" for name, count in counts.items()}
+        names = ("d", "dtype", "style", "aggregation", "disable_mlr", "disable_trig", "strides", "cached", "low_norm")
+        return words | {name: str(getattr(self, name)) for name in names}
 
 
 @dataclass(frozen=True)
@@ -215,7 +223,6 @@ def restride(x: torch.Tensor, strides: str) -> torch.Tensor:
     """The same values with other strides: ``contiguous``, ``transposed`` (tokens before heads), ``sliced`` (a view
     into a larger buffer at an offset) or ``spread`` (every second element, so the last stride is 2).
     """
-    import torch
 
     if strides == "contiguous":
         return x.contiguous()
@@ -223,12 +230,23 @@ def restride(x: torch.Tensor, strides: str) -> torch.Tensor:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     b, h, n, d = x.shape
     if strides == "sliced":
-        buffer = torch.full((b, h, n + 5, d + 24), torch.nan, dtype=x.dtype, device=x.device)
+        buffer = _not_keys((b, h, n + 5, d + 24), x)
         view = buffer[:, :, 3 : 3 + n, 8 : 8 + d]
     elif strides == "spread":
-        buffer = torch.full((b, h, n, 2 * d + 1), torch.nan, dtype=x.dtype, device=x.device)
+        buffer = _not_keys((b, h, n, 2 * d + 1), x)
         view = buffer[..., 1::2]
     else:
         raise ValueError(f"unknown strides {strides!r}")
     view.copy_(x)
     return view
+
+
+def _not_keys(size: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A buffer of NaN that can be told apart from others."""
+    import torch
+
+    if like.dtype == torch.float32:
+        mark = torch.tensor([BETWEEN_KEYS << 16], dtype=torch.int32)
+    else:
+        mark = torch.tensor([BETWEEN_KEYS if like.dtype == torch.bfloat16 else _IN_FLOAT16], dtype=torch.int16)
+    return mark.view(like.dtype).to(like.device).expand(size).clone()

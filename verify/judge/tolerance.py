@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from verify.judge import perturb
+from verify.record import trail
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,7 +133,9 @@ def accuracy(got: Any, case: Case) -> Accuracy:
         return "row {}, query head {}, key {}".format(*map(int, place)) + f" (oracle {want[place]:.6g})"
 
     by_units, by_budget = _place_of_largest(relative), _place_of_largest(_ratio(error, allowed))
-    return Accuracy(float(relative[by_units]), told(by_units), _worst(error, allowed), told(by_budget))
+    found = Accuracy(float(relative[by_units]), told(by_units), _worst(error, allowed), told(by_budget))
+    trail.judged(found.accuracy_class)
+    return found
 
 
 def blamed(paths: Mapping[str, Accuracy]) -> str:

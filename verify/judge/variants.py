@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from verify.judge.problems import OFFSETS_17, Problem, Shape, make
 
@@ -100,9 +100,14 @@ def scoring_call(subject: Subject, problem: Problem, device: str) -> Callable[[]
     module, shape = "vllm.core.kernels.triton_scoring", problem.shape
     arguments = problem.scoring_arguments()
     if shape.cached:
-        create = subject.attribute(module, "create_trig_cache")
-        arguments["trig_cache"] = create(2 * shape.t, 128, problem.offsets, problem.omega, device)
+        arguments["trig_cache"] = table(subject, problem, device)
     return partial(subject.attribute(module, "triattention_scoring"), **arguments)
+
+
+def table(subject: Subject, problem: Problem, device: str) -> Any:
+    """The subject's own trig table for a problem. Raises SubjectLacks if the subject has none."""
+    create = subject.attribute("vllm.core.kernels.triton_scoring", "create_trig_cache")
+    return create(2 * problem.shape.t, 128, problem.offsets, problem.omega, device)
 
 
 def widened(shape: Shape) -> Shape:

@@ -7,47 +7,43 @@ import json
 import sys
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from verify.errors import SubjectLacks
 from verify.files import cache_folder, keep, repository_root
 from verify.judge import oracle
 from verify.judge.compressor import write_statistics
 from verify.judge.live_case import scoring_problem
+from verify.judge.offers import accepted, refusable
+from verify.model.observed import Observed, Round, layers_of
+from verify.model.settings import BUDGET, RECOMMENDED
+from verify.record import trail
 from verify.record.grounds import Checkout, aside, tell_again
+from verify.subject.published import Renamed, parameters_of
+from verify.subject.refusal import REFUSALS
 from verify.subject.subject import Subject
 
-if TYPE_CHECKING:
-    import numpy as np
+_METHODS, _PATCH = "methods.triattention", "apply_triattention_patch"
 
 
-def physical_length(cache: Any) -> int:
-    """The number of tokens in the longest layer of ``cache``."""
-    return max(layer.keys.shape[-2] for layer in cache.layers)
+def _hooks(part: Any) -> list[Any]:
+    """The tables of a module in which hooks are registered."""
+    return [table for name, table in sorted(vars(part).items()) if "_hooks" in name and isinstance(table, dict)]
 
 
-def _rows_of(original: Any, held: Any) -> Any:
-    """The index of each held row ``[H, K, D]`` among the rows ``[H, N, D]``, compared bit for bit: int64 ``[H, K]``.
+def options_of(function: Any) -> Collection[str]:
+    """The names of the options that a patch takes, published ones by their published names.
 
-    Raises AssertionError for a held row that is none of them.
+    One that takes any keyword offers the published ones; it could ignore all others.
     """
-    same = (held[:, :, None] == original[:, None]).all(-1)
-    assert same.any(-1).all(), f"{int((~same.any(-1)).sum())} held rows do not equal any cached row bit for bit"
-    return same.to(int).argmax(-1)
-
-
-def _held(given: tuple[Any, Any], layer: Any, number: int) -> Any:
-    """Which of the tokens ``given`` to a layer it holds, bool ``[H, N]`` on the CPU; keys and values must agree."""
-    import torch
-
-    original = given[0][0]
-    rows = _rows_of(original, layer.keys[0])
-    want = given[1].gather(2, rows[None, :, :, None].expand_as(layer.values))
-    assert (want == layer.values).all(), f"layer {number} holds values of other tokens than its keys"
-    rows = rows.cpu()
-    return torch.zeros(original.shape[:2], dtype=torch.bool).scatter_(1, rows, torch.ones_like(rows, dtype=torch.bool))
+    names = function.names if isinstance(function, Renamed) else {}
+    own = inspect.signature(function.function if isinstance(function, Renamed) else function).parameters
+    any_keyword = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+    published = parameters_of(_METHODS, _PATCH)
+    return {*own, *(name for name in published if names.get(name, name) in own or (any_keyword and name not in names))}
 
 
 def load(location: str, statistics: Path, subject: Subject, device: str, defaults: Mapping[str, Any]) -> LiveModel:
@@ -114,19 +110,6 @@ def published_layout(statistics: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Round:
-    """One round of one sequence, after ``seen`` tokens; ``keys`` are ``[1, H, seen, D]`` for each layer.
-
-    ``before`` and ``kept`` are bool ``[L, H, seen]``: the tokens held before and after it.
-    """
-
-    seen: int
-    keys: list[Any]
-    before: np.ndarray
-    kept: np.ndarray
-
-
-@dataclass(frozen=True)
 class LiveModel:
     """A model loaded in float32 with its tokenizer, the directory it came from and its statistics file.
 
@@ -141,12 +124,58 @@ class LiveModel:
     subject: Subject
     defaults: Mapping[str, Any]
     given: Path
+    _unpatched: list[tuple[Any, dict[str, Any], list[Any]]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        modules = [(part, dict(vars(part)), [dict(hooks) for hooks in _hooks(part)]) for part in self.model.modules()]
+        object.__setattr__(self, "_unpatched", modules)  # the dataclass is frozen
+
+    def restore(self) -> None:
+        """Undo what a patch has set on the model, its parts and their hooks since it was loaded."""
+        for part, own, hooks in self._unpatched:
+            for name in vars(part).keys() - own.keys():
+                delattr(part, name)
+            vars(part).update(own)
+            for now, before in zip(_hooks(part), hooks, strict=True):
+                now.clear()
+                now.update(before)
 
     def patch(self, **options: Any) -> None:
-        """Patch the model with the subject's published entry point."""
-        self.subject.attribute("methods.triattention", "apply_triattention_patch")(
-            self.model, stats_path=str(self.given), model_path=self.location, **{**self.defaults, **options}
+        """Patch the model with the subject's published entry point, in place of an earlier patch.
+
+        Raises SubjectLacks for an option that the subject's patch does not have, and Refused for options that it
+        refuses although it accepts the recommended setting.
+        """
+        try:
+            self.apply(**options)
+        except REFUSALS:
+            plain = {**RECOMMENDED, "kv_budget": BUDGET}
+            with refusable(self.subject, self._refused(options, plain), lambda: self.apply(**plain)):
+                raise
+
+    def _refused(self, options: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
+        """The option that is refused also alone, as ``name=value``; all that are not plain if none is."""
+        told = {name: f"{name}={value}" for name, value in options.items() if plain.get(name) != value}
+        alone = (told[n] for n in told if not accepted(lambda n=n: self.apply(**{**plain, n: options[n]})))
+        return next(alone, ", ".join(told.values()))
+
+    def apply(self, **options: Any) -> None:
+        """``patch`` with whatever the subject raises."""
+        self.apply_bare(**{**self.defaults, **options})
+
+    def apply_bare(self, **given: Any) -> None:
+        """``apply`` with these options only."""
+        if absent := sorted(given.keys() - {*self.patch_options()}):
+            raise SubjectLacks(f"the subject's patch has no {absent[0]}")
+        self.restore()
+        trail.note(function=_PATCH, model=self.model.config.model_type, dtype=self.model.dtype, **given)
+        self.subject.attribute(_METHODS, _PATCH)(
+            self.model, stats_path=str(self.given), model_path=self.location, **given
         )
+
+    def patch_options(self) -> Collection[str]:
+        """The published names of the options that the subject's patch takes, its own included."""
+        return options_of(self.subject.attribute(_METHODS, _PATCH))
 
     def restated(self, path: Path, layers: Sequence[int], without: Collection[tuple[int, int]] = ()) -> LiveModel:
         """The same model, but its subject is given the file ``path``, whose layer i is ``layers[i]`` of the statistics.
@@ -155,6 +184,7 @@ class LiveModel:
         """
         import torch
 
+        self.restore()
         mine, order = self._statistics, list(layers)
         m = torch.complex(mine["q_mean_real"], mine["q_mean_imag"])[order]
         write_statistics(path, m, mine["q_abs_mean"][order], without, mine["architecture"]["rope_style"])
@@ -164,10 +194,6 @@ class LiveModel:
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)
-
-    def patch_options(self) -> Collection[str]:
-        """The names of the options that the subject's patch takes, its own included."""
-        return inspect.signature(self.subject.attribute("methods.triattention", "apply_triattention_patch")).parameters
 
     def tokens(self, *prompts: str) -> dict[str, Any]:
         """Token ids and mask of ``prompts`` on the model's device, left-padded."""
@@ -184,29 +210,32 @@ class LiveModel:
         )
         return out[:, encoded["input_ids"].shape[1] :]
 
+    def step(self, ids: Any, cache: Any, **more: Any) -> Any:
+        """The output of one forward step with a cache; only the last token has logits."""
+        import torch
+
+        with torch.inference_mode():
+            return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+
     def decode(self, encoded: dict[str, Any], steps: int) -> Iterator[tuple[int, Any]]:
         """Prefill, then greedy steps one by one; yields the tokens fed in each step, and the cache after it."""
-        import torch
-
         cache, ids = self.new_cache(), encoded["input_ids"]
-        with torch.inference_mode():
-            for _ in range(steps):
-                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                yield ids.shape[1], cache
-                ids = out.logits[:, -1:].argmax(-1)
+        for _ in range(steps):
+            out = self.step(ids, cache)
+            cache = out.past_key_values
+            yield ids.shape[1], cache
+            ids = out.logits[:, -1:].argmax(-1)
 
-    def feed(self, ids: Any, prompt: int, cache: Any = None) -> Iterator[Any]:
-        """Feed ``ids`` ``[1, T]``: the first ``prompt`` at once, then one by one; yields the cache after each step."""
-        import torch
+    def feed(self, ids: Any, *steps: int) -> Iterator[tuple[int, Any]]:
+        """Feed ``ids`` ``[1, T]``: as many tokens at once as each of ``steps`` says, then one by one.
 
-        cache = self.new_cache() if cache is None else cache
-        with torch.inference_mode():
-            for step in (ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)):
-                cache = self.model(
-                    input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
-                ).past_key_values
-                yield cache
+        Yields the tokens fed so far and the cache, after each step.
+        """
+        cache, fed, sizes = self.new_cache(), 0, [*steps, *[1] * (ids.shape[1] - sum(steps))]
+        for size in sizes:
+            cache = self.step(ids[:, fed : fed + size], cache).past_key_values
+            fed += size
+            yield fed, cache
 
     @contextmanager
     def rotated_queries(self) -> Iterator[list[Any]]:
@@ -214,8 +243,7 @@ class LiveModel:
 
         They are taken where the model's own code rotates them, so the subject does not affect them.
         """
-        layers = next(part.layers for part in self.model.modules() if hasattr(part, "layers"))
-        module = sys.modules[type(layers[0].self_attn).__module__]
+        module = sys.modules[type(layers_of(self.model)[0].self_attn).__module__]
         rotate, taken = module.apply_rotary_pos_emb, []
 
         def noting(q: Any, k: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -228,38 +256,19 @@ class LiveModel:
         finally:
             module.apply_rotary_pos_emb = rotate
 
-    def rounds(self, ids: Any, prompt: int) -> Generator[Round, None, None]:
+    def rounds(self, ids: Any, *steps: int) -> Generator[Round, None, None]:
         """Feed ``ids`` ``[1, T]`` as ``feed`` does, and yield each round: the tokens held before it and those it kept.
 
-        Keys and values are noted as the model passes them to its cache. Raises AssertionError if a layer holds a row
-        that was never passed to it, or values of other tokens than its keys.
+        Raises what ``Observed.round_in`` does.
         """
-        import torch
-
-        cache, given = self.new_cache(), {}
-        update = cache.update
-
-        def noting(keys: Any, values: Any, layer: int, *args: Any, **kwargs: Any) -> Any:
-            before = given.get(layer)
-            step = (keys.detach(), values.detach())
-            given[layer] = (
-                step if before is None else tuple(torch.cat(x, dim=2) for x in zip(before, step, strict=True))
-            )
-            return update(keys, values, layer, *args, **kwargs)
-
-        cache.update = noting
-        held: Any = None
-        for after in self.feed(ids, prompt, cache):
-            layers = [given[number] for number in sorted(given)]
-            assert len(layers) == len(after.layers), f"{len(layers)} of {len(after.layers)} layers used the given cache"
-            heads, seen = layers[0][0].shape[1:3]
-            before = torch.ones(len(layers), heads, seen, dtype=torch.bool)
-            if held is not None:
-                before[:, :, : held.shape[2]] = held
-            held = before
-            if physical_length(after) < int(before[0, 0].sum()):
-                held = torch.stack([_held(*pair, n) for n, pair in enumerate(zip(layers, after.layers, strict=True))])
-                yield Round(seen, [keys for keys, _ in layers], before.numpy(), held.numpy())
+        observed, feeding = Observed(self.model), self.feed(ids, *steps)
+        while True:
+            with observed.watching():
+                fed = next(feeding, None)
+            if fed is None:
+                return
+            if (found := observed.round_in(fed[1], fed[0])) is not None:
+                yield found
 
     @cached_property
     def _statistics(self) -> dict[str, Any]:

@@ -9,6 +9,9 @@ RECOMMENDED = {
     "divide_length": DIVIDE,
 }  # fmt: skip
 
+#: What a check needs whose subject patches a model.
+PATCHED = ("p1.identity", "p6.patch")
+
 PROMPTS = (
     "A train leaves the station at noon and travels west along the river for two hours before it stops "
     "at a small town. "

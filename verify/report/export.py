@@ -24,6 +24,7 @@ _FAILURES = frozenset({Verdict.FAIL})
 #: Only VERIFIED is green.
 _COLOURS = {
     TargetVerdict.VERIFIED: ("brightgreen", "#2e7d32"),
+    TargetVerdict.CONFORMS: ("green", "#388e3c"),
     TargetVerdict.FAILED: ("red", "#c62828"),
     TargetVerdict.EMULATED_FAIL: ("red", "#c62828"),
     TargetVerdict.INFRA: ("orange", "#b35900"),
@@ -96,8 +97,7 @@ def attestation(record: Record) -> str:
     FAILED if a HARD check failed or has no valid result, WARNED if only SOFT ones failed, else PASSED.
     """
     assessment = assess_record(record)
-    failed = [one.id for one in record.results if one.gate == "hard" and one.verdict in FAILING | {Verdict.BLOCKED}]
-    failed += [cell.check.id for cell in assessment.missing if cell.check.id not in failed]
+    failed = [cell.check.id for cell in assessment.must_pass if not cell.passed]
     warned = [one.id for one in record.results if one.gate == "soft" and one.verdict in FAILING]
     passed = [one.id for one in record.results if one.verdict is Verdict.PASS]
     configuration = {

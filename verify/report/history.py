@@ -29,13 +29,21 @@ _MOST = 2.0
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def history(check: str | None, gpu: str | None, folders: Sequence[Path] = (), *, as_json: bool = False) -> int:
-    """Print a line for each target, for each family of checks on one target, or the history of one check; return 0.
+def history(
+    check: str | None,
+    gpu: str | None,
+    folders: Sequence[Path] = (),
+    subject: str | None = None,
+    *,
+    as_json: bool = False,
+) -> int:
+    """Print, of one subject, a line for each target, for each family of checks on one target, or the history of one
+    check; return 0.
 
     Raises ConfigurationError for a GPU or a check without any results.
     """
     target = parse_target(gpu).target if gpu is not None else None
-    with open_index(folders) as index:
+    with open_index(folders, subject) as index:
         points = index.points(check, target)
         known = sorted({one.id for one in index.points()}) if not points and check is not None else ()
     if not points:

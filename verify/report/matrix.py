@@ -30,6 +30,8 @@ WORST_FIRST: tuple[str, ...] = (
     Verdict.INFRA,
     Verdict.BLOCKED,
     NOT_RUN,
+    Verdict.REFUSED,
+    Verdict.ABSENT,
     Verdict.SKIP,
     COMPILED,
     Verdict.PASS,
@@ -109,7 +111,7 @@ LETTERS = MappingProxyType(
 )
 LEGEND = (
     "● hardware  ◆ compiled  ○ emulated  · no result; P pass  F fail  E error  C crash  T timeout  I infra  "
-    "S skip  B blocked; ~ stale, does not count"
+    "S skip  B blocked  A absent  R refused; ~ stale, does not count"
 )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -10,15 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from verify.architectures import Architecture, Target
-from verify.checks import PHASES, SKIP_CODES
-from verify.record.schema import FAILING, CheckResult, Evidence
+from verify.checks import CAPABILITIES, PHASES, SKIP_CODES
+from verify.files import repository_root
+from verify.record.schema import FAILING, CheckResult, Evidence, Finding
 from verify.record.verdict import (
     Assessment,
     Cell,
     TargetVerdict,
+    by_capability,
     describe_subject,
     fill_command,
     missing_by_phase,
+    profile_of,
 )
 from verify.report.matrix import (
     COMPILED,
@@ -44,13 +50,15 @@ from verify.report.plots import text_plot
 _ROOMY = 96
 _WIDE = 140
 
-#: How many failures, runs and family names are printed; the rest is only counted.
+#: How many findings, runs, further checks of a finding and family names are printed; the rest is only counted.
 _TOLD = 10
 _RUNS = 5
+_MEMBERS = 6
 _FAMILIES = 3
 
 _VERDICT_STYLE = {
     TargetVerdict.VERIFIED: "bold green",
+    TargetVerdict.CONFORMS: "bold green",
     # a pass, but not on a GPU: only VERIFIED is green
     TargetVerdict.EMULATED_PASS: "bold cyan",
     TargetVerdict.INCOMPLETE: "bold yellow",
@@ -79,7 +87,7 @@ def print_report(assessment: Assessment, console: Console) -> None:
     if assessment.compilation:
         console.print()
         console.print(Text(f"Compiled ahead of time: {compiled_words(assessment.compilation)}."))
-    _print_cells(assessment.cells, console)
+    _print_cells(assessment, assessment.cells, console)
     for because, cells in assessment.outdated.items():
         console.print(Text(f"stale: {count(len(cells), 'result')}, {_named(cells)}: {because}", style="yellow"))
     for cell in assessment.with_curves:
@@ -90,7 +98,7 @@ def print_report(assessment: Assessment, console: Console) -> None:
 
 def print_run(assessment: Assessment, console: Console) -> None:
     """The end of one run: the matrix of the checks it ran, failures, verdict."""
-    _print_cells([cell for cell in assessment.cells if cell.result is not None], console)
+    _print_cells(assessment, [cell for cell in assessment.cells if cell.result is not None], console)
     _print_unknown(assessment, console)
     console.print(_verdict_line(assessment))
 
@@ -123,9 +131,38 @@ def print_summary(assessments: Sequence[Assessment], console: Console) -> None:
     console.print("For one of them in full: python -m verify report --gpu sm120", soft_wrap=True)
 
 
+def print_subjects(assessments: Sequence[Assessment], console: Console) -> None:
+    """What each subject offers on one target, capability by capability, from its newest records."""
+    if not assessments:
+        console.print("There is no record of any subject on this target.")
+        return
+    console.print(_heading(assessments[0].target))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    told = []
+    for one in assessments:
+        newest = one.used[0]
+        table.add_column(Text(f"{newest.subject.source}\n{describe_subject(newest.subject)}"), overflow="fold")
+        told.append(by_capability(one.cells, newest.subject))
+    profiles = [profile_of(one.used[0].subject) or "none" for one in assessments]
+    table.add_row(
+        "verdict", *(Text(one.verdict, style=_VERDICT_STYLE.get(one.verdict, "bold red")) for one in assessments)
+    )
+    table.add_row("profile", *profiles)
+    table.add_row("findings", *(str(len(one.findings)) for one in assessments))
+    table.add_row("seed", *(str(one.used[0].seed) for one in assessments))
+    for name in CAPABILITIES.values():
+        if any(name in one for one in told):
+            table.add_row(name, *(one.get(name, "-") for one in told))
+    console.print(table)
+    if len({(one.used[0].seed, one.used[0].instrument_sha256) for one in assessments}) > 1:
+        console.print(Text("Not all were judged by the same suite with the same problems.", style="yellow"))
+
+
 #: The verdict on a target in the three characters of its column.
 _SHORT = {
     TargetVerdict.VERIFIED: "VER",
+    TargetVerdict.CONFORMS: "CON",
     TargetVerdict.FAILED: "FAI",
     TargetVerdict.INCOMPLETE: "inc",
     TargetVerdict.INFRA: "INF",
@@ -157,7 +194,10 @@ def print_grid(assessments: Sequence[Assessment], console: Console) -> None:
     console.print()
     console.print(Text(f"{LEGEND}; - does not apply.", style="dim"))
     console.print(
-        Text("VER verified, FAI failed, inc incomplete, INF infra, emu an emulated pass, which verifies no GPU.")
+        Text(
+            "VER verified, CON conforms, FAI failed, inc incomplete, INF infra, "
+            "emu an emulated pass, which verifies no GPU."
+        )
     )
     if lines := versions(assessments):
         console.print()
@@ -220,6 +260,8 @@ def _verdict_line(assessment: Assessment) -> Table:
     line.add_column()
     style = _VERDICT_STYLE.get(assessment.verdict, "bold red")
     line.add_row(Text(assessment.verdict, style=style), Text(assessment.sentence))
+    for name, words in assessment.capabilities.items():
+        line.add_row("", Text(f"{name}: {words}"))
     return line
 
 
@@ -240,24 +282,52 @@ def _runs(assessment: Assessment) -> Table:
     return table
 
 
-def _print_cells(cells: Sequence[Cell], console: Console) -> None:
+def _print_cells(assessment: Assessment, cells: Sequence[Cell], console: Console) -> None:
     if not cells:
         return
     console.print()
     console.print(_matrix(rows(cells), console.width))
     console.print()
-    failed = [cell for cell in cells if cell.failed or cell.not_compiled]
-    for cell in failed[:_TOLD]:
-        style = "bold red" if cell.must_pass else "bold yellow"
-        result = cell.outcome
-        told = Text.assemble((f"{result.verdict} ", style), (cell.check.id, "bold"), f"  {result.message}")
-        console.print(told)
-        if result.repeat not in result.message:
-            # on one line, however long, so that it can be copied
-            console.print(Text(f"repeat: {result.repeat}", style="dim"), soft_wrap=True)
-        console.print()
-    if len(failed) > _TOLD:
-        console.print(Text(f"and {count(len(failed) - _TOLD, 'more failure')}; the record lists them all", style="red"))
+    by_id = {cell.check.id: cell for cell in cells}
+    for number, finding in enumerate(assessment.findings[:_TOLD], start=1):
+        _print_finding(number, finding, by_id, console)
+    if (more := len(assessment.findings) - _TOLD) > 0:
+        console.print(Text(f"and {count(more, 'more finding')}; the record lists them all", style="red"))
+
+
+def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], console: Console) -> None:
+    """The failures with one cause: the cause, the checks, the first message, what to do, and how to repeat it."""
+    members = [cells[name] for name in finding.checks]
+    # a HARD failure says more than a SOFT one
+    first = min(members, key=lambda cell: not cell.must_pass)
+    result, spec = first.outcome, first.check.spec
+    style = "bold red" if first.must_pass else "bold yellow"
+    blocks = f", which {'block' if len(members) > 1 else 'blocks'} {count(len(finding.blocks), 'more check')}"
+    held = f"{count(len(members), 'check')}{blocks if finding.blocks else ''}"
+    console.print(Text.assemble((f"finding {number}  ", style), (finding.cause, "bold"), f"  ({held})"))
+    message = result.message.partition("; repeat with: ")[0]
+    console.print(Text.assemble((f"{result.verdict} ", style), (first.check.id, "bold"), f"  {message}"))
+    if others := [cell.check.id for cell in members if cell is not first]:
+        more = f" and {len(others) - _MEMBERS} more" if len(others) > _MEMBERS else ""
+        console.print(Text(f"also: {', '.join(others[:_MEMBERS])}{more}"))
+    console.print(Text(f"what to do: {spec.remedy}", style="dim"))
+    console.print(Text(f"more: python -m verify explain {first.check.id}", style="dim"), soft_wrap=True)
+    # on one line, however long, so that it can be copied
+    console.print(Text(f"repeat: {_from_here(result.repeat)}", style="dim"), soft_wrap=True)
+    console.print()
+
+
+def _from_here(repeat: str) -> str:
+    """A command to repeat a check, which a record holds relative to the repository, for the current directory."""
+    root = repository_root()
+    if Path.cwd() == root:
+        return repeat
+    words = []
+    for word in shlex.split(repeat):
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        local = (root / value.partition("::")[0]).exists() and "/" in value
+        words.append(f"{option}{equals}{os.path.relpath(root / value) if local else value}")
+    return shlex.join(words)
 
 
 def _named(cells: Sequence[Cell]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verify.architectures import known_targets, parse_target
+from verify.architectures import Target, known_targets, parse_target
 from verify.checks import catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.files import REPORTS, repository_root, write_out
@@ -18,6 +18,9 @@ from verify.record.index import open_index
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, assess, assess_record
 from verify.report.matrix import count
+
+#: The value of ``--subject`` that shows every subject.
+EVERYONE = "all"
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,24 +33,32 @@ def report(
     *,
     every_check: bool = False,
     out: Path | None = None,
+    subject: str | None = None,
 ) -> int:
     """Print the report on one target, or a line per target if ``gpu`` is None; return 0, or 5 for unreadable records.
 
-    ``every_check`` prints the matrix of all checks and targets. ``out`` is the file to write to instead, or the folder
-    for badges and for ``html``, the pages of all targets. Raises ConfigurationError for an unknown GPU, a records
-    directory that does not exist, and options that contradict each other.
+    ``subject`` is whose records are shown: by default the bundled one's; with ``all`` every subject's side by side on
+    one target. ``every_check`` prints the matrix of all checks and targets. ``out`` is the file to write to instead, or
+    the folder for badges and for ``html``, the pages of all targets. Raises ConfigurationError for an unknown GPU, a
+    records directory that does not exist, and options that contradict each other.
     """
     if form == "html":
-        return _make_site(gpu, folders, out)
+        return _make_site(gpu, folders, out, subject)
+    if subject == EVERYONE:
+        return _compare(parse_target(gpu or "emulated"), form, folders)
     if form == "terminal" and out is not None:
         raise ConfigurationError(f"--out {out} needs another format than terminal; drop it, or give --format")
     targets = [parse_target(gpu)] if gpu is not None else list(known_targets())
     checks = list(catalogue())
-    with open_index(folders) as index:
+    with open_index(folders, subject) as index:
         assessments = [assess(target, index.records(target), checks, index.checkout) for target in targets]
         unreadable = index.unreadable
     if form == "terminal":
         _print_terminal(assessments, gpu is not None, every_check)
+        shown = {head.subject.source for head in index.heads.values()}
+        if others := [one.source for one in index.subjects if one.source not in shown]:
+            names = ", ".join(others)
+            print(f"\nThere are records of other subjects too ({names}): --subject NAME, or --subject {EVERYONE}.")
     elif form == "badge":
         from verify.report import export
 
@@ -78,7 +89,21 @@ def print_matrix(record: Record, console: Console) -> None:
     terminal.print_run(assess_record(record), console)
 
 
-def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None) -> int:
+def _compare(target: Target, form: str, folders: Sequence[Path]) -> int:
+    from verify.report import terminal
+
+    if form != "terminal":
+        raise ConfigurationError(f"--subject {EVERYONE} is a table in the terminal; drop --format {form}")
+    checks = list(catalogue())
+    with open_index(folders) as index:
+        assessments = [
+            assess(target, index.about(one).records(target), checks, index.checkout) for one in index.subjects
+        ]
+    terminal.print_subjects([one for one in assessments if one.used], terminal.PipeConsole())
+    return _told(index.unreadable)
+
+
+def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None, subject: str | None) -> int:
     from rich.console import Console
 
     from verify.report.site.build import CHARTED, Site, build
@@ -92,7 +117,7 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None) -> in
     began = time.monotonic()
     with (
         Heartbeat(Console(stderr=True), lambda: f"making the pages for {time.monotonic() - began:.0f} s"),
-        open_index(folders) as index,
+        open_index(folders, subject) as index,
     ):
         assessments = [assess(target, index.records(target), checks, index.checkout) for target in known_targets()]
         heads = newest_first(index.heads.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from verify.errors import ConfigurationError
 from verify.files import write_atomic
+from verify.record.findings import Trail, findings
 from verify.record.schema import FAILING, CheckResult, MachineState, Record, Sitting, Verdict, write_record
 from verify.run.manifest import Manifest, Selected, utc_now
 
@@ -29,6 +30,7 @@ _FIELDS = {
     "elapsed": {"seconds"},
     "machine": {"phase", "at", "state"},
     "grounds": {"names"},
+    "trail": {"id", "failed", "passed"},
 }
 
 
@@ -80,6 +82,22 @@ def append_machine(run_dir: Path, phase: int, at: Literal["start", "end"], state
 def append_grounds(run_dir: Path, names: Iterable[str], *, phase: int = 0, file: str = "") -> None:
     """Append further files that every result of a phase, or of one file of checks, rests on."""
     append(run_dir, {"event": "grounds", "phase": phase, "file": file, "names": sorted(names)})
+
+
+def append_trail(run_dir: Path, result: CheckResult, calls: Sequence[Mapping[str, str]]) -> None:
+    """Append the calls that a check made of its subject, if it judged them: without repeats, the last one apart if the
+    check failed there.
+    """
+    wrong = result.verdict is Verdict.FAIL
+    if not calls or (result.verdict is not Verdict.PASS and not wrong):
+        return
+    passed = {tuple(call.items()): call for call in (calls[:-1] if wrong else calls)}
+    failed = calls[-1] if wrong else None
+    append(run_dir, {"event": "trail", "id": result.id, "failed": failed, "passed": [*passed.values()]})
+
+
+def _trails(happened: Iterable[dict[str, Any]]) -> dict[str, Trail]:
+    return {one["id"]: Trail(one["failed"], one["passed"]) for one in happened if one["event"] == "trail"}
 
 
 class Follower:
@@ -218,6 +236,7 @@ def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"])
         machine=_sittings(event for event in happened if event["event"] == "machine"),
         sources={name: manifest.sources[name] for name in sorted({name for names in rests_on for name in names})},
         rests_on=rests_on,
+        findings=[] if state == "running" else findings(results, _trails(happened)),
     )
     write_record(record, run_dir / RECORD)
     return record

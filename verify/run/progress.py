@@ -27,6 +27,8 @@ _WORDS = {
     Verdict.INFRA: "not judged",
     Verdict.BLOCKED: "blocked",
     Verdict.SKIP: "skipped",
+    Verdict.REFUSED: "refused",
+    Verdict.ABSENT: "absent",
 }
 
 

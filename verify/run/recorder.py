@@ -14,14 +14,16 @@ from types import TracebackType
 
 import pytest
 
-from verify.checks import SKIP_CODES, CheckSpec
+from verify.checks import PROFILES, SKIP_CODES, CheckSpec
 from verify.errors import InfraError, Refused, SubjectLacks, SubjectNeeds, skip
 from verify.files import IMPORT_ROOT
 from verify.machine import processors
 from verify.machine.environment import localise
+from verify.record import trail
 from verify.record.curves import Curve
 from verify.record.grounds import Grounds
-from verify.record.schema import FAILING, CheckResult, Measurement, Verdict
+from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Measurement, Verdict
+from verify.record.verdict import profile_of
 from verify.run import events
 from verify.run.manifest import Manifest, Selected
 from verify.subject.refusal import raised_in, refusal
@@ -63,10 +65,13 @@ def _declared(item: pytest.Item) -> CheckSpec:
 
 def id_of(item: pytest.Item) -> str:
     """The stable id of a check: its family and the name of its case. Raises ValueError for a test that is not one."""
-    spec = _declared(item)
+    return _declared(item).id_of(_case(item))
+
+
+def _case(item: pytest.Item) -> str:
     if not isinstance(item, pytest.Function):
         raise ValueError(f"{item.nodeid} is not a function, but a check must be one")
-    return spec.id_of(item.callspec.id)
+    return item.callspec.id
 
 
 def selected(item: pytest.Item) -> Selected:
@@ -87,6 +92,7 @@ class Ending:
     code: str | None = None
     by: str | None = None
     aspect: str = ""
+    cause: str = ""
 
 
 def ending_of(
@@ -120,13 +126,15 @@ def ending_of(
     if failed and not place:
         # pytest appends the truncated values of the assertion to the message
         said = str(error).rpartition("\nassert ")[0] or str(error)
-        return Ending(Verdict.FAIL, localise(f"{where}{said}", root, own) or "assertion without a message")
+        cause = getattr(error, "cause", "")
+        return Ending(Verdict.FAIL, localise(f"{where}{said}", root, own) or "assertion without a message", cause=cause)
     if isinstance(error, NotImplementedError) and refusal(error, subject):
         return Ending(Verdict.ABSENT, localise(f"not implemented ({place}: {error})", root, own))
     if place:
         return Ending(
             Verdict.FAIL,
             localise(f"{where}the subject raised {excinfo.typename} at {place}: {error}", root, own),
+            cause=localise(f"{excinfo.typename} at {place}", root, own),
         )
     step = "" if when == "call" else f"{when}: "
     return Ending(Verdict.ERROR, localise(f"{where}{step}{excinfo.typename}: {error}", root, own))
@@ -200,6 +208,7 @@ class Recorder:
                 events.append_machine(self.run_dir, spec.phase, "start", processors.state())
         self._phase, self._ending = spec.phase, None
         item.stash[MEASUREMENTS], item.stash[CURVES], item.stash[CHOICE] = [], [], ""
+        trail.CALLS.clear()
         file = item.nodeid.partition("::")[0]
         self._note(spec.phase, file)  # before the check, which may end this process
         events.append_start(self.run_dir, id_of(item))
@@ -208,6 +217,7 @@ class Recorder:
         handled = yield  # an interrupt is raised here, and the check then has no result
         result = self._result(item, time.perf_counter() - begun)
         self._results[result.id] = result
+        events.append_trail(self.run_dir, result, trail.CALLS)
         events.append_result(self.run_dir, result)
         self._note(spec.phase, file)
         if result.verdict in FAILING:
@@ -262,7 +272,17 @@ class Recorder:
                 # pytest treats a skip without a code as harmless, but its exit code must be red
                 report.outcome, report.longrepr = "failed", ending.message
                 vars(report).pop("wasxfail", None)
+            if report.failed and ending.verdict in NOT_OFFERED | {Verdict.SKIP} and not self._required(item):
+                report.outcome = "skipped"
+                report.longrepr = (str(item.path), item.location[1] or 0, f"{ending.verdict}: {ending.message}")
         return report
+
+    def _required(self, item: pytest.Item) -> bool:
+        """Whether the profile of the subject requires the check, whatever else the subject offers."""
+        profile = profile_of(self.manifest.subject_info)
+        spec = _declared(item)
+        groups = PROFILES[profile] if profile else ()
+        return spec.gate == "hard" and (spec.capability_of(_case(item)),) in groups
 
     def _result(self, item: pytest.Item, duration_s: float) -> CheckResult:
         spec = _declared(item)
@@ -277,6 +297,7 @@ class Recorder:
             self.root,
             code=ending.code,
             by=ending.by,
+            cause=ending.cause,
             aspect=ending.aspect,
             choice=item.stash[CHOICE],
             duration_s=duration_s,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from verify.architectures import Emulated, parse_target
-from verify.checks import DEFAULT_SEED, PHASES
+from verify.checks import DEFAULT_SEED, PHASES, PROFILES
 from verify.errors import ConfigurationError
 from verify.files import default_out
 
@@ -49,8 +49,9 @@ class RunRequest:
     """A requested run. Raises ConfigurationError if a field is out of range or two contradict each other.
 
     ``phases`` are ascending; ``expression`` is a pytest marker expression; ``expect`` is the SM number the GPU must
-    have; ``subject`` is an argument of ``find_subject``; ``resume`` is the id or the directory of an earlier run, whose
-    frozen request then replaces every field except ``out``, ``expect`` and ``strict_soft``.
+    have; ``subject`` is an argument of ``find_subject``; ``profile`` is what it must pass, instead of what it claims;
+    ``resume`` is the id or the directory of an earlier run, whose frozen request then replaces every field except
+    ``out``, ``expect`` and ``strict_soft``.
     """
 
     phases: tuple[int, ...] = tuple(PHASES)
@@ -64,6 +65,7 @@ class RunRequest:
     resume: str | None = None
     strict_soft: bool = False
     sanitize: bool = False
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [phase for phase in self.phases if phase not in PHASES]
@@ -79,6 +81,8 @@ class RunRequest:
             )
         if self.expect is not None:
             parse_target(f"sm{self.expect}")
+        if self.profile not in (None, *PROFILES):
+            raise ConfigurationError(f"profile {self.profile!r} is unknown; use {', '.join(PROFILES)}")
         if not 0 <= self.seed < _SEED_LIMIT:
             raise ConfigurationError(f"seed {self.seed} is out of range; use 0 to {_SEED_LIMIT - 1}")
         for name in ("expression", "model", "subject", "resume"):

@@ -76,7 +76,7 @@ def run(request: RunRequest) -> int:
 
 
 def exit_code(
-    results: Iterable[CheckResult], target: str, profile: str | None = "full", *, strict_soft: bool = False
+    results: Iterable[CheckResult], target: str = "emulated", profile: str | None = "full", *, strict_soft: bool = False
 ) -> int:
     """The exit code for these results on ``target`` of a subject with ``profile``.
 
@@ -86,9 +86,11 @@ def exit_code(
     """
     by_id = {result.id: result for result in results}
     verdicts_of = {name: result.verdict for name, result in by_id.items()}
-    required = {check.id for check in must_pass(catalogue(), parse_target(target), profile, verdicts_of)}
+    checks = list(catalogue())
+    required = {check.id for check in must_pass(checks, parse_target(target), profile, verdicts_of)}
+    spared = {check.id for check in checks} - required
     soft_failed = any(one.gate == "soft" and one.verdict in FAILING for one in by_id.values())
-    hard = [result for name, result in by_id.items() if name in required]
+    hard = [one for name, one in by_id.items() if name in required or (one.gate == "hard" and name not in spared)]
     failed = [_blocker(result, by_id) if result.verdict is Verdict.BLOCKED else result for result in hard]
     verdicts = {result.verdict for result in failed} & (FAILING | NOT_OFFERED | {Verdict.BLOCKED})
     if verdicts - {Verdict.INFRA} or any(result.code == "PKG_MISSING" for result in hard):
@@ -136,6 +138,7 @@ class Interruption:
 def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
     """Check everything that could prevent the run, then create its directory."""
     subject = find_subject(request.subject, root)
+    subject = replace(subject, profile=request.profile or subject.profile)
     device = resolve(request.device)
     if device.name == "cpu" and request.expression is None:
         request = replace(request, expression=_ON_CPU)

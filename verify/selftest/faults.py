@@ -18,12 +18,12 @@ from verify.record.strict import Strict
 
 #: From the arithmetic to the conclusions; each is the name of a file under ``faults/``.
 LAYERS = (
-    "kernel", "scoring", "statistics", "selection", "trigger", "hf", "vllm", "cli", "record", "report",
+    "kernel", "scoring", "ranking", "statistics", "selection", "trigger", "hf", "vllm", "cli", "record", "report",
 )  # fmt: skip
 
 FAULTS, WRAPPERS = (Path(__file__).with_name(name) for name in ("faults", "wrappers"))
 
-_END = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT})
+_END = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.ABSENT, Verdict.REFUSED})
 
 
 class _File(Strict):

@@ -12,7 +12,7 @@ from verify.judge.tolerance import ATTENTION_LOG_PROB
 from verify.model.live_model import LiveModel
 from verify.serving.replay import Replay, Rule, replay
 from verify.serving.server import Answer, Server, answer_of, block_size
-from verify.serving.trace import VARIABLE, Step, Trace, read_trace
+from verify.serving.trace import LOGGED, VARIABLE, Step, Trace, read_trace
 from verify.subject.subject import Subject
 
 #: So small that short answers have several rounds, and that six requests do not fit into a pool of LONGEST tokens.
@@ -45,7 +45,13 @@ def server_of(
     usual += ["--tool-call-parser", "hermes"]
     if device != "cpu":
         usual += ["--gpu-memory-utilization", "0.2"]  # three servers share the GPU
-    env = {**subject.environment(), **named, VARIABLE: str(folder / "trace.jsonl"), **environment}
+    env = {
+        **subject.environment(),
+        **named,
+        VARIABLE: str(folder / "trace.jsonl"),
+        LOGGED: subject.package,
+        **environment,
+    }
     return Server(served[0], env, folder / "server.log", *usual, *flags, device=device, alone=alone)
 
 

@@ -8,8 +8,10 @@ the engine is about to use them.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +21,22 @@ from typing import Any
 
 #: The variable that names the trace file; without it nothing is recorded.
 VARIABLE = "TRIATTENTION_TRACE"
+
+#: The variable that names a package whose log is shown. vLLM shows its own only, so a plugin with a logger of its own
+#: would activate without a word.
+LOGGED = "TRIATTENTION_LOGGED"
+
+
+def _show(package: str | None) -> None:
+    """Let what ``package`` logs appear in the output of this process, unless something shows it already."""
+    logger = logging.getLogger(package)
+    if package and not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.setLevel(logging.INFO)
+
+
+# at import, because vLLM imports every plugin before it calls the first one
+_show(os.environ.get(LOGGED))
 
 
 @dataclass(frozen=True)

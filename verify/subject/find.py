@@ -58,7 +58,9 @@ def _with_file(subject: Subject, file: Path | None) -> Subject:
         subject,
         file=file,
         names=content.names,
-        arguments={name: {ours: theirs or None for ours, theirs in one.items()} for name, one in content.arguments.items()},
+        arguments={
+            name: {ours: theirs or None for ours, theirs in one.items()} for name, one in content.arguments.items()
+        },
         sources=tuple(about.sources),
         profile=about.profile,
         plain_path=about.plain_path,

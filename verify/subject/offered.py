@@ -2,45 +2,71 @@
 
 from __future__ import annotations
 
+import dis
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from verify.errors import SubjectLacks, skip
-from verify.subject.published import NAMES, OPTIONAL, Name, signature_differs
+from verify.errors import SubjectLacks, SubjectNeeds
+from verify.subject.published import NAMES, OPTIONAL, Name, Renamed, signature_differs
 
 if TYPE_CHECKING:
     from verify.subject.subject import Subject
 
 
-def differences(subject: Subject) -> dict[Name, tuple[str, bool]]:
-    """What is wrong with each published name that an active subject lacks (True) or gives another signature (False)."""
-    found = {}
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What an active subject has of a published name. ``problem`` is empty if it is as published."""
+
+    name: Name
+    offered: bool
+    problem: str = ""
+
+
+def examined(subject: Subject) -> dict[str, list[Examined]]:
+    """Every published name by capability, with what an active subject has of it.
+
+    ``compute_scores`` is a scorer without Triton too, where a subject has no function for either path.
+    """
+    found: dict[str, list[Examined]] = {}
     for name in (*NAMES, *OPTIONAL):
-        try:
-            differs = signature_differs(name, subject.attribute(name.module, name.name))
-        except SubjectLacks as error:
-            found[name] = str(error), True
-        else:
-            found |= {name: (f"{name.module}.{name.name}: {differs}", False)} if differs else {}
+        found.setdefault(name.capability, []).append(_examine(subject, name))
+    paths = found["triton"] + found["pytorch"]
+    dispatch = next(one for one in found["api"] if one.name.name == "compute_scores")
+    if dispatch.offered and not any(one.offered for one in paths):
+        found["pytorch"] = [dispatch]
     return found
 
 
-def optional(subject: Subject, module: str, name: str) -> Any:
-    """The subject's object for an optional published name; ends the check as SKIP(PKG_MISSING) if there is none.
+def _examine(subject: Subject, name: Name) -> Examined:
+    try:
+        attribute = subject.attribute(name.module, name.name)
+    except (SubjectLacks, SubjectNeeds) as error:
+        return Examined(name, False, str(error))
+    except Exception as error:  # the import of a subject may fail in any way
+        return Examined(name, False, f"{name.module} does not import ({type(error).__name__}: {error})")
+    if unwritten(attribute):
+        return Examined(name, False, f"{name.name} only raises NotImplementedError")
+    return Examined(name, True, signature_differs(name, attribute))
 
-    Raises AssertionError if its signature differs from the published one, and SubjectLacks if its module exists but
-    does not import.
+
+def unwritten(found: Any) -> bool:
+    """Whether a function, or the constructor of a class, never returns and can raise NotImplementedError."""
+    function = found.function if isinstance(found, Renamed) else found
+    if isinstance(function, type):
+        function = vars(function).get("__init__")
+    code = getattr(function, "__code__", None)
+    if code is None or "NotImplementedError" not in code.co_names:
+        return False
+    return not any(one.opname.startswith("RETURN") for one in dis.get_instructions(code))
+
+
+def optional(subject: Subject, module: str, name: str) -> Any:
+    """The subject's object for an optional published name.
+
+    Raises SubjectLacks if there is none, and AssertionError if its signature differs from the published one.
     """
     (published,) = (one for one in OPTIONAL if (one.module, one.name) == (module, name))
-    where = subject.place(module, name)[0]
-    try:
-        found = subject.attribute(module, name)
-    except SubjectLacks as error:
-        cause = error.__cause__
-        absent = cause.name if isinstance(cause, ModuleNotFoundError) else None
-        own = absent is not None and f"{absent}.".startswith(f"{subject.package}.")
-        if not isinstance(cause, AttributeError) and (absent is None or (own and not where.startswith(absent))):
-            raise
-        skip("PKG_MISSING", f"{error}; it is optional")
+    found = subject.attribute(module, name)
     differs = signature_differs(published, found)
     assert not differs, f"{module}.{name}: {differs}"
     return found

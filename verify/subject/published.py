@@ -14,58 +14,68 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A published name and, if it is callable, its parameters as ``name`` or ``name=default`` (``repr`` of the
-    default).
+    """A published name, what it is about (``verify.checks.CAPABILITIES``), and, if it is callable, its parameters as
+    ``name`` or ``name=default`` (``repr`` of the default).
     """
 
     module: str
     name: str
+    capability: str
     parameters: str | None = None
+
+    @property
+    def full(self) -> str:
+        return f"{self.module}.{self.name}"
 
 
 _SCORES = "key_states, cache_positions, head_stats, omega, offsets, freq_scale_sq, config, round_start=None"
+_HELPERS, _KERNELS = "methods.pruning_utils", "vllm.core.kernels.triton_scoring"
 _TABLE = "max_seq_len, compress_interval, offsets, omega, device"
 
 NAMES = (
-    Name("methods.triattention", "TriAttention", "config"),
-    Name("methods.triattention", "TriAttentionConfig"),
+    Name("methods.triattention", "TriAttention", "live_model", "config"),
+    Name("methods.triattention", "TriAttentionConfig", "api"),
     Name(
         "methods.triattention",
         "apply_triattention_patch",
+        "live_model",
         "model, stats_path, model_path, kv_budget, offset_max_length=65536, score_aggregation='mean', pruning_seed=0, "
         "metadata_expectations=None, normalize_scores=False, count_prompt_tokens=False, "
         "allow_prefill_compression=False, "
         "divide_length=128, use_slack_trigger=False, per_head_pruning=False, per_layer_perhead_pruning=False, "
         "layer_perhead_aggregation='max', disable_mlr=False, disable_trig=False",
     ),
-    Name("methods.pruning_utils", "build_rotary", "cache_device, model_path, dtype, config=None"),
+    Name(_HELPERS, "build_rotary", "helpers", "cache_device, model_path, dtype, config=None"),
     Name(
-        "methods.pruning_utils",
+        _HELPERS,
         "score_keys_for_round",
+        "helpers",
         "key_indices, round_start, amp, phi, omega, extra, offsets, aggregation, freq_scale_sq, disable_trig=False",
     ),
     Name(
-        "methods.pruning_utils",
+        _HELPERS,
         "compute_frequency_statistics_from_means",
+        "helpers",
         "q_mean_complex, q_abs_mean, k_unrot, style='half', disable_mlr=False",
     ),
-    Name("methods.pruning_utils", "load_head_frequency_stats", "stats_path, device"),
-    Name("methods.pruning_utils", "save_head_frequency_stats", "output_path, sampled_heads, stats_map, metadata"),
-    Name("methods.pruning_utils", "build_geometric_offsets", "max_length, device"),
-    Name("methods.pruning_utils", "compute_frequency_scaling", "rotary, head_dim, dtype, device"),
+    Name(_HELPERS, "load_head_frequency_stats", "statistics", "stats_path, device"),
+    Name(_HELPERS, "save_head_frequency_stats", "statistics", "output_path, sampled_heads, stats_map, metadata"),
+    Name(_HELPERS, "build_geometric_offsets", "helpers", "max_length, device"),
+    Name(_HELPERS, "compute_frequency_scaling", "helpers", "rotary, head_dim, dtype, device"),
     Name(
-        "vllm.core.kernels.triton_scoring",
+        _KERNELS,
         "triattention_scoring",
+        "triton",
         "K_rot, position_indices, q_mean_real, q_mean_imag, q_abs_mean, freq_scale_sq, omega, offsets, round_start, "
         "aggregation='max', trig_cache=None, trig_values=None, rope_style='interleaved', disable_mlr=False",
     ),
-    Name("vllm.core.kernels.triton_scoring", "TrigTableCache", _TABLE),
-    Name("vllm.core.kernels.triton_scoring", "create_trig_cache", f"{_TABLE}, warn_threshold_mb=100.0"),
-    Name("vllm.core.scoring", "compute_scores", f"{_SCORES}, trig_cache=None"),
-    Name("vllm.core.scoring", "compute_scores_triton", f"{_SCORES}, trig_cache=None"),
-    Name("vllm.core.scoring", "compute_scores_pytorch", _SCORES),
-    Name("vllm.core.compressor", "TriAttentionCompressor", "config"),
-    Name("vllm.core.config", "TriAttentionConfig"),
+    Name(_KERNELS, "TrigTableCache", "trig_table", _TABLE),
+    Name(_KERNELS, "create_trig_cache", "trig_table", f"{_TABLE}, warn_threshold_mb=100.0"),
+    Name("vllm.core.scoring", "compute_scores", "api", f"{_SCORES}, trig_cache=None"),
+    Name("vllm.core.scoring", "compute_scores_triton", "triton", f"{_SCORES}, trig_cache=None"),
+    Name("vllm.core.scoring", "compute_scores_pytorch", "pytorch", _SCORES),
+    Name("vllm.core.compressor", "TriAttentionCompressor", "compressor", "config"),
+    Name("vllm.core.config", "TriAttentionConfig", "api"),
 )
 
 #: The vLLM plugin, as the entry point of the published distribution names it.
@@ -73,9 +83,12 @@ PLUGIN = "triattention.vllm.plugin:register_triattention_backend"
 
 #: What the published API does not have, or names but does not require: judged where a subject offers it.
 OPTIONAL = (
-    Name("calibration", "calibrate", "model, forward_loop"),
-    Name("vllm.plugin", "register_triattention_backend", ""),
-    Name("ranking", "rank_keys", "key_states, head_stats, omega, offsets, freq_scale_sq, round_start"),
+    Name(_HELPERS, "invert_rope", "helpers", "rotated, cos, sin, scale, style='half'"),
+    Name(_HELPERS, "rotate_half", "helpers", "x, style='half'"),
+    Name(_HELPERS, "to_complex_pairs", "helpers", "tensor, style='half'"),
+    Name("calibration", "calibrate", "calibration", "model, forward_loop"),
+    Name("vllm.plugin", "register_triattention_backend", "plugin", ""),
+    Name("ranking", "rank_keys", "ranking", "key_states, head_stats, omega, offsets, freq_scale_sq, round_start"),
 )
 
 
@@ -101,6 +114,7 @@ class Renamed:
         given = dict(zip(self.parameters, args, strict=False)) | given
         theirs = {self.names.get(name, name): value for name, value in given.items()}
         return self.function(**{name: value for name, value in theirs.items() if name is not None})
+
 
 #: Defaults of the two configurations, by field; a window that is not set follows the budget and is left out.
 CONFIG_DEFAULTS: Mapping[str, Mapping[str, object]] = MappingProxyType(
@@ -156,11 +170,8 @@ def signature_differs(name: Name, found: Callable[..., object]) -> str:
         return ""
     parts = filter(None, name.parameters.split(","))
     want = [tuple(part.strip() for part in text.split("=")) for text in parts]
-    if isinstance(found, Renamed):  # the author has said how it differs
-        have = inspect.signature(found.function).parameters.values()
-        missing = [theirs for theirs in found.names.values() if theirs and theirs not in {p.name for p in have}]
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in have)
-        return f"{missing[0]}, named in subject.toml, is not one of its parameters" if missing and not takes_any else ""
+    if isinstance(found, Renamed):
+        return _renamed_differs(found)
     have = [p for p in inspect.signature(found).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     for index, (parameter, *default) in enumerate(want):
         if index >= len(have) or have[index].name != parameter:
@@ -175,3 +186,15 @@ def signature_differs(name: Name, found: Callable[..., object]) -> str:
         if extra.kind is not extra.KEYWORD_ONLY or extra.default is extra.empty:
             return f"{extra.name} is not published; an added parameter must be keyword-only with a default"
     return ""
+
+
+def _renamed_differs(found: Renamed) -> str:
+    """The same for a function whose author has said how its parameters are called: it must take them by those names."""
+    have = inspect.signature(found.function).parameters.values()
+    named = {p.name for p in have if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    taken = [theirs for ours in found.parameters if (theirs := found.names.get(ours, ours)) is not None]
+    absent = [theirs for theirs in taken if theirs not in named]
+    if absent and not any(p.kind is p.VAR_KEYWORD for p in have):
+        return f"it has no parameter {absent[0]}; say in [arguments] of subject.toml what it is called, or false"
+    needed = [p.name for p in have if p.name in named and p.default is p.empty and p.name not in taken]
+    return f"its parameter {needed[0]} has no default, and no published parameter is mapped to it" if needed else ""

@@ -23,6 +23,7 @@ from verify.record.grounds import PACKAGE
 from verify.record.schema import SubjectInfo
 from verify.subject.published import Renamed, parameters_of
 from verify.subject.toml import read
+from verify.subject.version import declared_version
 
 _IMPORT_LIMIT_S = 180
 _GIT_LIMIT_S = 30
@@ -38,8 +39,8 @@ if version is None:
     try:
         version = importlib.metadata.version({package!r})
     except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
-print(json.dumps({{"where": next(iter(package.__path__)), "version": str(version)}}))
+        pass
+print(json.dumps({{"where": next(iter(package.__path__)), "version": version and str(version)}}))
 """
 
 
@@ -69,8 +70,9 @@ class Subject:
 
     ``name`` is the value of ``--subject``, ``file`` its ``subject.toml`` if there is one, and ``names`` the mapping in
     it: ``module:attribute`` by published name. ``arguments`` renames parameters of published names (None: not taken),
-    ``sources`` are further packages whose code is the subject's own, ``profile`` is what it claims to be, ``plain_path``
-    what its path without Triton is called, and ``narrowed`` the values that it takes, by property of a problem.
+    ``sources`` are further packages whose code is the subject's own, ``profile`` is what it claims to be,
+    ``plain_path`` what its path without Triton is called, and ``narrowed`` the values that it takes, by property of a
+    problem.
     """
 
     name: str
@@ -140,8 +142,8 @@ class Subject:
         self._must_be_here(next(iter(package.__path__)))
 
     def module(self, path: str = "") -> ModuleType:
-        """Import ``<package>.<path>``. Raises SubjectLacks if it does not exist, SubjectNeeds if it needs a package that
-        is not installed, and whatever else its import raises.
+        """Import ``<package>.<path>``. Raises SubjectLacks if it does not exist, SubjectNeeds if it needs a package
+        that is not installed, and whatever else its import raises.
         """
         __tracebackhide__ = True
         return self._import(self._inside(path))
@@ -242,7 +244,7 @@ class Subject:
         sha = self._git("rev-parse", "HEAD") if self._git("ls-files", "--", str(self.folder)) else None
         return SubjectInfo(
             name=(about and about.name) or self.package,
-            version=(about and about.version) or found["version"],
+            version=(about and about.version) or found["version"] or declared_version(self.root) or "unknown",
             source=self.source,
             git_sha=sha or "none",
             dirty=sha is None or not self._committed(),

@@ -45,15 +45,25 @@ def test_run_without_options_is_the_default_request() -> None:
 
 def test_run_options_reach_the_request(tmp_path: Path) -> None:
     options = "--phase 4 --phases 1,6-7 -m hard --device cuda --expect 12.0 --model M --subject S --seed 7"
+    options += " --profile engine"
     asked = request(*options.split(), "--out", str(tmp_path), "--strict-soft", "--sanitize")
-    assert asked == RunRequest((1, 4, 6, 7), "hard", "cuda", 120, "M", "S", 7, tmp_path, None, True, True)
+    assert asked == RunRequest((1, 4, 6, 7), "hard", "cuda", 120, "M", "S", 7, tmp_path, None, True, True, "engine")
     resumed = request("--resume", "R", "--expect", "sm90", "--out", str(tmp_path), "--strict-soft")
     assert resumed == RunRequest(resume="R", expect=90, out=tmp_path, strict_soft=True)
 
 
 @pytest.mark.parametrize(
     "option",
-    ["--phases 1", "-m hard", "--device auto", "--model embedded", "--subject bundled", "--seed 0", "--sanitize"],
+    [
+        "--phases 1",
+        "-m hard",
+        "--device auto",
+        "--model embedded",
+        "--subject bundled",
+        "--seed 0",
+        "--sanitize",
+        "--profile full",
+    ],
 )
 def test_a_resumed_run_keeps_its_options(option: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"^--resume keeps the options .*; drop {option.split()[0]}$"):
@@ -73,6 +83,9 @@ def test_run_options_that_make_no_sense_are_configuration_errors(options: list[s
         (["bogus"], "invalid choice: 'bogus'"),
         (["report", "--format", "pdf"], "invalid choice: 'pdf'"),
         (["run", "--seed", "x"], "invalid int value: 'x'"),
+        (["run", "--profile", "kernel"], "invalid choice: 'kernel'"),
+        (["init", "new"], "the following arguments are required: --profile"),
+        (["init", "phases", "--profile", "scorer"], "phases exists and is not an empty directory; give a new one"),
         (["run", "--ph", "4"], "unrecognized arguments"),
         (["run", "--device", "cpu", "--expect", "sm120"], "contradict"),
         (["report", "--format", "html", "--gpu", "sm120"], "makes the pages of every target; drop --gpu sm120"),
@@ -216,6 +229,8 @@ def test_reading_works_where_torch_is_not_installed(tree: Path, tmp_path: Path) 
         ["gates"],
         ["explain", "p1.bf16"],
         ["doctor"],
+        ["contract"],
+        ["init", str(tmp_path / "new"), "--profile", "full"],
     ):
         done = verify(tree, *arguments, path=str(tmp_path))
         assert (done.returncode, done.stderr) == (0, ""), arguments

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from verify.errors import ConfigurationError
 from verify.machine.environment import NOT_INSTALLED
 from verify.machine.nvml import Driver
 from verify.record.schema import Gpu
-from verify.report.doctor import Machine, Status, check_card, examine, examine_subject, inspect_machine, skips
+from verify.report.doctor import Machine, check_card, examine, inspect_machine, skips
+from verify.report.doctor_subject import examine_subject
+from verify.report.doctor_table import Finding, Status, print_findings
 from verify.subject.find import find_subject
 from verify.tests.samples import checks
 
@@ -127,19 +130,78 @@ def test_this_machine_can_be_inspected() -> None:
     assert inspect_machine().packages["pytest"] == pytest.__version__
 
 
-def test_a_subject_is_examined_by_its_published_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that scores without Triton, has a stub of a kernel, a wrong calibration and an MLX port."""
     package = tmp_path / "partial"
-    (package / "vllm").mkdir(parents=True)
-    (package / "vllm" / "plugin.py").write_text("def register_triattention_backend():\n    pass\n")
-    (package / "calibration.py").write_text("def calibrate(model):\n    pass\n")
-    (package / "__init__.py").write_text("__version__ = '5'\n")
+    files = {
+        "__init__.py": "__version__ = '5'\n",
+        "vllm/core/scoring.py": (
+            "def compute_scores_pytorch(key_states, cache_positions, head_stats, omega, offsets, freq_scale_sq,"
+            " config, round_start=None):\n    return key_states\n"
+            "def compute_scores_triton(*given):\n    raise NotImplementedError('later')\n"
+        ),
+        "methods/pruning_utils.py": "raise OSError('no driver')\n",
+        "calibration.py": "def calibrate(model):\n    pass\n",
+        "mlx/__init__.py": "",
+        "subject.toml": "[offers]\naggregation = ['mean']\noffsets = [[1, 2, 4]]\n",
+    }
+    for name, text in files.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    about, *lacking = examine_subject(find_subject("module:partial", tmp_path))
-    assert about.found == "partial 5 (no git commit), 1 of 20 published names"
-    steps = {finding.what: (finding.status, finding.step) for finding in lacking}
-    assert "register_triattention_backend" not in steps
-    told = "calibration.calibrate: parameter 2 is nothing, published is forward_loop; its checks fail"
-    assert steps["calibrate"] == (Status.NOTE, told)
-    status, step = steps["compute_scores"]
-    assert status is Status.NOTE
-    assert step.startswith("subject 'module:partial' lacks the module partial.vllm.core.scoring (No module named")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "partial"]:  # of the test before
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path
+
+
+def _examined(root: Path, profile: str | None = None) -> dict[str, Finding]:
+    return {finding.what: finding for finding in examine_subject(find_subject("module:partial", root), profile)}
+
+
+def test_a_subject_is_examined_by_capability(partial: Path) -> None:
+    found = _examined(partial)
+    assert (found["subject"].found, found["subject"].status) == ("partial 5 (no git commit)", Status.OK)
+    plain = found["scoring without Triton"]
+    assert (plain.found, plain.status) == ("offered, aggregation only mean, offsets only 3 fixed", Status.OK)
+    assert found["scoring with Triton"].found == "not offered"
+    wrong = found["calibration"]
+    assert (wrong.found, wrong.status) == ("offered, a signature differs", Status.NOTE)
+    assert wrong.step == "calibration.calibrate: parameter 2 is nothing, published is forward_loop"
+    assert found["command line"].found == "not offered"
+    assert found["not covered"].found == "partial/mlx"
+
+
+def test_what_a_profile_asks_for_and_a_subject_does_not_offer_is_told(partial: Path) -> None:
+    found = _examined(partial, "engine")
+    assert found["scoring with Triton"].step == ""  # scoring without it is an alternative
+    files, patch, compressor = (found[name] for name in ("statistics files", "live-model patch", "compressor"))
+    assert (files.status, files.minimum) == (Status.NOTE, "must pass")
+    assert "methods.pruning_utils does not import (OSError: no driver)" in files.step
+    assert "the subject has no module partial.methods.triattention" in patch.step
+    assert "asks for compressor or ranking" in compressor.step
+    assert found["vLLM plugin"].status is Status.SKIP
+
+
+def test_a_scorer_with_one_function_for_both_paths_is_one_without_triton(partial: Path) -> None:
+    scoring = partial / "partial" / "vllm" / "core" / "scoring.py"
+    scoring.write_text("def compute_scores(*given):\n    return given\n")
+    found = _examined(partial, "scorer")
+    assert found["subject"].status is Status.OK
+    assert "parameter 1 is nothing" in found["scoring without Triton"].step
+
+
+def test_where_nothing_can_be_judged_the_subject_is_not_ready(
+    partial: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (partial / "partial" / "vllm" / "core" / "scoring.py").write_text("")
+    found = _examined(partial, "scorer")
+    assert found["subject"].status is Status.NEEDED
+    print_findings([*found.values()], {}, "a command")
+    assert capsys.readouterr().out.splitlines()[-1] == "NOT READY: subject."
+
+
+def test_the_last_line_is_the_command_that_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "python -m verify run --subject a/long/path/of/many/letters/and/words --profile scorer"
+    print_findings([Finding("GPU", "none", "", Status.SKIP)], {}, command)
+    assert capsys.readouterr().out.splitlines()[-1] == f"Ready: {command}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from verify.subject.published import Name, signature_differs
+from verify.subject.published import Name, Renamed, signature_differs
 
-_NAME = Name("m", "f", "a, b=2, c='x'")
+_NAME = Name("m", "f", "api", "a, b=2, c='x'")
 
 
 def _same(a, b=2, c="x"): ...
@@ -35,3 +35,24 @@ def test_the_published_signature_and_keyword_only_additions_are_accepted(found) 
 )
 def test_what_differs_is_named(found, words: str) -> None:
     assert words in signature_differs(_NAME, found)
+
+
+def _theirs(first, second=2): ...
+def _anything(**given): ...
+def _needs_more(first, second, third): ...
+
+
+@pytest.mark.parametrize(
+    ("found", "names", "words"),
+    [
+        (_theirs, {"a": "first", "b": "second", "c": None}, ""),
+        (_anything, {"a": "first"}, ""),
+        (_theirs, {"a": "first", "c": None}, "it has no parameter b; say in [arguments]"),
+        (_theirs, {"a": "frist", "b": "second", "c": None}, "it has no parameter frist"),
+        (_needs_more, {"a": "first", "b": "second", "c": None}, "its parameter third has no default"),
+    ],
+)
+def test_a_renamed_function_is_judged_by_the_names_that_its_author_gives(found, names, words: str) -> None:
+    differs = signature_differs(_NAME, Renamed(found, ("a", "b", "c"), names))
+    assert words in differs
+    assert bool(words) is bool(differs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from verify.errors import ConfigurationError, SubjectLacks
 from verify.subject.find import find_subject
+from verify.subject.published import parameters_of
 from verify.subject.subject import Subject
 from verify.tests.tree import REPOSITORY
 
@@ -44,7 +46,28 @@ def test_info_names_version_source_and_commit(checkout: Path) -> None:
         "git_sha": _git(checkout, "rev-parse", "HEAD"),
         "dirty": False,
         "content_sha256": subject.content_sha256(),
+        "profile": None,
+        "narrowed": {},
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "version"),
+    [
+        ("setup.py", "from setuptools import setup\nraise SystemExit\nsetup(name='x', version='0.2.0')\n", "0.2.0"),
+        ("setup.py", "import setuptools\nsetuptools.setup(version=read())\n", "unknown"),
+        ("setup.py", "setup(", "unknown"),
+        ("pyproject.toml", "[project]\nversion = '7'\n", "7"),
+        ("pyproject.toml", "[project]\ndynamic = ['version']\n", "unknown"),
+        ("pyproject.toml", "[project", "unknown"),
+    ],
+)
+def test_a_version_that_the_package_does_not_have_is_read_from_beside_it(
+    checkout: Path, name: str, text: str, version: str
+) -> None:
+    (checkout / "triattention" / "__init__.py").write_text("")
+    (checkout / name).write_text(text)
+    assert find_subject(str(checkout), REPOSITORY).info().version == version
 
 
 def test_only_changes_of_the_package_make_it_dirty(checkout: Path) -> None:
@@ -131,6 +154,8 @@ def test_an_editable_installation_of_this_repository_is_not_an_installed_one(mon
 @pytest.fixture
 def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package with other names in it, importable as ``theirs.inner``."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "theirs"]:  # of the test before
+        monkeypatch.delitem(sys.modules, name)
     package = tmp_path / "theirs" / "inner"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -152,8 +177,18 @@ def test_a_package_of_another_name_plays_the_part(other: Path) -> None:
     assert subject.run("hello") == "theirs.inner hello\n"
     subject.activate()
     assert subject.attribute("vllm.core.scoring", "compute_scores")(3) == 3
-    with pytest.raises(SubjectLacks, match=r"lacks the module theirs\.inner\.vllm\.core\.config"):
+    with pytest.raises(SubjectLacks, match=r"^the subject has no module theirs\.inner\.vllm\.core\.config$"):
         subject.attribute("vllm.core.config", "TriAttentionConfig")
+
+
+def test_renamed_parameters_are_given_by_the_subjects_names(other: Path) -> None:
+    package = other / "theirs" / "inner"
+    with (package / "subject.toml").open("a") as file:
+        file.write('[arguments."vllm.core.scoring.compute_scores"]\nkey_states = "x"\n')
+        file.write("".join(f"{name} = false\n" for name in parameters_of("vllm.core.scoring", "compute_scores")[1:]))
+    subject = find_subject("module:theirs.inner", REPOSITORY)
+    subject.activate()
+    assert subject.attribute("vllm.core.scoring", "compute_scores")(3, None, omega=4) == 3
 
 
 def test_a_child_makes_the_same_subject_from_its_description(other: Path) -> None:
@@ -181,6 +216,10 @@ def test_the_subject_file_of_a_checkout_names_its_package_and_is_part_of_its_con
         ("[subject]\nversion = 1", "subject.version is 1; give a name"),
         ("[subject]\npackage = 'a b'", "subject.package is 'a b'; give a name"),
         ("[names]\n'vllm.core.scoring.compute_scores' = 'a.b'", "is 'a.b'; give 'module:attribute'"),
+        ("[subject]\nprofile = 'scorers'", "'scorers' in [subject.profile] is not a profile; the nearest is 'scorer'"),
+        ("[offers]\nheads = [1]", "offers.heads is not a known entry; [offers] has d, b, h, g, dtype"),
+        ("[offers]\nd = 64", "offers.d is 64; give a list of the values that it takes"),
+        ("[arguments.'vllm.core.scoring.compute_scores']\nkeys = 'k'", "is not a published parameter; the nearest is"),
         ("[names]\n'vllm.core.scoring.compute_score' = 'a:b'", "the nearest is 'vllm.core.scoring.compute_scores'"),
     ],
 )
@@ -212,11 +251,9 @@ def bundled() -> Subject:
 
 def test_what_is_absent_is_named(bundled: Subject) -> None:
     bundled.activate()
-    with pytest.raises(
-        SubjectLacks, match=r"^subject 'bundled' lacks the module triattention\.nothing \(No module named"
-    ):
+    with pytest.raises(SubjectLacks, match=r"^the subject has no module triattention\.nothing$"):
         bundled.attribute("nothing", "at_all")
-    with pytest.raises(SubjectLacks, match=r"^subject 'bundled' lacks at_all in triattention$"):
+    with pytest.raises(SubjectLacks, match=r"^the subject has no at_all in triattention$"):
         bundled.attribute("", "at_all")
 
 

@@ -13,6 +13,10 @@ from .algorithm import STYLES, one_of
 from .methods.pruning_utils import build_rotary, load_head_frequency_stats
 
 
+#: The models that rotate neighbouring dims; others pair a dim with one in the other half.
+_INTERLEAVED = ("glm", "glm4")
+
+
 @dataclass(frozen=True)
 class ModelStatistics:
     """``mean`` complex and ``mean_abs`` ``[L, H*G, F]``, ``omega`` ``[F]``, and ``weight`` ``[H*G, F]``.
@@ -53,6 +57,9 @@ def load_model_statistics(
         if metadata.get(name) != value:
             raise ValueError(f"{stats_path} has {name} = {metadata.get(name)!r}, expected {value!r}")
     one_of("rope_style of the statistics", metadata.get("rope_style"), STYLES)
+    rotated = "interleaved" if config.model_type in _INTERLEAVED else "half"
+    if metadata["rope_style"] != rotated:
+        raise ValueError(f"{stats_path} has rope_style {metadata['rope_style']!r}, the model rotates {rotated!r}")
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     wanted = [(layer, head) for layer in range(layers) for head in range(heads)]
     if found.keys() != set(wanted):

@@ -1,0 +1,180 @@
+"""Judges what the published compressor keeps: right by one lawful reading of the method, or wrong for a named cause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from verify.checks import Measure
+from verify.judge.compressing import Kept
+from verify.judge.compressor import BUDGET, Caches, as_bfloat16, frequencies
+from verify.judge.keep_set import Selection
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+#: The tolerance of checks that use ``Judge``.
+TOLERANCE = "The oracle's set; scores closer than twice the class B error may swap (verify/judge/keep_set.py)."
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A way to come from scores to a keep set, in words, as departures from the specified one (``Caches.selection``,
+    and ``t`` and ``options``).
+    """
+
+    words: str = ""
+    departs: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: Over which tokens z-scores are taken. No published text says it.
+REGION = (
+    Reading("z-scores over the evictable tokens"),
+    Reading("z-scores over all cached tokens", {"everywhere": True}),
+)
+#: How ``per_layer`` joins its KV heads; the published scores of that mode are means.
+PER_LAYER = (
+    Reading("per_layer takes the maximum over the KV heads"),
+    Reading("per_layer takes the mean of the KV heads' scores", {"mean_heads": True}),
+)
+#: Whether the statistics are rounded to ``compute_dtype``.
+ROUNDED = (
+    Reading("the statistics are used in float32"),
+    Reading("the statistics are rounded to compute_dtype", {"rounded": True}),
+)
+
+
+@dataclass
+class Judge:
+    """Judges the rounds of one check, all by the same of its lawful ``readings``, of which the first is specified.
+
+    After a round, ``readings`` are those by which every round so far is right.
+    """
+
+    caches: Caches
+    options: Mapping[str, Any]
+    measure: Measure
+    readings: Sequence[Reading] = (Reading(),)
+
+    def __post_init__(self) -> None:
+        self._offered = len(self.readings)
+
+    def round(
+        self, kept: Kept, layer: int, *, keys: torch.Tensor, t: int, number: int = 1, expected: int = BUDGET,
+        prompt: int = 0, window: int = 0,
+    ) -> None:  # fmt: skip
+        """Compare what one round keeps of ``keys`` with the oracle, for the next token at position ``t``.
+
+        The first ``prompt`` and the last ``window`` tokens are protected.
+        """
+        import numpy as np
+
+        length = keys.shape[2]
+        protected = f" (protected: a prompt of {prompt}, a window of {window})" if prompt or window else ""
+        kept.must_count(expected, f"round {number}", f"layer {layer}{protected}")
+        evictable = (np.arange(length) >= prompt) & (np.arange(length) < length - window)
+        for row in range(keys.shape[0]):
+            held, place = kept.mask(row), f"round {number}, layer {layer}{protected}, row {row}"
+            for head, lost in enumerate(~held & ~evictable):
+                assert not lost.any(), (
+                    f"{lost.sum()} of {(~evictable).sum()} protected tokens were evicted in {place}, KV head {head}: "
+                    f"{np.flatnonzero(lost)[:8].tolist()}"
+                )
+            if self.options.get("pruning_mode") == "per_layer":
+                assert (held == held[:1]).all(), f"the KV heads keep different tokens in mode per_layer in {place}"
+                held = held[:1]
+            self._scores(held, evictable, place, _Round(self.caches, layer, row, keys, t, evictable, self.options))
+
+    def _scores(self, held: np.ndarray, evictable: np.ndarray, place: str, found: _Round) -> None:
+        right = [one for one in self.readings if found.selection(one).fits(held, evictable)]
+        self.readings = right or self.readings
+        selection = found.selection(self.readings[0])
+        if not right:
+            cause = found.cause(held, self.readings)
+            place += f", {selection.told(held, evictable)}" + (cause and f"; cause: {cause}")
+        inversion = selection.inversion(held, evictable)
+        self.measure("best evicted over worst kept score", inversion, selection.allowed, where=place)
+
+    def tell(self, choose: Callable[[str], None]) -> None:
+        """Record which reading the subject follows, where the rounds have told them apart."""
+        if len(self.readings) < self._offered:
+            choose(self.readings[0].words)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One row of one layer at one round, as the oracle sees it."""
+
+    caches: Caches
+    layer: int
+    row: int
+    keys: torch.Tensor
+    t: int
+    evictable: np.ndarray
+    options: Mapping[str, Any]
+
+    def selection(self, *readings: Reading) -> Selection:
+        departs: dict[str, Any] = {"t": self.t, "options": self.options}
+        for one in readings:
+            departs |= one.departs
+        return self.caches.selection(self.layer, self.row, self.keys, evictable=self.evictable, **departs)
+
+    def cause(self, held: np.ndarray, readings: Sequence[Reading]) -> str:
+        """The fewest known mistakes by which ``held`` would be right, in words; empty if no mixture of them is."""
+        mixtures = sorted(product(*self._suspects()), key=lambda mixture: sum(bool(one.words) for one in mixture))
+        for mixture in mixtures:
+            if any(self.selection(reading, *mixture).fits(held, self.evictable) for reading in readings):
+                return ", and ".join(one.words for one in mixture if one.words)
+        return ""
+
+    def _suspects(self) -> Iterator[tuple[Reading, ...]]:
+        """Groups of known mistakes, of which each may be made or not."""
+        caches, length = self.caches, self.keys.shape[2]
+        rounded = as_bfloat16(caches.omega)
+        off = abs(rounded / caches.omega - 1).max()
+        omega = [Reading(f"omega is rounded to bf16 (relative error {off:.1%})", {"omega": rounded})]
+        if caches.theta != 1e4:
+            fallback = f"RoPE base 10000 is used instead of the model's {caches.theta:.0f}"
+            omega.append(Reading(fallback, {"omega": frequencies(1e4)}))
+        yield Reading(), *omega
+        if caches.group > 1:
+            words = "the statistics of a group's query heads are averaged instead of taking the maximum of their scores"
+            yield Reading(), Reading(words, {"averaged": True})
+        positions = {self.t - 1: "one less", length: "the length of the cache", 0: "0"}
+        yield (
+            Reading(),
+            *(
+                Reading(f"the position of the next token is {words} instead of {self.t}", {"t": t})
+                for t, words in positions.items()
+                if t != self.t
+            ),
+        )
+        yield (
+            Reading(),
+            *(
+                Reading(f"{name}={value} is ignored", {"options": {k: v for k, v in self.options.items() if k != name}})
+                for name, value in self.options.items()
+            ),
+        )
+
+
+def lowest_first(kept: Kept, measure: Measure) -> None:
+    """Of the equal keys of ``tied`` caches, those with the lowest indices must be kept."""
+    for number, head in enumerate(kept.mask(0)):
+        equal = cut(head, number)
+        late = int(equal[equal.argmin() :].sum())
+        measure("equal keys kept after an evicted one", late, 0, where=f"KV head {number}")
+
+
+def cut(head: np.ndarray, number: int) -> np.ndarray:
+    """Which of the equal keys of ``tied`` caches a KV head keeps. Raises AssertionError unless it is some of them."""
+    equal = head[::2]
+    assert 0 < equal.sum() < len(equal), (
+        f"KV head {number} keeps {equal.sum()} of {len(equal)} equal keys; 24 keys score higher and 24 lower, so it "
+        f"must keep {BUDGET - 24}"
+    )
+    return equal

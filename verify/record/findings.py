@@ -1,0 +1,117 @@
+"""Findings: the failures of a run, grouped by what they have in common.
+
+Failures share a cause if the subject raised the same exception in the same line, or if the check names the cause.
+Others are compared by the properties of the calls they made: a property, or two, that each of several failing calls
+has and no passing one. What remains is told family by family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from verify.record.schema import FAILING, CheckResult, Finding, Verdict
+
+#: A call of the subject: its properties as words, by name.
+Call = Mapping[str, str]
+
+#: Properties in words: a name, a value, and whether a call has this value or another one.
+_Terms = Sequence[tuple[str, str, bool]]
+_Rank = tuple[int, int, int, int]
+
+@dataclass(frozen=True, slots=True)
+class Trail:
+    """What one check asked of its subject: the call at which it failed, if it did, and the calls before it."""
+
+    failed: Call | None
+    passed: Sequence[Call]
+
+
+def findings(results: Sequence[CheckResult], trails: Mapping[str, Trail]) -> list[Finding]:
+    """The failures among ``results`` grouped by cause, those with the most checks first."""
+    failing = [result for result in results if result.verdict in FAILING]
+    groups: dict[str, list[str]] = {}
+    for result in failing:
+        if result.cause:
+            groups.setdefault(result.cause, []).append(result.id)
+    left = [result.id for result in failing if not result.cause and result.verdict is Verdict.FAIL]
+    for words, members in _by_property(left, trails):
+        groups[words] = members
+        left = [name for name in left if name not in members]
+    told = {name for members in groups.values() for name in members}
+    for result in failing:
+        if result.id not in told:
+            groups.setdefault(f"{result.verdict}: {result.id.rpartition('.')[0]}", []).append(result.id)
+    blocked = [(result.id, result.by) for result in results if result.verdict is Verdict.BLOCKED]
+    found = [
+        Finding(cause=cause, checks=members, blocks=[name for name, by in blocked if by in members])
+        for cause, members in groups.items()
+    ]
+    return sorted(found, key=lambda one: -len(one.checks) - len(one.blocks))
+
+
+def _by_property(failing: Sequence[str], trails: Mapping[str, Trail]) -> Iterator[tuple[str, list[str]]]:
+    """Groups of failing checks that a property explains: the property in words, and the ids; largest groups first."""
+    calls = {name: found for name in failing if name in trails and (found := trails[name].failed)}
+    passing = [call for trail in trails.values() for call in trail.passed if call.get("class", "A") == "A"]
+    passing = [call for call in passing if all(not _alike(call, failed) for failed in calls.values())]
+    while (best := max(_explanations(calls, passing), key=lambda one: one[0], default=None)) is not None:
+        _, terms, members = best
+        yield _words(terms), members
+        calls = {name: call for name, call in calls.items() if name not in members}
+
+
+def _alike(one: Call, other: Call) -> bool:
+    return {**one, "class": ""} == {**other, "class": ""}
+
+
+def _explanations(calls: Mapping[str, Call], passing: Sequence[Call]) -> Iterator[tuple[_Rank, _Terms, list[str]]]:
+    """Every property, or pair of properties, of failing calls that no passing call has, while a passing call has all
+    but one of them: without such a contrast nothing is explained.
+
+    With each come its rank (more checks, then fewer and plainer properties) and the ids it explains. A single check is
+    explained by one property only.
+    """
+    # what a call does not have may explain it too: "dtype other than float32"
+    terms = sorted({(name, value, True) for call in calls.values() for name, value in call.items()})
+    terms += sorted({(name, value, False) for call in passing for name, value in call.items()})
+    terms = [term for term in terms if term[0] != "class"]
+    for size in (1, 2):
+        for chosen in combinations(terms, size):
+            if len({name for name, _, _ in chosen}) < size:
+                continue
+            members = [name for name, call in calls.items() if _has(call, chosen)]
+            plain = sum(is_it for _, _, is_it in chosen)
+            if not members or (len(members) == 1 and (size > 1 or not plain)) or any(_has(c, chosen) for c in passing):
+                continue
+            if any(_differs(call, chosen) for call in passing):
+                by_path = sum(name != "function" for name, _, _ in chosen)
+                yield (len(members), -size, plain, by_path), chosen, members
+
+
+def _has(call: Call, terms: _Terms) -> bool:
+    return all(name in call and (call[name] == value) is is_it for name, value, is_it in terms)
+
+
+def _differs(call: Call, terms: _Terms) -> bool:
+    """Whether a call has all but one of the ``terms``, and the property of that one."""
+    return all(name in call for name, _, _ in terms) and sum(_has(call, [term]) for term in terms) == len(terms) - 1
+
+
+_NAMES = {
+    "n": "keys", "b": "rows", "h": "KV heads", "g": "query heads per KV head", "d": "head dim", "style": "rope_style",
+    "dtype": "dtype of keys", "low_norm": "E|q| below |E[q]|",
+}  # fmt: skip
+
+
+def _words(terms: _Terms) -> str:
+    where = [f"on the {value} path" for name, value, is_it in terms if name == "path" and is_it]
+    what = [
+        f"{_NAMES.get(name, name)}{'=' if is_it else ' other than '}{value}"
+        for name, value, is_it in terms
+        if name != "path"
+    ]
+    what += [f"a path other than {value}" for name, value, is_it in terms if name == "path" and not is_it]
+    told = [*where, *([f"with {' and '.join(what)}"] if what else [])]
+    return f"only {' '.join(told)}"

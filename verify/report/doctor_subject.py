@@ -1,0 +1,94 @@
+"""What the doctor says about a subject: what it offers by capability, and what this suite cannot judge of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from verify.checks import CAPABILITIES, PROFILES
+from verify.record.verdict import describe_subject
+from verify.report.doctor_table import Finding, Status
+from verify.subject.offered import Examined, examined
+from verify.subject.subject import Subject
+
+#: What no check covers, by where in a package it would be. A pattern is one of ``pathlib``.
+_UNCOVERED = {
+    "**/vllm/runtime": "tensor parallelism: whether each rank takes the statistics of its own heads",
+    "**/vllm/runtime/*compaction*": "whether gather spans are reused by address after their block ids have changed",
+    "**/vllm/runtime/*selector*": "the runtime's own selector, whose variance may lose digits if it is computed in one "
+    "pass, and which may give a layer the statistics of another one",
+    "**/vllm/runtime/*planner*": "whether the runtime's planner skips a protected prompt above the budget for ever",
+    "**/sglang": "SGLang: only transformers and vLLM are driven",
+    "**/mlx": "MLX: only transformers and vLLM are driven",
+}
+
+#: The capabilities that ``subject.toml`` narrows.
+_NARROWED = ("triton", "pytorch", "ranking")
+
+
+def examine_subject(subject: Subject, profile: str | None = None) -> list[Finding]:
+    """What the subject offers, by capability; what its profile asks for and it does not offer; what is not covered.
+
+    Imports the subject. Raises ConfigurationError if it does not import.
+    """
+    subject.activate()
+    found = examined(subject)
+    offers = {name for name, names in found.items() if any(one.offered for one in names)}
+    if (subject.folder / "__main__.py").is_file():
+        offers.add("command_line")
+    groups = PROFILES[profile] if profile else (tuple(CAPABILITIES),)
+    asked = {name: group for group in groups for name in group}
+    findings = [_whole(subject, profile, offers & asked.keys())]
+    for name in CAPABILITIES:
+        if name in found or name == "command_line":
+            group = asked.get(name, ()) if profile else ()
+            missed = () if offers & {*group} else group
+            findings.append(_capability(subject, name, name in offers, found.get(name, ()), missed))
+    return [*findings, *_uncovered(subject)]
+
+
+def _whole(subject: Subject, profile: str | None, offered: set[str]) -> Finding:
+    described = describe_subject(subject.info())
+    words = f"profile {profile}" if profile else ""
+    if offered:
+        return Finding("subject", described, words, Status.OK)
+    nothing = f"it offers nothing{f' that the profile {profile} asks for' if profile else ''}, so nothing can be judged"
+    return Finding(
+        "subject", described, words, Status.NEEDED, f"{nothing}; python -m verify contract says what to write"
+    )
+
+
+def _capability(
+    subject: Subject, name: str, offered: bool, names: Sequence[Examined], missed: Sequence[str]
+) -> Finding:
+    """``missed`` are this and its alternatives if the profile asks for one of them and none is offered."""
+    words = CAPABILITIES[name]
+    absent = list(dict.fromkeys(one.problem for one in names if not one.offered))
+    if not offered:
+        if not missed:
+            return Finding(words, "not offered", "", Status.SKIP)
+        why = f" ({'; '.join(absent)})" if absent else ""
+        step = f"the profile asks for {' or '.join(CAPABILITIES[one] for one in missed)}; this is ABSENT{why}"
+        return Finding(words, "not offered", "must pass" if len(missed) == 1 else "alternative", Status.NOTE, step)
+    differ = [f"{one.name.full}: {one.problem}" for one in names if one.offered and one.problem]
+    parts = [f"{sum(one.offered for one in names)} of {len(names)} names" if absent else "offered"]
+    parts += [f"{property_} only {_shown(property_, values)}" for property_, values in _narrowed(subject, name)]
+    parts += ["a signature differs"] if differ else []
+    status = Status.NOTE if differ else Status.OK
+    return Finding(words, ", ".join(parts), "", status, "; ".join([*differ, *absent]))
+
+
+def _narrowed(subject: Subject, capability: str) -> Iterator[tuple[str, tuple[object, ...]]]:
+    if capability in _NARROWED:
+        yield from subject.narrowed.items()
+
+
+def _shown(name: str, values: tuple) -> str:
+    return " or ".join(f"{len(one)} fixed" if name == "offsets" else str(one) for one in values)
+
+
+def _uncovered(subject: Subject) -> Iterator[Finding]:
+    for pattern, words in _UNCOVERED.items():
+        place = next(subject.folder.glob(pattern), None)
+        if place is not None:
+            where = place.relative_to(subject.folder.parent).as_posix()
+            yield Finding("not covered", where, "", Status.NOTE, f"no check covers {words}")

@@ -1,0 +1,133 @@
+"""What a scoring function takes, found by asking it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from verify.errors import Refused
+from verify.files import IMPORT_ROOT
+from verify.judge.guarded import draws, scorers
+from verify.judge.offers import must_refuse
+from verify.judge.problems import OFFSETS_17, Shape
+from verify.subject.find import find_subject
+from verify.subject.subject import Subject
+
+_SCORER = """
+import torch
+
+def scores(key_states, cache_positions, head_stats, omega, offsets, freq_scale_sq, config, round_start=None):
+    {body}
+    rows, _, keys, _ = key_states.shape
+    return torch.zeros(rows, freq_scale_sq.shape[0], keys)
+"""
+
+
+@pytest.fixture
+def offering(tmp_path: Path):
+    """Makes a subject whose only function, a scorer without Triton, begins with the given statements."""
+    made = []
+
+    def make(body: str, offers: str = "") -> Subject:
+        root = tmp_path / str(len(made))
+        package = root / f"taking{len(made)}_{tmp_path.name.replace('-', '_')}"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package / "code.py").write_text(_SCORER.format(body=body))
+        (root / "subject.toml").write_text(
+            f'[subject]\npackage = "{package.name}"\n[names]\n'
+            f'"vllm.core.scoring.compute_scores_pytorch" = "{package.name}.code:scores"\n{offers}'
+        )
+        subject = find_subject(str(root), IMPORT_ROOT)
+        subject.activate()
+        made.append(package.name)
+        return subject
+
+    return make
+
+
+def _values(subject: Subject) -> dict:
+    return scorers(subject, "pytorch", "cpu")[0].offers.values
+
+
+def _drawn(subject: Subject, count: int = 8, **choices) -> list[Shape]:
+    judged = []
+    for attempt, scorer in draws(subject, "pytorch", "cpu", 0, count, **choices):
+        with attempt as shape:
+            from verify.judge.problems import make
+
+            scorer(make(shape, 0, "cpu"))
+            judged.append(shape)
+    return judged
+
+
+_ONLY_17 = 'if len(offsets) != 17: raise ValueError("17 offsets")'
+
+
+def test_who_refuses_nothing_is_not_asked(offering) -> None:
+    subject = offering("pass")
+    assert len(_drawn(subject)) == 8
+    assert not scorers(subject, "pytorch", "cpu")[0].offers.asked
+
+
+def test_problems_are_drawn_within_what_is_taken(offering) -> None:
+    subject = offering(_ONLY_17)
+    judged = _drawn(subject)
+    assert len(judged) >= 8
+    assert {shape.offsets for shape in judged} == {OFFSETS_17}
+    assert _values(subject) == {"offsets": (OFFSETS_17,)}
+
+
+def test_a_property_that_is_not_tested_is_replaced_and_one_that_is_tested_is_refused(offering) -> None:
+    offers = scorers(offering(_ONLY_17, "[offers]\noffsets = [[1, 2, 4]]\n"), "pytorch", "cpu")[0].offers
+    near, far = Shape(offsets=(1.0,)), Shape(d=64, offsets=(1.0,))
+    (attempt,) = offers.fitted(far, near)
+    assert attempt.shape == replace(far, offsets=(1.0, 2.0, 4.0))
+    with pytest.raises(Refused, match="offsets=1 offsets: not offered"):
+        next(offers.fitted(near, Shape()))
+
+
+def test_a_refusal_names_the_property_and_the_line(offering) -> None:
+    subject = offering('if key_states.shape[-1] == 256: raise NotImplementedError("head dims up to 128")')
+    with pytest.raises(Refused, match=r"d=256: not offered"):
+        _drawn(subject, d=(256,))
+    (scorer,) = scorers(subject, "pytorch", "cpu")
+    from verify.judge.problems import make
+
+    with pytest.raises(Refused, match=r"^d=256: refused at .*code\.py:5 \(NotImplementedError: head dims up to 128\)"):
+        scorer(make(Shape(n=3, d=256), 0, "cpu"))
+
+
+def test_who_refuses_everything_has_refused_nothing(offering) -> None:
+    subject = offering('raise ValueError("no")')
+    with pytest.raises(ValueError, match=r"^no$"):
+        _drawn(subject)
+
+
+def test_a_crash_is_no_refusal(offering) -> None:
+    subject = offering("key_states.reshape(7, 11, 13)")
+    with pytest.raises(RuntimeError, match="shape"):
+        _drawn(subject)
+
+
+def test_a_combination_that_is_refused_leaves_the_other_problems_judged(offering) -> None:
+    subject = offering('if key_states.shape[0] > 1 and key_states.shape[-1] > 64: raise ValueError("rows of 64")')
+    judged = _drawn(subject, 24)
+    assert judged
+    assert all(shape.b == 1 or shape.d == 64 for shape in judged)
+
+
+def test_what_must_be_refused_needs_a_call_that_is_accepted(offering) -> None:
+    subject = offering('if key_states is None: raise ValueError("keys are missing")')
+    scores = subject.attribute("vllm.core.scoring", "compute_scores_pytorch")
+
+    def bad() -> None:
+        scores(None, None, None, None, (), None, None)
+
+    must_refuse(subject, "a call without keys is", bad, lambda: None)
+    with pytest.raises(ValueError, match="keys are missing"):
+        must_refuse(subject, "a call without keys is", bad, bad)
+    with pytest.raises(AssertionError, match="a good call is accepted"):
+        must_refuse(subject, "a good call is", lambda: None, lambda: None)
+    with pytest.raises(AttributeError):
+        must_refuse(subject, "a crash is", lambda: scores(3, None, None, None, (), None, None), lambda: None)
