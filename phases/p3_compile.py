@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from verify import Measure, check, skip
 from verify.build import resources
 from verify.checks import SKIP_CODES
-from verify.judge.guarded import Scorer, call, kernel, scorers
+from verify.judge.guarded import call
 from verify.judge.problems import OFFSETS_17, Shape, make
+from verify.judge.scoring import Scorer, kernel, scorers
 from verify.judge.variants import GROUPED, PLAN, SCORING, table
 from verify.record.builds import REFUSED, Build, Compilation
 from verify.subject.refusal import REFUSALS, refusal

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from verify import Measure, check
-from verify.judge.guarded import PATHS, Scorer, path_name, scorers
 from verify.judge.problems import Shape, make
+from verify.judge.scoring import PATHS, Scorer, path_name, scorers
 from verify.judge.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, blamed, paths_differ
 from verify.subject.subject import Subject
 

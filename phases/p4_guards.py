@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from verify import Measure, check
-from verify.judge import guarded
-from verify.judge.guarded import PATHS
+from verify.judge import scoring
 from verify.judge.offers import Attempt
 from verify.judge.problems import Shape, drawn, make
+from verify.judge.scoring import PATHS
 from verify.subject.subject import Subject
 
 _CASES = dict(zip(PATHS, PATHS, strict=True))
@@ -28,10 +28,10 @@ _TAILS = tuple(replace(_BASE, n=n, b=2, aggregation=a) for n in (1, 33, 65, 255)
 _VIEWS = (replace(_BASE, b=2, strides="sliced"), replace(_BASE, d=96, strides="spread"))
 
 
-def _tried(subject: Subject, path: str, seed: int, device: str) -> Iterator[tuple[Attempt, guarded.Scorer]]:
+def _tried(subject: Subject, path: str, seed: int, device: str) -> Iterator[tuple[Attempt, scoring.Scorer]]:
     """Every function of a path with its share of these problems: tails, views and random ones."""
     shapes = (*_TAILS, *_VIEWS, *drawn(seed, 6))
-    return guarded.spread(subject, path, device, lambda offers, part: offers.several(shapes[part]))
+    return scoring.spread(subject, path, device, lambda offers, part: offers.several(shapes[part]))
 
 
 @check(
@@ -79,8 +79,8 @@ def test_nothing_is_written_beside_the_output(
 )  # fmt: skip
 def test_each_path_is_the_one_it_says(case: tuple[str, str | None], subject: Subject, device: str, seed: int) -> None:
     path, through = case
-    guarded.entries(subject, path)  # which says if the subject has none
-    named = [guarded.Scorer(subject, path, through, device)] if through else guarded.scorers(subject, path, device)
+    scoring.entries(subject, path)  # which says if the subject has none
+    named = [scoring.Scorer(subject, path, through, device)] if through else scoring.scorers(subject, path, device)
     for scorer in named:
         for attempt in scorer.offers.fitted(_BASE, _BASE):
             with attempt as shape:
@@ -103,7 +103,7 @@ def test_without_its_kernel_nothing_is_right(
     from verify.judge import oracle, tolerance
     from verify.subject.launches import skipped
 
-    for scorer in guarded.scorers(subject, "triton", device):
+    for scorer in scoring.scorers(subject, "triton", device):
         for attempt in scorer.offers.fitted(case, _BASE):
             with attempt as shape:
                 problem = make(shape, seed, device)
@@ -126,7 +126,7 @@ def test_repeatable(case: str, subject: Subject, device: str, seed: int, measure
     import torch
 
     repeats = 20 if device == "cuda" else 3
-    for scorer in guarded.scorers(subject, case, device):
+    for scorer in scoring.scorers(subject, case, device):
         for attempt in scorer.offers.fitted(replace(_BASE, n=129), replace(_BASE, n=129)):
             with attempt as shape:
                 problem = make(shape, seed, device)

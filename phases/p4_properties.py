@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from verify import Measure, check, skip
 from verify.judge import oracle
-from verify.judge.guarded import PATHS, Scorer, draws, scorers
 from verify.judge.problems import Problem, Shape, make
+from verify.judge.scoring import PATHS, Scorer, draws, scorers
 from verify.judge.tolerance import accuracy, budget_b, key_rounding, worst
 from verify.subject.subject import Subject
 

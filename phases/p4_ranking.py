@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from verify import Measure, check
-from verify.judge.guarded import Scorer, scorers
 from verify.judge.keep_set import Selection, select
 from verify.judge.problems import Problem, Shape, make
+from verify.judge.scoring import Scorer, scorers
 from verify.subject.subject import Subject
 
 #: Near offsets: with far ones, fp32 phases blur the gaps between scores.
@@ -39,9 +39,7 @@ def test_ranking(case: Shape, subject: Subject, device: str, seed: int, measure:
                 for row in range(shape.b):
                     selection = _selection(problem, row)
                     inversion = _inversion(selection, order[row])
-                    measure(
-                        "better key ranked later", inversion, selection.allowed, where=f"{shape.told()}, row {row}"
-                    )
+                    measure("better key ranked later", inversion, selection.allowed, where=f"{shape.told()}, row {row}")
 
 
 @check(

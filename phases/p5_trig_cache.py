@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from verify import Measure, check
 from verify.errors import Refused
-from verify.judge.guarded import KERNELS, kernel
 from verify.judge.offers import must_refuse
 from verify.judge.problems import Shape, make
+from verify.judge.scoring import KERNELS, kernel
 from verify.judge.tolerance import accuracy, budget_b, trig_entry_error, worst
 from verify.subject.subject import Subject
 

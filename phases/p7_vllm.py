@@ -172,7 +172,8 @@ def _hang_up(server: Server) -> None:
 
 
 @check(
-    "p7.engine", gate="soft", cases="imports", plan="5.1", capability="environment", claim="vLLM imports and is new enough.",
+    "p7.engine", gate="soft", cases="imports", plan="5.1", capability="environment",
+    claim="vLLM imports and is new enough.",
     reason=COMMON["reason"], remedy="pip install vllm, or build it from source for a GPU its wheel does not support.",
 )  # fmt: skip
 def test_engine(case: str, subject: Subject) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from verify import Measure, check
-from verify.judge.guarded import engine_call
 from verify.judge.problems import Shape, make
+from verify.judge.scoring import engine_call
 from verify.judge.variants import scoring_call
 from verify.subject.subject import Subject
 

@@ -77,7 +77,16 @@ PROFILES: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType(
 )  # fmt: skip
 
 #: The capability of a phase's checks, unless they name another.
-_USUAL = {1: "environment", 2: "api", 3: "triton", 4: "triton", 5: "trig_table", 6: "live_model", 7: "plugin", 8: "latency"}
+_USUAL = {
+    1: "environment",
+    2: "api",
+    3: "triton",
+    4: "triton",
+    5: "trig_table",
+    6: "live_model",
+    7: "plugin",
+    8: "latency",
+}
 
 #: The default seed of a run: fixed, so that two runs without arguments draw the same inputs.
 DEFAULT_SEED = 0

@@ -209,9 +209,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         config.add_cleanup(events.lock(current.run_dir).close)
     os.environ[RUN_VARIABLE] = current.manifest.run_id
     runner = os.getppid() if config.getoption("run_dir") else None
-    recorder = Recorder(
-        current.run_dir, current.manifest, current.root, current.subject, runner, _grounds(current)
-    )
+    recorder = Recorder(current.run_dir, current.manifest, current.root, current.subject, runner, _grounds(current))
     config.pluginmanager.register(recorder, "verify-recorder")
 
 

@@ -127,9 +127,7 @@ class Offers:
         """Attempts to judge ``shapes``, each within what is taken. Raises Refused if every one of them was refused."""
         return self._until_judged(lambda: list(dict.fromkeys(self.fit(shape, ()) for shape in shapes)))
 
-    def drawn(
-        self, seed: int, count: int, part: slice, **choices: tuple[Any, ...]
-    ) -> Iterator[Attempt]:
+    def drawn(self, seed: int, count: int, part: slice, **choices: tuple[Any, ...]) -> Iterator[Attempt]:
         """Attempts to judge a ``part`` of up to ``count`` problems drawn from ``seed`` within what is taken.
 
         Raises Refused if every one of them was refused, or if none of the ``choices`` is taken.

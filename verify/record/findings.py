@@ -20,6 +20,7 @@ Call = Mapping[str, str]
 _Terms = Sequence[tuple[str, str, bool]]
 _Rank = tuple[int, int, int, int]
 
+
 @dataclass(frozen=True, slots=True)
 class Trail:
     """What one check asked of its subject: the call at which it failed, if it did, and the calls before it."""

@@ -12,7 +12,6 @@ import torch
 from .algorithm import STYLES, one_of
 from .methods.pruning_utils import build_rotary, load_head_frequency_stats
 
-
 #: The models that rotate neighbouring dims; others pair a dim with one in the other half.
 _INTERLEAVED = ("glm", "glm4")
 
