@@ -19,10 +19,10 @@ def rank_keys(
 ) -> torch.Tensor:
     """The indices of the keys of each KV head, best first: int64 ``[B, H, N]``.
 
-    ``key_states`` ``[B, H, N, D]`` are rotated keys in the half layout; the statistics ``head_stats`` (``q_mean_complex [H*G, F, 2]``,
-    ``q_abs_mean [H*G, F]``) and weights ``freq_scale_sq`` ``[H*G, F]`` are those of ``compute_scores``. Scores are
-    averaged over ``offsets``, z-scored per query head over the keys, and joined by the maximum over the query heads of
-    a KV head. Keys with equal scores keep their order.
+    ``key_states`` ``[B, H, N, D]`` are rotated keys in the half layout; the statistics ``head_stats``
+    (``q_mean_complex [H*G, F, 2]``, ``q_abs_mean [H*G, F]``) and weights ``freq_scale_sq`` ``[H*G, F]`` are those of
+    ``compute_scores``. Scores are averaged over ``offsets``, z-scored per query head over the keys, and joined by the
+    maximum over the query heads of a KV head. Keys with equal scores keep their order.
     """
     from triattention.vllm.core.config import TriAttentionConfig
     from triattention.vllm.core.scoring import compute_scores_pytorch

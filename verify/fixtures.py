@@ -117,8 +117,8 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest) -> Measure:
-    """``measure(name, measured, allowed, *, unit="", where="", cause="")``: record a number, fail outside its bound, for
-    this ``cause`` if the check knows it.
+    """``measure(name, measured, allowed, *, unit="", where="", cause="")``: record a number, fail outside its bound,
+    for this ``cause`` if the check knows it.
     """
     session = request.config.stash[SESSION]
     repeat = session.manifest.repeat_command(request.node.nodeid, session.root)

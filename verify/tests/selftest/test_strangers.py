@@ -19,9 +19,8 @@ _STRANGERS = IMPORT_ROOT / "verify" / "tests" / "strangers"
 def _judged(subject: Path, out: Path) -> tuple[int, Record]:
     """The exit code of a run of phases 2 and 4, and its record."""
     child = subprocess.run(
-        [sys.executable, "-m", "verify", "run", "--device", "cpu", "--subject", str(subject), "--phases", "2,4"]
-        + ["--out", str(out)],
-        cwd=IMPORT_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "verify", "run", "--device", "cpu", f"--subject={subject}", "--phases=2,4", f"--out={out}"],
+        cwd=IMPORT_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     (path,) = out.glob("*/record.json")
     assert child.returncode in (0, 1), child.stdout + child.stderr
