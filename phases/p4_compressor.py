@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from verify import Measure, check
-from verify.judge.compressed import PER_LAYER, ROUNDED, TOLERANCE, Judge, Reading, cut, lowest_first
+from verify.judge.compressed import PER_LAYER, ROUNDED, TOLERANCE, UNEVEN, Judge, Reading, cut, lowest_first
 from verify.judge.compressing import Compressor
 from verify.judge.compressor import BUDGET, DIVIDE, make_caches, tied
 from verify.judge.problems import restride
@@ -147,8 +147,11 @@ def test_trigger(
     late = length == due + _PROMPT and "protect_prefill" in case
     cause = f": the trigger leaves out the prompt of {_PROMPT}" if late else ""
     cause += ", the budget counts it" if late and kept.count == BUDGET else ""
-    measure("tokens by which the first round is early or late", abs(length - due), 0, where=f"{length} tokens{cause}")
-    kept.must_count(keeps, "the first round", "layer 1")
+    measure(
+        "tokens by which the first round is early or late", abs(length - due), 0, where=f"{length} tokens{cause}",
+        cause=UNEVEN if late else "",
+    )  # fmt: skip
+    kept.must_count(keeps, "the first round", "layer 1", UNEVEN if "protect_prefill" in case else "")
 
 
 @check(

@@ -19,7 +19,17 @@ from verify.judge.tolerance import ATTENTION_LOG_PROB
 from verify.model import quality
 from verify.model.live_model import LiveModel
 from verify.model.observed import physical_length, positions_noted, require_counting
-from verify.model.settings import BUDGET, DIVIDE, NEAR, PATCHED, PER_LAYER_PER_HEAD, PROMPT, PROMPTS
+from verify.model.settings import (
+    BUDGET,
+    DIVIDE,
+    NEAR,
+    PADDED,
+    PATCHED,
+    PER_LAYER_PER_HEAD,
+    PROMPT,
+    PROMPT_STEP,
+    PROMPTS,
+)
 from verify.subject.subject import Subject
 
 _MAX_QUESTIONS = 2
@@ -125,7 +135,10 @@ def test_baseline(case: str, model: LiveModel, measure: Measure) -> None:
     model.patch(kv_budget=4096)
     with refusable(model.subject, "a batch of two rows", lambda: model.generate(model.tokens(PROMPTS[0]), 2)):
         got = model.generate(encoded, _NEW_TOKENS)
-    measure("tokens that differ", int((got != want).sum()), 0, where="two rows, one left-padded")
+    for row, differs in enumerate((got != want).sum(-1).tolist()):
+        padded = not encoded["attention_mask"][row, 0]
+        where = f"row {row}{', left-padded' if padded else ''}"
+        measure("tokens that differ", differs, 0, where=where, cause=PADDED if padded else "")
 
 
 @check(
@@ -169,7 +182,8 @@ def test_chunked_prefill(case: tuple[int, int, dict[str, Any]], model: LiveModel
     steps = [min(step, 160 - fed) for fed in range(prompt, 160, step)]
     with refusable(model.subject, "a prompt in several steps", lambda: list(model.feed(ids[:, :NEAR], NEAR - 1))):
         for _, cache in model.feed(ids, prompt, *steps):
-            measure("cache after a chunk", physical_length(cache), BUDGET + DIVIDE - 1, unit="tokens")
+            cause = "" if steps else PROMPT_STEP
+            measure("cache after a chunk", physical_length(cache), BUDGET + DIVIDE - 1, unit="tokens", cause=cause)
 
 
 @check(
@@ -199,10 +213,11 @@ def test_positions(case: str, model: LiveModel) -> None:
 def test_padded_batch(case: dict[str, Any], model: LiveModel, measure: Measure) -> None:
     model.patch(kv_budget=BUDGET // 2, divide_length=DIVIDE // 2, allow_prefill_compression=True, **case)
     with refusable(model.subject, "a batch of two rows", lambda: model.generate(model.tokens(PROMPTS[0]), 2)):
-        together = model.generate(model.tokens(*PROMPTS), _NEW_TOKENS)
+        together = model.generate(encoded := model.tokens(*PROMPTS), _NEW_TOKENS)
     for row, prompt in enumerate(PROMPTS):
         alone = model.generate(model.tokens(prompt), _NEW_TOKENS)
-        measure("tokens that differ", int((together[row] != alone[0]).sum()), 0, where=f"row {row}")
+        cause = "" if encoded["attention_mask"][row, 0] else PADDED
+        measure("tokens that differ", int((together[row] != alone[0]).sum()), 0, where=f"row {row}", cause=cause)
 
 
 @check(

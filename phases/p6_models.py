@@ -17,7 +17,7 @@ from verify.judge.offers import refusable
 from verify.model.live_case import judge
 from verify.model.live_model import LiveModel
 from verify.model.observed import physical_length, positions_noted, require_counting
-from verify.model.settings import BUDGET, DIVIDE, EVICT_PROMPT, FED, NEAR, PATCHED, PER_LAYER_PER_HEAD, PROMPT
+from verify.model.settings import BUDGET, DIVIDE, EVICT_PROMPT, FED, NEAR, PADDED, PATCHED, PER_LAYER_PER_HEAD, PROMPT
 from verify.model.tiny import tiny, tokens
 from verify.subject.subject import Subject
 
@@ -213,6 +213,7 @@ def test_padded_rounds(case: tuple[tuple[int, int], dict[str, Any]], make: Make,
         measure(
             "tokens that differ", len(differs), 0,
             where=f"row {row} of prompts {sizes}" + (f", from new token {differs[0]}" if differs else ""),
+            cause=PADDED if pads[row] else "",
         )  # fmt: skip
         held = [physical_length(cache) for _, cache in live.decode({"input_ids": ids}, _NEW)]
         shrank = [after < before for before, after in pairwise([ids.shape[1], *held])]

@@ -8,6 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from verify.checks import Measure
+from verify.errors import Wrong
 from verify.judge.compressing import Kept
 from verify.judge.compressor import BUDGET, Caches, as_bfloat16, frequencies
 from verify.judge.keep_set import Selection
@@ -19,6 +20,22 @@ if TYPE_CHECKING:
 
 #: The tolerance of checks that use ``Judge``.
 TOLERANCE = "The oracle's set; scores closer than twice the class B error may swap (verify/judge/keep_set.py)."
+
+
+_EVICTED = "protected tokens are evicted"
+UNSORTED = "the largest scores are taken unsorted: indices do not ascend, and equal keys are kept by no rule"
+#: Causes of a wrong number of kept tokens.
+LATER = "after a round, of this layer or another, the next one does not happen"
+UNEVEN = "the trigger and the budget do not count a protected prompt alike"
+
+
+def _miscount(kept: Kept, number: int, prompt: int, window: int) -> str:
+    """Why a round may have kept another number of tokens."""
+    if number > 1:
+        return LATER if kept.untouched else ""
+    if not prompt:
+        return ""
+    return _EVICTED if kept.count < prompt + window else UNEVEN
 
 
 @dataclass(frozen=True)
@@ -75,15 +92,19 @@ class Judge:
 
         length = keys.shape[2]
         protected = f" (protected: a prompt of {prompt}, a window of {window})" if prompt or window else ""
-        kept.must_count(expected, f"round {number}", f"layer {layer}{protected}")
+        kept.must_count(
+            expected, f"round {number}", f"layer {layer}{protected}", _miscount(kept, number, prompt, window)
+        )
         evictable = (np.arange(length) >= prompt) & (np.arange(length) < length - window)
         for row in range(keys.shape[0]):
             held, place = kept.mask(row), f"round {number}, layer {layer}{protected}, row {row}"
             for head, lost in enumerate(~held & ~evictable):
-                assert not lost.any(), (
-                    f"{lost.sum()} of {(~evictable).sum()} protected tokens were evicted in {place}, KV head {head}: "
-                    f"{np.flatnonzero(lost)[:8].tolist()}"
-                )
+                if lost.any():
+                    raise Wrong(
+                        f"{lost.sum()} of {(~evictable).sum()} protected tokens were evicted in {place}, KV head "
+                        f"{head}: {np.flatnonzero(lost)[:8].tolist()}",
+                        _EVICTED,
+                    )
             if self.options.get("pruning_mode") == "per_layer":
                 assert (held == held[:1]).all(), f"the KV heads keep different tokens in mode per_layer in {place}"
                 held = held[:1]
@@ -92,12 +113,12 @@ class Judge:
     def _scores(self, held: np.ndarray, evictable: np.ndarray, place: str, found: _Round) -> None:
         right = [one for one in self.readings if found.selection(one).fits(held, evictable)]
         self.readings = right or self.readings
-        selection = found.selection(self.readings[0])
+        selection, causes = found.selection(self.readings[0]), [""]
         if not right:
-            cause = found.cause(held, self.readings)
-            place += f", {selection.told(held, evictable)}" + (cause and f"; cause: {cause}")
+            causes = found.causes(held, self.readings) or [""]
+            place += f", {selection.told(held, evictable)}" + (causes[0] and f"; cause: {', and '.join(causes)}")
         inversion = selection.inversion(held, evictable)
-        self.measure("best evicted over worst kept score", inversion, selection.allowed, where=place)
+        self.measure("best evicted over worst kept score", inversion, selection.allowed, where=place, cause=causes[0])
 
     def tell(self, choose: Callable[[str], None]) -> None:
         """Record which reading the subject follows, where the rounds have told them apart."""
@@ -123,13 +144,13 @@ class _Round:
             departs |= one.departs
         return self.caches.selection(self.layer, self.row, self.keys, evictable=self.evictable, **departs)
 
-    def cause(self, held: np.ndarray, readings: Sequence[Reading]) -> str:
-        """The fewest known mistakes by which ``held`` would be right, in words; empty if no mixture of them is."""
+    def causes(self, held: np.ndarray, readings: Sequence[Reading]) -> list[str]:
+        """The fewest known mistakes by which ``held`` would be right, in words; none if no mixture of them is."""
         mixtures = sorted(product(*self._suspects()), key=lambda mixture: sum(bool(one.words) for one in mixture))
         for mixture in mixtures:
             if any(self.selection(reading, *mixture).fits(held, self.evictable) for reading in readings):
-                return ", and ".join(one.words for one in mixture if one.words)
-        return ""
+                return [one.words for one in mixture if one.words]
+        return []
 
     def _suspects(self) -> Iterator[tuple[Reading, ...]]:
         """Groups of known mistakes, of which each may be made or not."""
@@ -167,7 +188,7 @@ def lowest_first(kept: Kept, measure: Measure) -> None:
     for number, head in enumerate(kept.mask(0)):
         equal = cut(head, number)
         late = int(equal[equal.argmin() :].sum())
-        measure("equal keys kept after an evicted one", late, 0, where=f"KV head {number}")
+        measure("equal keys kept after an evicted one", late, 0, where=f"KV head {number}", cause=UNSORTED)
 
 
 def cut(head: np.ndarray, number: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from verify.errors import SubjectLacks
+from verify.errors import SubjectLacks, Wrong
 from verify.judge.compressor import BUDGET, DIVIDE, HEAD_DIM, KV_HEADS, LAYERS, OFFSET_MAX_LENGTH, Caches, make_caches
 from verify.judge.guarded import Call, call
 from verify.judge.offers import refusable
@@ -54,7 +54,7 @@ class Compressor:
             "cache_positions": "given" if "cache_positions" in more else None,
         }
         asked = dict(self.options) | {name: value for name, value in special.items() if value is not None}
-        trail.note(path="compressor", **{"group": self.caches.group, "rows": 1, "dtype": "float32"} | asked)
+        trail.note(kind="compressor", **{"group": self.caches.group, "rows": 1, "dtype": "float32"} | asked)
         with _refusable(self.subject, self.caches, asked):
             found = call(lambda: self.made.compress(keys, values, **more), {"key_states": keys, "value_states": values})
         return _kept(found, keys)
@@ -129,11 +129,17 @@ class Kept:
     def count(self) -> int:
         return self.keys.shape[2]
 
-    def must_count(self, expected: int, what: str, where: str = "") -> None:
-        """Raise AssertionError, naming ``what`` kept another number of tokens ``where``."""
-        nothing = ": no round happened" if self.count == self.given > expected else ""
-        place = where and f", {where}"
-        assert self.count == expected, f"{what} kept {self.count} tokens, expected {expected}{place}{nothing}"
+    @property
+    def untouched(self) -> bool:
+        """Whether every token is kept, as if no round had happened."""
+        return self.count == self.given
+
+    def must_count(self, expected: int, what: str, where: str = "", cause: str = "") -> None:
+        """Raise Wrong, for this ``cause``, naming ``what`` kept another number of tokens ``where``."""
+        if self.count != expected:
+            nothing = ": no round happened" if self.untouched and self.given > expected else ""
+            place = where and f", {where}"
+            raise Wrong(f"{what} kept {self.count} tokens, expected {expected}{place}{nothing}", cause)
 
     def mask(self, row: int) -> np.ndarray:
         """Which of the given tokens each KV head of a row keeps, bool ``[H, N]``."""

@@ -149,7 +149,13 @@ def engine(subject: Subject, path: str, problem: Problem, *, through: str | None
     one, and whatever else the call raises.
     """
     name = through or entries(subject, path)[0]
-    trail.note(path=path_name(subject, path), function=name, **problem.shape.properties(), **{"class": "unknown"})
+    trail.note(
+        kind="scoring",
+        path=path_name(subject, path),
+        function=name,
+        **problem.shape.properties(),
+        **{"class": "unknown"},
+    )
     try:
         return call(engine_call(subject, path, problem, through=name, **more), problem.tensors())
     except REFUSALS as error:

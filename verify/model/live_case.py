@@ -7,8 +7,10 @@ from itertools import islice
 from typing import Any
 
 from verify.checks import Measure
+from verify.errors import Wrong
 from verify.model.live_model import LiveModel
 from verify.model.observed import Round
+from verify.model.settings import PROMPT_STEP
 
 
 def mode_of(options: Mapping[str, Any]) -> str:
@@ -35,10 +37,13 @@ def judge(
         count += 1
         _judge_round(live, round_, count, given, measure, prompt, layers)
     taken.close()
-    assert count == rounds, (
-        f"{count} of {rounds} rounds happened after a prompt of {prompt} tokens: the budget is {given['kv_budget']}, "
-        f"divide_length {given['divide_length']}; look at the trigger"
-    )
+    if count != rounds:
+        due = count == 0 and prompt >= given["kv_budget"] + given["divide_length"]
+        raise Wrong(
+            f"{count} of {rounds} rounds happened after a prompt of {prompt} tokens: the budget is "
+            f"{given['kv_budget']}, divide_length {given['divide_length']}; look at the trigger",
+            PROMPT_STEP if due and given.get("allow_prefill_compression") else "",
+        )
 
 
 def _judge_round(

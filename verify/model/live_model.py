@@ -168,7 +168,8 @@ class LiveModel:
         if absent := sorted(given.keys() - {*self.patch_options()}):
             raise SubjectLacks(f"the subject's patch has no {absent[0]}")
         self.restore()
-        trail.note(function=_PATCH, model=self.model.config.model_type, dtype=self.model.dtype, **given)
+        about = {"model": self.model.config.model_type, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        trail.note(kind="live", function=_PATCH, **about, **given)
         self.subject.attribute(_METHODS, _PATCH)(
             self.model, stats_path=str(self.given), model_path=self.location, **given
         )

@@ -24,3 +24,7 @@ PROMPTS = (
 PROMPT, NEAR, FED = 48, 72, 112
 EVICT_PROMPT = {"kv_budget": BUDGET, "allow_prefill_compression": True}
 PER_LAYER_PER_HEAD = {"per_head_pruning": False, "per_layer_perhead_pruning": True}
+
+#: Causes of failures, told as one finding each.
+PADDED = "a left-padded row of a batch gives other tokens than alone"
+PROMPT_STEP = "a prompt above the trigger is not compressed after its step"

@@ -7,6 +7,7 @@ has and no passing one. What remains is told family by family.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,6 +21,9 @@ Call = Mapping[str, str]
 _Terms = Sequence[tuple[str, str, bool]]
 _Rank = tuple[int, int, int, int]
 
+#: A cause that is only the line which raised.
+_LINE = re.compile(r"\w+ at \S+:\d+")
+
 
 @dataclass(frozen=True, slots=True)
 class Trail:
@@ -32,18 +36,16 @@ class Trail:
 def findings(results: Sequence[CheckResult], trails: Mapping[str, Trail]) -> list[Finding]:
     """The failures among ``results`` grouped by cause, those with the most checks first."""
     failing = [result for result in results if result.verdict in FAILING]
+    by_cause: dict[str, str] = {result.id: result.cause for result in failing if result.cause}
+    open_ = [one.id for one in failing if one.verdict is Verdict.FAIL and (not one.cause or _LINE.fullmatch(one.cause))]
+    for words, members in _by_property(open_, trails):
+        # one line that raises is told as such
+        if len({by_cause.get(name, "") for name in members}) > 1 or members[0] not in by_cause:
+            by_cause |= dict.fromkeys(members, words)
     groups: dict[str, list[str]] = {}
     for result in failing:
-        if result.cause:
-            groups.setdefault(result.cause, []).append(result.id)
-    left = [result.id for result in failing if not result.cause and result.verdict is Verdict.FAIL]
-    for words, members in _by_property(left, trails):
-        groups[words] = members
-        left = [name for name in left if name not in members]
-    told = {name for members in groups.values() for name in members}
-    for result in failing:
-        if result.id not in told:
-            groups.setdefault(f"{result.verdict}: {result.id.rpartition('.')[0]}", []).append(result.id)
+        family = f"{result.verdict}: {result.id.rpartition('.')[0]}"
+        groups.setdefault(by_cause.get(result.id, family), []).append(result.id)
     blocked = [(result.id, result.by) for result in results if result.verdict is Verdict.BLOCKED]
     found = [
         Finding(cause=cause, checks=members, blocks=[name for name, by in blocked if by in members])
@@ -53,14 +55,20 @@ def findings(results: Sequence[CheckResult], trails: Mapping[str, Trail]) -> lis
 
 
 def _by_property(failing: Sequence[str], trails: Mapping[str, Trail]) -> Iterator[tuple[str, list[str]]]:
-    """Groups of failing checks that a property explains: the property in words, and the ids; largest groups first."""
+    """Groups of failing checks that a property explains: the property in words, and the ids; largest groups first.
+
+    Calls of different kinds (scoring, the compressor, a live model) are never compared.
+    """
     calls = {name: found for name in failing if name in trails and (found := trails[name].failed)}
-    passing = [call for trail in trails.values() for call in trail.passed if call.get("class", "A") == "A"]
-    passing = [call for call in passing if all(not _alike(call, failed) for failed in calls.values())]
-    while (best := max(_explanations(calls, passing), key=lambda one: one[0], default=None)) is not None:
-        _, terms, members = best
-        yield _words(terms), members
-        calls = {name: call for name, call in calls.items() if name not in members}
+    passed = [call for trail in trails.values() for call in trail.passed if call.get("class", "A") == "A"]
+    passed = [call for call in passed if all(not _alike(call, failed) for failed in calls.values())]
+    for kind in sorted({call.get("kind", "") for call in calls.values()}):
+        own = {name: call for name, call in calls.items() if call.get("kind", "") == kind}
+        passing = [call for call in passed if call.get("kind", "") == kind]
+        while (best := max(_explanations(own, passing), key=lambda one: one[0], default=None)) is not None:
+            _, terms, members = best
+            yield _words(terms), members
+            own = {name: call for name, call in own.items() if name not in members}
 
 
 def _alike(one: Call, other: Call) -> bool:
@@ -77,14 +85,17 @@ def _explanations(calls: Mapping[str, Call], passing: Sequence[Call]) -> Iterato
     # what a call does not have may explain it too: "dtype other than float32"
     terms = sorted({(name, value, True) for call in calls.values() for name, value in call.items()})
     terms += sorted({(name, value, False) for call in passing for name, value in call.items()})
-    terms = [term for term in terms if term[0] != "class"]
-    for size in (1, 2):
+    terms = [term for term in terms if term[0] not in ("class", "kind")]
+    # the options of a patch are too few and too alike for pairs of them to mean anything
+    scoring = all("path" in call for call in calls.values())
+    for size in (1, 2) if scoring else (1,):
         for chosen in combinations(terms, size):
             if len({name for name, _, _ in chosen}) < size:
                 continue
             members = [name for name, call in calls.items() if _has(call, chosen)]
             plain = sum(is_it for _, _, is_it in chosen)
-            if not members or (len(members) == 1 and (size > 1 or not plain)) or any(_has(c, chosen) for c in passing):
+            alone = len(members) == 1 and (size > 1 or not plain or not scoring)
+            if not members or alone or (not scoring and not plain) or any(_has(call, chosen) for call in passing):
                 continue
             if any(_differs(call, chosen) for call in passing):
                 by_path = sum(name != "function" for name, _, _ in chosen)

@@ -304,7 +304,9 @@ def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], con
     style = "bold red" if first.must_pass else "bold yellow"
     blocks = f", which {'block' if len(members) > 1 else 'blocks'} {count(len(finding.blocks), 'more check')}"
     held = f"{count(len(members), 'check')}{blocks if finding.blocks else ''}"
-    console.print(Text.assemble((f"finding {number}  ", style), (finding.cause, "bold"), f"  ({held})"))
+    # a family without a known cause is told by what it claims
+    cause = f"not true: {spec.claim}" if finding.cause == f"{result.verdict}: {spec.family}" else finding.cause
+    console.print(Text.assemble((f"finding {number}  ", style), (cause, "bold"), f"  ({held})"))
     message = result.message.partition("; repeat with: ")[0]
     console.print(Text.assemble((f"{result.verdict} ", style), (first.check.id, "bold"), f"  {message}"))
     if others := [cell.check.id for cell in members if cell is not first]:

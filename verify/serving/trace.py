@@ -31,7 +31,9 @@ def _show(package: str | None) -> None:
     """Let what ``package`` logs appear in the output of this process, unless something shows it already."""
     logger = logging.getLogger(package)
     if package and not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler(sys.stdout))
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("(%(processName)s) %(levelname)s %(message)s"))
+        logger.addHandler(handler)
         logger.setLevel(logging.INFO)
 
 

@@ -128,7 +128,7 @@ def results(tree: Tree, output: str) -> dict[str, CheckResult]:
         ("p1.gpu.only", "SKIP", "NO_GPU"),
         ("p1.teardown.only", "ERROR", None),
         ("p2.across.id", "BLOCKED", "p1.values.bad"),
-        ("p2.lacks.name", "FAIL", None),
+        ("p2.lacks.name", "ABSENT", None),
         ("p2.raises.subject", "FAIL", None),
         ("p2.raises.suite", "ERROR", None),
         ("p2.late.python", "TIMEOUT", None),
@@ -482,6 +482,9 @@ def _result(number: int, gate: str, verdict: Verdict, by: int | None = None) -> 
         ([("soft", "INFRA"), ("soft", "BLOCKED", 0)], False, 3),
         ([("soft", "INFRA"), ("soft", "FAIL")], True, 3),
         ([("soft", "INFRA"), ("hard", "FAIL")], False, 1),
+        ([("hard", "ABSENT")], False, 1),
+        ([("hard", "REFUSED")], False, 1),
+        ([("soft", "ABSENT"), ("soft", "REFUSED")], True, 0),
     ],
 )
 def test_exit_code(results: list[tuple], strict_soft: bool, code: int) -> None:

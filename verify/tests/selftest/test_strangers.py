@@ -18,8 +18,9 @@ _STRANGERS = IMPORT_ROOT / "verify" / "tests" / "strangers"
 
 def _judged(subject: Path, out: Path) -> tuple[int, Record]:
     """The exit code of a run of phases 2 and 4, and its record."""
+    options = ["--device=cpu", f"--subject={subject}", "--phases=2,4", f"--out={out}"]
     child = subprocess.run(
-        [sys.executable, "-m", "verify", "run", "--device", "cpu", f"--subject={subject}", "--phases=2,4", f"--out={out}"],
+        [sys.executable, "-m", "verify", "run", *options],
         cwd=IMPORT_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     (path,) = out.glob("*/record.json")
