@@ -197,9 +197,9 @@ def must_pass(
         return [check for check in hard if check.capability != "plan" and verdicts.get(check.id) not in NOT_OFFERED]
     offered = {check.capability for check in applying if verdicts.get(check.id, Verdict.ABSENT) not in NOT_OFFERED}
     wanted = {name for names in PROFILES[profile] for name in ({*names} & offered or names)}
-    if profile != "full":
-        # one function of a capability is enough
-        hard = [c for c in hard if c.spec.family != "p2.names" or verdicts.get(c.id) is not Verdict.ABSENT]
+    if profile != "full":  # of a capability that is offered, one function is enough
+        spared = {check.id for check in hard if check.spec.family == "p2.names" and check.capability in offered}
+        hard = [check for check in hard if check.id not in spared or verdicts.get(check.id) is not Verdict.ABSENT]
     soft = [check for check in applying if check.spec.family in _SERVING] if profile == "serving" else []
     return [check for check in hard if check.capability in wanted] + soft
 

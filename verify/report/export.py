@@ -24,7 +24,7 @@ _FAILURES = frozenset({Verdict.FAIL})
 #: Only VERIFIED is green.
 _COLOURS = {
     TargetVerdict.VERIFIED: ("brightgreen", "#2e7d32"),
-    TargetVerdict.CONFORMS: ("green", "#388e3c"),
+    TargetVerdict.CONFORMS: ("blue", "#1565c0"),
     TargetVerdict.FAILED: ("red", "#c62828"),
     TargetVerdict.EMULATED_FAIL: ("red", "#c62828"),
     TargetVerdict.INFRA: ("orange", "#b35900"),

@@ -58,7 +58,7 @@ _FAMILIES = 3
 
 _VERDICT_STYLE = {
     TargetVerdict.VERIFIED: "bold green",
-    TargetVerdict.CONFORMS: "bold green",
+    TargetVerdict.CONFORMS: "bold cyan",
     # a pass, but not on a GPU: only VERIFIED is green
     TargetVerdict.EMULATED_PASS: "bold cyan",
     TargetVerdict.INCOMPLETE: "bold yellow",

@@ -15,7 +15,7 @@ from types import TracebackType
 import pytest
 
 from verify.checks import PROFILES, SKIP_CODES, CheckSpec
-from verify.errors import InfraError, Refused, SubjectLacks, SubjectNeeds, skip
+from verify.errors import InfraError, Refused, SubjectLacks, SubjectNeeds, Wrong, skip
 from verify.files import IMPORT_ROOT
 from verify.machine import processors
 from verify.machine.environment import localise
@@ -115,7 +115,7 @@ def ending_of(
     where = _place(excinfo, root)
     if isinstance(error, pytest.fail.Exception) and _passed_through(excinfo.tb, "pytest_timeout"):
         return Ending(Verdict.TIMEOUT, localise(f"{where}{error}", root, own))
-    failed = when == "call" and isinstance(error, AssertionError | pytest.fail.Exception)
+    failed = isinstance(error, Wrong) or (when == "call" and isinstance(error, AssertionError | pytest.fail.Exception))
     if isinstance(error, SubjectLacks):
         return Ending(Verdict.ABSENT, localise(str(error), root, own))
     if isinstance(error, SubjectNeeds):

@@ -13,11 +13,13 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from verify.errors import Wrong
 from verify.machine.processors import cores
 from verify.machine.workers import end_with_parent
 
@@ -35,6 +37,10 @@ _ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?(ERROR [\d-]+ [\d:]+ \[[^]]*\] ?)?")
 _USUAL = re.compile(r"^(INFO|WARNING|DEBUG) |Warning: |warnings\.warn\(|^Traceback |^\s*[\^~]*$")
 _FRAME = re.compile(r'^\s+File ".*", line \d+')
+#: The exception of an engine that died.
+_FATAL = re.compile(
+    r"EngineCore (?:encountered a fatal error|failed to start)[\s\S]*?\b(\w*(?:Error|Exception): [^\n]+)"
+)
 _SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? (\S+)")
 
 
@@ -117,7 +123,9 @@ class Server:
             )  # fmt: skip
 
     def await_health(self) -> None:
-        """Wait until the launched server answers. Raises AssertionError, with the end of the log, if it does not."""
+        """Wait until the launched server answers. Raises AssertionError, with the end of the log, if it does not, and
+        Wrong if it has ended.
+        """
         import httpx
 
         until = time.monotonic() + START_LIMIT_S
@@ -129,7 +137,7 @@ class Server:
                 pass
             assert time.monotonic() < until, self._told(f"was not healthy within {START_LIMIT_S:g} s")
             time.sleep(_POLL_S)
-        raise AssertionError(self._told(f"ended with exit code {self._process.returncode} before it was healthy"))
+        raise Wrong(self._told(f"ended with exit code {self._process.returncode}"), self._cause())
 
     def _await_end(self, limit_s: float) -> int:
         try:
@@ -229,18 +237,32 @@ class Server:
         self._check(response)
         return response.json()
 
-    def _client(self) -> Any:
+    @contextmanager
+    def _client(self) -> Iterator[Any]:
+        """A client of the server. Raises Wrong, with the end of the log, if nothing answers any more."""
         import httpx
 
-        # ignore the user's proxy: nothing here leaves the machine
-        return httpx.Client(base_url=f"http://{_HOST}:{self._port}", timeout=_REQUEST_LIMIT_S, trust_env=False)
+        place = f"http://{_HOST}:{self._port}"
+        try:
+            # ignore the user's proxy: nothing here leaves the machine
+            with httpx.Client(base_url=place, timeout=_REQUEST_LIMIT_S, trust_env=False) as client:
+                yield client
+        except httpx.TransportError as error:
+            raise Wrong(self._told(f"does not answer ({type(error).__name__}: {error})"), self._cause()) from error
+
+    def _cause(self) -> str:
+        """The error that ended the server's engine, if the log of a dead one names it."""
+        found = _FATAL.search(self.text())
+        return f"the server's engine died: {found[1]}" if found else ""
 
     def _check(self, response: Any) -> None:
         if response.is_success:
             return
         told = f"answered {response.request.url.path} with {response.status_code} ({response.text[:400]})"
         # a client error explains itself; for a server error the log says more
-        raise AssertionError(self._told(told) if response.is_server_error else f"the server {told}")
+        if not response.is_server_error:
+            raise AssertionError(f"the server {told}")
+        raise Wrong(self._told(told), self._cause())
 
 
 def refused(
