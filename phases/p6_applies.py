@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import verify
 from verify import check
-from verify.errors import SubjectLacks, SubjectNeeds
+from verify.errors import SubjectLacks, SubjectNeeds, Wrong
 from verify.model.live_model import LiveModel
 from verify.model.settings import PROMPT, PROMPTS
-from verify.subject.refusal import raised_in
+from verify.subject.refusal import raised_in, refusal
 
 
 @check(
@@ -28,6 +29,9 @@ def test_the_patch_can_be_applied(case: str, model: LiveModel) -> None:
     except (SubjectLacks, SubjectNeeds):
         raise
     except Exception as error:  # a subject may crash in any way
-        at = raised_in(error, model.subject, (Path(__file__).parent,)) or "a line that is not the subject's"
-        raise AssertionError(f"{what}: {type(error).__name__} at {at}: {error}") from None
+        at = raised_in(error, model.subject, (Path(__file__).parent, Path(verify.__file__).parent))
+        if not at or refusal(error, model.subject):
+            raise
+        cause = f"{what}: {type(error).__name__} at {at}"
+        raise Wrong(f"{cause}: {error}", cause) from None
     assert fed == [PROMPT, PROMPT + 1], f"{fed} tokens were fed"

@@ -116,7 +116,8 @@ class Judge:
         selection, causes = found.selection(self.readings[0]), [""]
         if not right:
             causes = found.causes(held, self.readings) or [""]
-            place += f", {selection.told(held, evictable)}" + (causes[0] and f"; cause: {', and '.join(causes)}")
+            place += f", {selection.told(held, evictable)}; the model's RoPE base is {self.caches.theta:.0f}"
+            place += causes[0] and f"; cause: {', and '.join(causes)}"
         inversion = selection.inversion(held, evictable)
         self.measure("best evicted over worst kept score", inversion, selection.allowed, where=place, cause=causes[0])
 
@@ -159,7 +160,7 @@ class _Round:
         off = abs(rounded / caches.omega - 1).max()
         omega = [Reading(f"omega is rounded to bf16 (relative error {off:.1%})", {"omega": rounded})]
         if caches.theta != 1e4:
-            fallback = f"RoPE base 10000 is used instead of the model's {caches.theta:.0f}"
+            fallback = "RoPE base 10000 is used, not the model's own"
             omega.append(Reading(fallback, {"omega": frequencies(1e4)}))
         yield Reading(), *omega
         if caches.group > 1:

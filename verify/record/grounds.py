@@ -42,7 +42,7 @@ NEUTRAL = frozenset(
         "record/verdict.py",
         *("report/", "run/", "selftest/", "examples/"),
         *("subject/contract.py", "subject/meanings.py", "subject/scaffold.py", "subject/templates/"),
-        *("subject/version.py", "record/findings.py", "record/trail.py"),
+        *("subject/version.py", "record/capabilities.py", "record/findings.py", "record/trail.py"),
         # what they decide is in the record, and a reader decides it again
         *("fixtures.py", "record/schema.py", "record/strict.py"),
     )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 
 from verify.architectures import EMULATED, Target, parse_target
-from verify.checks import CAPABILITIES, PROFILES, Check, Gate, catalogue
+from verify.checks import PROFILES, Check, Gate, catalogue
 from verify.record.archive import newest_first
 from verify.record.builds import Compilation
+from verify.record.capabilities import by_capability
 from verify.record.grounds import BUNDLED, Checkout
 from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Evidence, Finding, Record, SubjectInfo, Verdict
 from verify.record.staleness import Comparison, merged, why_not_merged
@@ -41,9 +41,6 @@ _EMULATED_WORDS = {
 
 #: The SOFT families that an implementation with the profile ``serving`` must pass too.
 _SERVING = frozenset({"p7.plugin", "p7.stream", "p7.replay", "p7.together", "p7.blocks"})
-
-#: The accuracy class in the place of a measurement.
-_CLASS = re.compile(r"\bclass ([ABC])\b")
 
 #: The evidence that a matrix cell may show, best first. A GPU's cell never shows an emulated result.
 _EMULATED_ONLY: tuple[Evidence, ...] = ("emulated",)
@@ -134,9 +131,14 @@ class Assessment:
     @property
     def capabilities(self) -> dict[str, str]:
         """What the subject offers, capability by capability, in words; empty where the bundled one passes."""
-        if self.subject is None or (self.subject.source == BUNDLED and not any(cell.failed for cell in self.must_pass)):
-            return {}
-        return by_capability(self.cells, self.subject)
+        passes = not any(cell.failed or cell.not_offered for cell in self.must_pass)
+        return {} if self.subject is None or (self.subject.source == BUNDLED and passes) else self.offered
+
+    @property
+    def offered(self) -> dict[str, str]:
+        """``capabilities`` of any subject."""
+        results = ((cell.check.capability, cell.outcome) for cell in self.cells if cell.proves and cell.result)
+        return by_capability(results, self.used[0].subject)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -332,41 +334,6 @@ def _sentence(
         f"{len(hard) - passed} {'has' if passed == len(hard) - 1 else 'have'} no valid result{ahead}, "
         f"so {target.target} is INCOMPLETE{end}"
     )
-
-
-def by_capability(cells: Sequence[Cell], subject: SubjectInfo) -> dict[str, str]:
-    """What the subject offers, by capability: how many of its checks passed, and what it does not offer."""
-    told = {}
-    for name, words in CAPABILITIES.items():
-        results = [cell.outcome for cell in cells if cell.check.capability == name and cell.proves and cell.result]
-        if name in ("environment", "latency") or not results:
-            continue
-        judged = [one for one in results if one.verdict is Verdict.PASS or one.verdict in FAILING]
-        refused = dict.fromkeys(one.aspect for one in results if one.verdict is Verdict.REFUSED and one.aspect)
-        absent = [one for one in results if one.verdict is Verdict.ABSENT]
-        if not judged:
-            blocked = any(one.verdict is Verdict.BLOCKED for one in results)
-            silent = all(one.message.startswith("not implemented") for one in absent)
-            if absent:
-                told[words] = "not implemented" if silent else "not offered"
-            elif blocked:
-                told[words] = "blocked"
-            continue
-        passed = sum(one.verdict is Verdict.PASS for one in judged)
-        classes = {found[1] for one in judged for m in one.measurements if (found := _CLASS.search(m.where))}
-        parts = [*([f"class {max(classes)}"] if classes else []), f"{passed} of {len(judged)}"]
-        within = _narrowed(subject) if name in ("triton", "pytorch") else ""
-        told[words] = f"{', '.join(parts)}{within}" + "".join(f"; {aspect}: refused" for aspect in refused)
-    return told
-
-
-def _narrowed(subject: SubjectInfo) -> str:
-    """The values that the author says the subject takes, in brackets; empty without any."""
-    parts = []
-    for name, values in subject.narrowed.items():
-        fixed = f"{values[0].count(',') + 1} fixed offsets" if len(values) == 1 else f"{len(values)} sets of offsets"
-        parts.append(fixed if name == "offsets" else f"{name} {', '.join(values)}")
-    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _where(target: Target, used: Sequence[Record]) -> str:

@@ -20,7 +20,6 @@ from verify.record.verdict import (
     Assessment,
     Cell,
     TargetVerdict,
-    by_capability,
     describe_subject,
     fill_command,
     missing_by_phase,
@@ -143,7 +142,7 @@ def print_subjects(assessments: Sequence[Assessment], console: Console) -> None:
     for one in assessments:
         newest = one.used[0]
         table.add_column(Text(f"{newest.subject.source}\n{describe_subject(newest.subject)}"), overflow="fold")
-        told.append(by_capability(one.cells, newest.subject))
+        told.append(one.offered)
     profiles = [profile_of(one.used[0].subject) or "none" for one in assessments]
     table.add_row(
         "verdict", *(Text(one.verdict, style=_VERDICT_STYLE.get(one.verdict, "bold red")) for one in assessments)

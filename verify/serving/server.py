@@ -137,7 +137,7 @@ class Server:
                 pass
             assert time.monotonic() < until, self._told(f"was not healthy within {START_LIMIT_S:g} s")
             time.sleep(_POLL_S)
-        raise Wrong(self._told(f"ended with exit code {self._process.returncode}"), self._cause())
+        raise Wrong(self._told(f"ended with exit code {self._process.returncode} before it was healthy"), self._cause())
 
     def _await_end(self, limit_s: float) -> int:
         try:
