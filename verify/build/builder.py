@@ -28,7 +28,7 @@ from verify.judge.problems import Shape
 from verify.judge.variants import widened
 from verify.machine.environment import NOT_INSTALLED, localise, ptxas_versions, variables, version_of
 from verify.machine.workers import Pool, Worker, WorkerDied, WorkerHung
-from verify.record.builds import WRONG, Build, BuildVerdict, Compilation
+from verify.record.builds import NOT_OFFERED, WRONG, Build, BuildVerdict, Compilation
 from verify.record.digest import digest_of
 from verify.record.strict import Strict
 from verify.subject.launches import Exchanged, Launch, Tensor
@@ -354,5 +354,7 @@ def _is_gap(control: Answer) -> bool:
 def failed(compilations: Iterable[Compilation]) -> bool:
     """Whether a kernel was not built although the toolchain supports the architecture, or a variant launches none."""
     return any(
-        (one.unlaunched and not one.gap) or any(build.verdict in WRONG for build in one.needed) for one in compilations
+        (not one.gap and any(not problem.startswith(NOT_OFFERED) for problem in one.unlaunched.values()))
+        or any(build.verdict in WRONG for build in one.needed)
+        for one in compilations
     )

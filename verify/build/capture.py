@@ -14,6 +14,7 @@ from pathlib import Path
 
 from verify.checks import DEFAULT_SEED, derive_seed
 from verify.errors import SubjectLacks
+from verify.record.builds import NOT_OFFERED
 from verify.judge.problems import Shape
 from verify.judge.variants import score, widened
 from verify.machine.workers import end_with_parent
@@ -47,7 +48,7 @@ def capture(subject: Subject, name: str, shape: Shape) -> Captured:
     except UnknownArgument:
         raise
     except SubjectLacks as error:
-        return Captured(problem=str(error))
+        return Captured(problem=f"{NOT_OFFERED}{error}")
     except Exception as error:  # a subject may raise anything; it always means that this variant has no kernel
         return Captured(problem=f"the subject's call raised {type(error).__name__}: {error}")
     if not launches:

@@ -12,7 +12,7 @@ from verify.build.resources import Earlier
 from verify.checks import DEFAULT_SEED, SKIP_CODES, Check, catalogue
 from verify.files import repository_root
 from verify.machine.environment import capture
-from verify.record.builds import WRONG, BuildVerdict, Compilation
+from verify.record.builds import NOT_OFFERED, WRONG, BuildVerdict, Compilation
 from verify.record.digest import instrument_sha256
 from verify.record.grounds import Checkout
 from verify.record.schema import CheckResult, Record, SubjectInfo, Verdict
@@ -90,7 +90,8 @@ def _results(order: Order, now: Compilation, checks: Iterable[Check], last: Comp
 def _launched(subject: Subject, check: Check, now: Compilation, only: Sequence[str]) -> CheckResult | None:
     """The result of a check that launches a variant; None without builds, with ``only``, or if one is inconclusive."""
     if problem := now.unlaunched.get(check.case):
-        return _result(subject, check, now, Verdict.FAIL, message=problem)
+        absent = problem.startswith(NOT_OFFERED)
+        return _result(subject, check, now, Verdict.ABSENT if absent else Verdict.FAIL, message=problem)
     builds = now.of(check.case)
     if not builds or only:
         return None

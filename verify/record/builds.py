@@ -107,6 +107,10 @@ class Build(Strict):
         return self
 
 
+#: How the reason begins why a variant that the subject does not offer launches nothing.
+NOT_OFFERED = "not offered: "
+
+
 class Compilation(Strict):
     """Everything built for one architecture.
 

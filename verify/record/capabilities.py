@@ -34,7 +34,7 @@ def by_capability(found: Iterable[tuple[str, CheckResult]], subject: SubjectInfo
                 told[words] = "blocked"
             continue
         passed = sum(one.verdict is Verdict.PASS for one in judged)
-        classes = {found[1] for one in judged for m in one.measurements if (found := _CLASS.search(m.where))}
+        classes = {match[1] for one in judged for m in one.measurements if (match := _CLASS.search(m.where))}
         parts = [*([f"class {max(classes)}"] if classes else []), f"{passed} of {len(judged)}"]
         within = _narrowed(subject) if name in ("triton", "pytorch") else ""
         told[words] = f"{', '.join(parts)}{within}" + "".join(f"; {aspect}: refused" for aspect in refused)
