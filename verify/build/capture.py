@@ -14,10 +14,10 @@ from pathlib import Path
 
 from verify.checks import DEFAULT_SEED, derive_seed
 from verify.errors import SubjectLacks
-from verify.record.builds import NOT_OFFERED
 from verify.judge.problems import Shape
 from verify.judge.variants import score, widened
 from verify.machine.workers import end_with_parent
+from verify.record.builds import NOT_OFFERED
 from verify.subject.launches import Exchanged, Launch, UnknownArgument, recorded
 from verify.subject.subject import Subject
 
