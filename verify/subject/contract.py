@@ -61,7 +61,7 @@ def _profiles() -> Iterator[str]:
 def _entry(name: Name) -> str:
     about = MEANINGS[name.full]
     head = f"#### `{name.full}`\n\n{about.purpose} {sections_of(name).capitalize()}.\n"
-    calls = "" if name.parameters is None else f"{_FENCE}python\n{name.name}({name.parameters})\n{_FENCE}\n"
+    calls = "" if name.parameters is None else f"{_FENCE}\n{name.name}({name.parameters})\n{_FENCE}\n"
     lines = [f"* `{one}`: {meaning_of(name, one)}" for one in parameters_of(name.module, name.name)]
     lines += [f"* it returns {about.returns}"]
     lines += [f"* its method `{signature}` returns {returns}" for signature, returns in about.methods.items()]
