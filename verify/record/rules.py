@@ -16,7 +16,7 @@ from typing import Any
 from verify.architectures import parse_target
 from verify.checks import Check
 from verify.errors import ConfigurationError
-from verify.record.schema import FAILING
+from verify.record.schema import FAILING, NOT_OFFERED
 
 #: A record cannot be older than the method it tests, or newer than now plus the error of a clock.
 _FIRST, _CLOCK_SKEW = datetime(2026, 4, 1, tzinfo=UTC), timedelta(hours=1)
@@ -163,8 +163,11 @@ def _verdict(result: Json, one: Check, by_id: Mapping[str, Json]) -> Iterator[st
         yield f"duration_s is {result['duration_s']}"
     if verdict == "PASS" and result["message"]:
         yield f"PASS with a message: {result['message'][:80]!r}"
-    if verdict in FAILING and not result["message"].strip():
+    if verdict in FAILING | NOT_OFFERED and not result["message"].strip():
         yield f"{verdict} without a message"
+    for name, words in (("aspect", ("REFUSED",)), ("cause", tuple(FAILING))):
+        if result.get(name) and verdict not in words:
+            yield f"{verdict} with the {name} {result[name]!r}"
     if (verdict == "SKIP") != (code is not None):
         yield f"{verdict} with skip code {code}"
     if code == "NO_GPU" and not (one.spec.needs_gpu and result["evidence"] != "hardware"):
@@ -198,6 +201,22 @@ def _numbers(result: Json, one: Check) -> Iterator[str]:
         yield f"FAIL with the message {result['message'][:80]!r}, but the failed measurement is {outside[0]}"
     if verdict == "FAIL" and not outside and ": measured " in result["message"]:
         yield f"FAIL with the message {result['message'][:80]!r}, but every measurement is inside its bound"
+
+
+def _findings(record: Json, known: Mapping[str, Check]) -> Found:
+    """Whether every failure is in one finding, and what a finding blocks is blocked by it."""
+    if record["state"] == "running" or record.get("compilation") or "findings" not in record:
+        return
+    by_id = {result["id"]: result for result in record["results"]}
+    members = [name for finding in record["findings"] for name in finding["checks"]]
+    yield from ((name, f"is in {number} findings") for name, number in Counter(members).items() if number > 1)
+    failing = {name for name, result in by_id.items() if result["verdict"] in FAILING}
+    yield from ((name, "failed and is in no finding") for name in sorted(failing - {*members}))
+    yield from ((name, "is in a finding, but did not fail") for name in sorted({*members} - failing))
+    for finding in record["findings"]:
+        for name in finding["blocks"]:
+            if by_id.get(name, {}).get("by") not in finding["checks"]:
+                yield name, f"is said to be blocked by the finding {finding['cause']!r}, but is not"
 
 
 def _builds(record: Json, known: Mapping[str, Check]) -> Found:
@@ -263,7 +282,9 @@ def _manifest(path: Path, record: Json) -> Found:
             yield name, f"the {result['verdict']} result differs from its events.jsonl"
 
 
-RULES: tuple[Callable[[Json, Mapping[str, Check]], Found], ...] = (_identity, _environment, _results, _builds)
+RULES: tuple[Callable[[Json, Mapping[str, Check]], Found], ...] = (
+    _identity, _environment, _results, _findings, _builds,
+)  # fmt: skip
 
 
 FILE_RULES: tuple[Callable[[Path, Json], Found], ...] = (_place, _manifest)

@@ -20,6 +20,7 @@ from verify.architectures import known_targets
 from verify.checks import Check, CheckSpec
 from verify.record.builds import Compilation
 from verify.record.curves import Curve, Point
+from verify.record.findings import findings
 from verify.record.schema import (
     CheckResult,
     Environment,
@@ -204,6 +205,8 @@ def record(target: str, results: Iterable[CheckResult], *, day: int = 1, **field
     defaults = {"state": "complete", "model": "embedded", "seed": 0, "selection": "all", "duration_s": 1.0}
     defaults |= {"instrument_sha256": "0" * 64, "sources": {ORACLE: ORACLE_SHA256}, "rests_on": [[ORACLE]]}
     defaults |= {"run_id": f"run-{target}-{day}", "time_utc": f"2026-11-{day:02d}T00:00:00Z"}
+    results = list(results)
+    defaults |= {"findings": findings(results, {})}
     return Record(
         target=target,
         subject=subject,

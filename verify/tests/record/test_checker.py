@@ -76,6 +76,7 @@ def test_an_honest_failure_is_sound(tmp_path: Path) -> None:
         words = "phases/p5.py:3: error: measured 2, allowed 1; repeat with: ..."
         number = {"name": "error", "measured": 2.0, "allowed": 1.0}
         of(whole, "p5.table.last").update(verdict="FAIL", message=words, measurements=[number])
+        whole["findings"] = [{"cause": "error", "checks": ["p5.table.last"], "blocks": []}]
 
     assert tampered(tmp_path, fail) == []
 
@@ -133,6 +134,23 @@ CHANGES: dict[str, tuple[Callable[[Json], object], str]] = {
         lambda r: of(r, TABLE).update(verdict="BLOCKED", by="p1.bf16.matmul"),
         f"{TABLE}: BLOCKED by p1.bf16.matmul, which is PASS here",
     ),
+    "no finding": (
+        lambda r: of(r, TABLE).update(verdict="FAIL", message="is wrong"), f"{TABLE}: failed and is in no finding"
+    ),
+    "finding": (
+        lambda r: r.update(findings=[{"cause": "x", "checks": [TABLE], "blocks": []}]),
+        f"{TABLE}: is in a finding, but did not fail",
+    ),
+    "two findings": (
+        lambda r: r.update(findings=[{"cause": name, "checks": [TABLE], "blocks": []} for name in "xy"]),
+        f"{TABLE}: is in 2 findings",
+    ),
+    "blocks": (
+        lambda r: r.update(findings=[{"cause": "x", "checks": [TABLE], "blocks": ["p1.bf16.matmul"]}]),
+        "p1.bf16.matmul: is said to be blocked by the finding 'x', but is not",
+    ),
+    "absent without a word": (lambda r: of(r, TABLE).update(verdict="ABSENT"), f"{TABLE}: ABSENT without a message"),
+    "aspect": (lambda r: of(r, TABLE).update(aspect="d=64"), f"{TABLE}: PASS with the aspect 'd=64'"),
     "skip": (lambda r: of(r, TABLE).update(verdict="SKIP", code="VRAM"), "SKIP(VRAM) counts as absent"),
     "no GPU wanted": (lambda r: of(r, TABLE).update(verdict="SKIP", code="NO_GPU"), "of a check that needs no GPU"),
     "another model": (
