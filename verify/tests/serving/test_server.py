@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from verify.errors import Wrong
 from verify.serving import server as server_module
 from verify.serving.server import Server, refused, telling
 
@@ -40,6 +41,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if asked.get("max_tokens") == -1:
+            print("(EngineCore pid=1) ERROR EngineCore encountered a fatal error.")
+            print("(EngineCore pid=1) ERROR TypeError: schedule() takes 1 argument", flush=True)
+            os._exit(0)
         if asked.get("max_tokens") == 0:
             self.send_response(400)
             self.end_headers()
@@ -118,6 +123,14 @@ def test_a_server_that_dies_tells_why(env: dict[str, str], tmp_path: Path) -> No
     message = r"exit code 1 before it was healthy; log ends: ValueError: no such thing$"
     with pytest.raises(AssertionError, match=message), Server("m", env, tmp_path / "log", "broken"):
         pass
+
+
+def test_a_server_that_is_gone_is_a_failure_with_the_error_of_its_engine(env: dict[str, str], tmp_path: Path) -> None:
+    with Server("m", env, tmp_path / "log") as server:
+        for request in (lambda: server.complete("x", -1), server.models, server.metrics):
+            with pytest.raises(Wrong, match="the server does not answer") as caught:
+                request()
+            assert caught.value.cause == "the server's engine died: TypeError: schedule() takes 1 argument"
 
 
 def test_one_that_should_have_refused_is_an_error(env: dict[str, str], tmp_path: Path) -> None:
