@@ -9,7 +9,7 @@ from verify.checks import CAPABILITIES
 from verify.record.schema import FAILING, CheckResult, SubjectInfo, Verdict
 
 #: The accuracy class in the place of a measurement.
-_CLASS = re.compile(r"\bclass ([ABC])\b")
+_CLASS = re.compile(r"\bclass ([ABC]), \S+ units of ")
 
 
 def by_capability(found: Iterable[tuple[str, CheckResult]], subject: SubjectInfo) -> dict[str, str]:

@@ -52,13 +52,13 @@ def _kept(caches: Caches, by_head: np.ndarray, layer: int = 0) -> Kept:
     return Kept(held, held, indices, keys.shape[2], SimpleNamespace())  # type: ignore[arg-type]
 
 
-def _measure(name: str, measured: float, allowed: float, *, unit: str = "", where: str = "") -> None:
+def _measure(name: str, measured: float, allowed: float, *, unit: str = "", where: str = "", cause: str = "") -> None:
     assert measured <= allowed, where
 
 
 _BFLOAT16 = {"omega": as_bfloat16(frequencies(1e6)), "rounded": True}
 _MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "base": ({}, {"omega": frequencies(1e4)}, "RoPE base 10000 is used instead of the model's 1000000"),
+    "base": ({}, {"omega": frequencies(1e4)}, "RoPE base 10000 is used, not the model's own"),
     "bfloat16": ({"offset_max_length": 16384}, _BFLOAT16, r"omega is rounded to bf16 \(relative error 0.4%\)"),
     "bfloat16_far": ({"offset_max_length": 65536}, _BFLOAT16, "omega is rounded to bf16"),
     "averaged": ({}, {"averaged": True}, "statistics of a group's query heads are averaged"),

@@ -52,7 +52,8 @@ def test_a_stranger_is_judged_by_what_it_offers(
     passed, judged = found.capabilities[capability].partition(" of ")[::2]
     assert passed.split()[-1] == judged.split()[0].rstrip(";")
     assert found.capabilities["compressor"] == "not offered"
-    asked_for = {"scorer": 0, "full": 1} if name == "fixed" else {"scorer": 1}
+    # a scorer must take max and the options too
+    asked_for = {"scorer": 1, "full": 1}
     assert {one: exit_code(record.results, "emulated", one) for one in asked_for} == asked_for
     assert "judged by what it offers" in found.sentence
 
