@@ -18,6 +18,7 @@ from verify.architectures import known_targets
 from verify.checks import catalogue
 from verify.files import EVIDENCE
 from verify.record.archive import load
+from verify.record.grounds import BUNDLED
 from verify.record.verdict import assess
 from verify.report.matrix import headline
 from verify.subject.find import find_subject
@@ -159,8 +160,10 @@ def test_the_status_is_that_of_the_published_records() -> None:
 
 
 def status() -> str:
-    """The headline of the published records, whose results count as they were made, with the day of the newest."""
-    records = load([REPOSITORY / EVIDENCE]).records
+    """The headline of the published records of the reference, whose results count as they were made, with the day of
+    the newest.
+    """
+    records = [one for one in load([REPOSITORY / EVIDENCE]).records if one.subject.source == BUNDLED]
     checks = list(catalogue())
     found = headline([assess(target, records, checks) for target in known_targets()])
     newest = max(record.time_utc for record in records)[:10]
