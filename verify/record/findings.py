@@ -2,7 +2,7 @@
 
 Failures share a cause if the subject raised the same exception in the same line, or if the check names the cause.
 Others are compared by the properties of the calls they made: a property, or two, that each of several failing calls
-has and no passing one. What remains is told family by family.
+has and no passing one. Each remaining failure is listed under the family of its check.
 """
 
 from __future__ import annotations
@@ -39,19 +39,23 @@ def findings(results: Sequence[CheckResult], trails: Mapping[str, Trail]) -> lis
     by_cause: dict[str, str] = {result.id: result.cause for result in failing if result.cause}
     open_ = [one.id for one in failing if one.verdict is Verdict.FAIL and (not one.cause or _LINE.fullmatch(one.cause))]
     for words, members in _by_property(open_, trails):
-        # one line that raises is told as such
+        # failures that all come from one line keep that line as their cause
         if len({by_cause.get(name, "") for name in members}) > 1 or members[0] not in by_cause:
             by_cause |= dict.fromkeys(members, words)
     groups: dict[str, list[str]] = {}
     for result in failing:
-        family = f"{result.verdict}: {result.id.rpartition('.')[0]}"
-        groups.setdefault(by_cause.get(result.id, family), []).append(result.id)
+        groups.setdefault(by_cause.get(result.id) or without_cause(result), []).append(result.id)
     blocked = [(result.id, result.by) for result in results if result.verdict is Verdict.BLOCKED]
     found = [
         Finding(cause=cause, checks=members, blocks=[name for name, by in blocked if by in members])
         for cause, members in groups.items()
     ]
     return sorted(found, key=lambda one: -len(one.checks) - len(one.blocks))
+
+
+def without_cause(result: CheckResult) -> str:
+    """The title of the finding of a failure whose cause is not known: its verdict and the family of the check."""
+    return f"{result.verdict}: {result.id.rpartition('.')[0]}"
 
 
 def _by_property(failing: Sequence[str], trails: Mapping[str, Trail]) -> Iterator[tuple[str, list[str]]]:

@@ -11,6 +11,7 @@ from verify.checks import PROFILES, Check, Gate, catalogue
 from verify.record.archive import newest_first
 from verify.record.builds import Compilation
 from verify.record.capabilities import by_capability
+from verify.record.findings import without_cause
 from verify.record.grounds import BUNDLED, Checkout
 from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Evidence, Finding, Record, SubjectInfo, Verdict
 from verify.record.staleness import Comparison, merged, why_not_merged
@@ -153,7 +154,7 @@ class Assessment:
         left: dict[str, list[str]] = {}
         for cell in self.cells:
             if (cell.run_id, cell.check.id) in failed:
-                left.setdefault(f"{cell.outcome.verdict}: {cell.check.spec.family}", []).append(cell.check.id)
+                left.setdefault(without_cause(cell.outcome), []).append(cell.check.id)
         return (*found, *(Finding(cause=cause, checks=checks) for cause, checks in left.items()))
 
     @property

@@ -15,6 +15,7 @@ from rich.text import Text
 from verify.architectures import Architecture, Target
 from verify.checks import CAPABILITIES, PHASES, SKIP_CODES
 from verify.files import repository_root
+from verify.record.findings import without_cause
 from verify.record.schema import FAILING, CheckResult, Evidence, Finding
 from verify.record.verdict import (
     Assessment,
@@ -288,9 +289,10 @@ def _print_cells(assessment: Assessment, cells: Sequence[Cell], console: Console
     console.print(_matrix(rows(cells), console.width))
     console.print()
     by_id = {cell.check.id: cell for cell in cells}
-    for number, finding in enumerate(assessment.findings[:_TOLD], start=1):
+    found = assessment.findings
+    for number, finding in enumerate(found[:_TOLD], start=1):
         _print_finding(number, finding, by_id, console)
-    if (more := len(assessment.findings) - _TOLD) > 0:
+    if (more := len(found) - _TOLD) > 0:
         console.print(Text(f"and {count(more, 'more finding')}; the record lists them all", style="red"))
 
 
@@ -303,8 +305,8 @@ def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], con
     style = "bold red" if first.must_pass else "bold yellow"
     blocks = f", which {'block' if len(members) > 1 else 'blocks'} {count(len(finding.blocks), 'more check')}"
     held = f"{count(len(members), 'check')}{blocks if finding.blocks else ''}"
-    # a family without a known cause is told by what it claims
-    cause = f"not true: {spec.claim}" if finding.cause == f"{result.verdict}: {spec.family}" else finding.cause
+    # if the cause is not known, the title is the claim that does not hold
+    cause = f"not true: {spec.claim}" if finding.cause == without_cause(result) else finding.cause
     console.print(Text.assemble((f"finding {number}  ", style), (cause, "bold"), f"  ({held})"))
     message = result.message.partition("; repeat with: ")[0]
     console.print(Text.assemble((f"{result.verdict} ", style), (first.check.id, "bold"), f"  {message}"))
