@@ -9,9 +9,9 @@ from typing import Any
 
 from verify import Measure, check, skip
 from verify.errors import SubjectLacks, SubjectNeeds
-from verify.judge.offers import refusable
 from verify.subject.offered import unwritten
 from verify.subject.published import CONFIG_DEFAULTS, NAMES, Name, signature_differs
+from verify.subject.refusal import refusable
 from verify.subject.subject import Subject
 
 _BY_CASE = {name.full.replace(".", "-"): name for name in NAMES}

@@ -109,7 +109,8 @@ def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: i
 
 
 @check(
-    "p4.plan", gate="hard", cases="triton_vs_pytorch", plan="3.2", needs=("p1.identity", "p1.triton", "p3.plan"),
+    "p4.plan", gate="hard", cases="triton_vs_pytorch", plan="3.2", capability="plan",
+    needs=("p1.identity", "p1.triton", "p3.plan"),
     claim="On the plan's inputs the two paths differ by less than 1e-2, and by less than twice the class A budget.",
     reason="It is the plan's HARD gate 3.2; the second, derived bound is what correct paths achieve.",
     tolerance=(

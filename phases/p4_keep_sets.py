@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from verify import Measure, check
-from verify.errors import Refused, Wrong
+from verify.errors import Wrong
 from verify.judge.compressed import LATER, PER_LAYER, REGION, TOLERANCE, UNSORTED, Judge, Reading, lowest_first
 from verify.judge.compressing import Compressor, Kept
 from verify.judge.compressor import BUDGET, DIVIDE, Caches, make_caches, tied, write_statistics
-from verify.subject.refusal import REFUSALS, refusal
+from verify.subject.refusal import must_refuse
 from verify.subject.subject import Subject
 
 _PROMPT, _WINDOW = 20, 8
@@ -258,12 +258,8 @@ def test_compressor_statistics(case: str, subject: Subject, device: str, seed: i
     if case == "no_file":
         caches = replace(caches, statistics=None)
     layer = 2 if case == "layer_beyond" else 1
-    try:
-        Compressor.of(subject, caches, **options).compress(keys, values, layer_idx=layer)
-    except Refused:
-        return
-    except REFUSALS as error:
-        if not refusal(error, subject):
-            raise
-        return
-    raise AssertionError(f"layer {layer} was compressed without statistics ({case})")
+    must_refuse(
+        subject,
+        f"compression of layer {layer} without its statistics ({case})",
+        lambda: Compressor.of(subject, caches, **options).compress(keys, values, layer_idx=layer),
+    )

@@ -5,10 +5,12 @@ The published API has no such function, so only a subject that offers one is jud
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from verify import Measure, check
 from verify.judge.keep_set import Selection, select
+from verify.judge.offers import Attempt
 from verify.judge.problems import Problem, Shape, make
 from verify.judge.scoring import Scorer, scorers
 from verify.subject.subject import Subject
@@ -31,15 +33,14 @@ _BASE = Shape(n=65, t=128, dtype="float32", offsets=(1.0, 2.0, 4.0))
     remedy="Check the pairing of dims, the distance t + o - p, and that z-scores are joined by their maximum.",
 )  # fmt: skip
 def test_ranking(case: Shape, subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    for ranker in scorers(subject, "ranking", device):
-        for attempt in ranker.offers.fitted(case, _BASE):
-            with attempt as shape:
-                problem = make(shape, seed, device)
-                order = _order(ranker, problem)
-                for row in range(shape.b):
-                    selection = _selection(problem, row)
-                    inversion = _inversion(selection, order[row])
-                    measure("better key ranked later", inversion, selection.allowed, where=f"{shape.told()}, row {row}")
+    for attempt, ranker in _rankers(subject, device, case):
+        with attempt as shape:
+            problem = make(shape, seed, device)
+            order = _order(ranker, problem)
+            for row in range(shape.b):
+                selection = _selection(problem, row)
+                inversion = _inversion(selection, order[row])
+                measure("better key ranked later", inversion, selection.allowed, where=f"{shape.told()}, row {row}")
 
 
 @check(
@@ -50,14 +51,20 @@ def test_ranking(case: Shape, subject: Subject, device: str, seed: int, measure:
     remedy="Look for an unstable sort, atomics, or uninitialised memory.",
 )  # fmt: skip
 def test_ranking_repeats(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
+    for attempt, ranker in _rankers(subject, device, _BASE):
+        with attempt as shape:
+            problem = make(shape, seed, device)
+            first = _order(ranker, problem)
+            found = ranker.call(problem)
+            measure("places that differ", int((found.result.cpu().numpy() != first).sum()), 0, where=shape.told())
+            measure("inputs that changed", len(found.changed), 0, where=", ".join(found.changed))
+
+
+def _rankers(subject: Subject, device: str, case: Shape) -> Iterator[tuple[Attempt, Scorer]]:
+    """Attempts to judge ``case`` with every ranking function of the subject. Raises SubjectLacks if there is none."""
     for ranker in scorers(subject, "ranking", device):
-        for attempt in ranker.offers.fitted(_BASE, _BASE):
-            with attempt as shape:
-                problem = make(shape, seed, device)
-                first = _order(ranker, problem)
-                found = ranker.call(problem)
-                measure("places that differ", int((found.result.cpu().numpy() != first).sum()), 0, where=shape.told())
-                measure("inputs that changed", len(found.changed), 0, where=", ".join(found.changed))
+        for attempt in ranker.offers.fitted(case, _BASE):
+            yield attempt, ranker
 
 
 def _order(ranker: Scorer, problem: Problem):

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from verify import Measure, check
 from verify.errors import Refused
-from verify.judge.offers import must_refuse
 from verify.judge.problems import Shape, make
 from verify.judge.scoring import KERNELS, kernel
 from verify.judge.tolerance import accuracy, budget_b, trig_entry_error, worst
+from verify.subject.refusal import must_refuse
 from verify.subject.subject import Subject
 
 _INTERVAL, _MAX_SEQ_LEN = 128, 8192

@@ -14,7 +14,6 @@ import pytest
 
 from verify import Measure, check, skip
 from verify.errors import SubjectLacks
-from verify.judge.offers import refusable
 from verify.judge.tolerance import ATTENTION_LOG_PROB
 from verify.model import quality
 from verify.model.live_model import LiveModel
@@ -30,6 +29,7 @@ from verify.model.settings import (
     PROMPT_STEP,
     PROMPTS,
 )
+from verify.subject.refusal import refusable
 from verify.subject.subject import Subject
 
 _MAX_QUESTIONS = 2

@@ -11,7 +11,6 @@ import pytest
 
 from verify import Measure, check
 from verify.judge.compressor import write_statistics
-from verify.judge.offers import must_refuse
 from verify.model.live_case import judge
 from verify.model.live_model import LiveModel
 from verify.model.observed import Round
@@ -26,6 +25,7 @@ from verify.model.settings import (
     PROMPTS,
 )
 from verify.model.tiny import drawn_statistics, tiny, tokens
+from verify.subject.refusal import must_refuse
 from verify.subject.subject import Subject
 
 _UNION = {"per_head_pruning": False}

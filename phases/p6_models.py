@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from verify import Measure, check
-from verify.judge.offers import refusable
 from verify.model.live_case import judge
 from verify.model.live_model import LiveModel
 from verify.model.observed import physical_length, positions_noted, require_counting
 from verify.model.settings import BUDGET, DIVIDE, EVICT_PROMPT, FED, NEAR, PADDED, PATCHED, PER_LAYER_PER_HEAD, PROMPT
 from verify.model.tiny import tiny, tokens
+from verify.subject.refusal import refusable
 from verify.subject.subject import Subject
 
 #: Makes a tiny model for the running check; its arguments are those of ``tiny``.

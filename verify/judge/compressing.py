@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from verify.errors import SubjectLacks, Wrong
 from verify.judge.compressor import BUDGET, DIVIDE, HEAD_DIM, KV_HEADS, LAYERS, OFFSET_MAX_LENGTH, Caches, make_caches
 from verify.judge.guarded import Call, call
-from verify.judge.offers import refusable
 from verify.judge.parameters import require, takes
 from verify.judge.scoring import CONFIG, configuration
 from verify.record import trail
-from verify.subject.refusal import REFUSALS, refusal
+from verify.subject.refusal import REFUSALS, refusable, refusal
 from verify.subject.subject import Subject
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ random problems are drawn within them. A function that refuses nothing is never 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -187,39 +186,3 @@ class Attempt:
         elif isinstance(error, Wrong) and error.cause:
             self.wrong = error
         return bool(self.refused or self.wrong)
-
-
-@contextmanager
-def refusable(subject: Subject, aspect: str, control: Callable[[], Any]) -> Iterator[None]:
-    """Inside, a refusal raises Refused with this ``aspect`` if ``control()``, a plainer call, is accepted."""
-    try:
-        yield
-    except REFUSALS as error:
-        at = refusal(error, subject)
-        if at and accepted(control):
-            raise Refused(f"{aspect}: refused at {at} ({type(error).__name__}: {error})", aspect) from error
-        raise
-
-
-def accepted(control: Callable[[], Any]) -> bool:
-    """Whether a call returns."""
-    try:
-        control()
-    except Exception:  # a subject may refuse or crash in any way; then it accepts nothing
-        return False
-    return True
-
-
-def must_refuse(subject: Subject, what: str, bad: Callable[[], Any], good: Callable[[], Any]) -> None:
-    """``good`` must be accepted, and ``bad`` be refused by a ``raise`` of the subject's own.
-
-    Passes every other error on: a crash is no refusal. Raises AssertionError if ``bad`` is accepted.
-    """
-    good()
-    try:
-        bad()
-    except REFUSALS as error:
-        if refusal(error, subject):
-            return
-        raise
-    raise AssertionError(f"{what} accepted, and must be refused with ValueError")

@@ -13,7 +13,7 @@ from verify.judge.interpreter import quicken
 from verify.judge.offers import Attempt, Offers
 from verify.judge.problems import Problem, Shape
 from verify.record import trail
-from verify.subject.published import CONFIG_DEFAULTS
+from verify.subject.published import CONFIG_DEFAULTS, DISPATCH, dispatch_alone
 from verify.subject.refusal import REFUSALS, refusal
 from verify.subject.subject import Subject
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 KERNELS, SCORING, CONFIG = "vllm.core.kernels.triton_scoring", "vllm.core.scoring", "vllm.core.config"
-KERNEL, DISPATCH, RANKER = "triattention_scoring", "compute_scores", "rank_keys"
+KERNEL, RANKER = "triattention_scoring", "rank_keys"
 
 #: The modules of the functions that are not in ``SCORING``.
 _MODULES = {KERNEL: KERNELS, RANKER: "ranking"}
@@ -112,18 +112,14 @@ ENTRIES = {
 
 
 def entries(subject: Subject, path: str) -> tuple[str, ...]:
-    """The functions by which a subject scores on a path. Raises SubjectLacks if it has none.
-
-    ``compute_scores`` alone, without a function for either path, is a scorer without Triton.
-    """
-    by_path = {
-        one: [name for name in names if subject.offers(_module_of(name), name)] for one, names in ENTRIES.items()
-    }
-    if path == "pytorch" and not by_path["triton"] and not by_path["pytorch"] and subject.offers(SCORING, DISPATCH):
-        return (DISPATCH,)
-    if not by_path[path]:
-        subject.attribute(_module_of(ENTRIES[path][0]), ENTRIES[path][0])  # says what is absent
-    return tuple(by_path[path])
+    """The functions by which a subject scores on a path. Raises SubjectLacks if it has none."""
+    names = ENTRIES[path]
+    found = tuple(name for name in names if subject.offers(_module_of(name), name))
+    if not found and path == "pytorch" and dispatch_alone(subject.offers):
+        return (DISPATCH[1],)
+    if not found:
+        subject.attribute(_module_of(names[0]), names[0])  # says what is absent
+    return found
 
 
 def _module_of(name: str) -> str:

@@ -81,9 +81,13 @@ def budget_a(case: Case) -> np.ndarray:
 
 def budget_b(case: Case) -> np.ndarray:
     """Class B's allowed error per score, ``[B, H*G, N]``."""
+    return budget_a(case) + _phase_error(case)
+
+
+def _phase_error(case: Case) -> np.ndarray:
     from verify.judge import oracle
 
-    return budget_a(case) + 2 * UNIT * oracle.phase_sum(case)
+    return 2 * UNIT * oracle.phase_sum(case)
 
 
 def budget_pre_rope(case: Case) -> np.ndarray:
@@ -125,15 +129,16 @@ def accuracy(got: Any, case: Case) -> Accuracy:
     want = oracle.scores(case)
     got = np.asarray(got, dtype=np.float64)
     assert got.shape == want.shape, f"the scores have shape {got.shape}, expected {want.shape}"
-    allowed = budget_b(case)
+    within_a = budget_a(case)
+    allowed = within_a + _phase_error(case)
     error = np.abs(_planted(got - want, allowed, want))
-    relative = _ratio(error, budget_a(case)) * CLASS_A_UNITS
+    units = _ratio(error, within_a) * CLASS_A_UNITS
 
     def told(place: tuple[np.intp, ...]) -> str:
         return "row {}, query head {}, key {}".format(*map(int, place)) + f" (oracle {want[place]:.6g})"
 
-    by_units, by_budget = _place_of_largest(relative), _place_of_largest(_ratio(error, allowed))
-    found = Accuracy(float(relative[by_units]), told(by_units), _worst(error, allowed), told(by_budget))
+    by_units, (class_b, by_budget) = _place_of_largest(units), _worst_at(error, allowed)
+    found = Accuracy(float(units[by_units]), told(by_units), class_b, told(by_budget))
     trail.judged(found.accuracy_class)
     return found
 
@@ -184,13 +189,18 @@ def _planted(error: np.ndarray, allowed: np.ndarray, result: np.ndarray | None) 
 
 
 def _worst(error: np.ndarray, allowed: np.ndarray) -> Worst:
+    return _worst_at(error, allowed)[0]
+
+
+def _worst_at(error: np.ndarray, allowed: np.ndarray) -> tuple[Worst, tuple[np.intp, ...]]:
+    """The worst element, and where it is."""
     import numpy as np
 
     size = np.abs(error)
     ratio = _ratio(size, allowed)
     place = _place_of_largest(ratio)
     # an infinite error of an infinite allowance is no number, and within no bound
-    return Worst(float("nan") if np.isnan(ratio[place]) else float(size[place]), float(allowed[place]))
+    return Worst(float("nan") if np.isnan(ratio[place]) else float(size[place]), float(allowed[place])), place
 
 
 def _place_of_largest(ratio: np.ndarray) -> tuple[np.intp, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
@@ -17,13 +16,13 @@ from verify.files import cache_folder, keep, repository_root
 from verify.judge import oracle
 from verify.judge.compressor import write_statistics
 from verify.judge.live_case import scoring_problem
-from verify.judge.offers import accepted, refusable
+from verify.judge.parameters import options
 from verify.model.observed import Observed, Round, layers_of
 from verify.model.settings import BUDGET, RECOMMENDED
 from verify.record import trail
 from verify.record.grounds import Checkout, aside, tell_again
-from verify.subject.published import Renamed, parameters_of
-from verify.subject.refusal import REFUSALS
+from verify.subject.published import parameters_of
+from verify.subject.refusal import REFUSALS, accepted, refusable
 from verify.subject.subject import Subject
 
 _METHODS, _PATCH = "methods.triattention", "apply_triattention_patch"
@@ -32,18 +31,6 @@ _METHODS, _PATCH = "methods.triattention", "apply_triattention_patch"
 def _hooks(part: Any) -> list[Any]:
     """The tables of a module in which hooks are registered."""
     return [table for name, table in sorted(vars(part).items()) if "_hooks" in name and isinstance(table, dict)]
-
-
-def options_of(function: Any) -> Collection[str]:
-    """The names of the options that a patch takes, published ones by their published names.
-
-    One that takes any keyword offers the published ones; it could ignore all others.
-    """
-    names = function.names if isinstance(function, Renamed) else {}
-    own = inspect.signature(function.function if isinstance(function, Renamed) else function).parameters
-    any_keyword = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
-    published = parameters_of(_METHODS, _PATCH)
-    return {*own, *(name for name in published if names.get(name, name) in own or (any_keyword and name not in names))}
 
 
 def load(location: str, statistics: Path, subject: Subject, device: str, defaults: Mapping[str, Any]) -> LiveModel:
@@ -176,7 +163,7 @@ class LiveModel:
 
     def patch_options(self) -> Collection[str]:
         """The published names of the options that the subject's patch takes, its own included."""
-        return options_of(self.subject.attribute(_METHODS, _PATCH))
+        return options(self.subject.attribute(_METHODS, _PATCH), parameters_of(_METHODS, _PATCH))
 
     def restated(self, path: Path, layers: Sequence[int], without: Collection[tuple[int, int]] = ()) -> LiveModel:
         """The same model, but its subject is given the file ``path``, whose layer i is ``layers[i]`` of the statistics.

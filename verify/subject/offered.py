@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from verify.errors import SubjectLacks, SubjectNeeds
-from verify.subject.published import NAMES, OPTIONAL, Name, Renamed, signature_differs
+from verify.subject.published import DISPATCH, NAMES, OPTIONAL, Name, Renamed, dispatch_alone, signature_differs
 
 if TYPE_CHECKING:
     from verify.subject.subject import Subject
@@ -23,17 +23,13 @@ class Examined:
 
 
 def examined(subject: Subject) -> dict[str, list[Examined]]:
-    """Every published name by capability, with what an active subject has of it.
-
-    ``compute_scores`` is a scorer without Triton too, where a subject has no function for either path.
-    """
+    """Every published name by capability, with what an active subject has of it."""
     found: dict[str, list[Examined]] = {}
     for name in (*NAMES, *OPTIONAL):
         found.setdefault(name.capability, []).append(_examine(subject, name))
-    paths = found["triton"] + found["pytorch"]
-    dispatch = next(one for one in found["api"] if one.name.name == "compute_scores")
-    if dispatch.offered and not any(one.offered for one in paths):
-        found["pytorch"] = [dispatch]
+    by_name = {(one.name.module, one.name.name): one for every in found.values() for one in every}
+    if dispatch_alone(lambda *name: by_name[name].offered):
+        found["pytorch"] = [by_name[DISPATCH]]
     return found
 
 

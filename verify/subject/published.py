@@ -32,6 +32,9 @@ _SCORES = "key_states, cache_positions, head_stats, omega, offsets, freq_scale_s
 _HELPERS, _KERNELS = "methods.pruning_utils", "vllm.core.kernels.triton_scoring"
 _TABLE = "max_seq_len, compress_interval, offsets, omega, device"
 
+#: The function that chooses between the two paths.
+DISPATCH = ("vllm.core.scoring", "compute_scores")
+
 NAMES = (
     Name("methods.triattention", "TriAttention", "live_model", "config"),
     Name("methods.triattention", "TriAttentionConfig", "api"),
@@ -97,6 +100,15 @@ def parameters_of(module: str, name: str) -> tuple[str, ...]:
     found = next((one for one in (*NAMES, *OPTIONAL) if (one.module, one.name) == (module, name)), None)
     parts = filter(None, ((found and found.parameters) or "").split(","))
     return tuple(part.partition("=")[0].strip() for part in parts)
+
+
+def dispatch_alone(offers: Callable[[str, str], bool]) -> bool:
+    """Whether ``compute_scores`` is the only scoring function of a subject, which makes it a scorer without Triton.
+
+    ``offers(module, name)`` says whether the subject has a published name.
+    """
+    paths = (one for one in NAMES if one.capability in ("triton", "pytorch"))
+    return offers(*DISPATCH) and not any(offers(one.module, one.name) for one in paths)
 
 
 class Renamed:

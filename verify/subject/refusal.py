@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dis
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
+from typing import Any
 
+from verify.errors import Refused
 from verify.subject.subject import Subject
 
 #: The exceptions by which an implementation says that it does not take an input.
@@ -31,6 +35,46 @@ def refusal(error: BaseException, subject: Subject) -> str:
     if not subject.owns(file) or code[trace.tb_lasti] != _RAISE:
         return ""
     return f"{_short(file, subject)}:{trace.tb_lineno}"
+
+
+@contextmanager
+def refusable(subject: Subject, aspect: str, control: Callable[[], Any]) -> Iterator[None]:
+    """Inside, a refusal raises Refused with this ``aspect`` if ``control()``, a plainer call, is accepted."""
+    try:
+        yield
+    except REFUSALS as error:
+        at = refusal(error, subject)
+        if at and accepted(control):
+            raise Refused(f"{aspect}: refused at {at} ({type(error).__name__}: {error})", aspect) from error
+        raise
+
+
+def accepted(control: Callable[[], Any]) -> bool:
+    """Whether a call returns."""
+    try:
+        control()
+    except Exception:  # a subject may refuse or crash in any way; then it accepts nothing
+        return False
+    return True
+
+
+def must_refuse(subject: Subject, what: str, bad: Callable[[], Any], good: Callable[[], Any] | None = None) -> None:
+    """``good`` must be accepted, and ``bad`` be refused by a ``raise`` of the subject's own.
+
+    Without ``good``, the caller has seen a call that is accepted. Passes every other error on: a crash is no refusal.
+    Raises AssertionError if ``bad`` is accepted.
+    """
+    if good is not None:
+        good()
+    try:
+        bad()
+    except Refused:
+        return
+    except REFUSALS as error:
+        if refusal(error, subject):
+            return
+        raise
+    raise AssertionError(f"{what} accepted, and must be refused with ValueError")
 
 
 def raised_in(error: BaseException, subject: Subject, suite: tuple[Path, ...]) -> str:

@@ -7,10 +7,10 @@ import pytest
 
 from verify.errors import Refused
 from verify.files import IMPORT_ROOT
-from verify.judge.offers import must_refuse
 from verify.judge.problems import OFFSETS_17, Shape
 from verify.judge.scoring import draws, scorers
 from verify.subject.find import find_subject
+from verify.subject.refusal import must_refuse
 from verify.subject.subject import Subject
 
 _SCORER = """

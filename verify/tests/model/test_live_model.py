@@ -12,9 +12,8 @@ from transformers import DynamicCache
 from verify.errors import Refused, SubjectLacks
 from verify.model import tiny as models
 from verify.model.live_case import judge
-from verify.model.live_model import LiveModel, options_of
+from verify.model.live_model import LiveModel
 from verify.model.settings import BUDGET, EVICT_PROMPT, NEAR
-from verify.subject.published import Renamed
 
 Step = Callable[[Any], Any]
 
@@ -205,14 +204,3 @@ def test_an_option_that_the_patch_lacks_is_absent(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Here, "attribute", lambda *_: lambda model, stats_path, model_path, kv_budget: None)
     with pytest.raises(SubjectLacks, match=r"^the subject's patch has no allow_prefill_compression$"):
         _live(tmp_path, _newest).patch(**EVICT_PROMPT)
-
-
-def test_options_have_their_published_names() -> None:
-    def patch(model: Any, budget: int, window_size: int = 0) -> None: ...
-    def any_option(model: Any, **options: Any) -> None: ...
-
-    renamed = Renamed(patch, ("model", "kv_budget", "divide_length"), {"kv_budget": "budget", "divide_length": None})
-    assert {*options_of(renamed)} == {"model", "kv_budget", "budget", "window_size"}
-    assert {*options_of(patch)} == {"model", "budget", "window_size"}
-    assert {"kv_budget", "disable_trig"} <= {*options_of(any_option)}
-    assert "window_size" not in options_of(any_option)
