@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from verify import Measure, check
+from verify.errors import SubjectLacks, Wrong
+from verify.judge.guarded import call
+from verify.judge.oracle import Case
+from verify.judge.parameters import require
 from verify.judge.problems import Shape, make
-from verify.judge.scoring import PATHS, Scorer, path_name, scorers
+from verify.judge.scoring import CONFIG, KERNEL, PATHS, Scorer, engine_call, path_name, scorers
 from verify.judge.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, blamed, paths_differ
+from verify.subject.refusal import REFUSALS, refusal
 from verify.subject.subject import Subject
 
 #: Small phases make class B nearly as strict as class A, so errors of layout, size or dtype cannot hide in it.
@@ -106,6 +112,63 @@ def test_pytorch_oracle(case: Shape, subject: Subject, device: str, seed: int, m
 def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, shape = case
     _within_b(scorers(subject, path, device)[0], shape, device, seed, measure)
+
+
+_TOP_N, _LEFT_OUT = "disable_top_n_high_freq", 2
+_NO_EFFECT = f"{_TOP_N} is accepted, and has no effect"
+
+#: In float32, so that only the option can be wrong.
+_WITH_ALL = replace(_BASE, n=65, dtype="float32")
+
+
+@check(
+    "p4.high_frequencies", gate="hard", needs=("p1.identity", "p1.triton",), tolerance=_CLASS_B, capability="api",
+    cases={path: path for path in PATHS},
+    claim=f"{_TOP_N}={_LEFT_OUT} leaves the {_LEFT_OUT} highest frequencies out of the score, or is refused.",
+    reason="If an option is accepted but ignored, an ablation with it measures nothing.",
+    remedy="Leave out the terms of these frequencies, or raise NotImplementedError where the configuration is made.",
+)  # fmt: skip
+def test_high_frequencies(
+    case: str, subject: Subject, device: str, seed: int, measure: Measure, choose: Callable[[str], None]
+) -> None:
+    import numpy as np
+
+    require(subject.attribute(CONFIG, "TriAttentionConfig"), "TriAttentionConfig", _TOP_N)
+    scorer = scorers(subject, case, device)[0]
+    if scorer.name == KERNEL:
+        raise SubjectLacks(f"the subject's {KERNEL} takes no configuration")
+    for attempt in scorer.offers.fitted(_WITH_ALL, _WITH_ALL):
+        with attempt as taken:
+            problem, where = make(taken, seed, device), scorer.where(taken)
+            with_all = scorer(problem)  # which is accepted, so a refusal below is about the option
+            asked = engine_call(subject, case, problem, through=scorer.name, settings={_TOP_N: _LEFT_OUT})
+            try:
+                scores = call(asked, problem.tensors()).scores
+            except REFUSALS as error:
+                if not refusal(error, subject):
+                    raise
+                choose(f"{_TOP_N} is refused")
+                measure("scores given", 0, 0, where="refused")
+                continue
+            if np.array_equal(scores, with_all):
+                raise Wrong(f"{where}: {_NO_EFFECT}: with {_TOP_N}={_LEFT_OUT} every score is the same", _NO_EFFECT)
+            readings = {reading: accuracy(scores, one) for reading, one in _without(problem.case).items()}
+            # NaN, which is within no bound, comes last
+            reading, found = min(readings.items(), key=lambda one: (not one[1].class_b.ratio <= 1.0, one[1].units))
+            measure("error", *found.class_b, where=f"{where}, {found.where}")
+            choose(f"{_TOP_N} leaves out {reading}")
+
+
+def _without(case: Case) -> dict[str, Case]:
+    """The problem without its highest frequencies, which are the first, in both lawful readings."""
+    import numpy as np
+
+    kept = np.arange(len(case.omega)) >= _LEFT_OUT
+    same_norm = np.where(kept, case.a, case.a - np.abs(case.m))
+    return {
+        "the whole term of a frequency": replace(case, w=case.w * kept),
+        "the trigonometric term of a frequency, and not its norm term": replace(case, m=case.m * kept, a=same_norm),
+    }
 
 
 @check(

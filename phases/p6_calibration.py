@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from verify import Measure, check
-from verify.judge.tolerance import CALIBRATION
+from verify.judge.tolerance import CALIBRATION, CALIBRATION_BF16
+from verify.model.calibrated import Text, directly, judge, of_file, of_object, programs, saved
 from verify.model.live_model import LiveModel
-from verify.model.observed import rotary_of
 from verify.model.settings import PROMPTS
 from verify.model.tiny import tiny, tokens
 from verify.subject.offered import optional
 from verify.subject.subject import Subject
 
-#: Token ids ``[B, T]`` and their mask, None without padding.
-Text = tuple[Any, Any]
+#: With a factor of 40 the attention scaling is 1.37, so a mistake with it is far outside every bound.
+_YARN: dict[str, Any] = {
+    "rope": {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 1024},
+    "max_position_embeddings": 40 * 1024,
+}
 
 _CALIBRATION = {
     "reason": "Statistics of queries other than those used in attention make every score wrong without any error.",
@@ -31,47 +32,9 @@ _CALIBRATION = {
 }
 
 
-def _calibration_error(calibrate: Callable[..., Any], model: LiveModel, texts: Sequence[Text]) -> float:
-    """Largest difference between calibrated and directly computed means over ``texts``, relative to E|q|."""
-    import numpy as np
-    import torch
-
-    from verify.judge.oracle import pairs
-
-    def loop(m: Any) -> None:
-        with torch.inference_mode():
-            for ids, mask in texts:
-                m(input_ids=ids, attention_mask=mask, use_cache=False)
-
-    got = calibrate(model.model, loop)
-    with model.rotated_queries() as taken:
-        loop(model.model)
-    config, rotated_dims = model.model.config, 2 * rotary_of(model.model).inv_freq.numel()
-    want = (config.num_hidden_layers, config.num_attention_heads, rotated_dims // 2)
-    for name in ("q_mean_real", "q_mean_imag", "q_abs_mean"):
-        found = tuple(getattr(got, name).shape)
-        assert found == want, f"{name} has shape {found}; the model has (layers, query heads, frequencies) {want}"
-    layers, _, n_freq = want
-    errors = []
-    for layer in range(layers):
-        # [H*G, real tokens, D], every row of every step
-        real = [(torch.ones_like(ids) if mask is None else mask).bool().cpu() for ids, mask in texts]
-        steps = zip(taken[layer::layers], real, strict=True)
-        q = np.concatenate([queries.double().cpu().transpose(0, 1)[:, some] for queries, some in steps], axis=1)
-        rotated = pairs(q[..., : 2 * n_freq], getattr(got.architecture, "rope_style", "half"))
-        size = np.abs(rotated).mean(1)
-        mean = got.q_mean_real[layer].double().numpy() + 1j * got.q_mean_imag[layer].double().numpy()
-        errors += [np.abs(mean - rotated.mean(1)) / size]
-        errors += [np.abs(got.q_abs_mean[layer].double().numpy() - size) / size]
-        if (unrotated := q[..., 2 * n_freq :]).size:
-            passed = got.q_pass_mean[layer].double().numpy()
-            errors += [np.abs(passed - unrotated.mean(1)) / np.abs(unrotated).mean(1)]
-    return float(max(np.max(error) for error in errors)) if np.isfinite(np.concatenate(errors, -1)).all() else math.nan
-
-
 @check(
     "p6.calibration", gate="soft", needs=("p1.identity",), capability="calibration",
-    cases={name: name for name in ("model", "extreme_q_norm", "padded", "long_step")},
+    cases={name: name for name in ("model", "extreme_q_norm", "yarn", "padded", "long_step")},
     claim="Calibration averages exactly the queries of real tokens that enter RoPE, for any split into batches.",
     **_CALIBRATION,
 )  # fmt: skip
@@ -84,8 +47,12 @@ def test_calibration_agrees_with_a_direct_computation(
     ids = model.tokens(" ".join(PROMPTS * 8))["input_ids"]
     texts: list[Text] = [(part, None) for part in ids.split(150, dim=1)]
     if case == "extreme_q_norm":
-        model = replace(model, model=_extreme_qwen3(seed).to(model.model.device))
-        texts = [(part % model.model.config.vocab_size, None) for part, _ in texts]
+        model = tiny(tmp_path, subject, device, seed, kind="qwen3")
+        _extreme_q_norm(model.model)
+        texts = [(part, None) for part in tokens(model, 300, seed).split(150, dim=1)]
+    elif case == "yarn":
+        model = tiny(tmp_path, subject, device, seed, **_YARN)
+        texts = [(part, None) for part in tokens(model, 300, seed).split(150, dim=1)]
     elif case == "padded":
         model = tiny(tmp_path, subject, device, seed)
         texts = []
@@ -96,23 +63,61 @@ def test_calibration_agrees_with_a_direct_computation(
     elif case == "long_step":
         model = tiny(tmp_path, subject, device, seed, num_hidden_layers=1)
         texts = [(tokens(model, 16 * 600, seed).view(16, 600), None)]
-    measure("error of the means over E|q|", _calibration_error(calibrate, model, texts), CALIBRATION)
+    loop = _fed(texts)
+    got = calibrate(model.model, loop)
+    direct = directly(model, loop, texts, getattr(getattr(got, "architecture", None), "rope_style", "half"))
+    judge(of_object(got, direct[""]), direct, CALIBRATION, measure)
 
 
-def _extreme_qwen3(seed: int) -> Any:
-    """A tiny model with extreme q_norm weights: statistics taken before q_norm would be far off."""
+def _fed(texts: Sequence[Text]) -> Callable[[Any], None]:
+    """The loop that runs ``texts`` through a model, one by one."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
 
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=256, max_position_embeddings=4096,
-    )  # fmt: skip
-    made = AutoModelForCausalLM.from_config(config).eval()
-    for layer in made.model.layers:
-        layer.self_attn.q_norm.weight.data.mul_(torch.linspace(0.02, 50, 16))
-    return made
+    def loop(model: Any) -> None:
+        with torch.inference_mode():
+            for ids, mask in texts:
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    return loop
+
+
+def _extreme_q_norm(model: Any) -> None:
+    """Give q_norm weights so extreme that statistics taken before it are far off."""
+    import torch
+
+    for layer in model.model.layers:
+        weight = layer.self_attn.q_norm.weight.data
+        weight.mul_(torch.linspace(0.02, 50, len(weight)).to(weight))
+
+
+#: What a tiny model is, and what is done to its weights.
+_SAVED: dict[str, tuple[dict[str, Any], Callable[[Any], None] | None]] = {
+    "plain": ({}, None), "qk_norm": ({"kind": "qwen3"}, _extreme_q_norm), "yarn": (_YARN, None),
+}  # fmt: skip
+
+
+@check(
+    "p6.calibration_script", gate="soft", needs=("p1.identity",), capability="calibration", cases=_SAVED,
+    **{
+        **_CALIBRATION,
+        "claim": "A statistics file that scripts/calibrate.py or the command line's calibrate writes has the means of "
+        "the queries that enter RoPE.",
+        "tolerance": "2^-5 of E|q|: a program may load the model in bfloat16, where a query goes through up to 16 "
+        "roundings of 2^-9 from the embedding on, and the mean of the errors is at most their largest.",
+    },
+)  # fmt: skip
+def test_a_program_calibrates(
+    case: tuple[dict[str, Any], Any], subject: Subject, device: str, seed: int, tmp_path: Path, measure: Measure
+) -> None:
+    shape, prepare = case
+    ways = programs(subject)
+    live, text, ids = saved(tmp_path / "model", subject, device, seed, prepare, **shape)
+    for number, way in enumerate(ways):
+        output = tmp_path / f"statistics-{number}.pt"
+        way.calibrate(live.location, text, device, output)
+        texts: list[Text] = [(ids[:, : way.used], None)]
+        direct = directly(live, _fed(texts), texts, "half")
+        judge(of_file(output, subject, direct[""]), direct, CALIBRATION_BF16, measure, way.called)
 
 
 @check(

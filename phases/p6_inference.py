@@ -34,7 +34,7 @@ from verify.subject.subject import Subject
 
 _MAX_QUESTIONS = 2
 #: Enough that a wrong eviction shows in the text after the round.
-_NEW_TOKENS = 48
+_NEW_TOKENS = 32
 
 #: Greedy steps after a prompt that just fits into the budget: enough to reach the trigger three times.
 _STEPS = 56

@@ -16,19 +16,22 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
 
-from verify.checks import DEFAULT_SEED, PHASES, PROFILES, derive_seed
-from verify.errors import ConfigurationError
+from verify.checks import DEFAULT_SEED, PHASES, PROFILES, catalogue, derive_seed
+from verify.errors import ConfigurationError, Exit
 from verify.files import RUNS
 from verify.machine.device import Device, prepare, resolve
 from verify.machine.environment import localise
 from verify.machine.processors import RUN_VARIABLE, cores
 from verify.machine.workers import end_with_parent
+from verify.record.deviations import told_before
 from verify.record.follow.sitecustomize import LOG
 from verify.record.grounds import PACKAGE, Checkout, Grounds, follow
+from verify.record.verdict import profile_of
 from verify.run import events
 from verify.run.durations import Timekeeper, long_files
 from verify.run.manifest import Manifest, freeze, survey
@@ -36,6 +39,7 @@ from verify.run.probe import Probe
 from verify.run.recorder import Recorder, id_of, in_phases, selected, spec_of
 from verify.run.request import parse_expect, parse_phases
 from verify.session import SESSION, Session
+from verify.subject.deviations import read_deviations
 from verify.subject.find import find_subject
 
 #: Phases whose checks share no set-up, and run in a random order.
@@ -232,6 +236,7 @@ def _manifest(config: pytest.Config, checks: list[pytest.Item]) -> Manifest:
         seed=session.seed,
         selection=_words(config),
         selected=tuple(selected(item) for item in checks),
+        deviations=read_deviations(session.subject, session.root, catalogue()),
     )
 
 
@@ -258,7 +263,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     session.config.pluginmanager.get_plugin("verify-recorder").end_phase()
     events.append_elapsed(current.run_dir, time.perf_counter() - current.begun)
     finished = events.read_results(current.run_dir).keys() >= {check.id for check in current.manifest.selected}
-    current.record = events.compose(current.run_dir, "complete" if finished else "interrupted")
+    current.record = record = events.compose(current.run_dir, "complete" if finished else "interrupted")
+    from verify.run.runner import deviating, exit_code
+
+    code = exit_code(record.results, record.target, profile_of(record.subject))
+    code, current.told = deviating(record, current.manifest, code)
+    if code == Exit.CANNOT and session.exitstatus == pytest.ExitCode.OK:  # a known deviation that matches nothing
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -277,4 +288,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write(text.getvalue())
     terminalreporter.write_line(f"record: {os.path.relpath(session.run_dir / events.RECORD)}")
     if told := unjudged(session.record, session.run_dir):
+        terminalreporter.write_line(told)
+    today = date.fromisoformat(session.manifest.time_utc[:10])
+    for told in (*told_before(session.manifest.deviations, today), *session.told):
         terminalreporter.write_line(told)

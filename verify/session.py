@@ -27,6 +27,7 @@ class Session:
     run_dir: Path | None = None
     manifest: Manifest | None = None
     record: Record | None = None
+    told: list[str] = field(default_factory=list)
     begun: float = field(default_factory=time.perf_counter)
 
 

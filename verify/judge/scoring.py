@@ -161,9 +161,12 @@ def engine(subject: Subject, path: str, problem: Problem, *, through: str | None
 
 
 def engine_call(
-    subject: Subject, path: str, problem: Problem, *, through: str | None = None, **more: Any
-) -> Callable[[], Any]:
-    """The call that ``engine`` guards, unguarded, for a check that times it."""
+    subject: Subject, path: str, problem: Problem, *, through: str | None = None,
+    settings: Mapping[str, Any] | None = None, **more: Any,
+) -> Callable[[], Any]:  # fmt: skip
+    """The call that ``engine`` guards, unguarded, for a check that times it; ``settings`` are further options of the
+    configuration.
+    """
     shape = problem.shape
     quicken()
     name = through or entries(subject, path)[0]
@@ -173,7 +176,7 @@ def engine_call(
     options = {
         "kv_budget": 256, "pruning_mode": "per_head", "score_aggregation": shape.aggregation, "rope_style": shape.style,
         "use_triton_scoring": path == "triton", "head_dim": shape.d, "num_kv_heads": shape.h,
-        "disable_mlr": shape.disable_mlr, "disable_trig": shape.disable_trig,
+        "disable_mlr": shape.disable_mlr, "disable_trig": shape.disable_trig, **(settings or {}),
     }  # fmt: skip
     arguments = {
         "key_states": problem.keys, "cache_positions": None, "head_stats": problem.head_stats, "omega": problem.omega,

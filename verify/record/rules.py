@@ -16,27 +16,22 @@ from typing import Any
 from verify.architectures import parse_target
 from verify.checks import Check
 from verify.errors import ConfigurationError
+from verify.record.grounds import BUNDLED
 from verify.record.schema import FAILING, NOT_OFFERED
 
 #: A record cannot be older than the method it tests, or newer than now plus the error of a clock.
 _FIRST, _CLOCK_SKEW = datetime(2026, 4, 1, tzinfo=UTC), timedelta(hours=1)
 
-
 #: The most by which the time in a run id may differ from time_utc. A run makes both at once; a compilation makes its id
 #: just after.
 _ID_AND_TIME = timedelta(minutes=1)
 
-
 #: Values of fields that were not filled in.
 _PLACEHOLDER = re.compile(r"(|-|\?+|x+|n/?a|none|null|unknown|todo|tbd|unset|placeholder|example)", re.IGNORECASE)
 
-
 _SHA256, _GIT_SHA = re.compile(r"[0-9a-f]{64}"), re.compile(r"none|[0-9a-f]{40}|[0-9a-f]{64}")
 
-
 Json = dict[str, Any]
-
-
 Found = Iterator[tuple[str, str]]
 
 
@@ -168,6 +163,8 @@ def _verdict(result: Json, one: Check, by_id: Mapping[str, Json]) -> Iterator[st
     for name, words in (("aspect", ("REFUSED",)), ("cause", tuple(FAILING))):
         if result.get(name) and verdict not in words:
             yield f"{verdict} with the {name} {result[name]!r}"
+    if (known := result.get("deviation")) and verdict != "FAIL":
+        yield f"{verdict} with the known deviation {known['reason']!r}, which only a FAIL can be"
     if (verdict == "SKIP") != (code is not None):
         yield f"{verdict} with skip code {code}"
     if code == "NO_GPU" and not (one.spec.needs_gpu and result["evidence"] != "hardware"):
@@ -217,6 +214,17 @@ def _findings(record: Json, known: Mapping[str, Check]) -> Found:
         for name in finding["blocks"]:
             if by_id.get(name, {}).get("by") not in finding["checks"]:
                 yield name, f"is said to be blocked by the finding {finding['cause']!r}, but is not"
+
+
+def _deviations(record: Json, known: Mapping[str, Check]) -> Found:
+    """Whether a failure that is called known could be: by the author of another subject, on the day of the run."""
+    for result in record["results"]:
+        if not (deviation := result.get("deviation")):
+            continue
+        if record["subject"]["source"] == BUNDLED:
+            yield result["id"], "is called a known deviation, but the bundled subject may have none"
+        if deviation["expires"] < record["time_utc"][:10]:
+            yield result["id"], f"is called a known deviation until {deviation['expires']}, which was before the run"
 
 
 def _builds(record: Json, known: Mapping[str, Check]) -> Found:
@@ -283,7 +291,7 @@ def _manifest(path: Path, record: Json) -> Found:
 
 
 RULES: tuple[Callable[[Json, Mapping[str, Check]], Found], ...] = (
-    _identity, _environment, _results, _findings, _builds,
+    _identity, _environment, _results, _findings, _deviations, _builds,
 )  # fmt: skip
 
 

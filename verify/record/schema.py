@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from datetime import date
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -79,12 +80,24 @@ def _room(one: Measurement) -> float:
     return -math.inf if math.isnan(room) else room
 
 
+class Deviation(Strict):
+    """Why a failure was known before the run: the reason, the URL of the issue, and the last day it counts as known."""
+
+    reason: str = Field(pattern=r"\S")
+    issue: str = Field(pattern=r"^https?://\S+$")
+    expires: date
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.issue}, until {self.expires})"
+
+
 class CheckResult(Strict):
     """One check on one target. Raises ValidationError when the verdict and the other fields contradict each other.
 
     ``cause`` is what made it fail, if that is known: an exception and its line, or a cause that the check names.
     ``aspect`` is what the subject refuses (``aggregation=max``), ``choice`` which of several lawful readings of the
-    method it follows. ``rests_on`` is the index of its list in the record's ``rests_on``; older records have none.
+    method it follows. ``deviation`` is why the subject's author knew of a FAIL before the run; it changes no verdict.
+    ``rests_on`` is the index of its list in the record's ``rests_on``; older records have none.
     """
 
     id: str = Field(pattern=r"^p[1-8]\.[a-z0-9_]+\.[A-Za-z0-9_\-]+$")
@@ -102,6 +115,7 @@ class CheckResult(Strict):
     cause: str = ""
     aspect: str = ""
     choice: str = ""
+    deviation: Deviation | None = None
     repeat: Annotated[str, Field(min_length=1), AfterValidator(sys.intern)]  # alike in every run of a machine
     rests_on: int | None = Field(default=None, ge=0)
 
@@ -119,6 +133,8 @@ class CheckResult(Strict):
             for measurement in self.measurements:
                 if not measurement.within:
                     raise ValueError(f"{self.id}: PASS, but {measurement.name} is outside its bound")
+        if self.deviation is not None and self.verdict is not Verdict.FAIL:
+            raise ValueError(f"{self.id}: only a FAIL can be a known deviation, and this is {self.verdict}")
         if self.verdict in FAILING | NOT_OFFERED and not self.message:
             raise ValueError(f"{self.id}: {self.verdict} without a message")
         if self.curves and (wrong := clash(self.curves)):

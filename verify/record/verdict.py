@@ -208,10 +208,17 @@ def must_pass(
 
 
 def describe_subject(subject: SubjectInfo) -> str:
-    """The subject in a few words: ``triattention 0.1.0 (1234abc, with local changes)``."""
+    """The subject in a few words: ``triattention 0.1.0 (1234abc, with local changes)``; of any but the bundled one also
+    its source, because its name may be the same.
+    """
+    source = "" if subject.source == BUNDLED else f"{subject.source}, "
+    return f"{subject.name} {subject.version} ({source}{commit_of(subject)})"
+
+
+def commit_of(subject: SubjectInfo) -> str:
+    """The commit of the subject, and whether it has local changes, in words."""
     state = ", with local changes" if subject.dirty and subject.git_sha != "none" else ""
-    sha = "no git commit" if subject.git_sha == "none" else subject.git_sha[:7]
-    return f"{subject.name} {subject.version} ({sha}{state})"
+    return "no git commit" if subject.git_sha == "none" else f"{subject.git_sha[:7]}{state}"
 
 
 def assess(
@@ -327,7 +334,7 @@ def _sentence(
         ahead = f", {len(unoffered)} of them absent or refused, the first {unoffered[0]}{ahead}"
     if failed:
         ended = "could not be judged" if verdict is TargetVerdict.INFRA else "failed"
-        start = f"{len(failed)} of {len(hard)} must-pass checks {ended} {where}, the first of them {failed[0]}"
+        start = f"{len(failed)} of {len(hard)} must-pass checks {ended} {where}, {_first_of(failed, hard)}"
         rest = f"{passed} passed, {len(hard) - passed - len(failed)} without a valid result{ahead}"
         return f"{start}; {rest}{end}"
     return (
@@ -335,6 +342,17 @@ def _sentence(
         f"{len(hard) - passed} {'has' if passed == len(hard) - 1 else 'have'} no valid result{ahead}, "
         f"so {target.target} is INCOMPLETE{end}"
     )
+
+
+def _first_of(failed: Sequence[str], hard: Sequence[Cell]) -> str:
+    """Which checks failed: the first that is no known deviation, and how many are; if all are, the first of them."""
+    known = {cell.check.id for cell in hard if cell.failed and cell.outcome.deviation}
+    if not known:
+        return f"the first of them {failed[0]}"
+    what = f"{len(known)} of them known deviations" if len(known) > 1 else "1 of them a known deviation"
+    if others := [name for name in failed if name not in known]:
+        return f"{what}, the first of the others {others[0]}"
+    return f"{'all of them known deviations' if len(known) > 1 else 'a known deviation'}, the first {failed[0]}"
 
 
 def _where(target: Target, used: Sequence[Record]) -> str:
@@ -364,7 +382,17 @@ def fill_command(assessment: Assessment) -> str:
     where = "--device cpu" if assessment.target is EMULATED else f"--expect {assessment.target.target}"
     missing = set(missing_by_phase(assessment))
     some = missing != {cell.check.phase for cell in assessment.must_pass}
-    return f"python -m verify run {where}" + (f" --phases {','.join(map(str, sorted(missing)))}" if some else "")
+    newest = next((record.subject for record in (*assessment.used, *assessment.stale)), None)
+    return f"python -m verify run {where}{subject_option(newest)}" + (
+        f" --phases {','.join(map(str, sorted(missing)))}" if some else ""
+    )
+
+
+def subject_option(subject: SubjectInfo | None) -> str:
+    """The option that chooses the subject again, none for the bundled one. A record has no checkout's path."""
+    if subject is None or subject.source == BUNDLED:
+        return ""
+    return f" --subject={'PATH' if subject.source.startswith('checkout:') else subject.source}"
 
 
 def assess_record(record: Record) -> Assessment:

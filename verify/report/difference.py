@@ -16,7 +16,7 @@ from verify.record.index import Index, Point, open_index
 from verify.record.schema import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
 from verify.record.verdict import TargetVerdict, assess, describe_subject, must_pass, profile_of
 from verify.report.documents import dumps
-from verify.report.matrix import count
+from verify.report.matrix import KNOWN, count
 
 #: Without a history, a number is reported only if it grew by more than this factor, and a duration also by a second.
 _FACTOR, _SECONDS = 1.5, 1.0
@@ -152,7 +152,8 @@ def _machine(record: Record) -> tuple[str, ...]:
 
 
 def _words(result: CheckResult) -> str:
-    return " ".join(filter(None, (result.verdict, result.code, result.by and f"by {result.by}", result.evidence)))
+    parts = (result.verdict, KNOWN if result.deviation else "", result.code, result.by and f"by {result.by}")
+    return " ".join(filter(None, (*parts, result.evidence)))
 
 
 def _chosen(index: Index, names: Sequence[str], since: str | None, gpu: str | None) -> tuple[Record, Record]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 
-from verify.checks import CAPABILITIES, PROFILES
+from verify.checks import CAPABILITIES, PROFILES, catalogue
+from verify.files import repository_root
+from verify.record.deviations import told_before
 from verify.record.verdict import describe_subject
 from verify.report.doctor_table import Finding, Status
+from verify.subject.deviations import read_deviations
 from verify.subject.offered import Examined, examined
 from verify.subject.subject import Subject
 
@@ -43,7 +47,7 @@ def examine_subject(subject: Subject, profile: str | None = None) -> list[Findin
             group = asked.get(name, ()) if profile else ()
             missed = () if offers & {*group} else group
             findings.append(_capability(subject, name, name in offers, found.get(name, ()), missed))
-    return [*findings, *_uncovered(subject)]
+    return [*findings, *_deviations(subject), *_uncovered(subject)]
 
 
 def _whole(subject: Subject, profile: str | None, offered: set[str]) -> Finding:
@@ -84,6 +88,15 @@ def _narrowed(subject: Subject, capability: str) -> Iterator[tuple[str, tuple[ob
 
 def _shown(name: str, values: tuple) -> str:
     return " or ".join(f"{len(one)} fixed" if name == "offsets" else str(one) for one in values)
+
+
+def _deviations(subject: Subject) -> Iterator[Finding]:
+    """How many known deviations its author has listed, and which have expired."""
+    entries = read_deviations(subject, repository_root(), catalogue())
+    expired = [*told_before(entries, datetime.now(UTC).date())]
+    if entries:
+        found = f"{len(entries)} listed, {len(expired)} expired"
+        yield Finding("known deviations", found, "", Status.NOTE if expired else Status.OK, "; ".join(expired))
 
 
 def _uncovered(subject: Subject) -> Iterator[Finding]:

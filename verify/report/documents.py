@@ -12,7 +12,7 @@ from typing import Any
 from verify.architectures import Architecture
 from verify.checks import PHASES
 from verify.record.builds import Compilation
-from verify.record.schema import CheckResult, Measurement, Record
+from verify.record.schema import CheckResult, Finding, Measurement, Record
 from verify.record.verdict import Assessment, Cell, describe_subject, fill_command, missing_by_phase
 from verify.report.matrix import (
     LEGEND,
@@ -66,8 +66,11 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
     parts.append(markdown_table(header, body))
     failed = [cell for cell in assessment.cells if cell.failed or cell.not_compiled]
     if failed:
+        told = (f"* {_finding(one)}\n" for one in assessment.findings)
+        parts.append("## Findings\n\n" + "".join(told))
         told = (
-            f"* **{cell.check.id}** {_one_line(cell.outcome.message)} (`{cell.outcome.repeat}`)\n" for cell in failed
+            f"* **{cell.check.id}** {_one_line(cell.outcome.message)} (`{cell.outcome.repeat}`){_known(cell.outcome)}\n"
+            for cell in failed
         )
         parts.append("## Failures\n\n" + "".join(told))
     if assessment.outdated:
@@ -141,6 +144,7 @@ def report_json(assessment: Assessment, unreadable: Sequence[str]) -> str:
         "stale": [_run(record) | {"because": assessment.why_stale(record)} for record in assessment.stale],
         "outdated": {why: [cell.check.id for cell in cells] for why, cells in assessment.outdated.items()},
         "compilation": assessment.compilation.model_dump(mode="json") if assessment.compilation else None,
+        "findings": [one.model_dump() for one in assessment.findings],
         "rows": [_row(row) for row in rows(assessment.cells)],
         "missing": [cell.check.id for cells in missing.values() for cell in cells],
         "fill": fill_command(assessment) if missing else None,
@@ -219,6 +223,15 @@ def _run_lines(assessment: Assessment) -> Iterable[list[str]]:
         yield [*(run[column] or "-" for column in columns), f"no: {different}" if different else "yes"]
 
 
+def _finding(one: Finding) -> str:
+    blocks = f"; blocks {', '.join(f'`{name}`' for name in one.blocks)}" if one.blocks else ""
+    return f"**{_one_line(one.cause)}**: {', '.join(f'`{name}`' for name in one.checks)}{blocks}"
+
+
+def _known(result: CheckResult) -> str:
+    return f"; known deviation: {_one_line(str(result.deviation))}" if result.deviation else ""
+
+
 def _families(cells: Iterable[Cell]) -> Iterable[str]:
     return dict.fromkeys(f"`{cell.check.spec.family}`" for cell in cells)
 
@@ -255,6 +268,7 @@ def _check(cell: Cell) -> dict[str, Any]:
         "evidence": result.evidence if result else None,
         "run_id": cell.run_id,
         "message": result.message if result else "",
+        "deviation": result.deviation.model_dump(mode="json") if result and result.deviation else None,
         "tightest": _measurement(result.tightest) if result else None,
         "curves": [curve.model_dump() for curve in result.curves] if result else [],
     }

@@ -174,6 +174,7 @@ def _case(result: CheckResult, target: str):
         ("repeat", result.repeat),
     ]
     told += [("skip code", result.code)] if result.code else []
+    told += [("known deviation", str(result.deviation))] if result.deviation else []
     for one in result.measurements:
         words = f"measured {one.measured:g}, allowed {one.allowed:g} {one.unit}".strip()
         told.append((one.name, f"{words}, headroom {one.headroom:.3g}" + (f" at {one.where}" if one.where else "")))

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 
 from verify.architectures import parse_target
 from verify.errors import ConfigurationError
+from verify.record.archive import newest_first
 from verify.record.curves import MOST_CURVES, Curve
+from verify.record.grounds import BUNDLED
 from verify.record.index import Point, open_index
+from verify.record.verdict import describe_subject
 from verify.report.documents import dumps
 from verify.report.matrix import LETTERS, SHAPES, WORST_FIRST, count
 from verify.report.plots import text_plot
@@ -46,6 +49,7 @@ def history(
     with open_index(folders, subject) as index:
         points = index.points(check, target)
         known = sorted({one.id for one in index.points()}) if not points and check is not None else ()
+        newest = newest_first(index.heads.values())
     if not points:
         near = difflib.get_close_matches(check or "", known, n=3, cutoff=0.4)
         what = f"of {check!r}" if check else "of a check"
@@ -58,7 +62,10 @@ def history(
         return 0
     from verify.report.terminal import PipeConsole
 
-    _print(points, check, target, PipeConsole())
+    console = PipeConsole()
+    if newest and newest[0].subject.source != BUNDLED:
+        console.print(f"Subject: {describe_subject(newest[0].subject)}.\n", markup=False)
+    _print(points, check, target, console)
     return 0
 
 
@@ -82,7 +89,7 @@ def _print(points: Sequence[Point], check: str | None, target: str | None, conso
         told = members if by_family or check else [one for one in members if one.gate == "hard"]
         runs = _by_run(told)[-_SHOWN:]
         shares = [_largest(run) for run in runs]
-        last = "-" if not shares or shares[-1] is None else f"{shares[-1]:.0%}"
+        last = "-" if not shares or shares[-1] is None else f"{shares[-1]:.0%}" if shares[-1] < 10 else ">1000%"
         total = str(len({one.run_id for one in members}))
         table.add_row(Text(name), total, Text("".join(map(_letter, runs))), _sparkline(shares), last)
     console.print(table)

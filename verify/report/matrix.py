@@ -18,6 +18,9 @@ PLAN_TABLE = ("1.3", "1.4", "3.1", "3.2", "4.1", "2.2", "4.2", "5.2", "6.1")
 
 NOT_RUN = "NOT RUN"
 
+#: What is added to the verdict of a failure that its author has listed.
+KNOWN = "known"
+
 #: The word of a check whose kernels were built for a GPU that has not run it.
 COMPILED = "COMPILED"
 
@@ -55,15 +58,21 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """The worst verdict with its code or blocker, and ``2/37`` if only some of the checks have it."""
+        """The worst verdict with its code or blocker, ``known``, and ``2/37`` if only some of the checks have it."""
         alike = [cell for cell in self.cells if _word(cell) == self.worst]
         parts = [str(self.worst)]
         result = alike[0].result
         if result is not None and (result.code or result.by):
             parts.append(result.code or f"by {result.by}")
+        parts += [KNOWN] if self.known else []
         if len(self.cells) > 1:
             parts.append(str(len(alike)) if len(alike) == len(self.cells) else f"{len(alike)}/{len(self.cells)}")
         return " ".join(parts)
+
+    @property
+    def known(self) -> bool:
+        """Whether every check with the worst verdict is a known deviation."""
+        return all(cell.result and cell.result.deviation for cell in self.cells if _word(cell) == self.worst)
 
     @property
     def evidence(self) -> str:
@@ -89,29 +98,32 @@ def rows(cells: Iterable[Cell]) -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A family of checks on a target in one to three characters: ``●P``, ``◆P``, ``○F``, ``●P~``, ``·``.
+    """A family of checks on a target in one to three characters: ``●P``, ``◆P``, ``○F``, ``●P~``, ``○F*``, ``·``.
 
-    ``word`` is the verdict, ``evidence`` its kind of evidence; ``stale`` says that the result no longer counts.
+    ``word`` is the verdict, ``evidence`` its kind of evidence; ``stale`` says that the result no longer counts,
+    ``known`` that the failure is a known deviation.
     """
 
     word: str
     evidence: Evidence | None
     stale: bool = False
+    known: bool = False
 
     def __str__(self) -> str:
         if self.evidence is None:
             return "·"
-        return SHAPES[self.evidence] + LETTERS[self.word] + ("~" if self.stale else "")
+        return SHAPES[self.evidence] + LETTERS[self.word] + "~" * self.stale + "*" * self.known
 
 
 #: The shape shows the evidence and the letter the verdict, so that neither needs a colour.
 SHAPES: Mapping[Evidence, str] = MappingProxyType({"hardware": "●", "compiled": "◆", "emulated": "○"})
 LETTERS = MappingProxyType(
     {"PASS": "P", "FAIL": "F", "ERROR": "E", "CRASH": "C", "TIMEOUT": "T", "INFRA": "I", "SKIP": "S", "BLOCKED": "B"}
+    | {"ABSENT": "A", "REFUSED": "R"}
 )
 LEGEND = (
     "● hardware  ◆ compiled  ○ emulated  · no result; P pass  F fail  E error  C crash  T timeout  I infra  "
-    "S skip  B blocked  A absent  R refused; ~ stale, does not count"
+    "S skip  B blocked  A absent  R refused; ~ stale, does not count; * known deviation, still a failure"
 )
 
 
@@ -128,7 +140,7 @@ def mark(row: Row) -> Mark:
     """The worst result of a row: a valid one, else one compiled for a GPU that did not run it, else a stale one."""
     worst = next(cell for cell in row.cells if _word(cell) == row.worst)
     if worst.result is not None:
-        return Mark(worst.result.verdict, worst.result.evidence)
+        return Mark(worst.result.verdict, worst.result.evidence, known=row.known)
     if (before := stale_of(row)) is not None:
         return Mark(before.verdict, before.evidence, stale=True)
     return Mark(NOT_RUN, None)

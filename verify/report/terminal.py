@@ -21,6 +21,7 @@ from verify.record.verdict import (
     Assessment,
     Cell,
     TargetVerdict,
+    commit_of,
     describe_subject,
     fill_command,
     missing_by_phase,
@@ -142,7 +143,9 @@ def print_subjects(assessments: Sequence[Assessment], console: Console) -> None:
     told = []
     for one in assessments:
         newest = one.used[0]
-        table.add_column(Text(f"{newest.subject.source}\n{describe_subject(newest.subject)}"), overflow="fold")
+        who = newest.subject
+        head = f"{who.source}\n{who.name} {who.version} ({commit_of(who)})"
+        table.add_column(Text(head), overflow="fold")
         told.append(one.offered)
     profiles = [profile_of(one.used[0].subject) or "none" for one in assessments]
     table.add_row(
@@ -299,10 +302,12 @@ def _print_cells(assessment: Assessment, cells: Sequence[Cell], console: Console
 def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], console: Console) -> None:
     """The failures with one cause: the cause, the checks, the first message, what to do, and how to repeat it."""
     members = [cells[name] for name in finding.checks]
-    # a HARD failure says more than a SOFT one
-    first = min(members, key=lambda cell: not cell.must_pass)
+    # a HARD failure says more than a SOFT one, and a new one more than a known one
+    first = min(members, key=lambda cell: (not cell.must_pass, cell.outcome.deviation is not None))
     result, spec = first.outcome, first.check.spec
     style = "bold red" if first.must_pass else "bold yellow"
+    deviations = dict.fromkeys(str(cell.outcome.deviation) for cell in members if cell.outcome.deviation)
+    known = sum(cell.outcome.deviation is not None for cell in members)
     blocks = f", which {'block' if len(members) > 1 else 'blocks'} {count(len(finding.blocks), 'more check')}"
     held = f"{count(len(members), 'check')}{blocks if finding.blocks else ''}"
     # if the cause is not known, the title is the claim that does not hold
@@ -313,6 +318,9 @@ def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], con
     if others := [cell.check.id for cell in members if cell is not first]:
         more = f" and {len(others) - _MEMBERS} more" if len(others) > _MEMBERS else ""
         console.print(Text(f"also: {', '.join(others[:_MEMBERS])}{more}"))
+    for deviation in deviations:
+        of = "" if known == len(members) else f", {known} of {len(members)} checks"
+        console.print(Text(f"known deviation{of}: {deviation}", style="yellow"))
     console.print(Text(f"what to do: {spec.remedy}", style="dim"))
     console.print(Text(f"more: python -m verify explain {first.check.id}", style="dim"), soft_wrap=True)
     # on one line, however long, so that it can be copied

@@ -14,9 +14,10 @@ from verify.errors import ConfigurationError, Exit
 from verify.files import REPORTS, repository_root, write_out
 from verify.heartbeat import Heartbeat
 from verify.record.archive import newest_first
+from verify.record.grounds import BUNDLED
 from verify.record.index import open_index
 from verify.record.schema import Record
-from verify.record.verdict import Assessment, assess, assess_record
+from verify.record.verdict import Assessment, assess, assess_record, describe_subject
 from verify.report.matrix import count
 
 #: The value of ``--subject`` that shows every subject.
@@ -99,6 +100,10 @@ def _compare(target: Target, form: str, folders: Sequence[Path]) -> int:
         assessments = [
             assess(target, index.about(one).records(target), checks, index.checkout) for one in index.subjects
         ]
+    if not any(one.used for one in assessments) and (stale := sum(len(one.stale) for one in assessments)):
+        none_valid = f"No result of {count(stale, 'record')} on {target.target} is still valid"
+        print(f"{none_valid}; run the subjects again, or see why: python -m verify report --gpu {target.target}")
+        return _told(index.unreadable)
     terminal.print_subjects([one for one in assessments if one.used], terminal.PipeConsole())
     return _told(index.unreadable)
 
@@ -138,6 +143,9 @@ def _print_terminal(assessments: Sequence[Assessment], one: bool, every_check: b
     from verify.report import terminal
 
     console = terminal.PipeConsole()
+    records = newest_first(record for found in assessments for record in (*found.used, *found.stale))
+    if not one and records and records[0].subject.source != BUNDLED:
+        console.print(f"Subject: {describe_subject(records[0].subject)}.\n", markup=False)
     if one:
         terminal.print_report(assessments[0], console)
     elif every_check:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ from verify.checks import Gate, derive_seed
 from verify.errors import ConfigurationError
 from verify.machine.device import DeviceName
 from verify.machine.environment import capture
+from verify.record.deviations import Entry, known
 from verify.record.digest import instrument_of
 from verify.record.grounds import Checkout
-from verify.record.schema import CheckResult, Environment, Evidence, Sha256, SubjectInfo, Verdict
+from verify.record.schema import CheckResult, Deviation, Environment, Evidence, Sha256, SubjectInfo, Verdict
 from verify.subject.subject import Subject
 
 
@@ -89,6 +90,7 @@ class Manifest(Surroundings):
     seed: int
     selection: str
     selected: tuple[Selected, ...]
+    deviations: tuple[Entry, ...] = ()
 
     @property
     def model_id(self) -> str:
@@ -116,6 +118,10 @@ class Manifest(Surroundings):
             words.append("--sanitize")
         return " ".join(words)
 
+    def deviation_of(self, check_id: str) -> Deviation | None:
+        """Why a failure of the check was known when the run began; None if it was not."""
+        return known(self.deviations, check_id, date.fromisoformat(self.time_utc[:10]))
+
     def result(self, check: Selected, verdict: Verdict, root: Path, **fields: Any) -> CheckResult:
         """The result of a check of this run; ``fields`` are those that the run does not determine."""
         return CheckResult(
@@ -125,6 +131,7 @@ class Manifest(Surroundings):
             verdict=verdict,
             seed=derive_seed(self.seed, check.id),
             repeat=self.repeat_command(check.node, root),
+            deviation=self.deviation_of(check.id) if verdict is Verdict.FAIL else None,
             **({"evidence": self.evidence} | fields),
         )
 
@@ -163,6 +170,7 @@ def freeze(
     seed: int,
     selection: str,
     selected: tuple[Selected, ...],
+    deviations: tuple[Entry, ...] = (),
 ) -> Manifest:
     """A manifest with a new run id."""
     return Manifest(
@@ -175,6 +183,7 @@ def freeze(
         seed=seed,
         selection=selection,
         selected=selected,
+        deviations=deviations,
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -26,12 +27,14 @@ from verify.files import default_out, repository_root
 from verify.machine.device import prepare, resolve
 from verify.machine.processors import cores
 from verify.record.archive import newest_runs
+from verify.record.deviations import told_after, told_before, without_failure
 from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Record, Verdict
 from verify.record.verdict import must_pass, profile_of
 from verify.run import events
 from verify.run.manifest import Manifest, Selected, freeze, survey
 from verify.run.process import PhaseProcess, pytest_command, pytest_environment
 from verify.run.request import RunRequest
+from verify.subject.deviations import read_deviations
 from verify.subject.find import find_subject
 
 if TYPE_CHECKING:
@@ -53,9 +56,10 @@ _ON_CPU = "not slow"
 def run(request: RunRequest) -> int:
     """Carry out ``request`` and return the exit code of ``python -m verify run``.
 
-    0 everything selected passed (soft failures are warnings), 1 a HARD check failed or was blocked, 2 interrupted and
-    resumable, 3 the machine is at fault, 4 a SOFT failure under ``strict_soft``. Raises ConfigurationError, also exit
-    code 3, if the request cannot be carried out; then nothing was run and no new run is left behind.
+    0 everything selected passed (soft failures are warnings, and known deviations do not count), 1 a HARD check failed
+    or was blocked, 2 interrupted and resumable, 3 the machine is at fault, or a known deviation no longer fails, 4 a
+    SOFT failure under ``strict_soft``. Raises ConfigurationError, also exit code 3, if the request cannot be carried
+    out; then nothing was run and no new run is left behind.
     """
     from rich.console import Console
 
@@ -81,18 +85,19 @@ def exit_code(
     """The exit code for these results on ``target`` of a subject with ``profile``.
 
     Its must-pass checks must pass: one that is ABSENT, REFUSED or SKIP(PKG_MISSING) counts as failed, a blocked one
-    like its blocker. If any check, HARD or SOFT, has no verdict because of the machine, the run has no answer (exit
-    code 3).
+    like its blocker. A FAIL that is a known deviation does not count, whether it is HARD or SOFT. If any check, HARD or
+    SOFT, has no verdict because of the machine, the run has no answer (exit code 3).
     """
     by_id = {result.id: result for result in results}
     verdicts_of = {name: result.verdict for name, result in by_id.items()}
     checks = list(catalogue())
     required = {check.id for check in must_pass(checks, parse_target(target), profile, verdicts_of)}
     spared = {check.id for check in checks} - required
-    soft_failed = any(one.gate == "soft" and one.verdict in FAILING for one in by_id.values())
+    soft_failed = any(one.gate == "soft" and one.verdict in FAILING and not one.deviation for one in by_id.values())
     hard = [one for name, one in by_id.items() if name in required or (one.gate == "hard" and name not in spared)]
     failed = [_blocker(result, by_id) if result.verdict is Verdict.BLOCKED else result for result in hard]
-    verdicts = {result.verdict for result in failed} & (FAILING | NOT_OFFERED | {Verdict.BLOCKED})
+    counted = {result.verdict for result in failed if not result.deviation}
+    verdicts = counted & (FAILING | NOT_OFFERED | {Verdict.BLOCKED})
     if verdicts - {Verdict.INFRA} or any(result.code == "PKG_MISSING" for result in hard):
         return Exit.FAILED
     if any(result.verdict is Verdict.INFRA for result in by_id.values()):
@@ -139,6 +144,7 @@ def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
     """Check everything that could prevent the run, then create its directory."""
     subject = find_subject(request.subject, root)
     subject = replace(subject, profile=request.profile or subject.profile)
+    deviations = read_deviations(subject, root, catalogue())
     device = resolve(request.device)
     if device.name == "cpu" and request.expression is None:
         request = replace(request, expression=_ON_CPU)
@@ -152,6 +158,7 @@ def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
         seed=request.seed,
         selection=_words(request),
         selected=_select(request, root),
+        deviations=deviations,
     )
     run_dir = request.out.resolve() / manifest.run_id
     try:
@@ -160,6 +167,8 @@ def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
         raise ConfigurationError(f"{run_dir} cannot be created ({error.strerror}); choose another --out") from error
     if device.note:
         console.print(f"note: {device.note}", markup=False, soft_wrap=True)
+    for sentence in told_before(deviations, datetime.now(UTC).date()):
+        console.print(f"note: {sentence}", markup=False, soft_wrap=True)
     console.print(f"run {manifest.run_id}: {len(manifest.selected)} checks on {manifest.target}", markup=False)
     return run_dir
 
@@ -225,6 +234,16 @@ def unjudged(record: Record, run_dir: Path) -> str:
         f"INFRA: {checks} no verdict because of the machine, not the subject, the first of them {found[0].id}; "
         f"repeat {'them' if len(found) > 1 else 'it'} with: python -m verify run --resume {_resume_name(run_dir)}"
     )
+
+
+def deviating(record: Record, manifest: Manifest, code: int) -> tuple[int, list[str]]:
+    """The exit code of a run that would end with ``code``, and the last sentences on its known deviations.
+
+    An entry that matches nothing must be removed: the run then ends with 3, unless something failed.
+    """
+    needless = without_failure(manifest.deviations, record.results, list(catalogue()))
+    told = told_after(record.results, alone=code == Exit.OK)
+    return (Exit.CANNOT if needless and code in (Exit.OK, Exit.SOFT) else code), [*filter(None, [told]), *needless]
 
 
 def _resume_name(run_dir: Path) -> str:
@@ -332,14 +351,15 @@ def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console
     from verify.report.verb import print_matrix
 
     record = events.compose(run_dir, "complete" if finished else "interrupted")
+    code = exit_code(record.results, record.target, profile_of(record.subject), strict_soft=strict_soft)
+    code, told_deviations = deviating(record, events.read_manifest(run_dir), code)
     # a closed terminal may be why the run ended, and the record is written
     with suppress(OSError):
         print_matrix(record, console)
         lines = [f"record: {os.path.relpath(run_dir / events.RECORD)}"]
         lines += [told] if (told := unjudged(record, run_dir)) else []
+        lines += told_deviations if finished else []
         if not finished:
             lines.append(f"interrupted; resume with: python -m verify run --resume {_resume_name(run_dir)}")
         console.print("\n".join(lines), markup=False, soft_wrap=True)
-    if not finished:
-        return Exit.INTERRUPTED
-    return exit_code(record.results, record.target, profile_of(record.subject), strict_soft=strict_soft)
+    return code if finished else Exit.INTERRUPTED

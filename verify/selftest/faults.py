@@ -67,7 +67,7 @@ class Change(Strict):
     """
 
     at: tuple[str | int, ...] = Field(min_length=1)
-    to: str | int | float | bool | None = None
+    to: str | int | float | bool | dict[str, str] | None = None
     op: Literal["set", "remove", "twice"] = "set"
 
 

@@ -190,27 +190,31 @@ class Subject:
                 raise SubjectLacks(f"the subject has no module {name}") from error
             raise
 
-    def command(self, *arguments: str) -> list[str]:
-        """The command line that runs the subject's own CLI; use it with ``environment()``."""
-        return [sys.executable, "-m", self.package, *arguments]
+    @property
+    def calibration_script(self) -> Path:
+        """Where a checkout has its script that calibrates, if it has one."""
+        return self.root / "scripts" / "calibrate.py"
+
+    def command(self, *arguments: str, script: Path | None = None) -> list[str]:
+        """The command line that runs the subject's own CLI, or a script; use it with ``environment()``."""
+        return [sys.executable, *([str(script)] if script else ["-m", self.package]), *arguments]
 
     def run(
-        self, *arguments: str, limit_s: float = _COMMAND_LIMIT_S, environment: Mapping[str, str] | None = None
-    ) -> str:
-        """The output of the subject's own CLI. Raises AssertionError, with the last line of its stderr, if it fails."""
+        self, *arguments: str, limit_s: float = _COMMAND_LIMIT_S, environment: Mapping[str, str] | None = None,
+        script: Path | None = None,
+    ) -> str:  # fmt: skip
+        """What its CLI or a script prints. Raises AssertionError, with the last line of stderr, if it fails."""
         __tracebackhide__ = True
+        called = script.name if script else arguments[0]
         try:
             child = subprocess.run(
-                self.command(*arguments),
-                capture_output=True,
-                text=True,
-                timeout=limit_s,
-                env=environment or self.environment(),
-            )
+                self.command(*arguments, script=script),
+                capture_output=True, text=True, timeout=limit_s, env=environment or self.environment(),
+            )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"{arguments[0]} did not end within {limit_s:g} s") from error
+            raise AssertionError(f"{called} did not end within {limit_s:g} s") from error
         last = (child.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-        assert child.returncode == 0, f"{arguments[0]} ended with exit code {child.returncode}: {last}"
+        assert child.returncode == 0, f"{called} ended with exit code {child.returncode}: {last}"
         return child.stdout
 
     def environment(self) -> dict[str, str]:
@@ -254,16 +258,15 @@ class Subject:
         )
 
     def content_sha256(self) -> str:
-        """A digest of the package's files, without its tests, and of the subject file. It tells whether two runs test
-        the same thing.
+        """A digest of the package's files, without its tests, of the subject file and of the script that calibrates.
+        It tells whether two runs test the same thing.
         """
         folder, beside = self.folder, {"__pycache__", "tests"}
         files = {
             path for path in folder.rglob("*") if path.is_file() and not beside & {*path.relative_to(folder).parts}
         }
-        if self.file is None or self.file in files:
-            return digest_of(files, folder)
-        return digest_of({*files, self.file}, self.root)
+        others = {one for one in (self.file, self.calibration_script) if one and one.is_file()} - files
+        return digest_of(files | others, self.root if others else folder)
 
     def _committed(self) -> bool:
         """Whether every file of the package is committed and unchanged; ignored and untracked files do not count as

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from verify.record.curves import Curve, Point
 from verify.record.findings import findings
 from verify.record.schema import (
     CheckResult,
+    Deviation,
     Environment,
     Gpu,
     Measurement,
@@ -171,6 +172,12 @@ def result(check_id: str, verdict: str = "PASS", evidence: str = "hardware", **f
         "by": "p1.bf16.matmul" if verdict == "BLOCKED" else None,
     }
     return CheckResult(id=check_id, verdict=verdict, evidence=evidence, **(defaults | fields))
+
+
+def known(check_id: str, **fields: object) -> CheckResult:
+    """A failure that is a known deviation."""
+    why = Deviation(reason="Zeros are NaN.", issue="https://example.org/12", expires=date(2027, 3, 1))
+    return result(check_id, "FAIL", **{"deviation": why} | fields)
 
 
 def measured(value: float, allowed: float, name: str = "error") -> list[Measurement]:

@@ -23,6 +23,7 @@ from verify.errors import ConfigurationError
 from verify.files import repository_root
 from verify.record import kills
 from verify.record.digest import instrument_sha256
+from verify.record.grounds import BUNDLED
 from verify.record.index import Point
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
@@ -61,13 +62,19 @@ class Site:
 
     @cached_property
     def columns(self) -> list[Column]:
-        return [Column(assessment) for assessment in self.assessments]
+        """Every target; of a subject other than the bundled one those of which there is a record."""
+        every = bool(not self.heads or self.heads[0].subject.source == BUNDLED)
+        return [Column(one) for one in self.assessments if every or one.used or one.stale]
 
     @cached_property
     def families(self) -> dict[str, CheckSpec]:
         """The families of checks by name, in the order of the terminal's matrix."""
         specs = {check.spec.family: check.spec for check in self.checks}
         return {family: specs[family] for family in dict.fromkeys(f for column in self.columns for f in column.rows)}
+
+    @property
+    def claims(self) -> dict[str, str]:
+        return {family: spec.claim for family, spec in self.families.items()}
 
 
 def build(site: Site, out: Path) -> int:
@@ -118,7 +125,7 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     Most of the work is in those and in drawing charts, which holds the GIL: both are done by ``beside``.
     """
     frame = Frame(len(site.heads), site.heads[0] if site.heads else None, site.unreadable)
-    write = partial(write_runs, frame, frozenset(site.families), homes=site.homes, made=made / "run", out=out / "run")
+    write = partial(write_runs, frame, site.claims, homes=site.homes, made=made / "run", out=out / "run")
     share = max(_WORTH, math.ceil(len(site.files) / _PROCESSES))
     runs = [beside.submit(write, site.files[start : start + share]) for start in range(0, len(site.files), share)]
     trends = {
@@ -189,6 +196,8 @@ def _gpu(column: Column, site: Site) -> dict[str, Any]:
     results = [cell.result for cell in assessment.cells if cell.result is not None]
     return {
         "column": column,
+        "claims": site.claims,
+        "known": {result.id for result in results if result.deviation},
         "lines": lines(results, site.families, column),
         "absent": _absent(column, site),
         "failed": [cell for cell in assessment.cells if cell.failed or cell.not_compiled],

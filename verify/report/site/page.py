@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from verify.checks import PHASES, SKIP_CODES
 from verify.record.schema import Record
-from verify.record.verdict import describe_subject
+from verify.record.verdict import describe_subject, subject_option
 from verify.report.matrix import bound, built, count, headroom
-from verify.report.site.view import SHAPES, Bar, page_name
+from verify.report.site.view import SHAPES, Bar, page_name, title_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Frame:
             "skip_codes": SKIP_CODES,
             "shapes": (*SHAPES, "none"),
             "describe_subject": describe_subject,
+            "subject_option": subject_option(self.newest.subject) if self.newest else "",
+            "title_of": title_of,
             "built": built,
             "count": count,
             "newest": self.newest,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,22 +60,24 @@ class Notes:
 
 
 def write_runs(
-    frame: Frame, families: Set[str], files: Sequence[Path], *, homes: Sequence[Path], made: Path, out: Path
+    frame: Frame, claims: Mapping[str, str], files: Sequence[Path], *, homes: Sequence[Path], made: Path, out: Path
 ) -> Notes:
     """Write the page of each run in ``files``, newest first, into ``made``, which is renamed to ``out`` later.
 
-    ``families`` are the checks that have a page; ``homes`` are the folders in which runs may have left logs. Returns
-    what the other pages show. Raises ConfigurationError for a record that can no longer be read.
+    ``claims`` are those of the families of checks that have a page; ``homes`` are the folders in which runs may have
+    left logs. Returns what the other pages show. Raises ConfigurationError for a record that can no longer be read.
     """
     page, notes = frame.renderer(), Notes()
     for path in files:
         record = read_again(path)
-        noted = _noted(record, families)
+        noted = _noted(record, claims.keys())
         text = page(
             "run.html",
             "../",
             record=record,
-            lines=lines(record.results, families),
+            lines=lines(record.results, claims),
+            claims=claims,
+            known={one.id for one in record.results if one.deviation},
             counts=noted.counts[record.run_id],
             logs=_logs(record, homes, out),
             curves=[(one.id, charts.plot(one.curves)) for one in record.results if one.curves],

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from verify.architectures import Architecture, Target
-from verify.record.schema import FAILING, CheckResult, Measurement, Record, Verdict
+from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Record, Verdict
 from verify.record.verdict import Assessment
-from verify.report.matrix import COMPILED, Row, bound, headroom, listed, rows, stale_of
+from verify.report.matrix import COMPILED, KNOWN, Row, bound, headroom, listed, rows, stale_of
 
 #: The shapes of evidence, best first; ``none`` is a dash.
 SHAPES = ("hardware", "compiled", "emulated")
 
 STALE = "STALE"
+
+#: Verdicts without a sign of their own: their cells have the word.
+_WITHOUT_SIGN = (Verdict.ABSENT, Verdict.REFUSED, Verdict.BLOCKED)
 
 #: The share of a bar's width at which the allowed value is, and the number of decades below it.
 _LIMIT, _DECADES = 0.8, 4
@@ -25,19 +28,23 @@ _LIMIT, _DECADES = 0.8, 4
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One cell: the ``shape`` of its evidence, the ``tone`` and ``word`` of its verdict, a short ``note``."""
+    """One cell: the ``shape`` of its evidence, the ``tone`` and ``word`` of its verdict, the short ``note`` in it, and
+    ``detail`` that only its description has.
+    """
 
     shape: str
     tone: str
     word: str
     note: str = ""
     anchor: str = ""  #: its place on the target's page
+    detail: str = ""
 
     @property
     def told(self) -> str:
         """The cell in words, for readers who cannot see the shape."""
         evidence = "no evidence" if self.shape == "none" else f"{self.shape} evidence"
-        return ", ".join(filter(None, (self.word, evidence, self.note)))
+        note = "" if self.note == self.word.lower() else self.note
+        return ", ".join(filter(None, (self.word, evidence, note, self.detail)))
 
 
 def tone_of(word: str, shape: str) -> str:
@@ -110,7 +117,12 @@ class Column:
         code = next((cell.result.code for cell in row.cells if cell.result and cell.result.code), "")
         if row.worst == Verdict.SKIP:
             note = code or note
-        return Mark(shape, tone_of(row.worst, shape), row.worst, note, anchor)
+        detail = ""
+        if row.known:
+            note, detail = KNOWN, note
+        elif row.worst in _WITHOUT_SIGN:
+            note, detail = row.worst.lower(), note
+        return Mark(shape, tone_of(row.worst, shape), row.worst, note, anchor, detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +171,7 @@ class Line:
     def start(self) -> tuple[str | bool, ...]:
         """The content of its row before the numbers."""
         result, family = self.result, self.result.id.rpartition(".")[0]
-        note = result.code or result.by or ""
+        note = result.code or result.by or ("known deviation" if result.deviation else "")
         return result.id, family, result.gate, self.word, note, self.shape, self.tone, self.known
 
 
@@ -193,6 +205,13 @@ def across(marks: Mapping[str, Mark | None]) -> str:
         parts.append(f"compiled for {listed(compiled)}, which {'has' if len(compiled) == 1 else 'have'} not run it")
     sentence = "; ".join(parts) or "no target has a valid result"
     return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def title_of(finding: Finding, claims: Mapping[str, str]) -> str:
+    """The cause of a finding or, if it is not known, the claim that does not hold; ``claims`` are by family."""
+    family = finding.checks[0].rpartition(".")[0]
+    unknown = finding.cause.endswith(f": {family}") and family in claims
+    return f"not true: {claims[family]}" if unknown else finding.cause
 
 
 def page_name(text: str) -> str:

@@ -82,6 +82,7 @@ def test_an_honest_failure_is_sound(tmp_path: Path) -> None:
 
 
 TABLE = "p5.table.last"
+KNOWN = {"reason": "x", "issue": "https://example.org", "expires": "2027-01-01"}
 CHANGES: dict[str, tuple[Callable[[Json], object], str]] = {
     "absent": (lambda r: r["results"].pop(0), "p1.bf16.matmul: is must-pass on sm120 and has no result"),
     "family absent": (lambda r: r.update(results=r["results"][:3] + r["results"][5:]), "p4.oracle: 2 checks are must-"),
@@ -140,6 +141,20 @@ CHANGES: dict[str, tuple[Callable[[Json], object], str]] = {
     "finding": (
         lambda r: r.update(findings=[{"cause": "x", "checks": [TABLE], "blocks": []}]),
         f"{TABLE}: is in a finding, but did not fail",
+    ),
+    "known, but passed": (
+        lambda r: of(r, TABLE).update(deviation=KNOWN),
+        f"{TABLE}: PASS with the known deviation 'x', which only a FAIL can be",
+    ),
+    "known, but bundled": (
+        lambda r: of(r, TABLE).update(verdict="FAIL", message="is wrong", deviation=KNOWN),
+        f"{TABLE}: is called a known deviation, but the bundled subject may have none",
+    ),
+    "known, but expired": (
+        lambda r: of(r, TABLE).update(
+            verdict="FAIL", message="is wrong", deviation=KNOWN | {"expires": "2026-10-31"}
+        ),
+        f"{TABLE}: is called a known deviation until 2026-10-31, which was before the run",
     ),
     "two findings": (
         lambda r: r.update(findings=[{"cause": name, "checks": [TABLE], "blocks": []} for name in "xy"]),

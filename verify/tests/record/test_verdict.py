@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -8,7 +10,7 @@ from verify.checks import Check, CheckSpec
 from verify.record.grounds import Checkout
 from verify.record.schema import CheckResult, Record
 from verify.record.staleness import stale_because
-from verify.record.verdict import TargetVerdict, assess, fill_command, must_pass
+from verify.record.verdict import TargetVerdict, assess, describe_subject, fill_command, must_pass, subject_option
 from verify.tests import samples
 from verify.tests.samples import HARD, checks, passing, record, result
 
@@ -41,6 +43,36 @@ def test_one_failure_fails_the_gpu(verdict: str) -> None:
     assert found.verdict is TargetVerdict.FAILED
     assert "p4.oracle.n33" in found.sentence
     assert "5 passed, 0 without a valid result" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("known", "others", "told"),
+    [
+        (
+            ["p4.oracle.n1"],
+            [],
+            "1 of 6 must-pass checks failed on .*, a known deviation, the first p4.oracle.n1; 5 passed",
+        ),
+        (["p4.oracle.n1", "p4.oracle.n33"], [], "2 of 6 .*, all of them known deviations, the first p4.oracle.n1; 4 "),
+        (["p4.oracle.n1"], ["p4.oracle.n33"], "1 of them a known deviation, the first of the others p4.oracle.n33; 4"),
+    ],
+)
+def test_a_known_deviation_fails_the_gpu_too(known: list[str], others: list[str], told: str) -> None:
+    failed = [*map(samples.known, known), *(result(name, "FAIL") for name in others)]
+    left = [one for one in passing() if one.id not in (*known, *others)]
+    found = assess(SM120, [record("sm120", [*failed, *left])], checks())
+    assert found.verdict is TargetVerdict.FAILED
+    assert re.search(told, found.sentence), found.sentence
+
+
+def test_another_subject_is_named_with_its_source_and_chosen_again() -> None:
+    made = record("sm120", passing()[1:])
+    other = made.subject.model_copy(update={"source": "checkout:theirs"})
+    found = assess(SM120, [made.model_copy(update={"subject": other, "findings": []})], checks())
+    assert describe_subject(other) == "sample 1.0 (checkout:theirs, 1234567)"
+    assert describe_subject(made.subject) == "sample 1.0 (1234567)"
+    assert fill_command(found) == "python -m verify run --expect sm120 --subject=PATH --phases 1"
+    assert subject_option(other.model_copy(update={"source": "module:theirs"})) == " --subject=module:theirs"
 
 
 @pytest.mark.parametrize("verdict", ["SKIP", "BLOCKED"])

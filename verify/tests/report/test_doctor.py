@@ -161,7 +161,7 @@ def _examined(root: Path, profile: str | None = None) -> dict[str, Finding]:
 
 def test_a_subject_is_examined_by_capability(partial: Path) -> None:
     found = _examined(partial)
-    assert (found["subject"].found, found["subject"].status) == ("partial 5 (no git commit)", Status.OK)
+    assert (found["subject"].found, found["subject"].status) == ("partial 5 (module:partial, no git commit)", Status.OK)
     plain = found["scoring without Triton"]
     assert (plain.found, plain.status) == ("offered, aggregation only mean, offsets only 3 fixed", Status.OK)
     assert found["scoring with Triton"].found == "not offered"
@@ -170,6 +170,15 @@ def test_a_subject_is_examined_by_capability(partial: Path) -> None:
     assert wrong.step == "calibration.calibrate: parameter 2 is nothing, published is forward_loop"
     assert found["command line"].found == "not offered"
     assert found["not covered"].found == "partial/mlx"
+
+
+def test_the_known_deviations_of_a_subject_are_counted_and_the_expired_ones_told(partial: Path) -> None:
+    assert "known deviations" not in _examined(partial)
+    entry = '[[deviation]]\nchecks = ["p4.zero"]\nreason = "x"\nissue = "https://example.org"\nexpires = '
+    (partial / "partial" / "deviations.toml").write_text(f"{entry}2026-05-01\n{entry}2126-05-01\n")
+    found = _examined(partial)["known deviations"]
+    assert (found.found, found.status) == ("2 listed, 1 expired", Status.NOTE)
+    assert found.step.startswith("the known deviation p4.zero expired on 2026-05-01, so its failures count; fix them")
 
 
 def test_what_a_profile_asks_for_and_a_subject_does_not_offer_is_told(partial: Path) -> None:

@@ -12,9 +12,9 @@ from verify import cli
 from verify.architectures import EMULATED, find
 from verify.record.schema import CheckResult
 from verify.record.verdict import assess
-from verify.report import export
+from verify.report import documents, export
 from verify.tests import samples
-from verify.tests.samples import measured, passing, record, result, write
+from verify.tests.samples import known, measured, passing, record, result, write
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +100,20 @@ def test_the_verbs_write_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert json.loads((tmp_path / "a.json").read_text())["predicate"]["result"] == "PASSED"
     assert cli.main(["export", "--junit", "absent"]) == 3
     assert cli.main(["export", "--junit", str(path), "--out", str(path / "below")]) == 3
+
+
+def test_a_known_deviation_is_a_failure_with_its_reason_in_every_format() -> None:
+    made = assess(find(120), [record("sm120", [known("p4.oracle.n1")])], samples.checks())
+    case = next(
+        one
+        for one in ElementTree.fromstring(export.report_junit([made])).iter("testcase")
+        if one.find("failure") is not None
+    )
+    told = "Zeros are NaN. (https://example.org/12, until 2027-03-01)"
+    assert {one.get("name"): one.get("value") for one in case.iter("property")}["known deviation"] == told
+    assert f"; known deviation: {told}" in documents.report_markdown(made, ())
+    assert "**FAIL: p4.oracle**: `p4.oracle.n1`" in documents.report_markdown(made, ())
+    whole = json.loads(documents.report_json(made, ()))
+    assert whole["findings"] == [{"cause": "FAIL: p4.oracle", "checks": ["p4.oracle.n1"], "blocks": []}]
+    (check,) = (one for row in whole["rows"] for one in row["checks"] if one["deviation"])
+    assert check["deviation"]["issue"] == "https://example.org/12"

@@ -8,7 +8,7 @@ from verify.architectures import EMULATED, find
 from verify.record.schema import Measurement, Record
 from verify.record.verdict import assess
 from verify.report.matrix import bound, grid, headroom, rows
-from verify.tests.samples import checks, measured, record, result
+from verify.tests.samples import checks, known, measured, record, result
 
 
 def row_of(family: str, *results):
@@ -85,6 +85,9 @@ def other_subject() -> Record:
         ([record("sm120", [result("p8.kernel.ms", evidence="compiled")])], "◆P"),
         ([record("emulated", [result("p8.kernel.ms", evidence="emulated")])], "·"),
         ([record("sm120", [result("p8.kernel.ms")]), other_subject()], "●P~"),
+        ([record("sm120", [result("p8.kernel.ms", "ABSENT")])], "●A"),
+        ([record("sm120", [result("p8.kernel.ms", "REFUSED")])], "●R"),
+        ([record("sm120", [known("p8.kernel.ms")])], "●F*"),
         # a skip said nothing, then or now
         ([record("sm120", [result("p8.kernel.ms", "SKIP")]), other_subject()], "·"),
     ],
@@ -105,3 +108,15 @@ def test_the_grid_has_hard_checks_first_and_no_mark_where_a_check_does_not_apply
     gates = [spec.gate for spec, _ in found]
     assert gates == sorted(gates)
     assert "emulated" not in {spec.family: marks for spec, marks in found}["p1.torch_sees"]
+
+
+def test_a_row_is_known_if_all_its_failures_are() -> None:
+    own, other = known("p4.oracle.n1"), result("p4.oracle.n33", "FAIL")
+    for results, words in (
+        ([own, known("p4.oracle.n33")], "FAIL known 2"),
+        ([own, result("p4.oracle.n33")], "FAIL known 1/2"),
+        ([own, other], "FAIL 2"),
+    ):
+        (found,) = (one for one in rows(assess(find(120), [record("sm120", results)], checks()).cells) if one.phase == 4
+                    and one.spec.family == "p4.oracle")  # fmt: skip
+        assert found.verdict == words

@@ -27,6 +27,7 @@ from verify.tests.samples import (
     checks,
     compiled,
     curve,
+    known,
     measure_report,
     measured,
     passing,
@@ -164,6 +165,45 @@ def test_a_check_that_fails_on_one_gpu_only_says_so(site: Path) -> None:
     assert across({}) == "No target has a valid result."
 
 
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages of another subject: a known deviation that blocks, a new failure, and what it does not offer."""
+    own = known("p4.oracle.n1", evidence="emulated", message=HOSTILE)
+    blocked = result("p4.oracle.n33", "BLOCKED", evidence="emulated", by=own.id)
+    failed = result("p1.bf16.matmul", "FAIL", evidence="emulated")
+    others = [("p4.triton_pytorch.mean", "REFUSED"), ("p4.triton_pytorch.max", "REFUSED"), ("p8.kernel.ms", "ABSENT")]
+    whole = record("emulated", [own, blocked, failed, *(result(*one, evidence="emulated") for one in others)])
+    subject = whole.subject.model_copy(update={"source": "checkout:theirs"})
+    return made(tmp_path_factory.mktemp("theirs"), [whole.model_copy(update={"subject": subject})])
+
+
+def test_every_page_of_another_subject_names_it_and_has_its_targets_only(theirs: Path) -> None:
+    for page in theirs.rglob("*.html"):
+        assert '<strong class="subject">sample 1.0, checkout:theirs</strong>' in page.read_text(), page
+    assert [page.name for page in (theirs / "gpu").iterdir()] == ["emulated.html"]
+    assert "--device cpu --subject=PATH" in text(theirs, "gpu/emulated.html")
+    assert "phases/x.py::test&#39; --subject=PATH" in text(theirs, "check/p4.oracle.html")
+
+
+def test_what_is_not_offered_is_told_in_its_cell_and_a_known_deviation_too(theirs: Path) -> None:
+    told = text(theirs, "index.html")
+    for words, shown in (
+        ("p4.triton_pytorch on emulated: REFUSED, emulated evidence", "refused"),
+        ("p8.kernel on emulated: ABSENT, emulated evidence", "absent"),
+        ("p4.oracle on emulated: FAIL, emulated evidence, known, 1/2", "known"),
+    ):
+        assert re.search(rf'aria-label="{words}">.*?<small>{shown}</small>', told), words
+
+
+def test_findings_come_before_the_failures_with_what_they_block(theirs: Path) -> None:
+    for page in ("gpu/emulated.html", "run/run-emulated-1.html"):
+        told = " ".join(text(theirs, page).split())
+        assert re.search(r"not true: claim <small>1 check, blocking 1 more, 1 known deviation</small>", told), page
+        assert "Known deviation, still a failure: Zeros are NaN. (<a href=" in told
+        assert "<script>alert" not in told
+        assert told.index('id="findings"') < told.index('<p class="known">')
+
+
 def test_a_chart_of_headroom_has_what_a_log_scale_can_show(site: Path, tmp_path: Path) -> None:
     assert "Least headroom over time" in text(site, "check/p4.oracle.html")
     wrong = [measured(float("inf"), 1), measured(-1, 1)]
@@ -283,13 +323,16 @@ def rows(page: Page) -> list[str]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_no_page_has_a_serious_problem_for_assistive_technology(page: Page, site: Path, scheme: str) -> None:
+def test_no_page_has_a_serious_problem_for_assistive_technology(
+    page: Page, site: Path, theirs: Path, scheme: str
+) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
     page.emulate_media(color_scheme=scheme)
     found = []
-    for name in PAGES:
-        page.goto((site / name).as_uri())
+    others = ("index.html", "gpu/emulated.html", "run/run-emulated-1.html")
+    for name, place in (*((name, site) for name in PAGES), *((name, theirs) for name in others)):
+        page.goto((place / name).as_uri())
         for problem in Axe().run(page, options={"preload": False}).response["violations"]:
             if problem["impact"] in ("serious", "critical"):
                 found.append(f"{name}: {problem['id']}: {problem['nodes'][0]['html'][:120]}")

@@ -9,9 +9,10 @@ import pytest
 from verify.architectures import EMULATED
 from verify.errors import ConfigurationError
 from verify.record.index import open_index
-from verify.record.schema import SubjectInfo, write_record
+from verify.record.schema import SubjectInfo, read_record, write_record
+from verify.report.history import history
 from verify.report.verb import report
-from verify.tests.samples import passing, record
+from verify.tests.samples import passing, record, result
 
 
 @pytest.fixture
@@ -59,3 +60,31 @@ def test_the_report_tells_of_the_others_and_shows_all_side_by_side(
     assert "checkout:other" in told
     with pytest.raises(ConfigurationError, match="is a table in the terminal"):
         report("emulated", "json", [folder], subject="all")
+
+
+def test_another_subject_is_named_above_every_table_and_may_refuse(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = read_record(folder / "other.json")
+    results = [result(one.id, "REFUSED", evidence="emulated") for one in whole.results]
+    write_record(whole.model_copy(update={"results": results}), folder / "other.json")
+    for print_it in (
+        lambda: report(None, folders=[folder], subject="other"),
+        lambda: report(None, folders=[folder], subject="other", every_check=True),
+        lambda: history(None, None, [folder], "other"),
+        lambda: history(None, "emulated", [folder], "other"),
+    ):
+        assert print_it() == 0
+        assert capsys.readouterr().out.startswith("Subject: Other 2 (checkout:other, no git commit).\n")
+    assert report(None, folders=[folder]) == 0
+    assert "Subject:" not in capsys.readouterr().out
+
+
+def test_records_of_which_no_result_is_valid_are_not_called_absent(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in folder.iterdir():
+        made = read_record(file)
+        write_record(made.model_copy(update={"sources": dict.fromkeys(made.sources, "ab" * 32)}), file)
+    assert report("emulated", folders=[folder], subject="all") == 0
+    assert "No result of 2 records on emulated is still valid; run the subjects again" in capsys.readouterr().out

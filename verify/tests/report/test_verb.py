@@ -8,7 +8,7 @@ from rich.console import Console
 from verify.architectures import find
 from verify.record.verdict import TargetVerdict, assess
 from verify.report import terminal
-from verify.tests.samples import checks, passing, record, result
+from verify.tests.samples import checks, known, passing, record, result
 
 
 def printed(function, assessment, width: int = 100) -> str:
@@ -67,3 +67,10 @@ def test_a_toolchain_gap_and_a_note_are_told(sm: int) -> None:
     text = " ".join(printed(terminal.print_report, assess(known, [], checks())).split())
     assert known.note in text
     assert known.toolchain_gap in text
+
+
+def test_a_finding_says_which_of_its_failures_are_known() -> None:
+    own, other = known("p4.oracle.n1"), result("p4.oracle.n33", "FAIL", message="a new one")
+    told = printed(terminal.print_run, assess(find(120), [record("sm120", [own, other])], checks()))
+    assert "FAIL p4.oracle.n33  a new one" in told  # what is new stands first
+    assert "known deviation, 1 of 2 checks: Zeros are NaN. (https://example.org/12, until 2027-03-01)" in told

@@ -27,6 +27,7 @@ _FAULTS = {
     "layout": ("p4.pytorch_oracle.d64-interleaved", _FORMULA),
     "kernel-mlr": ("p4.options.triton-disable_mlr", _FORMULA),
     "trig-option": ("p4.options.triton-disable_trig", _FORMULA),
+    "top-n": ("p4.high_frequencies.pytorch", r"disable_top_n_high_freq is accepted, and has no effect"),
     "grouped": ("p4.gqa.triton-mean", r"shape \(1, 2, 65\), expected \(1, 6, 65\)$"),
     "fp32-phases": ("p4.accuracy_class.triton-mean-t1000000", r"allowed 8 x 2\^-24 T"),
     "table-row": ("p5.between.t129", r"error: measured \d+\.?\d*, allowed 0\.0"),

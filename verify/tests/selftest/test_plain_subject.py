@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def _run(phases: str, out: Path, limit_s: float) -> Record:
 
 
 def test_phases_2_to_5_are_green_and_skip_only_what_needs_a_gpu(tmp_path: Path) -> None:
-    results = _run("2-5", tmp_path, 400).results
+    results = _run("2-5", tmp_path, 1200).results
     assert {result.verdict for result in results} == {Verdict.PASS, Verdict.SKIP, Verdict.ABSENT}
     assert {result.code for result in results if result.verdict is Verdict.SKIP} == {"NO_GPU"}
     # it tells its scores, so it needs no ranker
@@ -44,7 +45,8 @@ def test_phase_6_is_green_and_skips_only_what_is_not_published(tmp_path: Path) -
     others = {r.id: r for r in _run("6", tmp_path, 3000).results if r.verdict is not Verdict.PASS}
     assert others.pop("p6.cli_flash.flash_attention_2").code == "NO_GPU"
     absent = {name.split(".")[1] for name, one in others.items() if one.verdict is Verdict.ABSENT}
-    assert absent <= {"keep_set_mode", "calibration", "calibration_restores", "quality", "window"}
+    calibration = {"calibration", "calibration_restores", "calibration_script"}
+    assert absent <= {"keep_set_mode", "quality", "window", *calibration}
     assert {one.verdict for one in others.values()} <= {Verdict.ABSENT, Verdict.REFUSED}
 
 
@@ -98,3 +100,35 @@ def test_means_of_unrotated_dims_have_no_place_there(tmp_path: Path) -> None:
     ours = _statistics(tmp_path, 4)
     assert published_layout(ours) == ours
     assert list(tmp_path.iterdir()) == [ours]
+
+
+_KEPT = "(torch.arange(len(omega)) >= config.disable_top_n_high_freq)"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("freq_scale_sq, omega", f"freq_scale_sq * {_KEPT}, omega", "1 passed"),
+        (
+            "*_means(head_stats)",
+            f"*(lambda m, a, kept: (m * kept, a - m.abs() * ~kept))(*_means(head_stats), {_KEPT})",
+            "1 passed",
+        ),
+        ("freq_scale_sq, omega", f"freq_scale_sq * {_KEPT}.flip(0), omega", "1 failed"),
+    ],
+    ids=["whole_term", "trigonometric_term", "lowest_frequencies"],
+)
+def test_an_option_may_be_honoured_in_either_reading(before: str, after: str, told: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(_ROOT, tmp_path / "plain")
+    core = copy / "triattention" / "vllm" / "core"
+    accepting = (core / "config.py").read_text().replace('"disable_top_n_high_freq",', "")
+    (core / "config.py").write_text(accepting)
+    head, mark, body = (core / "scoring.py").read_text().partition("scores = score(")
+    assert before in body
+    (core / "scoring.py").write_text(head + mark + body.replace(before, after))
+    command = [sys.executable, "-m", "pytest", "phases/p4_equivalence.py::test_high_frequencies[pytorch]", "-q"]
+    child = subprocess.run(
+        [*command, "--device", "cpu", "--subject", str(copy), "--scratch", str(tmp_path / "scratch")],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert told in child.stdout, child.stdout + child.stderr

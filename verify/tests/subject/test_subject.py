@@ -80,6 +80,16 @@ def test_only_changes_of_the_package_make_it_dirty(checkout: Path) -> None:
     assert subject.content_sha256() != before
 
 
+def test_the_script_that_calibrates_is_part_of_the_content(checkout: Path) -> None:
+    subject = find_subject(str(checkout), REPOSITORY)
+    contents = [subject.content_sha256()]
+    subject.calibration_script.parent.mkdir()
+    for text in ("print()", "print(1)"):
+        subject.calibration_script.write_text(text)
+        contents.append(subject.content_sha256())
+    assert len({*contents}) == 3
+
+
 def test_the_caches_of_an_import_do_not_make_it_dirty(checkout: Path) -> None:
     subject = find_subject(str(checkout), REPOSITORY)
     cache = checkout / "triattention" / "__pycache__"

@@ -38,6 +38,7 @@ class TriAttentionConfig:
     seed: int | None = None
     enable_debug_logging: bool = False
 
+    # fault top-n: nothing reads disable_top_n_high_freq
     def __post_init__(self) -> None:
         # fault budget-128: a window that was never set refuses the plan's own budget
         if self.window_size >= self.kv_budget:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ....algorithm import AGGREGATIONS, STYLES, one_of
 
-_BLOCK_N = 32
+_BLOCK_N = 64
 
 
 @triton.jit
