@@ -77,12 +77,14 @@ def test_plan_as_written(case: Shape, subject: Subject, device: str, seed: int, 
         "omega": randn(freq_count),
         "offsets": torch.tensor(case.offsets, device=device),
     }
+    called = replace(case, low_norm=True, weights="ones")
+    scorer.offers.require(called)
     options = {"round_start": case.t, "aggregation": case.aggregation, "rope_style": case.style}
     try:
         found = call(lambda: scoring(position_indices=None, **tensors, **options), tensors)
     except REFUSALS as error:
         if at := refusal(error, subject):
-            scorer.offers.judge(error, at, replace(case, low_norm=True))
+            scorer.offers.judge(error, at, called)
         raise
     _shape_and_finite(found.result, (case.b, case.h, case.n))
 

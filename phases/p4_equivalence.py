@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from verify import Measure, check
 from verify.errors import SubjectLacks, Wrong
@@ -58,11 +59,18 @@ _CLASS_A = (
 )
 
 
-def _within_b(scorer: Scorer, shape: Shape, device: str, seed: int, measure: Measure) -> None:
-    """Judge the scores of one problem, or of the nearest one that the subject takes."""
+def _within_b(scorer: Scorer, shape: Shape, device: str, seed: int, measure: Measure, **plain: Any) -> None:
+    """Judge the scores of one problem, or of the nearest one that the subject takes.
+
+    With ``plain`` values of what the check tests, the problem that has them is judged first, so that a scorer which is
+    inaccurate there too is not accused of what the check tests.
+    """
     for attempt in scorer.offers.fitted(shape, _BASE):
         with attempt as taken:
             problem = make(taken, seed, device)
+            if plain:
+                scorer(problem)  # a refusal comes before anything is judged
+                scorer.judged_first(make(scorer.offers.fit(replace(taken, **plain), ()), seed, device), measure)
             found = accuracy(scorer(problem), problem.case)
             where = f"class {found.accuracy_class}, {found.units:.3g} units of 2^-24 T, {found.where}"
             name = path_name(scorer.subject, scorer.path)
@@ -111,7 +119,8 @@ def test_pytorch_oracle(case: Shape, subject: Subject, device: str, seed: int, m
 )  # fmt: skip
 def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, shape = case
-    _within_b(scorers(subject, path, device)[0], shape, device, seed, measure)
+    scorer = scorers(subject, path, device)[0]
+    _within_b(scorer, shape, device, seed, measure, disable_mlr=False, disable_trig=False)
 
 
 _TOP_N, _LEFT_OUT = "disable_top_n_high_freq", 2
@@ -140,7 +149,8 @@ def test_high_frequencies(
     for attempt in scorer.offers.fitted(_WITH_ALL, _WITH_ALL):
         with attempt as taken:
             problem, where = make(taken, seed, device), scorer.where(taken)
-            with_all = scorer(problem)  # which is accepted, so a refusal below is about the option
+            # which is accepted, so a refusal below is about the option
+            with_all = scorer.judged_first(problem, measure)
             asked = engine_call(subject, case, problem, through=scorer.name, settings={_TOP_N: _LEFT_OUT})
             try:
                 scores = call(asked, problem.tensors()).scores
@@ -227,4 +237,4 @@ _GQA = {
 def test_gqa(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, shape = case
     for scorer in scorers(subject, path, device):
-        _within_b(scorer, shape, device, seed, measure)
+        _within_b(scorer, shape, device, seed, measure, g=1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from verify import Measure, check
 from verify.judge import oracle
 from verify.judge.guarded import call
+from verify.judge.offers import Offers
 from verify.judge.parameters import require
 from verify.judge.problems import Shape, drawn, make
 from verify.judge.tolerance import CLASS_A_UNITS, UNIT, budget_pre_rope, worst
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 _UTILITIES = "methods.pruning_utils"
 _HELPERS: dict[str, Any] = {"capability": "helpers"}
 _ONE_HEAD = {"b": (1,), "h": (1,), "dtype": ("float32",), "strides": ("contiguous",)}
+
+#: The options of these functions: a case is about the values that it has, the defaults included.
+_OPTIONS = ("style", "aggregation", "disable_mlr", "disable_trig")
+
+
+def _offers(subject: Subject, device: str) -> Offers:
+    """What the author says that the subject takes, without what these functions prescribe; nothing is asked."""
+    narrowed = {name: values for name, values in subject.narrowed.items() if name not in _ONE_HEAD}
+    return Offers(subject, lambda problem: None, device, narrowed)
 
 
 @check(
@@ -37,6 +47,8 @@ _ONE_HEAD = {"b": (1,), "h": (1,), "dtype": ("float32",), "strides": ("contiguou
 def test_scores_from_unrotated_keys(
     case: dict[str, Any], subject: Subject, device: str, seed: int, measure: Measure
 ) -> None:
+    offers = _offers(subject, device)
+    offers.fit(Shape(**case), _OPTIONS)
     # only what is not the default, so that a function without an option is judged where none is needed
     of_statistics = {name: value for name, value in case.items() if name in ("style", "disable_mlr")}
     of_score = {name: value for name, value in case.items() if name == "disable_trig"}
@@ -45,7 +57,7 @@ def test_scores_from_unrotated_keys(
     import torch
 
     choices = {name: (value,) for name, value in ({"style": "half", "aggregation": "mean"} | case).items()}
-    for shape in drawn(seed, 8, **_ONE_HEAD, **choices):
+    for shape in (offers.fit(one, _OPTIONS) for one in drawn(seed, 8, **_ONE_HEAD, **choices)):
         problem = make(shape, seed, device)
         exact = replace(problem.case, k0=oracle.pairs(problem.keys.cpu().numpy(), shape.style))
         m = torch.complex(problem.q_mean_real, problem.q_mean_imag)[0]
@@ -92,6 +104,7 @@ _SCALINGS = {"plain": 1.0, "yarn": 1.2079}
 def test_rotary_pairs(
     case: str, subject: Subject, device: str, seed: int, measure: Measure, choose: Callable[[str], None]
 ) -> None:
+    _offers(subject, device).fit(Shape(style=case), ("style",))
     styled = {} if case == "half" else {"style": case}
     pairs = _function(subject, "to_complex_pairs", *styled)
     turn = _function(subject, "rotate_half", *styled)
@@ -140,9 +153,11 @@ def test_invert_rope(case: tuple[str, float], subject: Subject, device: str, see
     import torch
 
     style, scale = case
+    offers = _offers(subject, device)
+    offers.fit(Shape(style=style), ("style",))
     styled = {} if style == "half" else {"style": style}
     invert = _function(subject, "invert_rope", *styled)
-    for shape in drawn(seed, 8, style=(style,), **_ONE_HEAD):
+    for shape in (offers.fit(one, ("style",)) for one in drawn(seed, 8, style=(style,), **_ONE_HEAD)):
         problem = make(shape, seed, device)
         angle = problem.case.positions[:, None] * problem.case.omega
         spread = {"half": lambda x: np.concatenate([x, x], -1), "interleaved": lambda x: np.repeat(x, 2, -1)}[style]

@@ -9,7 +9,17 @@ from typing import Any
 
 from verify import Measure, check
 from verify.errors import Wrong
-from verify.judge.compressed import LATER, PER_LAYER, REGION, TOLERANCE, UNSORTED, Judge, Reading, lowest_first
+from verify.judge.compressed import (
+    LATER,
+    PER_LAYER,
+    REGION,
+    TOLERANCE,
+    UNSORTED,
+    Judge,
+    Reading,
+    lowest_first,
+    unsorted,
+)
 from verify.judge.compressing import Compressor, Kept
 from verify.judge.compressor import BUDGET, DIVIDE, Caches, make_caches, tied, write_statistics
 from verify.subject.refusal import must_refuse
@@ -140,7 +150,7 @@ def test_compressor_order(
         tied(caches)
     kept = Compressor.of(subject, caches).compress(caches.keys[0], caches.values[0])
     kept.must_count(BUDGET, "round 1", "layer 0")
-    measure("indices that do not ascend", int((kept.indices.diff(dim=-1) <= 0).sum()), 0, cause=UNSORTED)
+    measure("indices that do not ascend", unsorted(kept), 0, cause=UNSORTED)
     if case:
         lowest_first(kept, measure)
 

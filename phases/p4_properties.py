@@ -109,7 +109,8 @@ def test_key_phase(case: str, subject: Subject, device: str, seed: int, measure:
             here, random = make(shape, seed, device), _draw(seed)
             times, there, predicted, allowed = max((_turned(here, random) for _ in range(_TURNS)), key=itemgetter(0))
             assert times > _NOT_LITTLE, f"no rotation of the keys of {shape.told()} changes a score enough; draw more"
-            change = scorer(there) - scorer(here)
+            before = scorer.judged_first(here, measure)
+            change = scorer(there) - before
             measure("error of the change", *worst(change - predicted, allowed), where=scorer.where(shape))
 
 
@@ -202,7 +203,8 @@ def test_zero(case: str, subject: Subject, device: str, seed: int, measure: Meas
 )  # fmt: skip
 def test_scale(case: tuple[str, tuple[str, ...]], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, names = case
-    for attempt, scorer in draws(subject, path, device, seed, _EXAMPLES):
+    tested = {"weights": ("drawn",)} if names == ("freq_weight",) else {}
+    for attempt, scorer in draws(subject, path, device, seed, _EXAMPLES, **tested):
         with attempt as shape:
             here = make(shape, seed, device)
             there = here.changed(**{name: 4.0 * getattr(here, name) for name in names})
@@ -309,7 +311,7 @@ def test_reused_buffers(case: str, subject: Subject, device: str, seed: int, mea
     for attempt, scorer in draws(subject, case, device, seed, _EXAMPLES):
         with attempt as shape:
             held = make(shape, seed, device)
-            scorer(held)
+            scorer.judged_first(held, measure)
             # at the same t, which may be a cache key too, and at another
             for later in (0, 3):
                 new = make(replace(shape, t=shape.t + later, theta=5e5), seed + 1 + later, device)
@@ -333,6 +335,7 @@ def test_not_finite(case: tuple[str, float], subject: Subject, device: str, seed
     for attempt, scorer in draws(subject, path, device, seed, _EXAMPLES, n=(33, 31, 64, 65, 129, 200)):
         with attempt as shape:
             good = make(shape, seed, device)
+            scorer.judged_first(good, measure)
             bad = _draw(seed).choice(shape.n, 3, replace=False)
             keys = good.keys.clone()
             keys[:, :, bad.tolist(), seed % shape.d] = value
@@ -377,5 +380,6 @@ def test_large_indices(case: tuple[str, int], subject: Subject, device: str, see
     far.copy_(problem.keys)
     assert torch.equal(far, problem.keys), "torch itself cannot index that far on this device"
     for scorer in scorers(subject, path, device):
+        scorer.judged_first(problem, measure)
         found = accuracy(scorer(replace(problem, keys=far)), problem.case)
         measure("error", *found.class_b, where=f"{scorer.where(shape)}, {found.where}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from verify import Measure, check
+from verify.judge.compressed import ONE_FOR_ALL
 from verify.judge.keep_set import Selection, select
 from verify.judge.offers import Attempt
 from verify.judge.problems import Problem, Shape, make
@@ -40,7 +41,9 @@ def test_ranking(case: Shape, subject: Subject, device: str, seed: int, measure:
             for row in range(shape.b):
                 selection = _selection(problem, row)
                 inversion = _inversion(selection, order[row])
-                measure("better key ranked later", inversion, selection.allowed, where=f"{shape.told()}, row {row}")
+                cause = ONE_FOR_ALL if shape.h > 1 and (order[row] == order[row][0]).all() and shape.n > 1 else ""
+                where = f"{shape.told()}, row {row}"
+                measure("better key ranked later", inversion, selection.allowed, where=where, cause=cause)
 
 
 @check(

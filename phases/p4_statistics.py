@@ -9,7 +9,7 @@ from typing import Any
 
 from verify import Measure, check
 from verify.judge.problems import Problem, Shape, make
-from verify.subject.refusal import REFUSALS, refusal
+from verify.subject.refusal import REFUSALS, refusable, refusal
 from verify.subject.subject import Subject
 
 _UTILITIES = "methods.pruning_utils"
@@ -70,7 +70,9 @@ def test_statistics_layout(
         torch.save({"metadata": metadata, "stats": stats}, tmp_path / "statistics.pt")
         return load(tmp_path / "statistics.pt", device)[1]
 
-    found, done = read("02d"), "read"
+    done = "read"
+    with refusable(subject, "a statistics file in the published layout", lambda: _own_file(subject, problem, tmp_path)):
+        found = read("02d")
     if case != "02d":
         try:
             found = read(case)
@@ -85,6 +87,18 @@ def test_statistics_layout(
     measure("heads read with other numbers", len(wrong), 0, where=f"(layer, head) {wrong[0]}" if wrong else "")
     if case != "02d":
         choose(f"entries named without leading zeros are {done}")
+
+
+def _own_file(subject: Subject, problem: Problem, folder: Path) -> None:
+    """Write the statistics of one head to a file as the subject does, and read it."""
+    import torch
+
+    head = SimpleNamespace(
+        q_mean_complex=torch.complex(problem.q_mean_real[0], problem.q_mean_imag[0]), q_abs_mean=problem.q_abs_mean[0]
+    )
+    path = folder / "own.pt"
+    subject.attribute(_UTILITIES, "save_head_frequency_stats")(path, [(0, 0)], {(0, 0): head}, {"head_dim": 128})
+    subject.attribute(_UTILITIES, "load_head_frequency_stats")(path, "cpu")
 
 
 def _has(one: Any, problem: Problem, row: int) -> bool:

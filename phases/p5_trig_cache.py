@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from verify import Measure, check
 from verify.errors import Refused
+from verify.judge.offers import Offers
 from verify.judge.problems import Shape, make
-from verify.judge.scoring import KERNELS, kernel
+from verify.judge.scoring import KERNEL, KERNELS, Scorer, kernel
 from verify.judge.tolerance import accuracy, budget_b, trig_entry_error, worst
 from verify.subject.refusal import must_refuse
 from verify.subject.subject import Subject
@@ -23,6 +24,11 @@ def _table(subject: Subject, problem):
     )  # fmt: skip
 
 
+def _offers(subject: Subject, device: str) -> Offers:
+    """What the function that takes a table takes besides."""
+    return Scorer(subject, "triton", KERNEL, device).offers
+
+
 @check(
     "p5.table", gate="hard", cases={"first": 1, "middle": 32, "last": _MAX_SEQ_LEN // _INTERVAL}, plan="3.3",
     claim="Every entry of a table row is the cos or sin of (t + o) omega.",
@@ -33,7 +39,7 @@ def _table(subject: Subject, problem):
 def test_table(case: int, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import numpy as np
 
-    problem = make(Shape(n=8), seed, device)
+    problem = make(_offers(subject, device).fit(Shape(n=8), ()), seed, device)
     t = case * _INTERVAL
     cos, sin = _table(subject, problem).get_trig_values(t)
     angle = (t + problem.case.offsets)[:, None] * problem.case.omega
@@ -53,11 +59,14 @@ def test_table(case: int, subject: Subject, device: str, seed: int, measure: Mea
 )  # fmt: skip
 def test_cached(case: tuple[str, int], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     aggregation, t = case
-    problem = make(replace(Shape(n=65), aggregation=aggregation, t=t), seed, device)
-    cached = kernel(subject, problem, trig_cache=_table(subject, problem))
-    for name, call in (("cached", cached), ("uncached", kernel(subject, problem))):
-        found = accuracy(call.scores, problem.case)
-        measure(f"{name}: error", *found.class_b, where=found.where)
+    usual = Shape(n=65)
+    for attempt in _offers(subject, device).fitted(replace(usual, aggregation=aggregation, t=t), usual):
+        with attempt as taken:
+            problem = make(taken, seed, device)
+            cached = kernel(subject, problem, trig_cache=_table(subject, problem))
+            for name, call in (("uncached", kernel(subject, problem)), ("cached", cached)):
+                found = accuracy(call.scores, problem.case)
+                measure(f"{name}: error", *found.class_b, where=found.where)
 
 
 @check(
@@ -73,17 +82,22 @@ def test_cached(case: tuple[str, int], subject: Subject, device: str, seed: int,
 def test_every_row(case: tuple[int, int], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     interval, longest = case
     base = Shape(n=9, d=64, dtype="float32", offsets=(1.0, 512.0, 65536.0))
-    first = make(base, seed, device)
-    table = subject.attribute(KERNELS, "create_trig_cache")(
-        longest, interval, first.offsets, first.omega, first.keys.device
-    )
-    for t in range(interval, longest + 1, interval):
-        problem = first.changed(shape=replace(base, t=t, aggregation="max" if t // interval % 2 else "mean"))
-        cached, uncached = kernel(subject, problem, trig_cache=table).scores, kernel(subject, problem).scores
-        found = accuracy(cached, problem.case)
-        measure("error", *found.class_b, where=f"t = {t}, {found.where}")
-        apart = worst(cached - uncached, 2 * budget_b(problem.case))
-        measure("cached minus uncached", *apart, where=f"t = {t}")
+    offers = _offers(subject, device)
+    for attempt in offers.fitted(base, base):
+        with attempt as taken:
+            first = make(taken, seed, device)
+            table = subject.attribute(KERNELS, "create_trig_cache")(
+                longest, interval, first.offsets, first.omega, first.keys.device
+            )
+            for row, t in enumerate(range(interval, longest + 1, interval), start=1):
+                aggregations = offers.taken("aggregation")
+                aggregation = aggregations[row % len(aggregations)]
+                problem = first.changed(shape=replace(taken, t=t, aggregation=aggregation))
+                cached, uncached = kernel(subject, problem, trig_cache=table).scores, kernel(subject, problem).scores
+                found = accuracy(cached, problem.case)
+                measure("error", *found.class_b, where=f"t = {t}, {found.where}")
+                apart = worst(cached - uncached, 2 * budget_b(problem.case))
+                measure("cached minus uncached", *apart, where=f"t = {t}")
 
 
 @check(
@@ -94,16 +108,19 @@ def test_every_row(case: tuple[int, int], subject: Subject, device: str, seed: i
     remedy="Store in a table only what depends on t, the offsets and omega.",
 )  # fmt: skip
 def test_reused_table(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    held = make(Shape(n=33), seed, device)
-    table = _table(subject, held)
-    for number, t in enumerate((4096, 128, 8192, 4096)):
-        new = make(Shape(n=33, t=t), seed + number, device)
-        fresh = new.tensors()
-        for name, tensor in held.tensors().items():
-            tensor.copy_(fresh[name])
-        for tensors in (replace(held, shape=new.shape), new):
-            found = accuracy(kernel(subject, tensors, trig_cache=table).scores, new.case)
-            measure("error", *found.class_b, where=f"call {number + 1}, t = {t}, {found.where}")
+    usual = Shape(n=33)
+    for attempt in _offers(subject, device).fitted(usual, usual):
+        with attempt as taken:
+            held = make(taken, seed, device)
+            table = _table(subject, held)
+            for number, t in enumerate((4096, 128, 8192, 4096)):
+                new = make(replace(taken, t=t), seed + number, device)
+                fresh = new.tensors()
+                for name, tensor in held.tensors().items():
+                    tensor.copy_(fresh[name])
+                for tensors in (replace(held, shape=new.shape), new):
+                    found = accuracy(kernel(subject, tensors, trig_cache=table).scores, new.case)
+                    measure("error", *found.class_b, where=f"call {number + 1}, t = {t}, {found.where}")
 
 
 @check(
@@ -119,23 +136,26 @@ def test_reused_table(case: str, subject: Subject, device: str, seed: int, measu
 def test_stale_table(
     case: str, subject: Subject, device: str, seed: int, measure: Measure, choose: Callable[[str], None]
 ) -> None:
-    problem = make(Shape(n=33), seed, device)
-    table = _table(subject, problem)
-    kernel(subject, problem, trig_cache=table)  # a first call, which may check the table once and for all
-    old = problem.case
-    getattr(problem, case).mul_(1.5)
-    new = problem.changed()
-    try:
-        scores = kernel(subject, problem, trig_cache=table).scores
-    except Refused:
-        choose("a stale table is refused")
-        measure("scores given", 0, 0, where="refused")
-        return
-    found, before = accuracy(scores, new.case), accuracy(scores, old)
-    if found.class_b.ratio > 1.0 >= before.class_b.ratio:
-        choose("a table is used for the numbers that it was made from")
-        found = before
-    measure("error", *found.class_b, where=found.where)
+    usual = Shape(n=33)
+    for attempt in _offers(subject, device).fitted(usual, usual):
+        with attempt as taken:
+            problem = make(taken, seed, device)
+            table = _table(subject, problem)
+            kernel(subject, problem, trig_cache=table)  # a first call, which may check the table once and for all
+            old = problem.case
+            getattr(problem, case).mul_(1.5)
+            new = problem.changed()
+            try:
+                scores = kernel(subject, problem, trig_cache=table).scores
+            except Refused:
+                choose("a stale table is refused")
+                measure("scores given", 0, 0, where="refused")
+                continue
+            found, before = accuracy(scores, new.case), accuracy(scores, old)
+            if found.class_b.ratio > 1.0 >= before.class_b.ratio:
+                choose("a table is used for the numbers that it was made from")
+                found = before
+            measure("error", *found.class_b, where=found.where)
 
 
 _BETWEEN = {f"t{t}": t for t in (1, 127, 129, 5000, 8191)}
@@ -150,12 +170,15 @@ _BETWEEN = {f"t{t}": t for t in (1, 127, 129, 5000, 8191)}
     timeout_s=180,
 )  # fmt: skip
 def test_between(case: int, subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    problem = make(Shape(n=65, t=case), seed, device)
-    try:
-        found = accuracy(kernel(subject, problem, trig_cache=_table(subject, problem)).scores, problem.case)
-    except Refused as error:
-        raise Refused(f"t = {case}, between two rows: {error}", "rounds between rows") from error
-    measure("error", *found.class_b, where=found.where)
+    shape = Shape(n=65, t=case)
+    for attempt in _offers(subject, device).fitted(shape, shape):
+        with attempt as taken:
+            problem = make(taken, seed, device)
+            try:
+                found = accuracy(kernel(subject, problem, trig_cache=_table(subject, problem)).scores, problem.case)
+            except Refused as error:
+                raise Refused(f"t = {case}, between two rows: {error}", "rounds between rows") from error
+            measure("error", *found.class_b, where=found.where)
 
 
 @check(
@@ -165,7 +188,7 @@ def test_between(case: int, subject: Subject, device: str, seed: int, measure: M
     remedy="Raise ValueError between the rows and outside the table.",
 )  # fmt: skip
 def test_errors(case: int, subject: Subject, device: str, seed: int) -> None:
-    table = _table(subject, make(Shape(n=8), seed, device))
+    table = _table(subject, make(_offers(subject, device).fit(Shape(n=8), ()), seed, device))
     what = f"get_trig_values({case}) of a table with rows at multiples of 128 from 128 to 8192 was"
     must_refuse(subject, what, lambda: table.get_trig_values(case), lambda: table.get_trig_values(_INTERVAL))
 
@@ -177,13 +200,16 @@ def test_errors(case: int, subject: Subject, device: str, seed: int) -> None:
     remedy="Compare round_start with the table's range before launching.",
 )  # fmt: skip
 def test_beyond_table(case: str, subject: Subject, device: str, seed: int) -> None:
-    beyond, last = (make(Shape(n=8, t=_MAX_SEQ_LEN + more), seed, device) for more in (_INTERVAL, 0))
-    kernel(subject, last, trig_cache=_table(subject, last))
-    try:
-        kernel(subject, beyond, trig_cache=_table(subject, beyond))
-    except Refused:
-        return
-    raise AssertionError(f"a round at {beyond.shape.t} was scored with a table that ends at {_MAX_SEQ_LEN}")
+    usual = Shape(n=8, t=_MAX_SEQ_LEN)
+    for attempt in _offers(subject, device).fitted(usual, usual):
+        with attempt as taken:
+            beyond, last = (make(replace(taken, t=_MAX_SEQ_LEN + more), seed, device) for more in (_INTERVAL, 0))
+            kernel(subject, last, trig_cache=_table(subject, last))
+            try:
+                kernel(subject, beyond, trig_cache=_table(subject, beyond))
+            except Refused:
+                continue
+            raise AssertionError(f"a round at {beyond.shape.t} was scored with a table that ends at {_MAX_SEQ_LEN}")
 
 
 @check(
@@ -196,7 +222,8 @@ def test_beyond_table(case: str, subject: Subject, device: str, seed: int) -> No
 def test_plan(case: str, subject: Subject, device: str, seed: int, measure: Measure) -> None:
     import warnings
 
-    problem = make(Shape(n=8, offsets=(1.0, 2.0, 4.0, 8.0, 16.0)), seed, device)
+    shape = Shape(n=8, offsets=(1.0, 2.0, 4.0, 8.0, 16.0))
+    problem = make(_offers(subject, device).fit(shape, ("offsets", "d")), seed, device)
     table = _table(subject, problem)
     assert "TrigTableCache" in repr(table), f"repr is {table!r}"
     sizes = (table.num_positions, table.num_offsets, table.freq_count)

@@ -164,7 +164,7 @@ def test_long_prompt(case: dict[str, Any], model: LiveModel, measure: Measure) -
 )  # fmt: skip
 def test_statistics_of_each_layer(case: bool, model: LiveModel, tmp_path: Path, measure: Measure) -> None:
     # near offsets: with far ones, correct fp32 phases have errors as large as the gaps between scores
-    options = {**EVICT_PROMPT, **PER_LAYER_PER_HEAD, "offset_max_length": 64}
+    options = model.offered({**EVICT_PROMPT, **PER_LAYER_PER_HEAD, "offset_max_length": 64})
     layers = [*range(model.model.config.num_hidden_layers)]
     if case:
         layers[0], layers[-1] = layers[-1], layers[0]
@@ -228,7 +228,7 @@ def test_statistics_go_by_name(
     content["metadata"]["sampled_heads"] = ordered
     content["stats"] = {name: content["stats"][name] for name in (f"layer{i:02d}_head{j:02d}" for i, j in ordered)}
     torch.save(content, live.given)
-    options = {**EVICT_PROMPT, **PER_LAYER_PER_HEAD}
+    options = live.offered({**EVICT_PROMPT, **PER_LAYER_PER_HEAD})
     live.patch(**options)
     judge(live, live.rounds(tokens(live, FED, seed), NEAR), options, measure, prompt=NEAR, rounds=1)
 

@@ -48,9 +48,10 @@ def _first_round(live: LiveModel, seed: int, **options: Any) -> None:
 def _judge_model(case: str, make: Make, seed: int, measure: Measure, **shape: Any) -> None:
     """The rounds of a model of this shape must be the oracle's, unless it is refused and a plain one is not."""
     live, plain = make(**shape), make("plain")
-    with refusable(live.subject, f"model={case}", lambda: _first_round(plain, seed, **_EVERY_SET)):
-        live.apply(**_EVERY_SET)
-        judge(live, live.rounds(tokens(live, FED, seed), NEAR), _EVERY_SET, measure, prompt=NEAR, rounds=3)
+    options = live.offered(_EVERY_SET)
+    with refusable(live.subject, f"model={case}", lambda: _first_round(plain, seed, **options)):
+        live.apply(**options)
+        judge(live, live.rounds(tokens(live, FED, seed), NEAR), options, measure, prompt=NEAR, rounds=3)
 
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
@@ -93,8 +94,9 @@ def test_rope_layout(
 )  # fmt: skip
 def test_bfloat16(case: dict[str, Any], make: Make, seed: int, measure: Measure) -> None:
     live = make(dtype="bfloat16", head_dim=32)
-    live.patch(**case)
-    judge(live, live.rounds(tokens(live, FED, seed), NEAR), case, measure, prompt=NEAR, rounds=3)
+    options = live.offered(case)
+    live.patch(**options)
+    judge(live, live.rounds(tokens(live, FED, seed), NEAR), options, measure, prompt=NEAR, rounds=3)
 
 
 @check(
@@ -104,7 +106,8 @@ def test_bfloat16(case: dict[str, Any], make: Make, seed: int, measure: Measure)
     "z-score.", "remedy": "Count the window from the newest token held; it ends with that token."},
 )  # fmt: skip
 def test_window(case: dict[str, Any], make: Make, seed: int, measure: Measure) -> None:
-    live, options = make(), {**case, "window_size": 7}
+    live = make()
+    options = {**live.offered(case), "window_size": 7}
     live.patch(**options)
     judge(live, live.rounds(tokens(live, FED, seed), PROMPT), options, measure, prompt=PROMPT, rounds=3)
 
@@ -164,7 +167,8 @@ def test_prompt_over_the_budget(
 def test_prompt_in_chunks(
     case: tuple[dict[str, Any], tuple[int, ...]], make: Make, seed: int, measure: Measure
 ) -> None:
-    (options, steps), live = case, make()
+    (given, steps), live = case, make()
+    options = live.offered(given)
     live.patch(**options)
     ids = tokens(live, 150, seed)
     with (
@@ -196,7 +200,8 @@ _NEW = 3 * DIVIDE
 def test_padded_rounds(case: tuple[tuple[int, int], dict[str, Any]], make: Make, seed: int, measure: Measure) -> None:
     import torch
 
-    (sizes, options), live = case, make()
+    (sizes, given), live = case, make()
+    options = live.offered(given)
     longest = max(sizes)
     rows = [tokens(live, size, seed + row) for row, size in enumerate(sizes)]
     pads = [longest - size for size in sizes]

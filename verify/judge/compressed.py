@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 TOLERANCE = "The oracle's set; scores closer than twice the class B error may swap (verify/judge/keep_set.py)."
 
 
+#: The cause of wrong keep sets where all heads that should have their own have the same.
+ONE_FOR_ALL = "one keep set serves all KV heads"
 _EVICTED = "protected tokens are evicted"
 UNSORTED = "the largest scores are taken unsorted: indices do not ascend, and equal keys are kept by no rule"
 #: Causes of a wrong number of kept tokens.
@@ -115,7 +117,8 @@ class Judge:
         self.readings = right or self.readings
         selection, causes = found.selection(self.readings[0]), [""]
         if not right:
-            causes = found.causes(held, self.readings) or [""]
+            alike = [ONE_FOR_ALL] if len(held) > 1 and (held == held[0]).all() else [""]
+            causes = found.causes(held, self.readings) or alike
             place += f", {selection.told(held, evictable)}; the model's RoPE base is {self.caches.theta:.0f}"
             place += causes[0] and f"; cause: {', and '.join(causes)}"
         inversion = selection.inversion(held, evictable)
@@ -184,12 +187,18 @@ class _Round:
         )
 
 
+def unsorted(kept: Kept) -> int:
+    """How many of the kept indices do not ascend."""
+    return int((kept.indices.diff(dim=-1) <= 0).sum())
+
+
 def lowest_first(kept: Kept, measure: Measure) -> None:
     """Of the equal keys of ``tied`` caches, those with the lowest indices must be kept."""
+    cause = UNSORTED if unsorted(kept) else ""
     for number, head in enumerate(kept.mask(0)):
         equal = cut(head, number)
         late = int(equal[equal.argmin() :].sum())
-        measure("equal keys kept after an evicted one", late, 0, where=f"KV head {number}", cause=UNSORTED)
+        measure("equal keys kept after an evicted one", late, 0, where=f"KV head {number}", cause=cause)
 
 
 def cut(head: np.ndarray, number: int) -> np.ndarray:

@@ -13,8 +13,8 @@ from itertools import product
 from typing import Any
 
 from verify.errors import Refused, Wrong
-from verify.judge.problems import CHOICES, OFFSETS_17, Problem, Shape, drawn, make
-from verify.subject.refusal import REFUSALS, refusal
+from verify.judge.problems import CHOICES, OFFSETS_17, Problem, Shape, drawn, in_words, make
+from verify.subject.refusal import refusal
 from verify.subject.subject import Subject
 
 #: The properties that a subject may narrow, with the values that are tried. The first value is the plainest.
@@ -31,35 +31,58 @@ PROPERTIES: Mapping[str, tuple[Any, ...]] = {
     "disable_mlr": (False, True),
     "disable_trig": (False, True),
     "low_norm": (False, True),
+    "weights": ("ones", "drawn"),
 }
 
 #: Tried together until one is accepted; a scorer may take one dtype or one set of offsets only.
-_TOGETHER = ("offsets", "dtype", "aggregation", "style", "d")
+_TOGETHER = ("offsets", "dtype", "aggregation", "style", "d", "weights")
 
 _PLAIN = Shape(n=33, t=64)
+
+NOTHING = "no problem was accepted, not even the plainest"
+
+
+def _outside(values: Mapping[str, tuple[Any, ...]], shape: Shape) -> str:
+    """The first property of ``shape`` whose value is not among ``values``, in words; empty if each is."""
+    here = {name: getattr(shape, name) for name in values}
+    return next((in_words(name, value) for name, value in here.items() if value not in values[name]), "")
 
 
 @dataclass(eq=False)
 class Offers:
-    """What one scoring function takes. ``call(problem)`` calls it; ``values`` are those found or declared so far, by
-    property; a property that is not in it takes every value.
+    """What one scoring function takes. ``call(problem)`` calls it; ``declared`` are the values that its author says it
+    takes, by property, and ``values`` those declared or found so far; a property that is not there takes every value.
     """
 
     subject: Subject
     call: Callable[[Problem], Any]
     device: str
-    values: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    declared: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    values: dict[str, tuple[Any, ...]] = field(init=False)
     asked: bool = False
     _control: Shape | None = None
+    _plainest: str = ""  #: what the plainest problem raised
+
+    def __post_init__(self) -> None:
+        self.values = dict(self.declared)
+
+    def taken(self, name: str) -> tuple[Any, ...]:
+        """The values of a property that are taken, as far as that is known."""
+        return self.values.get(name, PROPERTIES[name])
+
+    def require(self, shape: Shape) -> None:
+        """Raise Refused if ``shape``, which must stay as it is, has a property that is declared not to be taken."""
+        if part := _outside(self.declared, shape):
+            raise Refused(f"{part}: not offered", part)
 
     def judge(self, error: Exception, at: str, shape: Shape, further: Iterable[str] = ()) -> None:
-        """Raise Refused for a refusal of ``shape`` at the line ``at``; return if it does not count.
+        """Raise Refused for a refusal of ``shape`` at the line ``at``, or Wrong if no problem at all is accepted.
 
         ``further`` are arguments that a plainer call does not have.
         """
         self.ask()
         if self._control is None:
-            return
+            raise Wrong(f"{NOTHING}: {self._plainest}", NOTHING) from error
         aspect = self.refused_part(shape) or ", ".join(further) or f"the combination {shape.told()}"
         raise Refused(f"{aspect}: refused at {at} ({type(error).__name__}: {error})", aspect) from error
 
@@ -86,20 +109,15 @@ class Offers:
         """Whether the call returns. With ``lenient``, a crash counts as taken, so that a check shows it."""
         try:
             self.call(make(shape, 0, self.device))
-        except REFUSALS as error:
-            return lenient and not refusal(error, self.subject)
-        except Exception:  # a subject may crash in any way
-            return lenient
+        except Exception as error:  # a subject may crash in any way
+            at = refusal(error, self.subject)
+            self._plainest = self._plainest or f"{type(error).__name__}: {error}{f' ({at})' if at else ''}"
+            return lenient and not at
         return True
 
     def refused_part(self, shape: Shape) -> str:
-        """The first property of ``shape`` that is not taken, as ``aggregation=max``; empty if each is taken."""
-        for name, values in self.values.items():
-            value = getattr(shape, name)
-            if value not in values:
-                shown = f"{len(value)} offsets" if name == "offsets" else value
-                return f"{name}={shown}"
-        return ""
+        """The first property of ``shape`` that is not taken, in words; empty if each is taken."""
+        return _outside(self.values, shape)
 
     def fit(self, shape: Shape, tested: Collection[str]) -> Shape:
         """``shape`` with every property that is not taken replaced by one that is. Raises Refused if it is one of those

@@ -41,22 +41,36 @@ class Shape:
     strides: str = "contiguous"
     cached: bool = False
     low_norm: bool = False  #: E|q| below |E[q]|, as in the plan's own calls; no set of queries has such statistics
+    weights: str = "drawn"  #: of the frequencies: ``drawn`` from 0.5 to 1.5, or ``ones``
 
     def told(self) -> str:
         """How it differs from the default problem, in words for a failure message."""
         here = {field.name: getattr(self, field.name) for field in fields(self)}
-        if len(self.offsets) > 3:
-            here["offsets"] = f"{len(self.offsets)} offsets"
         usual = Shape()
-        changed = [name for name in here if getattr(self, name) != getattr(usual, name)]
-        return ", ".join(f"{name}={here[name]}" for name in changed) or "the default problem"
+        changed = {name: value for name, value in here.items() if value != getattr(usual, name)}
+        few = len(self.offsets) <= 3  # which are shown
+        words = (
+            f"{name}={value}" if name == "offsets" and few else in_words(name, value) for name, value in changed.items()
+        )
+        return ", ".join(words) or "the default problem"
 
     def properties(self) -> dict[str, str]:
         """What may cause a failure, as words by name; sizes that only add work are left out."""
         counts = {"n": self.n, "b": self.b, "h": self.h, "g": self.g, "offsets": len(self.offsets)}
         words = {name: "1" if count == 1 else "several" for name, count in counts.items()}
         names = ("d", "dtype", "style", "aggregation", "disable_mlr", "disable_trig", "strides", "cached", "low_norm")
-        return words | {name: str(getattr(self, name)) for name in names}
+        return words | {name: str(getattr(self, name)) for name in (*names, "weights")}
+
+
+def in_words(name: str, value: Any) -> str:
+    """A property of a problem in words for a message: ``aggregation=max``, ``17 offsets``, ``weights other than 1``."""
+    if name == "offsets":
+        return f"{len(value)} offset{'' if len(value) == 1 else 's'}"
+    if name == "low_norm":
+        return f"E|q| {'' if value else 'not '}below |E[q]|"
+    if name == "weights":
+        return "weights of 1" if value == "ones" else "weights other than 1"
+    return f"{name}={value}"
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,8 @@ def make(shape: Shape, seed: int, device: str) -> Problem:
     spread = torch.rand(query_heads, freq, generator=draw)
     a = torch.hypot(real, imag) * (0.1 + 0.8 * spread if shape.low_norm else 1 + spread)
     weight = 0.5 + torch.rand(query_heads, freq, generator=draw)
+    if shape.weights == "ones":
+        weight = torch.ones_like(weight)
     omega = 1.0 / (shape.theta ** (torch.arange(0, freq, dtype=torch.float32) / freq))
     offsets = torch.tensor(shape.offsets)
     positions = np.sort(np.random.default_rng(seed).choice(max(shape.t, shape.n) + 1, size=shape.n, replace=False))

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from verify.checks import Measure
 from verify.errors import Refused
 from verify.judge.guarded import Call, call
 from verify.judge.interpreter import quicken
 from verify.judge.offers import Attempt, Offers
 from verify.judge.problems import Problem, Shape
+from verify.judge.tolerance import accuracy
 from verify.record import trail
+from verify.subject.offered import narrowed
 from verify.subject.published import CONFIG_DEFAULTS, DISPATCH, dispatch_alone
 from verify.subject.refusal import REFUSALS, refusal
 from verify.subject.subject import Subject
@@ -46,6 +49,17 @@ class Scorer:
         assert given == wanted, f"{self.where(shape)}: the scores have shape {given}, expected {wanted}"
         return found.scores
 
+    def judged_first(self, problem: Problem, measure: Measure) -> np.ndarray:
+        """The scores of a problem without what the check tests, within class B of the oracle.
+
+        So a scorer that is inaccurate everywhere is not accused of what the check tests: Wrong has its own cause.
+        """
+        scores = self(problem)
+        found = accuracy(scores, problem.case)
+        where = f"{self.where(problem.shape)}, {found.where}"
+        measure("error before the test", *found.class_b, where=where, cause=INACCURATE)
+        return scores
+
     def call(self, problem: Problem) -> Call:
         return engine(self.subject, self.path, problem, through=self.name)
 
@@ -61,10 +75,13 @@ class Scorer:
                 self.subject,
                 lambda problem: engine_call(self.subject, self.path, problem, through=self.name)(),
                 self.device,
-                dict(self.subject.narrowed),
+                narrowed(self.subject, self.path),
             )
         return _OFFERS[key]
 
+
+#: The cause of a failure that has nothing to do with what the check tests.
+INACCURATE = "scores of ordinary keys are not within class B"
 
 #: What the functions that refused something take, as long as this process lives.
 _OFFERS: dict[tuple[str, ...], Offers] = {}
@@ -141,10 +158,13 @@ def kernel(subject: Subject, problem: Problem, **more: Any) -> Call:
 def engine(subject: Subject, path: str, problem: Problem, *, through: str | None = None, **more: Any) -> Call:
     """A guarded call of the first of ``entries``, or of the function ``through``.
 
-    Raises SubjectLacks if the subject has no such function, Refused if it refuses this problem and takes a plainer
-    one, and whatever else the call raises.
+    Raises SubjectLacks if the subject has no such function, Refused if the problem is outside what its author says it
+    takes, or if it refuses this problem and takes a plainer one, Wrong if it takes none, and whatever else the call
+    raises.
     """
     name = through or entries(subject, path)[0]
+    offers = Scorer(subject, path, name, problem.keys.device.type).offers
+    offers.require(problem.shape)
     trail.note(
         kind="scoring",
         path=path_name(subject, path),
@@ -156,7 +176,7 @@ def engine(subject: Subject, path: str, problem: Problem, *, through: str | None
         return call(engine_call(subject, path, problem, through=name, **more), problem.tensors())
     except REFUSALS as error:
         if at := refusal(error, subject):
-            Scorer(subject, path, name, problem.keys.device.type).offers.judge(error, at, problem.shape, more)
+            offers.judge(error, at, problem.shape, more)
         raise
 
 

@@ -171,7 +171,10 @@ def _by_name(path: Path, subject: Subject) -> dict[str, tuple[Any, Any]]:
     """E[q] and E|q|, tensors ``[F]`` on the CPU, by the published name of layer and head."""
     import torch
 
-    content = torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # what torch raises for a file of another format depends on its first bytes
+        content = None
     if not isinstance(content, dict) or "stats" not in content:
         assert subject.offers(*_LOADER), f"{path.name} is not in the published layout, and there is no {_LOADER[1]}"
         _, loaded = subject.attribute(*_LOADER)(str(path), "cpu")

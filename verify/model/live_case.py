@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from verify.checks import Measure
 from verify.errors import Wrong
+from verify.judge.compressed import ONE_FOR_ALL
 from verify.model.live_model import LiveModel
 from verify.model.observed import Round
-from verify.model.settings import PROMPT_STEP
+from verify.model.settings import EVICT_PROMPT, FED, NEAR, PROMPT_STEP, RANKED
+from verify.model.tiny import tiny, tokens
+from verify.record import trail
 
 
 def mode_of(options: Mapping[str, Any]) -> str:
@@ -69,8 +75,8 @@ def _judge_round(
             f"the budget is {given['kv_budget']}, {int(protected.sum())} are protected"
         )
     sets_of(round_.kept, mode)
-    found = []
-    for some, heads in _sharing(mode, *round_.kept.shape[:2]):
+    found, groups = [], _sharing(mode, *round_.kept.shape[:2])
+    for some, heads in groups:
         held = round_.before[some[0], heads[0]].nonzero()[0]
         cases = [
             live.oracle_case(
@@ -88,7 +94,37 @@ def _judge_round(
         which = f"layer {some[0]}" if len(some) == 1 else "all layers"
         found.append((inversion, selection.allowed, f"{which}, {_told(heads)}"))
     inversion, allowed, where = max(found, key=lambda one: one[0] / one[1])
-    measure("best evicted over worst kept score", inversion, allowed, where=f"round {number}, {where}")
+    first_set, *others = (round_.kept[some[0], heads[0]] for some, heads in groups)
+    cause = ONE_FOR_ALL if others and all(np.array_equal(first_set, one) for one in others) else ""
+    if not inversion <= allowed:
+        cause = cause or _plain(live)
+    measure("best evicted over worst kept score", inversion, allowed, where=f"round {number}, {where}", cause=cause)
+
+
+#: The cause, if there is one, that a plain model shows, by subject and device.
+_PLAIN: dict[tuple[str, str], str] = {}
+
+
+def _plain(live: LiveModel) -> str:
+    """RANKED if the keys of a tiny model are ranked wrongly too, without any option but the recommended ones: then a
+    wrong keep set says nothing more about what another check tests.
+    """
+    key = (live.subject.option, live.model.device.type)
+    if key in _PLAIN:
+        return _PLAIN[key]
+    _PLAIN[key] = ""  # while it is found out
+    wrong: list[bool] = []
+
+    def note(name: str, measured: float, allowed: float, **more: Any) -> None:
+        wrong.append(not measured <= allowed)
+
+    with TemporaryDirectory() as folder, trail.aside(), suppress(Exception):  # a subject may fail in any way
+        plain = tiny(Path(folder), live.subject, live.model.device.type, 0)
+        options = plain.offered(EVICT_PROMPT)
+        plain.apply(**options)
+        judge(plain, plain.rounds(tokens(plain, FED, 0), NEAR), options, note, prompt=NEAR, rounds=1)
+    _PLAIN[key] = RANKED if any(wrong) else ""
+    return _PLAIN[key]
 
 
 def _require_protected(round_: Round, number: int, protected: Any, told: str) -> None:

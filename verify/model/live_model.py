@@ -11,21 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from verify.errors import SubjectLacks
+from verify.errors import Refused, SubjectLacks
 from verify.files import cache_folder, keep, repository_root
 from verify.judge import oracle
 from verify.judge.compressor import write_statistics
 from verify.judge.live_case import scoring_problem
 from verify.judge.parameters import options
 from verify.model.observed import Observed, Round, layers_of
-from verify.model.settings import BUDGET, RECOMMENDED
+from verify.model.settings import BUDGET
 from verify.record import trail
 from verify.record.grounds import Checkout, aside, tell_again
-from verify.subject.published import parameters_of
+from verify.subject.published import PATCH, defaults_of, parameters_of
 from verify.subject.refusal import REFUSALS, accepted, refusable
 from verify.subject.subject import Subject
-
-_METHODS, _PATCH = "methods.triattention", "apply_triattention_patch"
 
 
 def _hooks(part: Any) -> list[Any]:
@@ -114,8 +112,14 @@ class LiveModel:
     _unpatched: list[tuple[Any, dict[str, Any], list[Any]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "defaults", self.offered(self.defaults))  # the dataclass is frozen
         modules = [(part, dict(vars(part)), [dict(hooks) for hooks in _hooks(part)]) for part in self.model.modules()]
-        object.__setattr__(self, "_unpatched", modules)  # the dataclass is frozen
+        object.__setattr__(self, "_unpatched", modules)
+
+    def offered(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """``options``, with each value that the subject says it does not offer replaced by one that it does."""
+        offers = self.subject.patch_offers
+        return {n: value if value in (taken := offers.get(n, (value,))) else taken[0] for n, value in options.items()}
 
     def restore(self) -> None:
         """Undo what a patch has set on the model, its parts and their hooks since it was loaded."""
@@ -136,7 +140,7 @@ class LiveModel:
         try:
             self.apply(**options)
         except REFUSALS:
-            plain = {**RECOMMENDED, "kv_budget": BUDGET}
+            plain = {**self.defaults, "kv_budget": BUDGET}
             with refusable(self.subject, self._refused(options, plain), lambda: self.apply(**plain)):
                 raise
 
@@ -151,19 +155,25 @@ class LiveModel:
         self.apply_bare(**{**self.defaults, **options})
 
     def apply_bare(self, **given: Any) -> None:
-        """``apply`` with these options only."""
-        if absent := sorted(given.keys() - {*self.patch_options()}):
+        """``apply`` with these options only, and those whose default the subject says that it does not offer."""
+        offers, taken = self.subject.patch_offers, {*self.patch_options()}
+        for name, value in given.items():
+            if value not in offers.get(name, (value,)):
+                raise Refused(f"{name}={value}: not offered", f"{name}={value}")
+        default = defaults_of(*PATCH)
+        given = {name: values[0] for name, values in offers.items() if default[name] not in values} | given
+        # an option that always has one value may be none
+        given = {name: value for name, value in given.items() if name in taken or name not in offers}
+        if absent := sorted(given.keys() - taken):
             raise SubjectLacks(f"the subject's patch has no {absent[0]}")
         self.restore()
         about = {"model": self.model.config.model_type, "dtype": str(self.model.dtype).removeprefix("torch.")}
-        trail.note(kind="live", function=_PATCH, **about, **given)
-        self.subject.attribute(_METHODS, _PATCH)(
-            self.model, stats_path=str(self.given), model_path=self.location, **given
-        )
+        trail.note(kind="live", function=PATCH[1], **about, **given)
+        self.subject.attribute(*PATCH)(self.model, stats_path=str(self.given), model_path=self.location, **given)
 
     def patch_options(self) -> Collection[str]:
         """The published names of the options that the subject's patch takes, its own included."""
-        return options(self.subject.attribute(_METHODS, _PATCH), parameters_of(_METHODS, _PATCH))
+        return options(self.subject.attribute(*PATCH), parameters_of(*PATCH))
 
     def restated(self, path: Path, layers: Sequence[int], without: Collection[tuple[int, int]] = ()) -> LiveModel:
         """The same model, but its subject is given the file ``path``, whose layer i is ``layers[i]`` of the statistics.

@@ -46,6 +46,7 @@ def tiny(
         if parameter.ndim > 1:
             parameter.data.mul_(4)  # as it is drawn, attention is uniform and no eviction changes a token
     model = model.to(device).eval()
+    model.config.architectures = [type(model).__name__]  # as every model that was saved has it
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     m, a = drawn_statistics(seed, shape.num_hidden_layers, shape.num_attention_heads, _omega(model).numel())

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from verify.checks import CAPABILITIES
-from verify.record.schema import FAILING, CheckResult, SubjectInfo, Verdict
+from verify.record.schema import FAILING, PATCH, CheckResult, SubjectInfo, Verdict
 
 #: The accuracy class in the place of a measurement.
 _CLASS = re.compile(r"\bclass ([ABC]), \S+ units of ")
@@ -36,15 +36,20 @@ def by_capability(found: Iterable[tuple[str, CheckResult]], subject: SubjectInfo
         passed = sum(one.verdict is Verdict.PASS for one in judged)
         classes = {match[1] for one in judged for m in one.measurements if (match := _CLASS.search(m.where))}
         parts = [*([f"class {max(classes)}"] if classes else []), f"{passed} of {len(judged)}"]
-        within = _narrowed(subject) if name in ("triton", "pytorch") else ""
+        within = _narrowed(subject, name)
         told[words] = f"{', '.join(parts)}{within}" + "".join(f"; {aspect}: refused" for aspect in refused)
     return told
 
 
-def _narrowed(subject: SubjectInfo) -> str:
-    """The values that the author says the subject takes, in brackets; empty without any."""
+def _narrowed(subject: SubjectInfo, capability: str) -> str:
+    """The values that the author says this capability takes, in brackets; empty without any."""
+    if capability not in ("triton", "pytorch", "live_model"):
+        return ""
     parts = []
     for name, values in subject.narrowed.items():
+        if name.startswith(PATCH) != (capability == "live_model"):
+            continue
+        name = name.removeprefix(PATCH)
         fixed = f"{values[0].count(',') + 1} fixed offsets" if len(values) == 1 else f"{len(values)} sets of offsets"
         parts.append(fixed if name == "offsets" else f"{name} {', '.join(values)}")
     return f" ({'; '.join(parts)})" if parts else ""

@@ -1,28 +1,34 @@
-"""Findings: the failures of a run, grouped by what they have in common.
+"""Findings: the failures of a run, grouped by what they have in common, and how they are told.
 
 Failures share a cause if the subject raised the same exception in the same line, or if the check names the cause.
-Others are compared by the properties of the calls they made: a property, or two, that each of several failing calls
-has and no passing one. Each remaining failure is listed under the family of its check.
+Others that show the same thing are compared by the properties of the calls they made: a property, or two, that all of
+these failing calls have and no passing one. Each remaining failure is listed under the family of its check.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from verify.record.schema import FAILING, CheckResult, Finding, Verdict
+from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Verdict
 
 #: A call of the subject: its properties as words, by name.
 Call = Mapping[str, str]
 
 #: Properties in words: a name, a value, and whether a call has this value or another one.
 _Terms = Sequence[tuple[str, str, bool]]
-_Rank = tuple[int, int, int, int]
 
-#: A cause that is only the line which raised.
-_LINE = re.compile(r"\w+ at \S+:\d+")
+#: A cause that ends with the line which raised.
+_LINE = re.compile(r"\w+ at (\S+:\d+)$")
+
+#: The most properties that one cause names.
+_TOGETHER = 2
+
+#: What every failed comparison of scores with a bound above 0 shows, whatever the check calls its measurement.
+_ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +39,27 @@ class Trail:
     passed: Sequence[Call]
 
 
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """A call that passed, and what its check would have shown if it had failed; ``None`` if it may be anything."""
+
+    call: Call
+    judged: frozenset[str] | None
+
+
 def findings(results: Sequence[CheckResult], trails: Mapping[str, Trail]) -> list[Finding]:
     """The failures among ``results`` grouped by cause, those with the most checks first."""
     failing = [result for result in results if result.verdict in FAILING]
-    by_cause: dict[str, str] = {result.id: result.cause for result in failing if result.cause}
-    open_ = [one.id for one in failing if one.verdict is Verdict.FAIL and (not one.cause or _LINE.fullmatch(one.cause))]
-    for words, members in _by_property(open_, trails):
-        # failures that all come from one line keep that line as their cause
-        if len({by_cause.get(name, "") for name in members}) > 1 or members[0] not in by_cause:
-            by_cause |= dict.fromkeys(members, words)
+    causes = {result.id: result.cause or without_cause(result) for result in failing}
+    open_ = [result for result in failing if result.verdict is Verdict.FAIL and not result.cause]
+    explained = [*_by_property(open_, results, trails)]
+    times = Counter(words for _, words, _ in explained)
+    for shown, words, members in explained:
+        # two groups that show different things stay two findings, although the same property explains both
+        causes |= dict.fromkeys(members, f"{shown}: {words}" if times[words] > 1 else words)
     groups: dict[str, list[str]] = {}
     for result in failing:
-        groups.setdefault(by_cause.get(result.id) or without_cause(result), []).append(result.id)
+        groups.setdefault(causes[result.id], []).append(result.id)
     blocked = [(result.id, result.by) for result in results if result.verdict is Verdict.BLOCKED]
     found = [
         Finding(cause=cause, checks=members, blocks=[name for name, by in blocked if by in members])
@@ -54,56 +69,170 @@ def findings(results: Sequence[CheckResult], trails: Mapping[str, Trail]) -> lis
 
 
 def without_cause(result: CheckResult) -> str:
-    """The title of the finding of a failure whose cause is not known: its verdict and the family of the check."""
-    return f"{result.verdict}: {result.id.rpartition('.')[0]}"
+    """The cause of the finding of a failure whose cause is not known: its verdict and the family of the check."""
+    return f"{result.verdict}: {_family(result)}"
 
 
-def _by_property(failing: Sequence[str], trails: Mapping[str, Trail]) -> Iterator[tuple[str, list[str]]]:
-    """Groups of failing checks that a property explains: the property in words, and the ids; largest groups first.
+_UNKNOWN = {
+    Verdict.ERROR: "a fault of this suite, not of the implementation",
+    Verdict.CRASH: "the process of the check died",
+    Verdict.TIMEOUT: "the check did not end within its time limit",
+    Verdict.INFRA: "the machine stopped the check",
+}
 
-    Calls of different kinds (scoring, the compressor, a live model) are never compared.
+
+def title(finding: Finding, result: CheckResult, claim: str | None) -> str:
+    """What a reader is told first: the cause or, if it is not known, the family of the check and what it measured.
+
+    ``result`` is that of any check of the finding, ``claim`` what this check claims, None if it is not in the suite.
     """
-    calls = {name: found for name in failing if name in trails and (found := trails[name].failed)}
-    passed = [call for trail in trails.values() for call in trail.passed if call.get("class", "A") == "A"]
-    passed = [call for call in passed if all(not _alike(call, failed) for failed in calls.values())]
-    for kind in sorted({call.get("kind", "") for call in calls.values()}):
-        own = {name: call for name, call in calls.items() if call.get("kind", "") == kind}
-        passing = [call for call in passed if call.get("kind", "") == kind]
-        while (best := max(_explanations(own, passing), key=lambda one: one[0], default=None)) is not None:
-            _, terms, members = best
-            yield _words(terms), members
-            own = {name: call for name, call in own.items() if name not in members}
+    if finding.cause != without_cause(result):
+        return finding.cause
+    if result.verdict in _UNKNOWN:
+        return f"{_family(result)}: {_UNKNOWN[result.verdict]}"
+    if (wrong := _outside(result)) is not None:
+        unit = wrong.unit and f" {wrong.unit}"
+        return (
+            f"{_family(result)}: {wrong.name}: measured {wrong.measured:.3g}{unit}, allowed {wrong.allowed:.3g}{unit}"
+        )
+    return f"{_family(result)} did not hold{f': {claim}' if claim else ''}"
+
+
+#: What to do about a cause that lies before what its checks test.
+STEPS = {
+    "no problem was accepted, not even the plainest": (
+        "Read what the implementation says. If it never takes some value, write the values that it takes into [offers] "
+        "of subject.toml."
+    ),
+    "scores of ordinary keys are not within class B": (
+        "Find the error with p4.triton_oracle and p4.pytorch_oracle; what these checks test can only be judged then."
+    ),
+    "the keys of a plain model are ranked wrongly with the recommended setting": (
+        "Find the error with p6.keep_set, or with p4.compressor where there is one; what these checks test can only be "
+        "judged then."
+    ),
+    "one keep set serves all KV heads": (
+        "Rank the keys of each KV head by its own query heads, in the modes in which it has its own keep set."
+    ),
+}
+
+
+def next_step(result: CheckResult, remedy: str) -> str:
+    """What to do about a failure: what its cause or its verdict says or, if they say nothing, the ``remedy``."""
+    if step := STEPS.get(result.cause):
+        return step
+    if line := _LINE.search(result.cause):
+        return f"Look at {line[1]} first, which raised."
+    return {
+        Verdict.ERROR: "Report the message as a fault of this suite; it says nothing about the implementation.",
+        Verdict.CRASH: "Repeat the check, and see at which call the process dies.",
+        Verdict.TIMEOUT: "Repeat the check, and see at which call it waits.",
+        Verdict.INFRA: "Correct what the message says about the machine, and repeat the check.",
+    }.get(result.verdict, remedy)
+
+
+def _family(result: CheckResult) -> str:
+    return result.id.rpartition(".")[0]
+
+
+def _outside(result: CheckResult) -> Measurement | None:
+    return next((one for one in result.measurements if not one.within), None)
+
+
+def _scores(call: Call) -> bool:
+    return "path" in call
+
+
+def _shown(result: CheckResult, call: Call) -> str:
+    """What a failure shows: the failed measurement or, without one, the message without its numbers."""
+    if (wrong := _outside(result)) is not None:
+        return _ERROR if _scores(call) and wrong.allowed > 0 else wrong.name
+    message = re.sub(r"^phases/\S+:\d+: ", "", result.message).partition("; ")[0]
+    return re.sub(r"\d+(\.\d+)?", "N", message.rpartition(": ")[2])
+
+
+def _by_property(
+    failing: Iterable[CheckResult], results: Iterable[CheckResult], trails: Mapping[str, Trail]
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Groups of failing checks that a property explains: what they show, the property in words, and the ids.
+
+    Calls of different kinds (scoring, the compressor, a live model) are never compared. A property must explain every
+    failure of its kind that shows the same thing or, for scores, every one on one path: where one such call fails
+    without it, it is not the cause.
+    """
+    scopes: dict[tuple[str, str], dict[str, Call]] = {}
+    for result in failing:
+        if result.id in trails and (call := trails[result.id].failed):
+            scopes.setdefault((call.get("kind", ""), _shown(result, call)), {})[result.id] = call
+    wrong = [call for calls in scopes.values() for call in calls.values()]
+    passed = [one for one in _passed(results, trails) if all(not _alike(one.call, call) for call in wrong)]
+    for (kind, shown), calls in scopes.items():
+        passing = [one for one in passed if one.call.get("kind", "") == kind]
+        if terms := _explanation(calls, passing, shown):
+            yield shown, _words(terms), [*calls]
+            continue
+        paths = {call.get("path", "") for call in calls.values()}
+        for path in sorted(paths) if len(paths) > 1 else ():
+            own = {name: call for name, call in calls.items() if call.get("path") == path}
+            if terms := _explanation(own, [one for one in passing if one.call.get("path") == path], shown):
+                yield shown, _words([("path", path, True), *terms]), [*own]
+
+
+def _passed(results: Iterable[CheckResult], trails: Mapping[str, Trail]) -> Iterator[_Passed]:
+    """The calls that are known to be right.
+
+    Scores are compared call by call. Those that are far from exact (class B) count where the same path is seldom
+    better: elsewhere they are bounded so widely that they excuse nothing. Other calls are right if their check passed.
+    """
+    by_id = {result.id: result for result in results}
+    classes = Counter(
+        (call["path"], call.get("class", "A")) for one in trails.values() for call in one.passed if _scores(call)
+    )
+    for name, trail in trails.items():
+        for call in trail.passed:
+            if _scores(call):
+                found, path = call.get("class", "A"), call["path"]
+                if found == "A" or (found == "B" and classes[path, "A"] < classes[path, "B"]):
+                    yield _Passed(call, None)
+            elif trail.failed is None:
+                measured = by_id[name].measurements if name in by_id else ()
+                yield _Passed(call, frozenset(one.name for one in measured))
 
 
 def _alike(one: Call, other: Call) -> bool:
     return {**one, "class": ""} == {**other, "class": ""}
 
 
-def _explanations(calls: Mapping[str, Call], passing: Sequence[Call]) -> Iterator[tuple[_Rank, _Terms, list[str]]]:
-    """Every property, or pair of properties, of failing calls that no passing call has, while a passing call has all
-    but one of them: without such a contrast nothing is explained.
+def _explanation(calls: Mapping[str, Call], passing: Sequence[_Passed], shown: str) -> _Terms:
+    """The plainest property, or pair of properties, that all ``calls`` have and no passing call has, while a passing
+    call that was judged alike has all but one of them: without such a contrast nothing is explained.
 
-    With each come its rank (more checks, then fewer and plainer properties) and the ids it explains. A single check is
-    explained by one property only.
+    Two properties that explain it equally well are both told. Empty if there is none, or if there are more. A single
+    check is explained by single properties only.
     """
     # what a call does not have may explain it too: "dtype other than float32"
-    terms = sorted({(name, value, True) for call in calls.values() for name, value in call.items()})
-    terms += sorted({(name, value, False) for call in passing for name, value in call.items()})
-    terms = [term for term in terms if term[0] not in ("class", "kind")]
+    terms = {(name, value, True) for call in calls.values() for name, value in call.items()}
+    terms |= {(name, value, False) for one in passing for name, value in one.call.items()}
+    common = sorted(
+        one for one in terms if one[0] not in ("class", "kind") and all(_has(c, [one]) for c in calls.values())
+    )
     # the options of a patch are too few and too alike for pairs of them to mean anything
-    scoring = all("path" in call for call in calls.values())
-    for size in (1, 2) if scoring else (1,):
-        for chosen in combinations(terms, size):
-            if len({name for name, _, _ in chosen}) < size:
-                continue
-            members = [name for name, call in calls.items() if _has(call, chosen)]
+    scoring = all(_scores(call) for call in calls.values())
+    contrast = [one.call for one in passing if one.judged is None or shown in one.judged]
+    found: list[tuple[tuple[int, int, int], _Terms]] = []
+    for size in range(1, _TOGETHER + 1) if scoring and len(calls) > 1 else (1,):
+        for chosen in combinations(common, size):
             plain = sum(is_it for _, _, is_it in chosen)
-            alone = len(members) == 1 and (size > 1 or not plain or not scoring)
-            if not members or alone or (not scoring and not plain) or any(_has(call, chosen) for call in passing):
+            if len({name for name, _, _ in chosen}) < size or (not plain and (not scoring or len(calls) == 1)):
                 continue
-            if any(_differs(call, chosen) for call in passing):
-                by_path = sum(name != "function" for name, _, _ in chosen)
-                yield (len(members), -size, plain, by_path), chosen, members
+            if any(_has(one.call, chosen) for one in passing) or not any(_differs(call, chosen) for call in contrast):
+                continue
+            found.append(((-size, plain, sum(name != "function" for name, _, _ in chosen)), chosen))
+    best = max((rank for rank, _ in found), default=None)
+    equal = [terms for rank, terms in found if rank == best]
+    # as plain as each other, so any may be the cause: two single properties can be told together, more say nothing
+    told = [one for terms in equal for one in terms]
+    return told if len(told) <= _TOGETHER else ()
 
 
 def _has(call: Call, terms: _Terms) -> bool:
@@ -117,17 +246,26 @@ def _differs(call: Call, terms: _Terms) -> bool:
 
 _NAMES = {
     "n": "keys", "b": "rows", "h": "KV heads", "g": "query heads per KV head", "d": "head dim", "style": "rope_style",
-    "dtype": "dtype of keys", "low_norm": "E|q| below |E[q]|",
+    "dtype": "dtype of keys",
 }  # fmt: skip
+
+#: Properties that a call has or does not have, in words for each.
+_EITHER = {
+    "low_norm": ("E|q| below |E[q]|", "E|q| not below |E[q]|"),
+    "cached": ("precomputed tables", "no precomputed tables"),
+}
 
 
 def _words(terms: _Terms) -> str:
     where = [f"on the {value} path" for name, value, is_it in terms if name == "path" and is_it]
-    what = [
-        f"{_NAMES.get(name, name)}{'=' if is_it else ' other than '}{value}"
-        for name, value, is_it in terms
-        if name != "path"
-    ]
+    what = [_property(*term) for term in terms if term[0] != "path"]
     what += [f"a path other than {value}" for name, value, is_it in terms if name == "path" and not is_it]
     told = [*where, *([f"with {' and '.join(what)}"] if what else [])]
     return f"only {' '.join(told)}"
+
+
+def _property(name: str, value: str, is_it: bool) -> str:
+    if name in _EITHER:
+        has, has_not = _EITHER[name]
+        return has if (value == "True") is is_it else has_not
+    return f"{_NAMES.get(name, name)}{'=' if is_it else ' other than '}{value}"

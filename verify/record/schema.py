@@ -205,6 +205,10 @@ class Sitting(Strict):
     end: MachineState | None = None
 
 
+#: Begins the names of a patch's options among what is narrowed.
+PATCH = "patch."
+
+
 class SubjectInfo(Strict):
     """The implementation under test; ``git_sha`` is ``none`` where the source is not a git checkout.
 

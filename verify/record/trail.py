@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 #: The properties of each call, oldest first; the last one is that of a check which has failed.
 CALLS: list[dict[str, str]] = []
 
@@ -17,3 +20,13 @@ def judged(accuracy_class: str) -> None:
 def note(**properties: object) -> None:
     """Note one call of the subject."""
     CALLS.append({name: str(value) for name, value in properties.items()})
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Inside, calls are made to understand a failure, and are not noted."""
+    before = len(CALLS)
+    try:
+        yield
+    finally:
+        del CALLS[before:]

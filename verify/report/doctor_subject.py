@@ -11,7 +11,7 @@ from verify.record.deviations import told_before
 from verify.record.verdict import describe_subject
 from verify.report.doctor_table import Finding, Status
 from verify.subject.deviations import read_deviations
-from verify.subject.offered import Examined, examined
+from verify.subject.offered import Examined, examined, narrowed
 from verify.subject.subject import Subject
 
 #: What no check covers, by where in a package it would be. A pattern is one of ``pathlib``.
@@ -75,15 +75,22 @@ def _capability(
         return Finding(words, "not offered", "must pass" if len(missed) == 1 else "alternative", Status.NOTE, step)
     differ = [f"{one.name.full}: {one.problem}" for one in names if one.offered and one.problem]
     parts = [f"{sum(one.offered for one in names)} of {len(names)} names" if absent else "offered"]
-    parts += [f"{property_} only {_shown(property_, values)}" for property_, values in _narrowed(subject, name)]
+    within = narrowed(subject, name) if name in _NARROWED else {}
+    parts += [f"{property_} only {_shown(property_, values)}" for property_, values in within.items()]
     parts += ["a signature differs"] if differ else []
     status = Status.NOTE if differ else Status.OK
-    return Finding(words, ", ".join(parts), "", status, "; ".join([*differ, *absent]))
+    return Finding(words, ", ".join(parts), "", status, "; ".join([*differ, *_missing(names)]))
 
 
-def _narrowed(subject: Subject, capability: str) -> Iterator[tuple[str, tuple[object, ...]]]:
-    if capability in _NARROWED:
-        yield from subject.narrowed.items()
+def _missing(names: Sequence[Examined]) -> list[str]:
+    """What is absent of a capability that is offered in part: the names, by why they are absent."""
+    problems: dict[str, list[str]] = {}
+    for one in names:
+        if not one.offered:
+            # the module may be absent because other names of it are mapped to other places
+            why = "not offered" if one.problem.startswith("the subject has no ") else one.problem
+            problems.setdefault(why, []).append(one.name.name)
+    return [f"{', '.join(found)}: {why}" for why, found in problems.items()]
 
 
 def _shown(name: str, values: tuple) -> str:

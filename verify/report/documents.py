@@ -12,6 +12,7 @@ from typing import Any
 from verify.architectures import Architecture
 from verify.checks import PHASES
 from verify.record.builds import Compilation
+from verify.record.findings import title
 from verify.record.schema import CheckResult, Finding, Measurement, Record
 from verify.record.verdict import Assessment, Cell, describe_subject, fill_command, missing_by_phase
 from verify.report.matrix import (
@@ -66,7 +67,8 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
     parts.append(markdown_table(header, body))
     failed = [cell for cell in assessment.cells if cell.failed or cell.not_compiled]
     if failed:
-        told = (f"* {_finding(one)}\n" for one in assessment.findings)
+        by_id = {cell.check.id: cell for cell in failed}
+        told = (f"* {_finding(one, by_id[one.checks[0]])}\n" for one in assessment.findings)
         parts.append("## Findings\n\n" + "".join(told))
         told = (
             f"* **{cell.check.id}** {_one_line(cell.outcome.message)} (`{cell.outcome.repeat}`){_known(cell.outcome)}\n"
@@ -223,9 +225,10 @@ def _run_lines(assessment: Assessment) -> Iterable[list[str]]:
         yield [*(run[column] or "-" for column in columns), f"no: {different}" if different else "yes"]
 
 
-def _finding(one: Finding) -> str:
+def _finding(one: Finding, first: Cell) -> str:
     blocks = f"; blocks {', '.join(f'`{name}`' for name in one.blocks)}" if one.blocks else ""
-    return f"**{_one_line(one.cause)}**: {', '.join(f'`{name}`' for name in one.checks)}{blocks}"
+    told = title(one, first.outcome, first.check.spec.claim)
+    return f"**{_one_line(told)}**: {', '.join(f'`{name}`' for name in one.checks)}{blocks}"
 
 
 def _known(result: CheckResult) -> str:

@@ -15,7 +15,7 @@ from rich.text import Text
 from verify.architectures import Architecture, Target
 from verify.checks import CAPABILITIES, PHASES, SKIP_CODES
 from verify.files import repository_root
-from verify.record.findings import without_cause
+from verify.record.findings import next_step, title
 from verify.record.schema import FAILING, CheckResult, Evidence, Finding
 from verify.record.verdict import (
     Assessment,
@@ -310,9 +310,8 @@ def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], con
     known = sum(cell.outcome.deviation is not None for cell in members)
     blocks = f", which {'block' if len(members) > 1 else 'blocks'} {count(len(finding.blocks), 'more check')}"
     held = f"{count(len(members), 'check')}{blocks if finding.blocks else ''}"
-    # if the cause is not known, the title is the claim that does not hold
-    cause = f"not true: {spec.claim}" if finding.cause == without_cause(result) else finding.cause
-    console.print(Text.assemble((f"finding {number}  ", style), (cause, "bold"), f"  ({held})"))
+    told = title(finding, result, spec.claim)
+    console.print(Text.assemble((f"finding {number}  ", style), (told, "bold"), f"  ({held})"))
     message = result.message.partition("; repeat with: ")[0]
     console.print(Text.assemble((f"{result.verdict} ", style), (first.check.id, "bold"), f"  {message}"))
     if others := [cell.check.id for cell in members if cell is not first]:
@@ -321,7 +320,7 @@ def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], con
     for deviation in deviations:
         of = "" if known == len(members) else f", {known} of {len(members)} checks"
         console.print(Text(f"known deviation{of}: {deviation}", style="yellow"))
-    console.print(Text(f"what to do: {spec.remedy}", style="dim"))
+    console.print(Text(f"what to do: {next_step(result, spec.remedy)}", style="dim"))
     console.print(Text(f"more: python -m verify explain {first.check.id}", style="dim"), soft_wrap=True)
     # on one line, however long, so that it can be copied
     console.print(Text(f"repeat: {_from_here(result.repeat)}", style="dim"), soft_wrap=True)

@@ -43,10 +43,10 @@ def report(
     the folder for badges and for ``html``, the pages of all targets. Raises ConfigurationError for an unknown GPU, a
     records directory that does not exist, and options that contradict each other.
     """
-    if form == "html":
-        return _make_site(gpu, folders, out, subject)
     if subject == EVERYONE:
         return _compare(parse_target(gpu or "emulated"), form, folders)
+    if form == "html":
+        return _make_site(gpu, folders, out, subject)
     if form == "terminal" and out is not None:
         raise ConfigurationError(f"--out {out} needs another format than terminal; drop it, or give --format")
     targets = [parse_target(gpu)] if gpu is not None else list(known_targets())

@@ -65,6 +65,7 @@ def _with_file(subject: Subject, file: Path | None) -> Subject:
         profile=about.profile,
         plain_path=about.plain_path,
         narrowed=content.offers.narrowed(),
+        patch_offers={name: tuple(values) for name, values in content.offers.patch.items()},
     )
 
 

@@ -56,6 +56,18 @@ def unwritten(found: Any) -> bool:
     return not any(one.opname.startswith("RETURN") for one in dis.get_instructions(code))
 
 
+#: The options of a score, which ``rank_keys`` does not have: it ranks by the mean, in half pairs.
+_NOT_OF_RANKING = ("aggregation", "style", "disable_mlr", "disable_trig")
+
+
+def narrowed(subject: Subject, capability: str) -> dict[str, tuple[Any, ...]]:
+    """The values that the functions of a capability (``triton``, ``pytorch``, ``ranking``) are declared to take, by
+    property of a problem.
+    """
+    left_out = _NOT_OF_RANKING if capability == "ranking" else ()
+    return {name: values for name, values in subject.narrowed.items() if name not in left_out}
+
+
 def optional(subject: Subject, module: str, name: str) -> Any:
     """The subject's object for an optional published name.
 

@@ -6,6 +6,7 @@ defaults; a subject may append keyword-only parameters with defaults.
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ _SCORES = "key_states, cache_positions, head_stats, omega, offsets, freq_scale_s
 _HELPERS, _KERNELS = "methods.pruning_utils", "vllm.core.kernels.triton_scoring"
 _TABLE = "max_seq_len, compress_interval, offsets, omega, device"
 
-#: The function that chooses between the two paths.
-DISPATCH = ("vllm.core.scoring", "compute_scores")
+#: The function that chooses between the two paths, and the one that patches a live model.
+DISPATCH, PATCH = ("vllm.core.scoring", "compute_scores"), ("methods.triattention", "apply_triattention_patch")
 
 NAMES = (
     Name("methods.triattention", "TriAttention", "live_model", "config"),
@@ -109,6 +110,13 @@ def dispatch_alone(offers: Callable[[str, str], bool]) -> bool:
     """
     paths = (one for one in NAMES if one.capability in ("triton", "pytorch"))
     return offers(*DISPATCH) and not any(offers(one.module, one.name) for one in paths)
+
+
+def defaults_of(module: str, name: str) -> dict[str, object]:
+    """The published defaults of a function's parameters, of those that have one."""
+    found = next((one for one in (*NAMES, *OPTIONAL) if (one.module, one.name) == (module, name)), None)
+    parts = (part.partition("=") for part in ((found and found.parameters) or "").split(","))
+    return {name.strip(): ast.literal_eval(default) for name, equals, default in parts if equals}
 
 
 class Renamed:

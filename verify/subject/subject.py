@@ -20,7 +20,7 @@ from typing import Any
 from verify.errors import ConfigurationError, SubjectLacks, SubjectNeeds
 from verify.record.digest import digest_of
 from verify.record.grounds import PACKAGE
-from verify.record.schema import SubjectInfo
+from verify.record.schema import PATCH, SubjectInfo
 from verify.subject.published import Renamed, parameters_of
 from verify.subject.toml import read
 from verify.subject.version import declared_version
@@ -68,11 +68,9 @@ class OnlyItsOwn(MetaPathFinder):
 class Subject:
     """One implementation: ``root`` is the directory from which ``package`` is imported, ``source`` its name in records.
 
-    ``name`` is the value of ``--subject``, ``file`` its ``subject.toml`` if there is one, and ``names`` the mapping in
-    it: ``module:attribute`` by published name. ``arguments`` renames parameters of published names (None: not taken),
-    ``sources`` are further packages whose code is the subject's own, ``profile`` is what it claims to be,
-    ``plain_path`` what its path without Triton is called, and ``narrowed`` the values that it takes, by property of a
-    problem.
+    ``name`` is the value of ``--subject``, and ``file`` its ``subject.toml`` if there is one, from which the rest comes
+    (``verify/subject/toml.py``). ``arguments`` has None for a parameter that is not taken, ``narrowed`` the values that
+    it takes by property of a problem, and ``patch_offers`` those by option of its patch.
     """
 
     name: str
@@ -86,6 +84,7 @@ class Subject:
     profile: str | None = None
     plain_path: str = "PyTorch"
     narrowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    patch_offers: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """This subject as JSON data, from which a child process makes it again with ``described``."""
@@ -94,11 +93,12 @@ class Subject:
 
     @classmethod
     def described(cls, told: Mapping[str, Any]) -> Subject:
-        tuples = {"sources": tuple(told["sources"])}
-        tuples["narrowed"] = {
-            name: tuple(tuple(one) if isinstance(one, list) else one for one in values)
-            for name, values in told["narrowed"].items()
-        }
+        tuples: dict[str, Any] = {"sources": tuple(told["sources"])}
+        for table in ("narrowed", "patch_offers"):
+            tuples[table] = {
+                name: tuple(tuple(one) if isinstance(one, list) else one for one in values)
+                for name, values in told[table].items()
+            }
         return cls(**told | tuples | {key: Path(told[key]) for key in ("root", "file") if told[key]})
 
     def owns(self, file: Path) -> bool:
@@ -244,6 +244,7 @@ class Subject:
         found = json.loads(next(line for line in child.stdout.splitlines() if line.startswith('{"where"')))
         self._must_be_here(found["where"])
         about = read(self.file).subject if self.file else None
+        narrowed = {**self.narrowed, **{f"{PATCH}{name}": values for name, values in self.patch_offers.items()}}
         # a checkout that merely contains the package, for example in a virtual environment, says nothing about it
         sha = self._git("rev-parse", "HEAD") if self._git("ls-files", "--", str(self.folder)) else None
         return SubjectInfo(
@@ -254,7 +255,7 @@ class Subject:
             dirty=sha is None or not self._committed(),
             content_sha256=self.content_sha256(),
             profile=self.profile,
-            narrowed={name: [str(value) for value in values] for name, values in self.narrowed.items()},
+            narrowed={name: [str(value) for value in values] for name, values in narrowed.items()},
         )
 
     def content_sha256(self) -> str:

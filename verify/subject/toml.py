@@ -18,6 +18,9 @@ cache_positions = false
 [offers]                   # the values that it takes; a property that is left out is not narrowed
 offsets = [[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]]
 aggregation = ["mean"]
+
+[offers.patch]             # the same for options of apply_triattention_patch, also of one that it always behaves by
+normalize_scores = [true]
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from verify.checks import PROFILES
 from verify.errors import ConfigurationError
-from verify.subject.published import NAMES, OPTIONAL, parameters_of
+from verify.subject.published import NAMES, OPTIONAL, PATCH, defaults_of, parameters_of
 
 FILE = "subject.toml"
 
@@ -64,6 +67,7 @@ _Dtypes = Annotated[list[Literal["float32", "bfloat16", "float16"]], Field(min_l
 _Styles = Annotated[list[Literal["half", "interleaved"]], Field(min_length=1)]
 _Aggregations = Annotated[list[Literal["mean", "max"]], Field(min_length=1)]
 _Strides = Annotated[list[Literal["contiguous", "transposed", "sliced", "spread"]], Field(min_length=1)]
+_Weights = Annotated[list[Literal["drawn", "ones"]], Field(min_length=1)]
 _Offsets = Annotated[list[Annotated[list[float | int], Field(min_length=1)]], Field(min_length=1)]
 
 
@@ -81,10 +85,13 @@ class Offers(_Strict):
     offsets: _Offsets | None = None
     disable_mlr: _Flags | None = None
     disable_trig: _Flags | None = None
+    low_norm: _Flags | None = None
+    weights: _Weights | None = None
+    patch: dict[str, Annotated[list[bool | int | str], Field(min_length=1)]] = Field(default_factory=dict)
 
     def narrowed(self) -> dict[str, tuple[Any, ...]]:
         """The properties that are narrowed, with their values, hashable."""
-        found = {name: value for name, value in self.model_dump().items() if value is not None}
+        found = {name: value for name, value in self.model_dump(exclude={"patch"}).items() if value is not None}
         if "offsets" in found:
             found["offsets"] = [tuple(map(float, one)) for one in found["offsets"]]
         return {name: tuple(values) for name, values in found.items()}
@@ -116,6 +123,8 @@ def read(file: Path) -> SubjectFile:
     for name, renamed in found.arguments.items():
         for parameter in renamed:
             _known(file, parameter, f"arguments.{name}", parameters_of(*name.rsplit(".", 1)), "a published parameter")
+    for name in found.offers.patch:
+        _known(file, name, "offers.patch", tuple(defaults_of(*PATCH)), "an option of the patch")
     if found.subject.profile is not None:
         _known(file, found.subject.profile, "subject.profile", tuple(PROFILES), "a profile")
     return found

@@ -196,6 +196,7 @@ def _gpu(column: Column, site: Site) -> dict[str, Any]:
     results = [cell.result for cell in assessment.cells if cell.result is not None]
     return {
         "column": column,
+        "outcomes": {result.id: result for result in results},
         "claims": site.claims,
         "known": {result.id for result in results if result.deviation},
         "lines": lines(results, site.families, column),

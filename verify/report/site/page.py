@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from verify.checks import PHASES, SKIP_CODES
+from verify.record.findings import next_step
 from verify.record.schema import Record
 from verify.record.verdict import describe_subject, subject_option
 from verify.report.matrix import bound, built, count, headroom
@@ -44,6 +45,7 @@ class Frame:
             "describe_subject": describe_subject,
             "subject_option": subject_option(self.newest.subject) if self.newest else "",
             "title_of": title_of,
+            "next_step": next_step,
             "built": built,
             "count": count,
             "newest": self.newest,

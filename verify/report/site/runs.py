@@ -76,6 +76,7 @@ def write_runs(
             "../",
             record=record,
             lines=lines(record.results, claims),
+            outcomes={one.id: one for one in record.results},
             claims=claims,
             known={one.id for one in record.results if one.deviation},
             counts=noted.counts[record.run_id],

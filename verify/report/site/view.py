@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from verify.architectures import Architecture, Target
+from verify.record.findings import title
 from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Record, Verdict
 from verify.record.verdict import Assessment
 from verify.report.matrix import COMPILED, KNOWN, Row, bound, headroom, listed, rows, stale_of
@@ -207,11 +208,10 @@ def across(marks: Mapping[str, Mark | None]) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def title_of(finding: Finding, claims: Mapping[str, str]) -> str:
-    """The cause of a finding or, if it is not known, the claim that does not hold; ``claims`` are by family."""
-    family = finding.checks[0].rpartition(".")[0]
-    unknown = finding.cause.endswith(f": {family}") and family in claims
-    return f"not true: {claims[family]}" if unknown else finding.cause
+def title_of(finding: Finding, outcomes: Mapping[str, CheckResult], claims: Mapping[str, str]) -> str:
+    """The title of a finding; ``outcomes`` are the results by id, ``claims`` those of the suite's checks by family."""
+    first = finding.checks[0]
+    return title(finding, outcomes[first], claims.get(first.rpartition(".")[0]))
 
 
 def page_name(text: str) -> str:

@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from verify.errors import Refused
+from verify.errors import Refused, Wrong
 from verify.files import IMPORT_ROOT
-from verify.judge.problems import OFFSETS_17, Shape
+from verify.judge.problems import OFFSETS_17, Shape, make
 from verify.judge.scoring import draws, scorers
 from verify.subject.find import find_subject
+from verify.subject.offered import narrowed
 from verify.subject.refusal import must_refuse
 from verify.subject.subject import Subject
 
@@ -54,8 +56,6 @@ def _drawn(subject: Subject, count: int = 8, **choices) -> list[Shape]:
     judged = []
     for attempt, scorer in draws(subject, "pytorch", "cpu", 0, count, **choices):
         with attempt as shape:
-            from verify.judge.problems import make
-
             scorer(make(shape, 0, "cpu"))
             judged.append(shape)
     return judged
@@ -83,7 +83,7 @@ def test_a_property_that_is_not_tested_is_replaced_and_one_that_is_tested_is_ref
     near, far = Shape(offsets=(1.0,)), Shape(d=64, offsets=(1.0,))
     (attempt,) = offers.fitted(far, near)
     assert attempt.shape == replace(far, offsets=(1.0, 2.0, 4.0))
-    with pytest.raises(Refused, match="offsets=1 offsets: not offered"):
+    with pytest.raises(Refused, match=r"^1 offset: not offered$"):
         next(offers.fitted(near, Shape()))
 
 
@@ -92,16 +92,67 @@ def test_a_refusal_names_the_property_and_the_line(offering) -> None:
     with pytest.raises(Refused, match=r"d=256: not offered"):
         _drawn(subject, d=(256,))
     (scorer,) = scorers(subject, "pytorch", "cpu")
-    from verify.judge.problems import make
-
     with pytest.raises(Refused, match=r"^d=256: refused at .*code\.py:5 \(NotImplementedError: head dims up to 128\)"):
         scorer(make(Shape(n=3, d=256), 0, "cpu"))
 
 
-def test_who_refuses_everything_has_refused_nothing(offering) -> None:
-    subject = offering('raise ValueError("no")')
-    with pytest.raises(ValueError, match=r"^no$"):
+def test_who_refuses_everything_fails_and_is_told_so(offering) -> None:
+    subject = offering('raise ValueError(f"no {len(offsets)}")')
+    told = r"^no problem was accepted, not even the plainest: ValueError: no 17 \(taking.*/code\.py:5\)$"
+    with pytest.raises(Wrong, match=told) as found:
         _drawn(subject)
+    assert found.value.cause == "no problem was accepted, not even the plainest"
+
+
+def test_a_problem_outside_what_is_declared_is_refused_and_never_called(offering) -> None:
+    subject = offering("pass", '[offers]\nstyle = ["half"]\naggregation = ["mean"]\nlow_norm = [false]\n')
+    (scorer,) = scorers(subject, "pytorch", "cpu")
+    plain = Shape(n=3, d=64, dtype="float32")
+    assert scorer(make(plain, 0, "cpu")).shape == (1, 2, 3)
+    for changed, told in (
+        ({"style": "interleaved"}, "style=interleaved"),
+        ({"aggregation": "max"}, "aggregation=max"),
+        ({"low_norm": True}, "E|q| below |E[q]|"),
+    ):
+        with pytest.raises(Refused) as refused:
+            scorer(make(replace(plain, **changed), 0, "cpu"))
+        assert (str(refused.value), refused.value.aspect) == (f"{told}: not offered", told)
+    assert not any(shape.low_norm for shape in _drawn(subject))
+    assert not scorer.offers.asked
+
+
+def test_a_scorer_without_weights_is_judged_with_weights_of_one(offering) -> None:
+    subject = offering('if not (freq_scale_sq == 1).all(): raise ValueError("no weights")')
+    assert {shape.weights for shape in _drawn(subject)} == {"ones"}
+    assert _values(subject) == {"weights": ("ones",)}
+    with pytest.raises(Refused, match=r"^weights other than 1: not offered$"):
+        _drawn(subject, weights=("drawn",))
+
+
+def test_weights_of_one_change_no_other_number() -> None:
+    drawn, ones = (make(Shape(n=5, weights=weights), 3, "cpu") for weights in ("drawn", "ones"))
+    assert (ones.freq_weight == 1).all()
+    assert not (drawn.freq_weight == 1).any()
+    others = [name for name in drawn.tensors() if name != "freq_weight"]
+    assert all(torch.equal(drawn.tensors()[name], ones.tensors()[name]) for name in others)
+    assert (ones.case.positions == drawn.case.positions).all()
+    # those of a seed never change
+    assert float(drawn.freq_weight.sum()) == pytest.approx(129.755890)
+
+
+def test_what_a_ranker_has_no_option_for_is_not_narrowed(offering) -> None:
+    subject = offering("pass", '[offers]\naggregation = ["max"]\nstyle = ["interleaved"]\nd = [64]\n')
+    assert narrowed(subject, "ranking") == {"d": (64,)}
+    assert narrowed(subject, "pytorch") == {"aggregation": ("max",), "style": ("interleaved",), "d": (64,)}
+
+
+def test_an_inaccurate_scorer_is_told_so_before_what_a_check_tests(offering) -> None:
+    (scorer,) = scorers(offering("pass"), "pytorch", "cpu")  # which scores zeros
+    measured = []
+    scorer.judged_first(make(Shape(n=3), 0, "cpu"), lambda *told, **words: measured.append((*told, words)))
+    ((name, error, allowed, words),) = measured
+    assert (name, words["cause"]) == ("error before the test", "scores of ordinary keys are not within class B")
+    assert error > allowed
 
 
 def test_a_crash_is_no_refusal(offering) -> None:

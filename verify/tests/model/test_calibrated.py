@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,22 @@ def test_another_file_is_wrong(tmp_path: Path, content: dict[str, Any], told: st
     torch.save(content, tmp_path / "file.pt")
     with pytest.raises(AssertionError, match=told):
         of_file(tmp_path / "file.pt", _subject(tmp_path), _means())
+
+
+def test_a_file_of_another_format_is_read_by_the_subjects_own_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, file = _means(), tmp_path / "file.bin"
+    file.write_bytes(b"TRIA 1")
+    heads = {
+        (layer, head): SimpleNamespace(
+            q_mean_complex=torch.from_numpy(right.mean[layer, head]),
+            q_abs_mean=torch.from_numpy(right.size[layer, head]),
+        )
+        for layer, head in np.ndindex(2, 3)
+    }
+    monkeypatch.setattr(Subject, "attribute", lambda *_: lambda path, device: ({}, heads))
+    assert of_file(file, _subject(tmp_path), right).off(right)[0] == 0
 
 
 def test_an_object_of_another_shape_is_wrong() -> None:

@@ -10,10 +10,11 @@ import pytest
 from transformers import DynamicCache
 
 from verify.errors import Refused, SubjectLacks
+from verify.judge.compressed import ONE_FOR_ALL
 from verify.model import tiny as models
 from verify.model.live_case import judge
 from verify.model.live_model import LiveModel
-from verify.model.settings import BUDGET, EVICT_PROMPT, NEAR
+from verify.model.settings import BUDGET, EVICT_PROMPT, NEAR, RANKED
 
 Step = Callable[[Any], Any]
 
@@ -22,6 +23,8 @@ class Here:
     """A subject whose patch is a function of this module: ``after`` turns the cache of each step into the next one."""
 
     folder = Path(__file__).parent
+    option = "here"
+    patch_offers: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012
 
     def __init__(self, after: Step) -> None:
         self.after = after
@@ -164,7 +167,7 @@ def _judge(live: LiveModel, prompt: int, rounds: int, **options: Any) -> list[tu
     live.patch(**EVICT_PROMPT)
     judge(
         live, live.rounds(models.tokens(live, 100, 1), NEAR), {**EVICT_PROMPT, **options},
-        lambda name, got, allowed, *, unit="", where="": measured.append((got, allowed, where)),
+        lambda name, got, allowed, *, unit="", where="", cause="": measured.append((got, allowed, where)),
         prompt=prompt, rounds=rounds,
     )  # fmt: skip
     return measured
@@ -204,3 +207,31 @@ def test_an_option_that_the_patch_lacks_is_absent(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Here, "attribute", lambda *_: lambda model, stats_path, model_path, kv_budget: None)
     with pytest.raises(SubjectLacks, match=r"^the subject's patch has no allow_prefill_compression$"):
         _live(tmp_path, _newest).patch(**EVICT_PROMPT)
+
+
+def test_options_that_are_not_offered_are_refused_or_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Here, "patch_offers", {"normalize_scores": (True,), "per_head_pruning": (False,)})
+    live, given = _live(tmp_path, _newest), []
+    monkeypatch.setattr(Here, "apply", lambda _, model, stats_path, model_path, kv_budget, **more: given.append(more))
+    assert not live.defaults["per_head_pruning"], "the recommended setting is not offered"
+    assert live.offered({"per_head_pruning": True, "kv_budget": 3}) == {"per_head_pruning": False, "kv_budget": 3}
+    with pytest.raises(Refused, match="per_head_pruning=True: not offered"):
+        live.patch(kv_budget=BUDGET, per_head_pruning=True)
+    live.apply_bare(kv_budget=BUDGET)
+    monkeypatch.setattr(Here, "apply", lambda _, model, stats_path, model_path, kv_budget: given.append({}))
+    live.apply_bare(kv_budget=BUDGET)
+    # its published default is False; a patch that has no such option need not be given one
+    assert given == [{"normalize_scores": True}, {}]
+
+
+def test_a_wrong_ranking_of_a_plain_model_is_the_cause(tmp_path: Path) -> None:
+    live, causes = _live(tmp_path, _newest), []
+
+    def measure(name: str, found: float, allowed: float, where: str = "", cause: str = "") -> None:
+        causes.append((found > allowed, cause))
+
+    for mode in ({}, {"per_head_pruning": False}):  # one keep set for all heads, where they may have their own or not
+        live.apply(**EVICT_PROMPT, **mode)
+        taken = live.rounds(models.tokens(live, 100, 1), NEAR)
+        judge(live, taken, {**EVICT_PROMPT, **mode}, measure, prompt=NEAR, rounds=1)
+    assert causes == [(True, ONE_FOR_ALL), (True, RANKED)]

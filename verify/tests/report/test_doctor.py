@@ -172,6 +172,21 @@ def test_a_subject_is_examined_by_capability(partial: Path) -> None:
     assert found["not covered"].found == "partial/mlx"
 
 
+def test_what_is_missing_of_a_part_is_named_and_a_ranker_has_no_options_of_a_score(partial: Path) -> None:
+    package = partial / "partial"
+    (package / "ranking.py").write_text(
+        "def rank_keys(key_states, head_stats, omega, offsets, freq_scale_sq, round_start):\n    pass\n"
+        "def load(stats_path, device):\n    pass\n"
+    )
+    with (package / "subject.toml").open("a") as file:
+        file.write("[names]\n'methods.pruning_utils.load_head_frequency_stats' = 'partial.ranking:load'\n")
+    (package / "methods" / "pruning_utils.py").unlink()
+    found = _examined(partial)
+    assert found["ranking"].found == "offered, offsets only 3 fixed"
+    files = found["statistics files"]
+    assert (files.found, files.step) == ("1 of 2 names", "save_head_frequency_stats: not offered")
+
+
 def test_the_known_deviations_of_a_subject_are_counted_and_the_expired_ones_told(partial: Path) -> None:
     assert "known deviations" not in _examined(partial)
     entry = '[[deviation]]\nchecks = ["p4.zero"]\nreason = "x"\nissue = "https://example.org"\nexpires = '

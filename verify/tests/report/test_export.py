@@ -112,7 +112,7 @@ def test_a_known_deviation_is_a_failure_with_its_reason_in_every_format() -> Non
     told = "Zeros are NaN. (https://example.org/12, until 2027-03-01)"
     assert {one.get("name"): one.get("value") for one in case.iter("property")}["known deviation"] == told
     assert f"; known deviation: {told}" in documents.report_markdown(made, ())
-    assert "**FAIL: p4.oracle**: `p4.oracle.n1`" in documents.report_markdown(made, ())
+    assert "**p4.oracle did not hold: claim**: `p4.oracle.n1`" in documents.report_markdown(made, ())
     whole = json.loads(documents.report_json(made, ()))
     assert whole["findings"] == [{"cause": "FAIL: p4.oracle", "checks": ["p4.oracle.n1"], "blocks": []}]
     (check,) = (one for row in whole["rows"] for one in row["checks"] if one["deviation"])

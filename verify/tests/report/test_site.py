@@ -198,7 +198,9 @@ def test_what_is_not_offered_is_told_in_its_cell_and_a_known_deviation_too(their
 def test_findings_come_before_the_failures_with_what_they_block(theirs: Path) -> None:
     for page in ("gpu/emulated.html", "run/run-emulated-1.html"):
         told = " ".join(text(theirs, page).split())
-        assert re.search(r"not true: claim <small>1 check, blocking 1 more, 1 known deviation</small>", told), page
+        assert re.search(
+            r"p4.oracle did not hold: claim <small>1 check, blocking 1 more, 1 known deviation</small>", told
+        ), page
         assert "Known deviation, still a failure: Zeros are NaN. (<a href=" in told
         assert "<script>alert" not in told
         assert told.index('id="findings"') < told.index('<p class="known">')

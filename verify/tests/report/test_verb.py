@@ -69,6 +69,15 @@ def test_a_toolchain_gap_and_a_note_are_told(sm: int) -> None:
     assert known.toolchain_gap in text
 
 
+def test_an_error_is_told_as_a_fault_of_the_suite_and_a_crash_with_its_line() -> None:
+    wrong = result("p4.oracle.n1", "ERROR", message="KeyError: 'd'")
+    raised = result("p4.oracle.n33", "FAIL", message="it raised", cause="TypeError at a.py:3")
+    told = printed(terminal.print_run, assess(find(120), [record("sm120", [wrong, raised])], checks()))
+    assert "p4.oracle: a fault of this suite, not of the implementation  (1 check)" in told
+    assert "what to do: Report the message as a fault of this suite;" in told
+    assert "what to do: Look at a.py:3 first, which raised." in told
+
+
 def test_a_finding_says_which_of_its_failures_are_known() -> None:
     own, other = known("p4.oracle.n1"), result("p4.oracle.n33", "FAIL", message="a new one")
     told = printed(terminal.print_run, assess(find(120), [record("sm120", [own, other])], checks()))

@@ -81,3 +81,21 @@ def test_a_planted_error_of_a_stranger_is_found(
     assert child.returncode == 1, child.stdout + child.stderr
     assert "1 failed" in child.stdout
     assert "measured" in child.stdout
+
+
+def test_a_stranger_is_never_asked_for_what_it_says_it_does_not_take(tmp_path: Path) -> None:
+    copy = tmp_path / "declared"
+    shutil.copytree(_STRANGERS / "fixed", copy)
+    source = copy / "stranger" / "scorer.py"
+    ignored = 'if style != "half":\n        raise NotImplementedError("only the half layout")\n'
+    assert ignored in source.read_text()
+    source.write_text(source.read_text().replace(ignored, ""))  # an interleaved call would get wrong scores
+    with (copy / "subject.toml").open("a") as file:
+        file.write('style = ["half"]\n')
+    command = [sys.executable, "-m", "pytest", "phases/p4_properties.py::test_layout[pytorch]", "--device", "cpu"]
+    child = subprocess.run(
+        [*command, "--subject", str(copy), "--scratch", str(tmp_path / "scratch"), "-q", "-rs"],
+        cwd=IMPORT_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert "REFUSED: style=interleaved: not offered" in child.stdout

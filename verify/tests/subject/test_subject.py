@@ -228,6 +228,10 @@ def test_the_subject_file_of_a_checkout_names_its_package_and_is_part_of_its_con
         ("[names]\n'vllm.core.scoring.compute_scores' = 'a.b'", "is 'a.b'; give 'module:attribute'"),
         ("[subject]\nprofile = 'scorers'", "'scorers' in [subject.profile] is not a profile; the nearest is 'scorer'"),
         ("[offers]\nheads = [1]", "offers.heads is not a known entry; [offers] has d, b, h, g, dtype"),
+        (
+            "[offers.patch]\nnormalise = [true]",
+            "'normalise' in [offers.patch] is not an option of the patch; the nearest",
+        ),
         ("[offers]\nd = 64", "offers.d is 64; give a list of the values that it takes"),
         ("[arguments.'vllm.core.scoring.compute_scores']\nkeys = 'k'", "is not a published parameter; the nearest is"),
         ("[names]\n'vllm.core.scoring.compute_score' = 'a:b'", "the nearest is 'vllm.core.scoring.compute_scores'"),
