@@ -14,7 +14,7 @@ from verify.build import resources
 from verify.checks import SKIP_CODES
 from verify.judge.guarded import call
 from verify.judge.problems import OFFSETS_17, Shape, make
-from verify.judge.scoring import Scorer, kernel, scorers
+from verify.judge.scoring import Scorer, grouped, kernel, scorers
 from verify.judge.variants import GROUPED, PLAN, SCORING, table
 from verify.record.builds import REFUSED, Build, Compilation
 from verify.subject.refusal import REFUSALS, refusal
@@ -46,7 +46,8 @@ def test_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, 
     timeout_s=180,
 )  # fmt: skip
 def test_grouped_kernel_launches(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
-    _launches(case, subject, device, seed, builds)
+    with grouped(subject):
+        _launches(case, subject, device, seed, builds)
 
 
 @check(

@@ -12,7 +12,7 @@ from verify.judge.guarded import call
 from verify.judge.oracle import Case
 from verify.judge.parameters import require
 from verify.judge.problems import Shape, make
-from verify.judge.scoring import CONFIG, KERNEL, PATHS, Scorer, engine_call, path_name, scorers
+from verify.judge.scoring import CONFIG, KERNEL, PATHS, Scorer, engine_call, grouped, path_name, scorers
 from verify.judge.tolerance import CLASS_A_UNITS, PLAN_MAX_DIFF, accuracy, blamed, paths_differ
 from verify.subject.refusal import REFUSALS, refusal
 from verify.subject.subject import Subject
@@ -48,6 +48,7 @@ _HIGH_T = {
 #: What the cases of ``_HIGH_T`` have in common; only position and aggregation are tested.
 _FP32 = Shape(n=65, dtype="float32")
 
+_NO_EFFECT = "an option is accepted, and has no effect"
 _FP32_PHASES = "the error grows with the position, as with phases computed in fp32 (class B)"
 
 _CLASS_B = (
@@ -65,13 +66,21 @@ def _within_b(scorer: Scorer, shape: Shape, device: str, seed: int, measure: Mea
     With ``plain`` values of what the check tests, the problem that has them is judged first, so that a scorer which is
     inaccurate there too is not accused of what the check tests.
     """
+    import numpy as np
+
     for attempt in scorer.offers.fitted(shape, _BASE):
         with attempt as taken:
             problem = make(taken, seed, device)
+            scores = scorer(problem)  # a refusal comes before anything is judged
             if plain:
-                scorer(problem)  # a refusal comes before anything is judged
-                scorer.judged_first(make(scorer.offers.fit(replace(taken, **plain), ()), seed, device), measure)
-            found = accuracy(scorer(problem), problem.case)
+                usual = make(scorer.offers.fit(replace(taken, **plain), ()), seed, device)
+                before = scorer(usual)
+                if np.array_equal(before, scores):
+                    where = scorer.where(taken)
+                    raise Wrong(f"{where}: every score is as without the option, which is accepted", _NO_EFFECT)
+                scorer.judge_first(before, usual, measure)
+                scores = scorer(problem)
+            found = accuracy(scores, problem.case)
             where = f"class {found.accuracy_class}, {found.units:.3g} units of 2^-24 T, {found.where}"
             name = path_name(scorer.subject, scorer.path)
             measure(f"{name} path: error", *found.class_b, where=f"{name} path, {taken.told()}, {where}")
@@ -124,8 +133,6 @@ def test_options(case: tuple[str, Shape], subject: Subject, device: str, seed: i
 
 
 _TOP_N, _LEFT_OUT = "disable_top_n_high_freq", 2
-_NO_EFFECT = f"{_TOP_N} is accepted, and has no effect"
-
 #: In float32, so that only the option can be wrong.
 _WITH_ALL = replace(_BASE, n=65, dtype="float32")
 
@@ -150,7 +157,7 @@ def test_high_frequencies(
         with attempt as taken:
             problem, where = make(taken, seed, device), scorer.where(taken)
             # which is accepted, so a refusal below is about the option
-            with_all = scorer.judged_first(problem, measure)
+            with_all = scorer(problem)
             asked = engine_call(subject, case, problem, through=scorer.name, settings={_TOP_N: _LEFT_OUT})
             try:
                 scores = call(asked, problem.tensors()).scores
@@ -161,7 +168,8 @@ def test_high_frequencies(
                 measure("scores given", 0, 0, where="refused")
                 continue
             if np.array_equal(scores, with_all):
-                raise Wrong(f"{where}: {_NO_EFFECT}: with {_TOP_N}={_LEFT_OUT} every score is the same", _NO_EFFECT)
+                raise Wrong(f"{where}: every score is as without {_TOP_N}={_LEFT_OUT}, which is accepted", _NO_EFFECT)
+            scorer.judge_first(with_all, problem, measure)
             readings = {reading: accuracy(scores, one) for reading, one in _without(problem.case).items()}
             # NaN, which is within no bound, comes last
             reading, found = min(readings.items(), key=lambda one: (not one[1].class_b.ratio <= 1.0, one[1].units))
@@ -237,4 +245,5 @@ _GQA = {
 def test_gqa(case: tuple[str, Shape], subject: Subject, device: str, seed: int, measure: Measure) -> None:
     path, shape = case
     for scorer in scorers(subject, path, device):
-        _within_b(scorer, shape, device, seed, measure, g=1)
+        with grouped(subject):
+            _within_b(scorer, shape, device, seed, measure, g=1)

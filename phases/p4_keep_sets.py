@@ -21,7 +21,7 @@ from verify.judge.compressed import (
     unsorted,
 )
 from verify.judge.compressing import Compressor, Kept
-from verify.judge.compressor import BUDGET, DIVIDE, Caches, make_caches, tied, write_statistics
+from verify.judge.compressor import BUDGET, DIVIDE, HEAD_ABSENT, Caches, make_caches, tied, write_statistics
 from verify.subject.refusal import must_refuse
 from verify.subject.subject import Subject
 
@@ -272,4 +272,5 @@ def test_compressor_statistics(case: str, subject: Subject, device: str, seed: i
         subject,
         f"compression of layer {layer} without its statistics ({case})",
         lambda: Compressor.of(subject, caches, **options).compress(keys, values, layer_idx=layer),
+        cause="" if case == "no_file" else HEAD_ABSENT,
     )

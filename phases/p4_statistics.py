@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from verify import Measure, check
+from verify.judge.compressor import HEAD_ABSENT
 from verify.judge.problems import Problem, Shape, make
 from verify.subject.refusal import REFUSALS, refusable, refusal
 from verify.subject.subject import Subject
@@ -82,7 +83,7 @@ def test_statistics_layout(
             done = "refused"
     dropped = [head for head in rows if head not in found]
     where = f"(layer, head) {dropped[0]}" if dropped else ""
-    measure("heads of the file that were dropped without an error", len(dropped), 0, where=where)
+    measure("heads of the file that were dropped without an error", len(dropped), 0, where=where, cause=HEAD_ABSENT)
     wrong = [head for head, row in rows.items() if not _has(found[head], problem, row)]
     measure("heads read with other numbers", len(wrong), 0, where=f"(layer, head) {wrong[0]}" if wrong else "")
     if case != "02d":

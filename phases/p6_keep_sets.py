@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from verify import Measure, check
-from verify.judge.compressor import write_statistics
+from verify.judge.compressor import HEAD_ABSENT, write_statistics
 from verify.model.live_case import judge
 from verify.model.live_model import LiveModel
 from verify.model.observed import Round
@@ -208,7 +208,9 @@ def test_statistics_of_another_model(
         assert next(this.rounds(ids, NEAR), None) is not None, f"no round happened within {FED} tokens"
 
     what = f"the statistics of another model ({name}) are"
-    must_refuse(subject, what, lambda: compress(other, **expected), lambda: compress(live))
+    lacking = name in ("layer_absent", "head_absent", "fewer_layers")
+    cause = HEAD_ABSENT if lacking else ""
+    must_refuse(subject, what, lambda: compress(other, **expected), lambda: compress(live), cause)
 
 
 @check(

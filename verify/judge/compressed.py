@@ -24,20 +24,18 @@ TOLERANCE = "The oracle's set; scores closer than twice the class B error may sw
 
 #: The cause of wrong keep sets where all heads that should have their own have the same.
 ONE_FOR_ALL = "one keep set serves all KV heads"
-_EVICTED = "protected tokens are evicted"
+_WINDOW_EVICTED = "protected tokens of the window are evicted"
 UNSORTED = "the largest scores are taken unsorted: indices do not ascend, and equal keys are kept by no rule"
 #: Causes of a wrong number of kept tokens.
 LATER = "after a round, of this layer or another, the next one does not happen"
-UNEVEN = "the trigger and the budget do not count a protected prompt alike"
+UNEVEN = "trigger, budget and selection do not treat a protected prompt alike"
 
 
-def _miscount(kept: Kept, number: int, prompt: int, window: int) -> str:
+def _miscount(kept: Kept, number: int, prompt: int) -> str:
     """Why a round may have kept another number of tokens."""
     if number > 1:
         return LATER if kept.untouched else ""
-    if not prompt:
-        return ""
-    return _EVICTED if kept.count < prompt + window else UNEVEN
+    return UNEVEN if prompt else ""
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,7 @@ class Judge:
 
         length = keys.shape[2]
         protected = f" (protected: a prompt of {prompt}, a window of {window})" if prompt or window else ""
-        kept.must_count(
-            expected, f"round {number}", f"layer {layer}{protected}", _miscount(kept, number, prompt, window)
-        )
+        kept.must_count(expected, f"round {number}", f"layer {layer}{protected}", _miscount(kept, number, prompt))
         evictable = (np.arange(length) >= prompt) & (np.arange(length) < length - window)
         for row in range(keys.shape[0]):
             held, place = kept.mask(row), f"round {number}, layer {layer}{protected}, row {row}"
@@ -105,7 +101,7 @@ class Judge:
                     raise Wrong(
                         f"{lost.sum()} of {(~evictable).sum()} protected tokens were evicted in {place}, KV head "
                         f"{head}: {np.flatnonzero(lost)[:8].tolist()}",
-                        _EVICTED,
+                        UNEVEN if lost[:prompt].any() else _WINDOW_EVICTED,
                     )
             if self.options.get("pruning_mode") == "per_layer":
                 assert (held == held[:1]).all(), f"the KV heads keep different tokens in mode per_layer in {place}"

@@ -155,6 +155,10 @@ def _model(query_heads: int, theta: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+#: The cause of what happens with a file of statistics that is not complete.
+HEAD_ABSENT = "statistics that lack a head are not refused"
+
+
 def write_statistics(
     path: Path, m: torch.Tensor, a: torch.Tensor, without: Collection[tuple[int, int]] = (), style: str = "half"
 ) -> None:

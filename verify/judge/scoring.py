@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import verify
 from verify.checks import Measure
-from verify.errors import Refused
+from verify.errors import Refused, Wrong
 from verify.judge.guarded import Call, call
 from verify.judge.interpreter import quicken
 from verify.judge.offers import Attempt, Offers
@@ -17,7 +20,7 @@ from verify.judge.tolerance import accuracy
 from verify.record import trail
 from verify.subject.offered import narrowed
 from verify.subject.published import CONFIG_DEFAULTS, DISPATCH, dispatch_alone
-from verify.subject.refusal import REFUSALS, refusal
+from verify.subject.refusal import REFUSALS, raised_in, refusal
 from verify.subject.subject import Subject
 
 if TYPE_CHECKING:
@@ -55,10 +58,14 @@ class Scorer:
         So a scorer that is inaccurate everywhere is not accused of what the check tests: Wrong has its own cause.
         """
         scores = self(problem)
+        self.judge_first(scores, problem, measure)
+        return scores
+
+    def judge_first(self, scores: np.ndarray, problem: Problem, measure: Measure) -> None:
+        """The same for ``scores`` that were computed just before."""
         found = accuracy(scores, problem.case)
         where = f"{self.where(problem.shape)}, {found.where}"
         measure("error before the test", *found.class_b, where=where, cause=INACCURATE)
-        return scores
 
     def call(self, problem: Problem) -> Call:
         return engine(self.subject, self.path, problem, through=self.name)
@@ -82,6 +89,9 @@ class Scorer:
 
 #: The cause of a failure that has nothing to do with what the check tests.
 INACCURATE = "scores of ordinary keys are not within class B"
+
+#: The cause of crashes, and of scores of another shape, with several query heads per KV head.
+GROUPS = "several query heads per KV head are not scored"
 
 #: What the functions that refused something take, as long as this process lives.
 _OFFERS: dict[tuple[str, ...], Offers] = {}
@@ -137,6 +147,21 @@ def entries(subject: Subject, path: str) -> tuple[str, ...]:
     if not found:
         subject.attribute(_module_of(names[0]), names[0])  # says what is absent
     return found
+
+
+@contextmanager
+def grouped(subject: Subject) -> Iterator[None]:
+    """Inside, a crash of the subject, or scores of another shape, is Wrong with the cause ``GROUPS``."""
+    try:
+        yield
+    except Wrong:
+        raise
+    except AssertionError as error:
+        raise Wrong(str(error), GROUPS) from error
+    except Exception as error:  # a subject may crash in any way
+        if at := not refusal(error, subject) and raised_in(error, subject, (Path(verify.__file__).parent,)):
+            raise Wrong(f"the subject raised {type(error).__name__} at {at}: {error}", GROUPS) from error
+        raise
 
 
 def _module_of(name: str) -> str:

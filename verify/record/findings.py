@@ -51,7 +51,7 @@ def findings(results: Sequence[CheckResult], trails: Mapping[str, Trail]) -> lis
     """The failures among ``results`` grouped by cause, those with the most checks first."""
     failing = [result for result in results if result.verdict in FAILING]
     causes = {result.id: result.cause or without_cause(result) for result in failing}
-    open_ = [result for result in failing if result.verdict is Verdict.FAIL and not result.cause]
+    open_ = [result for result in failing if result.verdict is Verdict.FAIL and result.cause in ("", INACCURATE)]
     explained = [*_by_property(open_, results, trails)]
     times = Counter(words for _, words, _ in explained)
     for shown, words, members in explained:
@@ -98,13 +98,16 @@ def title(finding: Finding, result: CheckResult, claim: str | None) -> str:
     return f"{_family(result)} did not hold{f': {claim}' if claim else ''}"
 
 
+#: The cause of a failure before its check tests anything, if no property explains it together with others.
+INACCURATE = "scores of ordinary keys are not within class B"
+
 #: What to do about a cause that lies before what its checks test.
 STEPS = {
     "no problem was accepted, not even the plainest": (
         "Read what the implementation says. If it never takes some value, write the values that it takes into [offers] "
         "of subject.toml."
     ),
-    "scores of ordinary keys are not within class B": (
+    INACCURATE: (
         "Find the error with p4.triton_oracle and p4.pytorch_oracle; what these checks test can only be judged then."
     ),
     "the keys of a plain model are ranked wrongly with the recommended setting": (

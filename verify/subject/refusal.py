@@ -9,12 +9,13 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from verify.errors import Refused
+from verify.errors import Refused, Wrong
 from verify.subject.subject import Subject
 
 #: The exceptions by which an implementation says that it does not take an input.
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 
+_SUITE = Path(__file__).parents[1]
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
@@ -58,11 +59,13 @@ def accepted(control: Callable[[], Any]) -> bool:
     return True
 
 
-def must_refuse(subject: Subject, what: str, bad: Callable[[], Any], good: Callable[[], Any] | None = None) -> None:
+def must_refuse(
+    subject: Subject, what: str, bad: Callable[[], Any], good: Callable[[], Any] | None = None, cause: str = ""
+) -> None:
     """``good`` must be accepted, and ``bad`` be refused by a ``raise`` of the subject's own.
 
-    Without ``good``, the caller has seen a call that is accepted. Passes every other error on: a crash is no refusal.
-    Raises AssertionError if ``bad`` is accepted.
+    Without ``good``, the caller has seen a call that is accepted. Raises Wrong with the ``cause`` if ``bad`` is
+    accepted or, where a cause is given, crashes in the subject. Passes every other error on: a crash is no refusal.
     """
     if good is not None:
         good()
@@ -70,11 +73,13 @@ def must_refuse(subject: Subject, what: str, bad: Callable[[], Any], good: Calla
         bad()
     except Refused:
         return
-    except REFUSALS as error:
+    except Exception as error:  # a subject may crash in any way
         if refusal(error, subject):
             return
+        if cause and not isinstance(error, Wrong) and (at := raised_in(error, subject, (_SUITE,))):
+            raise Wrong(f"the subject raised {type(error).__name__} at {at}: {error}", cause) from error
         raise
-    raise AssertionError(f"{what} accepted, and must be refused with ValueError")
+    raise Wrong(f"{what} accepted, and must be refused with ValueError", cause)
 
 
 def raised_in(error: BaseException, subject: Subject, suite: tuple[Path, ...]) -> str:

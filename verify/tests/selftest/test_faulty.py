@@ -25,9 +25,15 @@ _FAULTS = {
     "bf16-norms": ("p4.pytorch_oracle.n33", _COARSE),
     "bf16-norms-plan": ("p4.plan.triton_vs_pytorch", r"the PyTorch path is wrong \(.*\), the Triton path is right"),
     "layout": ("p4.pytorch_oracle.d64-interleaved", _FORMULA),
-    "kernel-mlr": ("p4.options.triton-disable_mlr", _FORMULA),
-    "trig-option": ("p4.options.triton-disable_trig", _FORMULA),
-    "top-n": ("p4.high_frequencies.pytorch", r"disable_top_n_high_freq is accepted, and has no effect"),
+    "kernel-mlr": ("p4.triton_oracle.no_mlr", _FORMULA),
+    "trig-option": (
+        "p4.options.triton-disable_trig",
+        r"disable_trig=True: every score is as without the option",
+    ),
+    "top-n": (
+        "p4.high_frequencies.pytorch",
+        r"every score is as without disable_top_n_high_freq=2",
+    ),
     "grouped": ("p4.gqa.triton-mean", r"shape \(1, 2, 65\), expected \(1, 6, 65\)$"),
     "fp32-phases": ("p4.accuracy_class.triton-mean-t1000000", r"allowed 8 x 2\^-24 T"),
     "table-row": ("p5.between.t129", r"error: measured \d+\.?\d*, allowed 0\.0"),
