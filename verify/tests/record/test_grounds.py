@@ -183,8 +183,7 @@ def test_what_only_asks_runs_keeps_or_shows_makes_nothing_stale_and_the_oracle_e
         "verify/report/site/view.py",
         "verify/run/runner.py",
     }
-    # phase 2 asks whether a refused option is one, as phases 4 to 6 do, and that is found by calls with problems
-    assert table["verify/judge/oracle.py"] == "p1 p2 p3 p4 p5 p6 p7"
+    assert table["verify/judge/oracle.py"] == "p1 p3 p4 p5 p6 p7"
     assert table["triattention/vllm/runtime/compaction.py"] == table["phases/p7_vllm.py"] == "p7"
     assert not [name for name, gone in table.items() if name.startswith("triattention/cli/") and "p4" in gone]
 
