@@ -26,19 +26,9 @@ COMPILED = "COMPILED"
 
 #: The word of a row is the first of these that any of its cells has.
 WORST_FIRST: tuple[str, ...] = (
-    Verdict.CRASH,
-    Verdict.TIMEOUT,
-    Verdict.ERROR,
-    Verdict.FAIL,
-    Verdict.INFRA,
-    Verdict.BLOCKED,
-    NOT_RUN,
-    Verdict.REFUSED,
-    Verdict.ABSENT,
-    Verdict.SKIP,
-    COMPILED,
-    Verdict.PASS,
-)
+    Verdict.CRASH, Verdict.TIMEOUT, Verdict.ERROR, Verdict.FAIL, Verdict.INFRA, Verdict.BLOCKED, NOT_RUN,
+    Verdict.REFUSED, Verdict.ABSENT, Verdict.SKIP, COMPILED, Verdict.PASS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +62,8 @@ class Row:
     @property
     def known(self) -> bool:
         """Whether every check with the worst verdict is a known deviation."""
-        return all(cell.result and cell.result.deviation for cell in self.cells if _word(cell) == self.worst)
+        known = (one.result and one.result.deviation for one in self.cells if _word(one) == Verdict.FAIL)
+        return self.worst == Verdict.FAIL and all(known)
 
     @property
     def evidence(self) -> str:
