@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import pytest
@@ -289,6 +288,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line(f"record: {os.path.relpath(session.run_dir / events.RECORD)}")
     if told := unjudged(session.record, session.run_dir):
         terminalreporter.write_line(told)
-    today = date.fromisoformat(session.manifest.time_utc[:10])
-    for told in (*told_before(session.manifest.deviations, today), *session.told):
+    for told in (*told_before(session.manifest.deviations, session.manifest.day), *session.told):
         terminalreporter.write_line(told)

@@ -1,4 +1,4 @@
-"""Findings: the failures of a run, grouped by what they have in common, and how they are told.
+"""Findings: failures of a run that share a cause, and the words for them.
 
 Failures share a cause if the subject raised the same exception in the same line, or if the check names the cause.
 Others that show the same thing are compared by the properties of the calls they made: a property, or two, that all of
@@ -82,7 +82,7 @@ _UNKNOWN = {
 
 
 def title(finding: Finding, result: CheckResult, claim: str | None) -> str:
-    """What a reader is told first: the cause or, if it is not known, the family of the check and what it measured.
+    """The headline of a finding: its cause. If no cause is known: the family of the check, and what it measured.
 
     ``result`` is that of any check of the finding, ``claim`` what this check claims, None if it is not in the suite.
     """

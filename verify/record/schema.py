@@ -142,6 +142,11 @@ class CheckResult(Strict):
         return self
 
     @property
+    def said(self) -> str:
+        """The message without the command that repeats the check, which ``repeat`` has."""
+        return self.message.partition("; repeat with: ")[0]
+
+    @property
     def tightest(self) -> Measurement | None:
         """The measurement with the least headroom (NaN first), for the one number that a matrix cell shows."""
         if len(self.measurements) < 2:  # most results; an index asks a thousand records

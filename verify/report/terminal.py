@@ -312,8 +312,7 @@ def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], con
     held = f"{count(len(members), 'check')}{blocks if finding.blocks else ''}"
     told = title(finding, result, spec.claim)
     console.print(Text.assemble((f"finding {number}  ", style), (told, "bold"), f"  ({held})"))
-    message = result.message.partition("; repeat with: ")[0]
-    console.print(Text.assemble((f"{result.verdict} ", style), (first.check.id, "bold"), f"  {message}"))
+    console.print(Text.assemble((f"{result.verdict} ", style), (first.check.id, "bold"), f"  {result.said}"))
     if others := [cell.check.id for cell in members if cell is not first]:
         more = f" and {len(others) - _MEMBERS} more" if len(others) > _MEMBERS else ""
         console.print(Text(f"also: {', '.join(others[:_MEMBERS])}{more}"))

@@ -118,9 +118,14 @@ class Manifest(Surroundings):
             words.append("--sanitize")
         return " ".join(words)
 
+    @property
+    def day(self) -> date:
+        """The day on which the run began, UTC."""
+        return date.fromisoformat(self.time_utc[:10])
+
     def deviation_of(self, check_id: str) -> Deviation | None:
         """Why a failure of the check was known when the run began; None if it was not."""
-        return known(self.deviations, check_id, date.fromisoformat(self.time_utc[:10]))
+        return known(self.deviations, check_id, self.day)
 
     def result(self, check: Selected, verdict: Verdict, root: Path, **fields: Any) -> CheckResult:
         """The result of a check of this run; ``fields`` are those that the run does not determine."""

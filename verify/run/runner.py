@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -167,7 +166,7 @@ def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
         raise ConfigurationError(f"{run_dir} cannot be created ({error.strerror}); choose another --out") from error
     if device.note:
         console.print(f"note: {device.note}", markup=False, soft_wrap=True)
-    for sentence in told_before(deviations, datetime.now(UTC).date()):
+    for sentence in told_before(deviations, manifest.day):
         console.print(f"note: {sentence}", markup=False, soft_wrap=True)
     console.print(f"run {manifest.run_id}: {len(manifest.selected)} checks on {manifest.target}", markup=False)
     return run_dir

@@ -198,7 +198,6 @@ def _gpu(column: Column, site: Site) -> dict[str, Any]:
         "column": column,
         "outcomes": {result.id: result for result in results},
         "claims": site.claims,
-        "known": {result.id for result in results if result.deviation},
         "lines": lines(results, site.families, column),
         "absent": _absent(column, site),
         "failed": [cell for cell in assessment.cells if cell.failed or cell.not_compiled],

@@ -14,7 +14,7 @@ from verify.record.findings import next_step
 from verify.record.schema import Record
 from verify.record.verdict import describe_subject, subject_option
 from verify.report.matrix import bound, built, count, headroom
-from verify.report.site.view import SHAPES, Bar, page_name, title_of
+from verify.report.site.view import SHAPES, Bar, known_in, page_name, title_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Frame:
             "describe_subject": describe_subject,
             "subject_option": subject_option(self.newest.subject) if self.newest else "",
             "title_of": title_of,
+            "known_in": known_in,
             "next_step": next_step,
             "built": built,
             "count": count,

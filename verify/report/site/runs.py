@@ -78,7 +78,6 @@ def write_runs(
             lines=lines(record.results, claims),
             outcomes={one.id: one for one in record.results},
             claims=claims,
-            known={one.id for one in record.results if one.deviation},
             counts=noted.counts[record.run_id],
             logs=_logs(record, homes, out),
             curves=[(one.id, charts.plot(one.curves)) for one in record.results if one.curves],

@@ -208,6 +208,11 @@ def across(marks: Mapping[str, Mark | None]) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
+def known_in(finding: Finding, outcomes: Mapping[str, CheckResult]) -> int:
+    """How many failures of a finding are known deviations; ``outcomes`` are the results by id."""
+    return sum(outcomes[name].deviation is not None for name in finding.checks if name in outcomes)
+
+
 def title_of(finding: Finding, outcomes: Mapping[str, CheckResult], claims: Mapping[str, str]) -> str:
     """The title of a finding; ``outcomes`` are the results by id, ``claims`` those of the suite's checks by family."""
     first = finding.checks[0]
