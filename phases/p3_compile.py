@@ -13,18 +13,15 @@ from verify import Measure, check, skip
 from verify.build import resources
 from verify.checks import SKIP_CODES
 from verify.judge.guarded import call
-from verify.judge.problems import OFFSETS_17, Shape, make
-from verify.judge.scoring import Scorer, grouped, kernel, scorers
-from verify.judge.variants import GROUPED, PLAN, SCORING, table
+from verify.judge.problems import Shape, make
+from verify.judge.scoring import Scorer, grouped, kernel, of_shape, scorers
+from verify.judge.variants import GROUPED, PLAN, SCORING, USUAL, table
 from verify.record.builds import REFUSED, Build, Compilation
 from verify.subject.refusal import REFUSALS, refusal
 from verify.subject.subject import Subject
 
 if TYPE_CHECKING:
     from verify.record.schema import Measurement
-
-#: What the variants have in common unless they test it; the number of offsets is tested only where it is 1.
-_USUAL = Shape(n=65, offsets=OFFSETS_17[:3])
 
 
 @check(
@@ -87,7 +84,7 @@ def test_plan_as_written(case: Shape, subject: Subject, device: str, seed: int, 
         if at := refusal(error, subject):
             scorer.offers.judge(error, at, called)
         raise
-    _shape_and_finite(found.result, (case.b, case.h, case.n))
+    _shape_and_finite(found.result, case)
 
 
 @check(
@@ -121,7 +118,7 @@ def test_resources(
 def _launches(case: Shape, subject: Subject, device: str, seed: int, builds: list[Build]) -> None:
     _all_built(builds)
     scorer = scorers(subject, "triton", device)[-1]
-    for attempt in scorer.offers.fitted(case, _USUAL):
+    for attempt in scorer.offers.fitted(case, USUAL):
         with attempt as taken:
             _launched(scorer, taken, seed, device)
 
@@ -131,7 +128,7 @@ def _launched(scorer: Scorer, shape: Shape, seed: int, device: str) -> None:
     tables = {"trig_cache": table(scorer.subject, problem, device)} if shape.cached else {}
     found = kernel(scorer.subject, problem, **tables)
     assert found.launched, f"{scorer.name} launched no Triton kernel, so something else computed these scores"
-    _shape_and_finite(found.result, (shape.b, shape.h * shape.g, shape.n))
+    _shape_and_finite(found.result, shape)
 
 
 def _all_built(builds: list[Build]) -> None:
@@ -141,6 +138,6 @@ def _all_built(builds: list[Build]) -> None:
         assert not refused, f"{build.kernel} built ahead of time: {build.verdict}: {build.message}"
 
 
-def _shape_and_finite(scores, shape: tuple[int, ...]) -> None:
-    assert tuple(scores.shape) == shape, f"the scores have shape {tuple(scores.shape)}, expected {shape}"
+def _shape_and_finite(scores, shape: Shape) -> None:
+    of_shape(scores, shape)
     assert scores.isfinite().all(), f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are NaN or Inf"

@@ -52,8 +52,8 @@ _OWN = (
         "build/sass.py",
         "build/warp.py",
     ),
-    *("judge/problems.py", "judge/variants.py", "record/builds.py", "record/strict.py"),
-    *("subject/launches.py", "subject/subject.py"),
+    *("judge/offers.py", "judge/problems.py", "judge/variants.py", "record/builds.py", "record/strict.py"),
+    *("subject/launches.py", "subject/offered.py", "subject/refusal.py", "subject/subject.py"),
 )
 
 _USEFUL = re.compile(r"error|fatal|assert|abort", re.IGNORECASE)

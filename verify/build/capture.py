@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 
 from verify.checks import DEFAULT_SEED, derive_seed
-from verify.errors import SubjectLacks
-from verify.judge.problems import Shape
-from verify.judge.variants import score, widened
+from verify.errors import Refused, SubjectLacks
+from verify.judge.offers import Offers, tested
+from verify.judge.problems import Shape, make
+from verify.judge.variants import USUAL, scoring_call, widened
 from verify.machine.workers import end_with_parent
 from verify.record.builds import NOT_OFFERED
 from verify.subject.launches import Exchanged, Launch, UnknownArgument, recorded
+from verify.subject.offered import narrowed
+from verify.subject.refusal import accepted, refusal
 from verify.subject.subject import Subject
 
 #: The prefix of the answer on stdout, where a subject may print too.
@@ -42,15 +45,25 @@ class Captured(Exchanged):
 
 def capture(subject: Subject, name: str, shape: Shape) -> Captured:
     """The launches of one variant. Raises UnknownArgument."""
+    offers = Offers(subject, lambda problem: None, "cpu", narrowed(subject, "triton"))
+
+    def call(within: Shape) -> None:
+        scoring_call(subject, make(widened(within), derive_seed(DEFAULT_SEED, name), "cpu"), "cpu")()
+
     try:
         with recorded() as launches:
-            score(subject, widened(shape), derive_seed(DEFAULT_SEED, name), "cpu")
+            call(offers.fit(shape, tested(shape, USUAL)))
     except UnknownArgument:
         raise
     except SubjectLacks as error:
         return Captured(problem=f"{NOT_OFFERED}{error}")
+    except Refused as error:
+        return Captured(problem=f"{NOT_OFFERED}{error.aspect}")
     except Exception as error:  # a subject may raise anything; it always means that this variant has no kernel
-        return Captured(problem=f"the subject's call raised {type(error).__name__}: {error}")
+        with recorded():
+            refused = (at := refusal(error, subject)) and accepted(lambda: call(offers.fit(USUAL, ())))
+        told = f"{NOT_OFFERED}refused at {at} (" if refused else "the subject's call raised "
+        return Captured(problem=f"{told}{type(error).__name__}: {error}{')' if refused else ''}")
     if not launches:
         return Captured(problem="the subject's call launched no Triton kernel")
     return Captured(launches=tuple(launches))

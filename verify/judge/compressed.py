@@ -12,6 +12,7 @@ from verify.errors import Wrong
 from verify.judge.compressing import Kept
 from verify.judge.compressor import BUDGET, Caches, as_bfloat16, frequencies
 from verify.judge.keep_set import Selection
+from verify.record.causes import ONE_FOR_ALL
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 TOLERANCE = "The oracle's set; scores closer than twice the class B error may swap (verify/judge/keep_set.py)."
 
 
-#: The cause of wrong keep sets where all heads that should have their own have the same.
-ONE_FOR_ALL = "one keep set serves all KV heads"
+#: Causes of wrong keep sets.
 _WINDOW_EVICTED = "protected tokens of the window are evicted"
 UNSORTED = "the largest scores are taken unsorted: indices do not ascend, and equal keys are kept by no rule"
 #: Causes of a wrong number of kept tokens.
@@ -112,6 +112,8 @@ class Judge:
         right = [one for one in self.readings if found.selection(one).fits(held, evictable)]
         self.readings = right or self.readings
         selection, causes = found.selection(self.readings[0]), [""]
+        if not selection.compares(held, evictable).any():
+            return  # all that was kept is protected
         if not right:
             alike = [ONE_FOR_ALL] if len(held) > 1 and (held == held[0]).all() else [""]
             causes = found.causes(held, self.readings) or alike

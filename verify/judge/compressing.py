@@ -8,9 +8,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from verify.errors import SubjectLacks, Wrong
-from verify.judge.compressor import BUDGET, DIVIDE, HEAD_DIM, KV_HEADS, LAYERS, OFFSET_MAX_LENGTH, Caches, make_caches
+from verify.judge import parameters
+from verify.judge.compressor import (
+    BUDGET,
+    DIVIDE,
+    HEAD_DIM,
+    KV_HEADS,
+    LAYERS,
+    OFFSET_MAX_LENGTH,
+    Caches,
+    make_caches,
+    scored_with,
+)
 from verify.judge.guarded import Call, call
-from verify.judge.parameters import require, takes
+from verify.judge.offers import require
+from verify.judge.problems import strides_of
 from verify.judge.scoring import CONFIG, configuration
 from verify.record import trail
 from verify.subject.refusal import REFUSALS, refusable, refusal
@@ -43,12 +55,26 @@ class Compressor:
             return cls(_made(make, subject, caches, options), caches, subject, options)
 
     def compress(self, keys: torch.Tensor, values: torch.Tensor, **more: Any) -> Kept:
-        """A guarded call of ``compress``. Raises Refused if the subject refuses what is special about it, and
-        AssertionError if keys, values and indices of the result do not fit together.
+        """A guarded call of ``compress``. Raises Refused if the subject refuses what is special about it, or does not
+        offer to score such keys, and AssertionError if keys, values and indices of the result do not fit together.
         """
+        dtype = str(keys.dtype).removeprefix("torch.")
+        require(
+            self.subject.narrowed,
+            {
+                "b": keys.shape[0],
+                "h": keys.shape[1],
+                "g": self.caches.group,
+                "d": keys.shape[-1],
+                "dtype": dtype,
+                "strides": strides_of(keys),
+                "style": "half",
+                **scored_with(self.options),
+            },
+        )
         special = {
             "rows": keys.shape[0] if keys.shape[0] > 1 else None,
-            "dtype": str(keys.dtype).removeprefix("torch.") if str(keys.dtype) != "torch.float32" else None,
+            "dtype": dtype if dtype != "float32" else None,
             "strides": None if keys.is_contiguous() else "strided",
             "cache_positions": "given" if "cache_positions" in more else None,
         }
@@ -89,8 +115,8 @@ def _offered(subject: Subject, caches: Caches, options: Mapping[str, Any]) -> di
     }  # fmt: skip
     if subject.offers(CONFIG, "TriAttentionConfig"):
         make = subject.attribute(CONFIG, "TriAttentionConfig")
-        require(make, "TriAttentionConfig", *options)
-        usual = {name: value for name, value in usual.items() if takes(make, name)}
+        parameters.require(make, "TriAttentionConfig", *options)
+        usual = {name: value for name, value in usual.items() if parameters.takes(make, name)}
     return usual | dict(options)
 
 

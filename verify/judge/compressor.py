@@ -72,6 +72,7 @@ class Caches:
             m, a = as_bfloat16(m.real) + 1j * as_bfloat16(m.imag), as_bfloat16(a)
         if averaged:
             m, a = (x.reshape(KV_HEADS, -1, x.shape[-1]).mean(1) for x in (m, a))
+        asked = scored_with(options)
         # the score of a rotated key does not depend on its position
         positions = np.arange(keys.shape[2])
         case = oracle.Case(
@@ -81,17 +82,25 @@ class Caches:
             a=a,
             w=np.ones(a.shape),
             omega=omega,
-            offsets=np.array([o for o in OFFSETS_17 if o <= options.get("offset_max_length", OFFSET_MAX_LENGTH)]),
             t=t,
-            aggregation=options.get("score_aggregation", "mean"),
-            disable_mlr=options.get("disable_mlr", False),
-            disable_trig=options.get("disable_trig", False),
+            offsets=np.array(asked.pop("offsets")),
+            **asked,
         )
         return select(
             [case], evictable, mode=options.get("pruning_mode", "per_head"),
             normalize=options.get("sparse_normalize_scores", True) and not mean_heads,
             region=np.ones_like(evictable) if everywhere else None, heads="mean" if mean_heads else "max",
         )  # fmt: skip
+
+
+def scored_with(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a score that these options of a compressor choose; ``offsets`` as a tuple."""
+    return {
+        "offsets": tuple(o for o in OFFSETS_17 if o <= options.get("offset_max_length", OFFSET_MAX_LENGTH)),
+        "aggregation": options.get("score_aggregation", "mean"),
+        "disable_mlr": options.get("disable_mlr", False),
+        "disable_trig": options.get("disable_trig", False),
+    }
 
 
 def as_bfloat16(x: np.ndarray) -> np.ndarray:

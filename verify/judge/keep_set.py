@@ -24,6 +24,10 @@ class Selection:
     scores: np.ndarray
     error: float
 
+    def compares(self, kept: np.ndarray, evictable: np.ndarray) -> np.ndarray:
+        """Which sets both keep and evict tokens that can be evicted, bool ``[S]``; the others were not ranked."""
+        return (kept & evictable).any(-1) & (~kept & evictable).any(-1)
+
     def inversion(self, kept: np.ndarray, evictable: np.ndarray) -> float:
         """By how much the best evicted token beats the worst kept one, 0 if it does not; bool ``[S, N]``, bool ``[N]``.
 
@@ -57,7 +61,7 @@ class Selection:
         import numpy as np
 
         free = kept & evictable, ~kept & evictable
-        both = np.flatnonzero(free[0].any(-1) & free[1].any(-1))
+        both = np.flatnonzero(self.compares(kept, evictable))
         if not len(both):
             return None
         at = np.random.default_rng(seed).choice(both)

@@ -14,6 +14,7 @@ from typing import Any
 
 from verify.errors import Refused, Wrong
 from verify.judge.problems import CHOICES, OFFSETS_17, Problem, Shape, drawn, in_words, make
+from verify.record.causes import NOTHING
 from verify.subject.refusal import refusal
 from verify.subject.subject import Subject
 
@@ -39,13 +40,21 @@ _TOGETHER = ("offsets", "dtype", "aggregation", "style", "d", "weights")
 
 _PLAIN = Shape(n=33, t=64)
 
-NOTHING = "no problem was accepted, not even the plainest"
+
+def tested(shape: Shape, usual: Shape) -> set[str]:
+    """The properties that a check with ``shape`` is about: those that differ from ``usual``."""
+    return {name for name in PROPERTIES if getattr(shape, name) != getattr(usual, name)}
 
 
-def _outside(values: Mapping[str, tuple[Any, ...]], shape: Shape) -> str:
-    """The first property of ``shape`` whose value is not among ``values``, in words; empty if each is."""
-    here = {name: getattr(shape, name) for name in values}
-    return next((in_words(name, value) for name, value in here.items() if value not in values[name]), "")
+def require(declared: Mapping[str, tuple[Any, ...]], here: Mapping[str, Any]) -> None:
+    """Raise Refused if one of the properties ``here`` has a value that is ``declared`` not to be taken."""
+    if part := _outside(declared, here):
+        raise Refused(f"{part}: not offered", part)
+
+
+def _outside(values: Mapping[str, tuple[Any, ...]], here: Mapping[str, Any]) -> str:
+    """The first property ``here`` whose value is not among ``values``, in words; empty if each is."""
+    return next((in_words(name, here[name]) for name in values if name in here and here[name] not in values[name]), "")
 
 
 @dataclass(eq=False)
@@ -72,8 +81,7 @@ class Offers:
 
     def require(self, shape: Shape) -> None:
         """Raise Refused if ``shape``, which must stay as it is, has a property that is declared not to be taken."""
-        if part := _outside(self.declared, shape):
-            raise Refused(f"{part}: not offered", part)
+        require(self.declared, vars(shape))
 
     def judge(self, error: Exception, at: str, shape: Shape, further: Iterable[str] = ()) -> None:
         """Raise Refused for a refusal of ``shape`` at the line ``at``, or Wrong if no problem at all is accepted.
@@ -117,7 +125,7 @@ class Offers:
 
     def refused_part(self, shape: Shape) -> str:
         """The first property of ``shape`` that is not taken, in words; empty if each is taken."""
-        return _outside(self.values, shape)
+        return _outside(self.values, vars(shape))
 
     def fit(self, shape: Shape, tested: Collection[str]) -> Shape:
         """``shape`` with every property that is not taken replaced by one that is. Raises Refused if it is one of those
@@ -137,8 +145,7 @@ class Offers:
         """One attempt to judge ``shape``, which tests the properties in which it differs from ``usual``, and a second
         one within what is taken if the first is refused. Raises Refused if a tested property is not taken.
         """
-        tested = {name for name in PROPERTIES if getattr(shape, name) != getattr(usual, name)}
-        yield from self._until_judged(lambda: [self.fit(shape, tested)])
+        yield from self._until_judged(lambda: [self.fit(shape, tested(shape, usual))])
 
     def several(self, shapes: Iterable[Shape]) -> Iterator[Attempt]:
         """Attempts to judge ``shapes``, each within what is taken. Raises Refused if every one of them was refused."""

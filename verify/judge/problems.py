@@ -257,6 +257,15 @@ def restride(x: torch.Tensor, strides: str) -> torch.Tensor:
     return view
 
 
+def strides_of(x: torch.Tensor) -> str:
+    """What ``restride`` calls the strides of ``x``."""
+    if x.is_contiguous():
+        return "contiguous"
+    if x.stride(-1) != 1:
+        return "spread"
+    return "transposed" if x.transpose(1, 2).is_contiguous() else "sliced"
+
+
 def _not_keys(size: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """A buffer of NaN that can be told apart from others."""
     import torch

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import verify
 from verify.checks import Measure
 from verify.errors import Refused, Wrong
 from verify.judge.guarded import Call, call
@@ -18,9 +16,10 @@ from verify.judge.offers import Attempt, Offers
 from verify.judge.problems import Problem, Shape
 from verify.judge.tolerance import accuracy
 from verify.record import trail
+from verify.record.causes import INACCURATE
 from verify.subject.offered import narrowed
 from verify.subject.published import CONFIG_DEFAULTS, DISPATCH, dispatch_alone
-from verify.subject.refusal import REFUSALS, raised_in, refusal
+from verify.subject.refusal import REFUSALS, crash, refusal
 from verify.subject.subject import Subject
 
 if TYPE_CHECKING:
@@ -36,6 +35,17 @@ _MODULES = {KERNEL: KERNELS, RANKER: "ranking"}
 PATHS = {"triton": "Triton", "pytorch": "PyTorch"}
 
 
+class OtherShape(AssertionError):
+    """Scores have another shape than the problem asks for."""
+
+
+def of_shape(scores: Any, shape: Shape, where: str = "") -> None:
+    """Raise OtherShape, beginning with ``where``, unless the scores are ``[B, H*G, N]``."""
+    given, wanted = tuple(scores.shape), (shape.b, shape.h * shape.g, shape.n)
+    if given != wanted:
+        raise OtherShape(f"{where}the scores have shape {given}, expected {wanted}")
+
+
 @dataclass(frozen=True)
 class Scorer:
     """One published scoring function of a subject, and the path on which it scores."""
@@ -46,10 +56,9 @@ class Scorer:
     device: str
 
     def __call__(self, problem: Problem) -> np.ndarray:
-        """The scores in float64 on the CPU, ``[B, H*G, N]``. Raises AssertionError for another shape."""
-        found, shape = self.call(problem), problem.shape
-        given, wanted = tuple(found.result.shape), (shape.b, shape.h * shape.g, shape.n)
-        assert given == wanted, f"{self.where(shape)}: the scores have shape {given}, expected {wanted}"
+        """The scores in float64 on the CPU, ``[B, H*G, N]``. Raises OtherShape."""
+        found = self.call(problem)
+        of_shape(found.result, problem.shape, f"{self.where(problem.shape)}: ")
         return found.scores
 
     def judged_first(self, problem: Problem, measure: Measure) -> np.ndarray:
@@ -86,9 +95,6 @@ class Scorer:
             )
         return _OFFERS[key]
 
-
-#: The cause of a failure that has nothing to do with what the check tests.
-INACCURATE = "scores of ordinary keys are not within class B"
 
 #: The cause of crashes, and of scores of another shape, with several query heads per KV head.
 GROUPS = "several query heads per KV head are not scored"
@@ -154,13 +160,9 @@ def grouped(subject: Subject) -> Iterator[None]:
     """Inside, a crash of the subject, or scores of another shape, is Wrong with the cause ``GROUPS``."""
     try:
         yield
-    except Wrong:
-        raise
-    except AssertionError as error:
-        raise Wrong(str(error), GROUPS) from error
     except Exception as error:  # a subject may crash in any way
-        if at := not refusal(error, subject) and raised_in(error, subject, (Path(verify.__file__).parent,)):
-            raise Wrong(f"the subject raised {type(error).__name__} at {at}: {error}", GROUPS) from error
+        if told := str(error) if isinstance(error, OtherShape) else crash(error, subject):
+            raise Wrong(told, GROUPS) from error
         raise
 
 

@@ -14,7 +14,7 @@ from itertools import product
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from verify.judge.problems import OFFSETS_17, Problem, Shape, make
+from verify.judge.problems import OFFSETS_17, Problem, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,9 @@ def _shape(
         n=65, d=d, g=g, dtype=dtype, style=style, aggregation=aggregation, offsets=OFFSETS_17[:offsets], cached=cached
     )
 
+
+#: What the variants have in common unless they test it; the number of offsets is tested only where it is 1.
+USUAL = Shape(n=65, offsets=OFFSETS_17[:3])
 
 #: Every combination of key dtype, pair layout, aggregation, head dim, number of offsets and cached phases.
 _EVERY = _named(
@@ -86,17 +89,11 @@ DEFAULT = MappingProxyType({**SCORING, **GROUPED, **PLAN})
 FULL = MappingProxyType({**DEFAULT, **_EVERY})
 
 
-def score(subject: Subject, shape: Shape, seed: int, device: str) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """The scores of the subject's published kernel call for ``shape``, and the shape ``(B, H*G, N)`` they must have.
-
-    A cached variant scores with the subject's own trig table. Raises SubjectLacks if the subject lacks the call, and
-    whatever the call raises.
-    """
-    return scoring_call(subject, make(shape, seed, device), device)(), (shape.b, shape.h * shape.g, shape.n)
-
-
 def scoring_call(subject: Subject, problem: Problem, device: str) -> Callable[[], torch.Tensor]:
-    """The call that ``score`` makes, with its trig table, for a check that times it. Raises SubjectLacks likewise."""
+    """The subject's published kernel call, unguarded; a cached variant's with the subject's own trig table.
+
+    Raises SubjectLacks if the subject lacks the call or the table, and whatever making the table raises.
+    """
     module, shape = "vllm.core.kernels.triton_scoring", problem.shape
     arguments = problem.scoring_arguments()
     if shape.cached:

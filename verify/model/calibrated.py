@@ -26,9 +26,9 @@ Text = tuple[Any, Any]
 _NAMES = ("q_mean_real", "q_mean_imag", "q_abs_mean")
 _LOADER = ("methods.pruning_utils", "load_head_frequency_stats")
 
-#: Tokens of the text that a program is given, and how many of them it is told to use. The reference asks for 512.
+#: A program is given a text of so many tokens, and told to use the first ``_USED``; the reference needs 512.
 _WRITTEN, _USED = 1280, 640
-#: The tokens that it should not use are few different ones, so that their means are far from the others'.
+#: After the tokens to use, only so many different ones follow, whose means are far from those of the whole vocabulary.
 _OTHERS = 16
 _HELP_LIMIT_S, _RUN_LIMIT_S = 60, 150
 

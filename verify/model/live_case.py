@@ -11,12 +11,12 @@ from typing import Any
 
 from verify.checks import Measure
 from verify.errors import Wrong
-from verify.judge.compressed import ONE_FOR_ALL
 from verify.model.live_model import LiveModel
 from verify.model.observed import Round
-from verify.model.settings import EVICT_PROMPT, FED, NEAR, PROMPT_STEP, RANKED
+from verify.model.settings import EVICT_PROMPT, FED, NEAR, PROMPT_STEP
 from verify.model.tiny import tiny, tokens
 from verify.record import trail
+from verify.record.causes import ONE_FOR_ALL, RANKED
 
 
 def mode_of(options: Mapping[str, Any]) -> str:

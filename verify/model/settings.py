@@ -27,5 +27,4 @@ PER_LAYER_PER_HEAD = {"per_head_pruning": False, "per_layer_perhead_pruning": Tr
 
 #: Causes of failures, told as one finding each.
 PADDED = "a left-padded row of a batch gives other tokens than alone"
-RANKED = "the keys of a plain model are ranked wrongly with the recommended setting"
 PROMPT_STEP = "a prompt above the trigger is not compressed after its step"

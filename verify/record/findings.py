@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from verify.record.causes import INACCURATE, NOTHING, ONE_FOR_ALL, RANKED
 from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Verdict
 
 #: A call of the subject: its properties as words, by name.
@@ -98,23 +99,20 @@ def title(finding: Finding, result: CheckResult, claim: str | None) -> str:
     return f"{_family(result)} did not hold{f': {claim}' if claim else ''}"
 
 
-#: The cause of a failure before its check tests anything, if no property explains it together with others.
-INACCURATE = "scores of ordinary keys are not within class B"
-
 #: What to do about a cause that lies before what its checks test.
 STEPS = {
-    "no problem was accepted, not even the plainest": (
+    NOTHING: (
         "Read what the implementation says. If it never takes some value, write the values that it takes into [offers] "
         "of subject.toml."
     ),
     INACCURATE: (
         "Find the error with p4.triton_oracle and p4.pytorch_oracle; what these checks test can only be judged then."
     ),
-    "the keys of a plain model are ranked wrongly with the recommended setting": (
+    RANKED: (
         "Find the error with p6.keep_set, or with p4.compressor where there is one; what these checks test can only be "
         "judged then."
     ),
-    "one keep set serves all KV heads": (
+    ONE_FOR_ALL: (
         "Rank the keys of each KV head by its own query heads, in the modes in which it has its own keep set."
     ),
 }

@@ -10,7 +10,6 @@ expires = 2027-03-01                                # the last day on which it c
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from verify.checks import Check
 from verify.errors import ConfigurationError
 from verify.record.deviations import FILE, Entry
 from verify.subject.subject import Subject
+from verify.subject.toml import validated
 
 _EXPECTED = {
     "checks": "a list of ids of checks or families",
@@ -47,12 +47,7 @@ def read_deviations(subject: Subject, repository: Path, checks: Iterable[Check])
         return ()
     if bundled:
         raise ConfigurationError(f"{file}: the bundled subject may have no known deviation; delete the file")
-    try:
-        found = _File.model_validate(tomllib.loads(file.read_text("utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{file} cannot be read as TOML ({error}); repair it") from error
-    except ValidationError as error:
-        raise ConfigurationError(f"{file}: {_told(error)}") from error
+    found = validated(file, _File, _told)
     words = {word for one in checks for word in (one.id, one.spec.family)}
     for number, entry in enumerate(found.deviation, start=1):
         for name in entry.checks:

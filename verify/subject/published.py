@@ -98,9 +98,7 @@ OPTIONAL = (
 
 def parameters_of(module: str, name: str) -> tuple[str, ...]:
     """The published parameters of a name, in order; none for one that is not a function."""
-    found = next((one for one in (*NAMES, *OPTIONAL) if (one.module, one.name) == (module, name)), None)
-    parts = filter(None, ((found and found.parameters) or "").split(","))
-    return tuple(part.partition("=")[0].strip() for part in parts)
+    return tuple(parameter for parameter, _ in _parameters(module, name))
 
 
 def dispatch_alone(offers: Callable[[str, str], bool]) -> bool:
@@ -114,9 +112,14 @@ def dispatch_alone(offers: Callable[[str, str], bool]) -> bool:
 
 def defaults_of(module: str, name: str) -> dict[str, object]:
     """The published defaults of a function's parameters, of those that have one."""
+    return {parameter: ast.literal_eval(default) for parameter, default in _parameters(module, name) if default}
+
+
+def _parameters(module: str, name: str) -> list[tuple[str, str]]:
+    """Each published parameter of a name with its default as written; without a default, an empty string."""
     found = next((one for one in (*NAMES, *OPTIONAL) if (one.module, one.name) == (module, name)), None)
-    parts = (part.partition("=") for part in ((found and found.parameters) or "").split(","))
-    return {name.strip(): ast.literal_eval(default) for name, equals, default in parts if equals}
+    parts = (part.strip().partition("=") for part in ((found and found.parameters) or "").split(","))
+    return [(parameter, default) for parameter, _, default in parts if parameter]
 
 
 class Renamed:

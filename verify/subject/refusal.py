@@ -76,10 +76,18 @@ def must_refuse(
     except Exception as error:  # a subject may crash in any way
         if refusal(error, subject):
             return
-        if cause and not isinstance(error, Wrong) and (at := raised_in(error, subject, (_SUITE,))):
-            raise Wrong(f"the subject raised {type(error).__name__} at {at}: {error}", cause) from error
+        if cause and (told := crash(error, subject)):
+            raise Wrong(told, cause) from error
         raise
     raise Wrong(f"{what} accepted, and must be refused with ValueError", cause)
+
+
+def crash(error: BaseException, subject: Subject) -> str:
+    """What the subject raised and where, in words; empty for a refusal, a failure, or an error of the suite."""
+    if isinstance(error, Wrong) or refusal(error, subject):
+        return ""
+    at = raised_in(error, subject, (_SUITE,))
+    return at and f"the subject raised {type(error).__name__} at {at}: {error}"
 
 
 def raised_in(error: BaseException, subject: Subject, suite: tuple[Path, ...]) -> str:

@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -42,6 +43,8 @@ _Dotted = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w
 _Target = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
 _Word = Annotated[str, StringConstraints(min_length=1)]
 _Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")]
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 _PUBLISHED = tuple(f"{name.module}.{name.name}" for name in (*NAMES, *OPTIONAL))
 
@@ -111,12 +114,7 @@ def read(file: Path) -> SubjectFile:
 
     Raises ConfigurationError, in one sentence with the entry, its value and what is expected, for the first mistake.
     """
-    try:
-        found = SubjectFile.model_validate(tomllib.loads(file.read_text("utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{file} cannot be read as TOML ({error}); repair it") from error
-    except ValidationError as error:
-        raise ConfigurationError(f"{file}: {_told(error)}") from error
+    found = validated(file, SubjectFile, _told)
     for table, names in ("names", found.names), ("arguments", found.arguments):
         for name in names:
             _known(file, name, table, _PUBLISHED, "a published name")
@@ -128,6 +126,18 @@ def read(file: Path) -> SubjectFile:
     if found.subject.profile is not None:
         _known(file, found.subject.profile, "subject.profile", tuple(PROFILES), "a profile")
     return found
+
+
+def validated(file: Path, model: type[_Model], told: Callable[[ValidationError], str]) -> _Model:
+    """The content of a TOML file. Raises ConfigurationError if it cannot be read, or with what is ``told`` of a mistake
+    in its entries.
+    """
+    try:
+        return model.model_validate(tomllib.loads(file.read_text("utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{file} cannot be read as TOML ({error}); repair it") from error
+    except ValidationError as error:
+        raise ConfigurationError(f"{file}: {told(error)}") from error
 
 
 def _known(file: Path, word: str, table: str, words: tuple[str, ...], what: str) -> None:

@@ -6,7 +6,9 @@ import importlib
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from verify.errors import Refused, SubjectLacks
 from verify.judge.compressing import Compressor
 from verify.judge.compressor import Caches, make_caches
+from verify.judge.problems import OFFSETS_17
 from verify.subject.subject import Subject
 
 _USUAL = """
@@ -109,6 +112,23 @@ def test_groups_of_query_heads_may_be_refused(subject: Callable, tmp_path: Path)
         with pytest.raises(Refused) as refused:
             Compressor.of(found, caches, **options).compress(caches.keys[0], caches.values[0])
         assert refused.value.aspect == "group=2"
+
+
+@pytest.mark.parametrize(
+    ("declared", "told"),
+    [
+        ({"g": (1, 4)}, "g=2"), ({"b": (2,)}, "b=1"), ({"d": (128,)}, "d=64"),
+        ({"dtype": ("bfloat16",)}, "dtype=float32"), ({"strides": ("sliced",)}, "strides=contiguous"),
+        ({"offsets": (OFFSETS_17,)}, "7 offsets"), ({"aggregation": ("mean",)}, "aggregation=max"),
+    ],
+)  # fmt: skip
+def test_caches_outside_what_is_declared_are_refused_and_never_scored(
+    declared: dict[str, tuple[Any, ...]], told: str, subject: Callable, tmp_path: Path
+) -> None:
+    found, caches = replace(subject("raise AssertionError('called')"), narrowed=declared), _caches(tmp_path)
+    with pytest.raises(Refused) as refused:
+        Compressor.of(found, caches, score_aggregation="max").compress(caches.keys[0], caches.values[0])
+    assert refused.value.aspect == told
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,13 @@ def test_sets_that_should_be_shared_and_are_not_are_named() -> None:
         sets_of(kept, "per_head")
 
 
+def test_only_sets_that_keep_and_evict_something_are_compared(cases: list[oracle.Case]) -> None:
+    selection = select(cases[:1], np.ones(N, dtype=bool), mode="per_layer_per_head", normalize=True)
+    kept = np.stack([np.arange(N) < 3, np.ones(N, dtype=bool)])
+    assert selection.compares(kept, np.ones(N, dtype=bool)).tolist() == [True, False]
+    assert selection.compares(kept, np.arange(N) >= 3).tolist() == [False, False]
+
+
 def test_protected_tokens_take_no_part(cases: list[oracle.Case]) -> None:
     evictable = np.arange(N) >= 6
     loud = replace(cases[0], k0=np.where((np.arange(N) < 6)[None, None, :, None], 100 * cases[0].k0, cases[0].k0))

@@ -9,7 +9,7 @@ import torch
 from verify.errors import Refused, Wrong
 from verify.files import IMPORT_ROOT
 from verify.judge.problems import OFFSETS_17, Shape, make
-from verify.judge.scoring import draws, scorers
+from verify.judge.scoring import GROUPS, draws, grouped, of_shape, scorers
 from verify.subject.find import find_subject
 from verify.subject.offered import narrowed
 from verify.subject.refusal import must_refuse
@@ -182,3 +182,18 @@ def test_what_must_be_refused_needs_a_call_that_is_accepted(offering) -> None:
         must_refuse(subject, "a good call is", lambda: None, lambda: None)
     with pytest.raises(AttributeError):
         must_refuse(subject, "a crash is", lambda: scores(3, None, None, None, (), None, None), lambda: None)
+
+
+def test_with_groups_only_another_shape_and_a_crash_have_their_cause(offering) -> None:
+    subject = offering("if freq_scale_sq.shape[0] == 6: key_states.reshape(7)")
+    (scorer,) = scorers(subject, "pytorch", "cpu")
+    grouped_heads = Shape(n=3, d=64, g=2)
+    with pytest.raises(Wrong, match="the subject raised RuntimeError at ") as crashed, grouped(subject):
+        scorer(make(replace(grouped_heads, g=3), 0, "cpu"))
+    with pytest.raises(Wrong, match="the scores have shape") as shaped, grouped(subject):
+        of_shape(scorer(make(grouped_heads, 0, "cpu"))[:, :2], grouped_heads)
+    assert (crashed.value.cause, shaped.value.cause) == (GROUPS, GROUPS)
+    for other in (AssertionError("the scores are NaN"), Wrong("known", "another cause"), ValueError("the suite's")):
+        with pytest.raises(type(other)) as kept, grouped(subject):
+            raise other
+        assert kept.value is other

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from verify.judge import oracle, tolerance
-from verify.judge.problems import Shape, make, restride
+from verify.judge.problems import Shape, make, restride, strides_of
 
 
 @pytest.fixture
@@ -110,6 +110,7 @@ def test_restride_keeps_the_values(strides: str) -> None:
 
     x = torch.randn(2, 3, 5, 8)
     view = restride(x, strides)
+    assert strides_of(view) == strides
     assert torch.equal(view, x)
     assert view.is_contiguous() == (strides == "contiguous")
 

@@ -10,11 +10,11 @@ import pytest
 from transformers import DynamicCache
 
 from verify.errors import Refused, SubjectLacks
-from verify.judge.compressed import ONE_FOR_ALL
 from verify.model import tiny as models
 from verify.model.live_case import judge
 from verify.model.live_model import LiveModel
-from verify.model.settings import BUDGET, EVICT_PROMPT, NEAR, RANKED
+from verify.model.settings import BUDGET, EVICT_PROMPT, NEAR
+from verify.record.causes import ONE_FOR_ALL, RANKED
 
 Step = Callable[[Any], Any]
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from verify.errors import Wrong
 from verify.files import IMPORT_ROOT
 from verify.subject.find import find_subject
-from verify.subject.refusal import raised_in, refusal
+from verify.subject.refusal import crash, raised_in, refusal
 from verify.subject.subject import Subject
 
 _CODE = """
@@ -95,6 +96,16 @@ def test_what_python_or_torch_raises_is_a_crash_of_the_subject(name: str, code, 
     error = _error(getattr(code, name))
     assert refusal(error, subject) == ""
     assert raised_in(error, subject, ()).startswith("refusing/code.py:")
+
+
+def test_a_crash_is_told_with_its_line_and_nothing_else_is_a_crash(code, subject: Subject) -> None:
+    error = _error(code.by_torch)
+    assert (
+        crash(error, subject)
+        == f"the subject raised {type(error).__name__} at {raised_in(error, subject, ())}: {error}"
+    )
+    for other in (_error(code.own), Wrong("wrong", "a cause"), ValueError("the suite's")):
+        assert crash(other, subject) == ""
 
 
 @pytest.mark.parametrize("error", [KeyError("no"), RuntimeError("no"), IndexError("no"), AssertionError("no")])
