@@ -8,27 +8,32 @@ and with headroom. Both results are kept in ``reports/sensitivity/``.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, ValidationError
 
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError
-from verify.files import REPORTS, cache_folder, kept_place, repository_root, write_atomic
+from verify.files import REPORTS, repository_root, write_atomic
 from verify.heartbeat import Heartbeat
 from verify.judge.perturb import CAUGHT, TOLERATED, Limit
+from verify.machine.environment import version_of
 from verify.record.digest import instrument_sha256
+from verify.record.grounds import Checkout
 from verify.record.schema import CheckResult, Measurement, SubjectInfo, Verdict
 from verify.record.strict import Sha256, Strict
 from verify.run.manifest import utc_now
 from verify.run.scratch import Scratch, scratch_run
+from verify.selftest.plant import subject_key
 from verify.subject.find import find_subject
+from verify.subject.subject import Subject
 
 #: The least headroom that a correct subject may have in any tolerance.
 HEADROOM = 2.0
@@ -111,39 +116,48 @@ class Room(Strict):
         return self.headroom >= HEADROOM  # False for NaN
 
 
-_ROOMS = TypeAdapter(list[Room])
+class Family(Strict):
+    """The headroom of one correct subject in the checks of a family.
+
+    ``rests_on`` has the files that could have changed it (``verify/record/grounds.py``), ``sha256`` is their digest.
+    """
+
+    time_utc: str
+    torch: str
+    device: Literal["auto", "cpu", "cuda"]
+    seeds: int
+    rests_on: list[str]
+    sha256: Sha256
+    checks: list[Room]
 
 
 class Headroom(Strict):
-    """The headroom of one correct subject in every tolerance."""
+    """The headroom of one correct subject in every tolerance, by family."""
 
-    measured: Measured
-    seeds: int
-    checks: list[Room]
+    schema_version: Literal[2] = 2
+    subject: str
+    families: dict[str, Family] = Field(default_factory=dict)
+
+    @property
+    def rooms(self) -> list[Room]:
+        return [room for family in self.families.values() for room in family.checks]
 
     @property
     def faults(self) -> list[str]:
         """What is too close to a false alarm, one line per check."""
         return [
             f"{room.id}: {room.headroom:.3g} times over {room.seeds} seeds, {room.name} {room.message}".strip()
-            for room in self.checks
+            for room in self.rooms
             if not room.enough
         ]
-
-
-class Headrooms(Strict):
-    """The least headroom of every numeric check, by the source of the subject."""
-
-    schema_version: Literal[1] = 1
-    subjects: dict[str, Headroom] = Field(default_factory=dict)
 
 
 def detection_file() -> Path:
     return repository_root() / REPORTS / "sensitivity" / "detection.json"
 
 
-def headroom_file() -> Path:
-    return repository_root() / REPORTS / "sensitivity" / "headroom.json"
+def headroom_file(subject: Subject) -> Path:
+    return repository_root() / REPORTS / "sensitivity" / "headroom" / f"{subject_key(subject)}.json"
 
 
 def recorded_limits() -> dict[str, Limit]:
@@ -186,37 +200,63 @@ def measure_detection(
 def measure_headroom(subject: str = "bundled", device: str = "auto", seeds: int = SEEDS) -> Headroom:
     """Run the numeric checks of phases 4 and 5 with many seeds, and those of phase 6, which draw nothing, once.
 
-    Of phase 6 it runs the checks that have a recorded detection limit. Results are cached by family, so that an
-    interrupted measurement, which takes an hour, continues where it stopped. Raises ConfigurationError when pytest
-    cannot run them.
+    Of phase 6 it runs the checks that have a recorded detection limit. A family that was measured with the same torch
+    and whose files are unchanged is not measured again. Each is written to ``headroom_file`` at once, so an interrupted
+    measurement, which takes an hour, continues where it stopped. Raises ConfigurationError when pytest cannot run them.
     """
-    measured, known = _measured(subject, device), recorded_limits()
-    families: dict[str, list[Check]] = {}
+    found, known = find_subject(subject, repository_root()), recorded_limits()
+    path, checkout = headroom_file(found), Checkout(repository_root(), found.root, found.folder)
+    kept = _kept(path)
+    by_family: dict[str, list[Check]] = {}
     for check in catalogue():
         if check.phase in _SEEDED or (check.phase == 6 and check.id in known):
-            families.setdefault(check.spec.family, []).append(check)
-    rooms = [room for checks in families.values() for room in _rooms(checks, measured, subject, seeds)]
-    return Headroom(measured=measured, seeds=seeds, checks=rooms)
+            by_family.setdefault(check.spec.family, []).append(check)
+    now = Headroom(subject=found.source)
+    for family, checks in by_family.items():
+        measured = kept.get(family)
+        if measured is None or not _is_current(measured, checkout, device, seeds):
+            measured = kept[family] = _family(checks, checkout, subject, device, seeds)
+            write_atomic(path, Headroom(subject=found.source, families=kept).model_dump_json(indent=1) + "\n")
+        now.families[family] = measured
+    write_atomic(path, now.model_dump_json(indent=1) + "\n")
+    return now
 
 
-def _rooms(checks: Sequence[Check], measured: Measured, subject: str, seeds: int) -> list[Room]:
-    """The headroom of the numeric checks among ``checks``, measured now or cached for the same suite and subject."""
+def _kept(path: Path) -> dict[str, Family]:
+    if not path.is_file():
+        return {}
+    try:
+        return Headroom.model_validate_json(path.read_bytes()).families
+    except ValidationError as error:
+        raise ConfigurationError(f"{path} is damaged or of another version; delete it to measure anew") from error
+
+
+def _is_current(measured: Family, checkout: Checkout, device: str, seeds: int) -> bool:
+    same = measured.torch, measured.device, measured.seeds, measured.sha256
+    return same == (version_of("torch"), device, seeds, _sha256(checkout, measured.rests_on))
+
+
+def _family(checks: Sequence[Check], checkout: Checkout, subject: str, device: str, seeds: int) -> Family:
+    """The headroom of the numeric checks among ``checks``, measured now."""
     nodes = [check.node for check in checks]
-    what = [measured.instrument_sha256, measured.subject.content_sha256, measured.device, str(seeds), *nodes]
-    place = kept_place(cache_folder() / "headroom", *what)
-    with suppress(OSError, ValueError):  # missing or incomplete
-        return _ROOMS.validate_json(place.read_bytes())
-    run = scratch_run(*nodes, f"--seeds={seeds}", subject=subject, device=measured.device, limit_s=_LIMIT_S)
+    run = scratch_run(*nodes, f"--seeds={seeds}", subject=subject, device=device, limit_s=_LIMIT_S)
     if run.exit_code != _NONE_SELECTED:  # sanitizer checks are not selected
         run = run.finished()
-    found = [
+    rooms = [
         _room(run.results[name], probed.seeds)
         for name, probed in run.probed.items()
         # a check that passes without a measurement is not numeric, although scores may be compared on the way
         if run.results[name].measurements or run.results[name].verdict is not Verdict.PASS
     ]
-    write_atomic(place, _ROOMS.dump_json(found, indent=1).decode() + "\n")
-    return found
+    files = sorted(run.rests_on)
+    return Family(
+        time_utc=utc_now(), torch=version_of("torch"), device=device, seeds=seeds, rests_on=files,
+        sha256=_sha256(checkout, files), checks=rooms,
+    )  # fmt: skip
+
+
+def _sha256(checkout: Checkout, names: Iterable[str]) -> str:
+    return hashlib.sha256(json.dumps(checkout.digests(names), sort_keys=True).encode()).hexdigest()
 
 
 def _fractional(measurement: Measurement) -> bool:
@@ -227,14 +267,6 @@ def _fractional(measurement: Measurement) -> bool:
 
 def _run(*options: str, subject: str, device: str) -> Scratch:
     return scratch_run(*options, subject=subject, device=device, limit_s=_LIMIT_S).finished()
-
-
-def keep_headroom(found: Headroom) -> None:
-    """Replace the recorded headroom of the same subject with ``found``."""
-    path = headroom_file()
-    kept = Headrooms.model_validate_json(path.read_bytes()) if path.is_file() else Headrooms()
-    subjects = {**kept.subjects, found.measured.subject.source: found}
-    write_atomic(path, Headrooms(subjects=subjects).model_dump_json(indent=1) + "\n")
 
 
 def _room(result: CheckResult, seeds: int) -> Room:
@@ -262,8 +294,7 @@ def _detection(chosen: argparse.Namespace) -> int:
 
 def _headroom(chosen: argparse.Namespace) -> int:
     found = measure_headroom(subject=chosen.subject, device=chosen.device, seeds=chosen.seeds)
-    keep_headroom(found)
-    return _tell(f"{len(found.checks)} numeric checks", f"with less than {HEADROOM:g} times headroom", found.faults)
+    return _tell(f"{len(found.rooms)} numeric checks", f"with less than {HEADROOM:g} times headroom", found.faults)
 
 
 def _tell(what: str, problem: str, wrong: Sequence[str]) -> int:

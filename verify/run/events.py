@@ -252,10 +252,7 @@ def _grounded(
 
     If nothing was noted, because a process died before its first check, the list has every file.
     """
-    noted: dict[str | int, set[str]] = {}
-    for event in happened:
-        if event["event"] == "grounds":
-            noted.setdefault(event["file"] or event["phase"], set()).update(event["names"])
+    noted = _noted(happened)
     lists: dict[tuple[str, ...], int] = {}
     results = []
     for check in checks:
@@ -269,6 +266,20 @@ def _grounded(
         place = lists.setdefault(tuple(sorted(names)), len(lists))
         results.append(found[check.id].model_copy(update={"rests_on": place}))
     return results, [[*names] for names in lists]
+
+
+def _noted(happened: Iterable[dict[str, Any]]) -> dict[str | int, set[str]]:
+    """The names that results rest on, by file of checks and by phase."""
+    noted: dict[str | int, set[str]] = {}
+    for event in happened:
+        if event["event"] == "grounds":
+            noted.setdefault(event["file"] or event["phase"], set()).update(event["names"])
+    return noted
+
+
+def read_grounds(run_dir: Path) -> set[str]:
+    """The names of all files that some result rests on. Raises ConfigurationError for a damaged file."""
+    return set().union(*_noted(read_events(run_dir)).values())
 
 
 def lock(run_dir: Path) -> IO[bytes]:

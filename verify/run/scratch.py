@@ -22,10 +22,13 @@ from verify.run.process import pytest_command, pytest_environment
 
 @dataclass(frozen=True)
 class Scratch:
-    """The results and findings by id, even if pytest died; ``exit_code`` is pytest's, or None after the time limit."""
+    """The results and findings by id, even if pytest died, and the names of the files that they rest on; ``exit_code``
+    is pytest's, or None after the time limit.
+    """
 
     results: dict[str, CheckResult]
     probed: dict[str, Probed]
+    rests_on: set[str]
     exit_code: int | None
     last_line: str
 
@@ -69,6 +72,7 @@ def scratch_run(
         return Scratch(
             events.read_results(scratch) if ran else {},
             read_probed(scratch) if ran else {},
+            events.read_grounds(scratch) if ran else set(),
             exit_code,
             said[-1] if said else "there was no output",
         )

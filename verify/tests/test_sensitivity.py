@@ -11,6 +11,7 @@ import pytest
 
 from verify import explain, sensitivity
 from verify.checks import Check, CheckSpec, catalogue
+from verify.errors import ConfigurationError
 from verify.files import write_atomic
 from verify.judge import oracle
 from verify.judge.keep_set import Selection
@@ -122,7 +123,6 @@ def test_many_seeds_give_the_least_headroom_of_what_is_numeric(tmp_path: Path, m
     tree.write_phase(4, _NUMERIC.replace("p1", "p4"))
     monkeypatch.chdir(tree.root)
     monkeypatch.setenv("PYTHONPATH", tree.environment()["PYTHONPATH"])
-    monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path / "cache"))
     words = {word: word for word in ("claim", "reason", "remedy")}
     specs = [CheckSpec(f"p4.{name}", gate="hard", cases={"one": "one"}, **words) for name in ("numeric", "count")]
     checks = [
@@ -130,15 +130,24 @@ def test_many_seeds_give_the_least_headroom_of_what_is_numeric(tmp_path: Path, m
     ]
     monkeypatch.setattr(sensitivity, "catalogue", lambda: checks)
     found = sensitivity.measure_headroom(device="cpu", seeds=9)
-    (room,) = found.checks
+    (room,) = found.rooms
     assert (room.id, room.seeds, room.enough) == ("p4.numeric.one", 9, False)
     assert room.headroom == pytest.approx(1.5, rel=0.01)  # of 1.5 units one is used up, by two thirds of the seeds
-    sensitivity.keep_headroom(found)
-    sensitivity.keep_headroom(found)
-    kept = sensitivity.Headrooms.model_validate_json(sensitivity.headroom_file().read_bytes())
-    assert kept.subjects == {"bundled": found}
-    monkeypatch.setattr(sensitivity, "scratch_run", None)  # what was found is not measured again
-    assert sensitivity.measure_headroom(device="cpu", seeds=9).checks == found.checks
+    path = tree.root / "reports" / "sensitivity" / "headroom" / "bundled.json"
+    assert sensitivity.Headroom.model_validate_json(path.read_bytes()) == found
+    # what was found is not measured again, unless a file that it rests on changed
+    ran = []
+    monkeypatch.setattr(sensitivity, "scratch_run", lambda *nodes, **_: ran.extend(nodes))
+    assert sensitivity.measure_headroom(device="cpu", seeds=9) == found
+    assert ran == []
+    assert {"phases/p4_tiny.py", "verify/judge/tolerance.py"} <= {*found.families["p4.numeric"].rests_on}
+    (tree.root / "phases" / "p4_tiny.py").write_text("# changed")
+    with pytest.raises(AttributeError):  # of what the stand-in returned
+        sensitivity.measure_headroom(device="cpu", seeds=9)
+    assert ran[0] == checks[0].node
+    path.write_text("{}")
+    with pytest.raises(ConfigurationError, match="is damaged or of another version; delete it to measure anew"):
+        sensitivity.measure_headroom(device="cpu", seeds=9)
 
 
 def test_every_recorded_limit_is_of_a_check_and_finite() -> None:
@@ -177,6 +186,4 @@ def test_every_hard_numeric_check_catches_30_times_its_tolerance_and_passes_0_3(
 @pytest.mark.slow
 @pytest.mark.parametrize("subject", ["bundled", "verify/examples/plain"])
 def test_right_subjects_have_twice_the_room_they_need_over_a_hundred_seeds(subject: str) -> None:
-    found = sensitivity.measure_headroom(subject=subject)
-    sensitivity.keep_headroom(found)
-    assert found.faults == []
+    assert sensitivity.measure_headroom(subject=subject).faults == []
