@@ -93,8 +93,18 @@ class Architecture:
             )
 
 
+def inside(model: Any) -> Any:
+    """The model that generates: ``model`` itself or, of a wrapper, the first one inside it."""
+    from transformers.generation import GenerationMixin
+
+    if isinstance(model, GenerationMixin) or not isinstance(model, torch.nn.Module):
+        return model
+    return next((module for module in model.modules() if isinstance(module, GenerationMixin)), model)
+
+
 def decoder_of(model: Any) -> Any:
     """The module that holds ``layers`` and ``rotary_emb``. Raises TriAttentionError when the model has none."""
+    model = inside(model)
     decoder = getattr(model, "model", model)
     if not hasattr(decoder, "layers") or not hasattr(decoder, "rotary_emb"):
         raise TriAttentionError(
@@ -106,7 +116,7 @@ def decoder_of(model: Any) -> Any:
 
 def describe(model: Any) -> Architecture:
     """Describe a live causal language model. Raises TriAttentionError, naming the kind, if it is not supported."""
-    return _describe(model.config.get_text_config(), lambda: decoder_of(model).rotary_emb)
+    return _describe(inside(model).config.get_text_config(), lambda: decoder_of(model).rotary_emb)
 
 
 def describe_config(config: Any) -> Architecture:

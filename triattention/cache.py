@@ -69,7 +69,8 @@ class CacheState:
     so that a decode step never waits for the device: ``longest``, an upper bound of the real tokens in any row;
     ``until_due``, how many more tokens no row can need a round before; ``ragged``, whether any held column may be a
     pad; ``last_step``, columns of the last step while the prefill may continue, 0 once it is over; ``fed``, columns
-    ever fed. ``recent``: the queries of the newest columns, oldest first, ``[L, B, q, H*G, D]`` for each step.
+    ever fed; ``stepping``, whether a step of the patched model is under way. ``recent``: the queries of the newest
+    columns, oldest first, ``[L, B, q, H*G, D]`` for each step.
     """
 
     valid: torch.Tensor
@@ -81,6 +82,7 @@ class CacheState:
     last_step: int | None = None
     fed: int = 0
     warned: bool = False
+    stepping: bool = False
     recent: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
@@ -129,9 +131,9 @@ class CacheState:
 def adopt(cache: Cache, n_layers: int) -> None:
     """Turn the layers of a dynamic cache into compressed ones, in place.
 
-    Raises TriAttentionError for a cache that is static, sliding, quantised or offloaded.
+    Raises TriAttentionError for a cache that is static, sliding, quantised, offloaded or of an encoder and a decoder.
     """
-    if not isinstance(cache, Cache):
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise TriAttentionError(
             f"the cache is a {type(cache).__name__}; leave past_key_values out, or pass a DynamicCache"
         )

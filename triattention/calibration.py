@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from triattention.architecture import Architecture, describe
+from triattention.architecture import Architecture, describe, inside
 from triattention.errors import TriAttentionError
 from triattention.queries import queries_read, real_tokens_noted
 from triattention.rope import split_pairs
@@ -71,7 +71,7 @@ def calibrate(model: Any, forward_loop: Callable[[Any], None]) -> Statistics:
     TriAttentionError for an unsupported model, a loop that ran no tokens, and queries that are NaN or Inf. Source:
     paper, Q/K centers.
     """
-    if hasattr(model, "triattention"):
+    if hasattr(inside(model), "triattention"):
         raise TriAttentionError("the model is patched to compress; call remove_triattention_patch(model) first")
     live = describe(model)
     means = _Means(live)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from triattention.selection import (
 )
 
 if TYPE_CHECKING:
+    from triattention.architecture import Architecture
     from triattention.cache import CacheState
 
 
@@ -98,8 +100,12 @@ class Compression(ABC):
 
     #: Whether ``scores`` needs the queries of the window.
     observes = False
-    #: The longest sequence that the patched model's RoPE allows, None if unlimited.
+    #: What ``forward.patch`` notes: the patched model, the longest sequence that its RoPE allows (None if unlimited),
+    #: the hook on its decoder, and the functions that another library had set on it.
+    live: Architecture
     max_positions: int | None = None
+    guard: Any = None
+    replaced: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, budget: Budget, mode: str) -> None:
         self.budget = budget

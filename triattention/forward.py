@@ -1,88 +1,22 @@
-"""The patched ``forward``, which compresses the model's cache."""
+"""A step of a patched model: the masks and positions of a compressed cache, and a round after it if one is due."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from threading import get_ident
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from triattention.architecture import Architecture, describe
 from triattention.cache import CacheState, adopt
 from triattention.compression import Compression
 from triattention.errors import TriAttentionError
 from triattention.queries import queries_read
 
-
-def patch(model: Any, make: Callable[[Architecture], Compression]) -> None:
-    """Make ``model`` compress its cache with the method that ``make`` returns, until ``unpatch``.
-
-    The method is stored as ``model.triattention``. Raises TriAttentionError for a model that is already patched or not
-    supported.
-    """
-    if hasattr(model, "triattention"):
-        raise TriAttentionError("the model is patched already; call remove_triattention_patch(model) first")
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) > 1:
-        raise TriAttentionError(f"the model is spread over {', '.join(sorted(devices))}; load it on one device")
-    live = describe(model)
-    method = make(live)
-    # another library may have set its own functions on the instance
-    method.replaced = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
-    method.max_positions = live.max_positions
-    model.triattention = method
-    model.forward = _compressing(model.forward, model, method, live)
-    if live.max_positions is not None:
-        model.generate = _limited(model.generate, model, live.max_positions)
-
-
-def unpatch(model: Any) -> None:
-    """Undo ``patch``; does nothing to an unpatched model."""
-    if not hasattr(model, "triattention"):
-        return
-    before = model.triattention.replaced
-    for name in ("triattention", "forward", "generate"):
-        vars(model).pop(name, None)
-    for name, function in before.items():
-        setattr(model, name, function)
-
-
-def _limited(generate: Callable[..., Any], model: Any, max_positions: int) -> Callable[..., Any]:
-    """``generate`` that raises at the start if the sequence could exceed the length where the model's RoPE changes."""
-    signature = inspect.signature(generate)
-
-    @wraps(generate)
-    def limited_generate(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
-        if given.get("use_cache") is not False:
-            require_length(_longest(given, model.generation_config), max_positions)
-        return generate(*args, **kwargs)
-
-    return limited_generate
-
-
-def _longest(given: dict[str, Any], default: Any) -> int:
-    """The most tokens that a row of this ``generate`` call may feed; the last new token is never fed."""
-    named = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-    ids = next((x for x in named if x is not None), None)
-    mask = given.get("attention_mask")
-    width = 1 if ids is None else ids.shape[1]
-    prompt = width if mask is None or mask.ndim != 2 else int(mask.sum(-1).max())
-
-    def option(name: str) -> int | None:
-        found = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(default, name, None))
-        return next((value for value in found if value is not None), None)
-
-    new = option("max_new_tokens")
-    if new is None:
-        # the default of generate: 20 new tokens
-        new = 20 if (whole := option("max_length")) is None else max(whole - width, 1)
-    return prompt + new - 1
+#: What Hugging Face models call the cache they are given; since transformers 5.24 it is ``cache``.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 def require_length(tokens: int, max_positions: int | None) -> None:
@@ -95,61 +29,88 @@ def require_length(tokens: int, max_positions: int | None) -> None:
 
 
 @contextmanager
-def _observing(model: Any, method: Compression, live: Architecture, state: CacheState) -> Iterator[None]:
+def _observing(model: Any, method: Compression, state: CacheState) -> Iterator[None]:
     """Collects the queries of the newest columns during one step and stores them in ``state``."""
     if not method.observes:
         yield
         return
-    window, step = method.budget.window_size, []
-    with queries_read(model, live, lambda layer, q: step.append(q[:, -window:].clone())):
+    window, thread, step = method.budget.window_size, get_ident(), []
+
+    def receive(layer: int, q: torch.Tensor) -> None:
+        if get_ident() == thread:  # another thread runs a sequence of its own on the same model
+            step.append(q[:, -window:].clone())
+
+    with queries_read(model, method.live, receive):
         yield
     state.observe(torch.stack(step), window)
 
 
-def _compressing(
-    forward: Callable[..., Any], model: Any, method: Compression, live: Architecture
-) -> Callable[..., Any]:
-    """``forward`` with the masks and positions of a compressed cache, and a round after the step if one is due.
+def step(model: Any, method: Compression, forward: Callable[..., Any], cache_name: str, given: dict[str, Any]) -> Any:
+    """``forward(**given)`` with the masks and positions of a compressed cache, and a round after it if one is due.
 
-    A call without a cache (``use_cache=False``) is passed through unchanged.
+    The cache is passed on as ``cache_name``. A call that neither has a cache nor makes one is passed on unchanged.
     """
-    signature = inspect.signature(forward)
+    inputs = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+    caches = [given[name] for name in CACHE_NAMES if given.get(name) is not None]
+    use_cache = model.config.use_cache if given.get("use_cache") is None else given["use_cache"]
+    if inputs is None or not (caches or use_cache):
+        return forward(**given)
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise TriAttentionError(
+            "a patched model cannot be exported or traced; export it before the patch, or with use_cache=False"
+        )
+    if len(caches) > 1:
+        raise TriAttentionError(f"both {' and '.join(CACHE_NAMES)} are given; give one cache")
+    cache = caches[0] if caches else DynamicCache(config=model.config)
+    before, changed = _begin(method, cache, inputs, given)
+    given = {name: value for name, value in given.items() if name not in CACHE_NAMES} | changed
+    given |= {cache_name: cache, "use_cache": given.get("use_cache") if caches else True}
+    try:
+        with _observing(model, method, cache.triattention):
+            output = forward(**given)
+    except BaseException:
+        cache.triattention = before  # the next step compares it with what the cache really holds
+        raise
+    _end(method, cache)
+    return output
 
-    @wraps(forward)
-    def compressed_forward(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind_partial(*args, **kwargs)
-        extra = call.arguments.pop("kwargs", {})
-        given = {**call.arguments, **extra}
-        use_cache = given.get("use_cache")
-        inputs = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
-        if inputs is None or use_cache is False or (use_cache is None and not model.config.use_cache):
-            return forward(*args, **kwargs)
-        cache = given.get("past_key_values")
-        cache = DynamicCache(config=model.config) if cache is None else cache
-        adopt(cache, live.num_layers)
-        state = _state_of(cache, inputs)
-        if state.valid.shape[1] == 0:
-            method.reset()
-        before = state.copy()
-        try:
-            new, ragged = _new_columns(given.get("attention_mask"), inputs, cache.get_seq_length())
-            positions = state.append(new, ragged)
-            # the first step is checked at any width: a caller that lost its cache restarts with positions far from 0
-            _require_positions(given.get("position_ids"), positions, new, always=before.fed == 0)
-            if live.max_positions is not None and state.fed > live.max_positions:
-                require_length(int(state.seen.max()), live.max_positions)  # fed includes padding, so count real tokens
-            mask = torch.nn.functional.pad(state.valid, (cache.layers[0].evicted, 0)) if state.ragged else None
-            given |= {"past_key_values": cache, "attention_mask": mask, "position_ids": positions, "use_cache": True}
-            with _observing(model, method, live, state):
-                output = forward(**given)
-        except BaseException:
-            cache.triattention = before  # the next step compares it with what the cache really holds
-            raise
-        if cache.layers[0].keys is not None:  # gradient checkpointing drops the cache
-            method.after_step(cache, state)
-        return output
 
-    return compressed_forward
+# These two work on numbers that differ at every step, so torch.compile must leave them alone and compile the model.
+@torch.compiler.disable
+def _begin(
+    method: Compression, cache: Any, inputs: torch.Tensor, given: dict[str, Any]
+) -> tuple[CacheState, dict[str, torch.Tensor | None]]:
+    """The state of the cache before the step, and the mask and the positions of the step.
+
+    Afterwards the state of the cache is that of the step. Raises TriAttentionError for what cannot be fed to this
+    cache, whose state is then unchanged.
+    """
+    adopt(cache, method.live.num_layers)
+    state = _state_of(cache, inputs)
+    if state.valid.shape[1] == 0:
+        method.reset()
+    before = state.copy()
+    try:
+        new, ragged = _new_columns(given.get("attention_mask"), inputs, cache.get_seq_length())
+        positions = state.append(new, ragged)
+        # the first step is checked at any width: a caller that lost its cache restarts with positions far from 0
+        _require_positions(given.get("position_ids"), positions, new, always=before.fed == 0)
+        if method.max_positions is not None and state.fed > method.max_positions:
+            require_length(int(state.seen.max()), method.max_positions)  # fed includes padding, so count real tokens
+    except BaseException:
+        cache.triattention = before
+        raise
+    state.stepping = True
+    mask = torch.nn.functional.pad(state.valid, (cache.layers[0].evicted, 0)) if state.ragged else None
+    return before, {"attention_mask": mask, "position_ids": positions}
+
+
+@torch.compiler.disable
+def _end(method: Compression, cache: Any) -> None:
+    """The round after a step, if one is due."""
+    cache.triattention.stepping = False
+    if cache.layers[0].keys is not None:  # gradient checkpointing drops the cache
+        method.after_step(cache, cache.triattention)
 
 
 def _state_of(cache: Any, inputs: torch.Tensor) -> CacheState:

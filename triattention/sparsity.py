@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from triattention import calibration
+from triattention.architecture import inside
 from triattention.errors import TriAttentionError
 from triattention.selection import default_window
 
@@ -53,17 +54,18 @@ def sparsify(model: Any, config: TriAttentionConfig) -> Any:
 
     Raises TriAttentionError for a model that was not calibrated, and as ``apply_triattention_patch`` does.
     """
-    from triattention.forward import patch
     from triattention.methods import triattention as method
+    from triattention.patching import patch
 
     calibrated = getattr(model, _STATISTICS, None)
     if calibrated is None:
         raise TriAttentionError("the model is not calibrated; call calibrate(model, forward_loop) first")
+    target = inside(model)
     options = method.TriAttentionConfig(
         stats_path=None,
         model_path=None,
-        device=model.device,
-        dtype=model.dtype,
+        device=target.device,
+        dtype=target.dtype,
         budget=config.budget,
         offset_max_length=config.offset_max_length,
         score_aggregation=config.score_aggregation,

@@ -67,6 +67,6 @@ def apply_baseline_patch(
         use_slack_trigger=use_slack_trigger,
     )
     make = partial(BASELINES[method], budget, pruning_mode, **({"seed": seed} if method == "random" else {}))
-    from triattention.forward import patch  # needs transformers
+    from triattention.patching import patch  # needs transformers
 
     patch(model, make)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from triattention import statistics
-from triattention.architecture import Architecture
+from triattention.architecture import Architecture, inside
 from triattention.compression import Budget, Compression, View, require_finite
 from triattention.errors import TriAttentionError
 from triattention.scoring import check_inputs, score
@@ -92,6 +92,10 @@ class TriAttentionConfig:
         )
 
 
+#: The tensors of ``TriAttention``, which are on the device of the keys.
+_TENSORS = ("omega", "offsets", "q_mean_real", "q_mean_imag", "q_abs_mean", "q_pass_mean", "freq_weight")
+
+
 class TriAttention(Compression):
     """Trigonometric scores from statistics (paper, score of a key), and the keep sets of a round.
 
@@ -115,14 +119,28 @@ class TriAttention(Compression):
             omega, self.attention_scaling, self.style = live.omega, live.attention_scaling, live.rope_style
         else:
             omega, self.attention_scaling, self.style = loaded.rope(config.model_path)
-        self.device = torch.device(config.device)
-        self.omega = omega.to(self.device)
-        self.offsets = geometric_offsets(config.offset_max_length, self.device)
-        self.q_mean_real, self.q_mean_imag, self.q_abs_mean, self.q_pass_mean = (
-            x.to(self.device) for x in (loaded.q_mean_real, loaded.q_mean_imag, loaded.q_abs_mean, loaded.q_pass_mean)
-        )
+        self.omega = omega
+        self.offsets = geometric_offsets(config.offset_max_length)
+        self.q_mean_real, self.q_mean_imag = loaded.q_mean_real, loaded.q_mean_imag
+        self.q_abs_mean, self.q_pass_mean = loaded.q_abs_mean, loaded.q_pass_mean
         # a cached key already contains one factor of s, so the weight is s, not s^2
         self.freq_weight = torch.full_like(self.q_abs_mean[0], self.attention_scaling)
+        self._move(torch.device(config.device))
+
+    def _move(self, device: torch.device) -> None:
+        self.device = device
+        for name in _TENSORS:
+            setattr(self, name, getattr(self, name).to(device))
+
+    def _follow(self, keys: Sequence[torch.Tensor]) -> None:
+        """Move the statistics to the keys, after the model was moved. Raises TriAttentionError for several devices."""
+        devices = {one.device for one in keys}
+        if len(devices) > 1:
+            raise TriAttentionError(
+                f"the cache is spread over {', '.join(sorted(map(str, devices)))}; keep the model on one device"
+            )
+        if devices != {self.device}:
+            self._move(*devices)
 
     def score_only(self, query_heads: slice) -> None:
         """Use only these query heads, those of one tensor-parallel rank."""
@@ -144,6 +162,7 @@ class TriAttention(Compression):
                 f"the cache has {len(view.keys)} layers, but {self.statistics.source} has {len(self.q_abs_mean)}; "
                 "calibrate this model"
             )
+        self._follow(view.keys)
         check_inputs(view.keys[0], {"q_abs_mean": self.q_abs_mean[0]}, self.omega, self.style, self.q_pass_mean[0])
         join = group_mean if config.layer_perhead_aggregation == "mean" else group_max
         cos, sin = phases(view.seen, self.offsets, self.omega)
@@ -233,12 +252,15 @@ def apply_triattention_patch(
     """Make ``model`` compress its cache to ``kv_budget`` tokens per row while it generates (plan 4.1).
 
     Works with ``generate`` and with hand-written loops, sdpa, eager and flash_attention_2, chunked prefill and
-    left-padded batches. The state is stored on the cache, so a new cache starts from zero. Positions count all tokens
-    seen, so ``position_ids`` may be left out; given ones must agree, which the first and multi-token steps check.
-    ``model.triattention`` has the counters; ``remove_triattention_patch`` undoes the patch. The arguments are those of
-    ``TriAttentionConfig``. Raises TriAttentionError for invalid options, a statistics file of another model, or an
-    unsupported model.
+    left-padded batches; docs/reference.md lists which ways to call the model are served and which are refused. The
+    state is stored on the cache, so a new cache starts from zero. Positions count all tokens seen, so ``position_ids``
+    may be left out; given ones must agree, which the first and multi-token steps check. ``model.triattention`` has the
+    counters; ``remove_triattention_patch`` undoes the patch. The arguments are those of ``TriAttentionConfig``. Raises
+    TriAttentionError for invalid options, a statistics file of another model, or an unsupported model.
     """
+    from triattention.patching import patch  # needs transformers, which scoring alone does not
+
+    model = inside(model)
     config = TriAttentionConfig(
         stats_path=stats_path,
         model_path=model_path,
@@ -262,13 +284,11 @@ def apply_triattention_patch(
         window_size=window_size,
         pruning_mode=pruning_mode,
     )
-    from triattention.forward import patch  # needs transformers, which scoring alone does not
-
     patch(model, lambda live: TriAttention(config, live=live))
 
 
 def remove_triattention_patch(model: Any) -> None:
     """Undo ``apply_triattention_patch``; does nothing to an unpatched model."""
-    from triattention.forward import unpatch
+    from triattention.patching import unpatch
 
     unpatch(model)
