@@ -18,6 +18,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from triattention.errors import TriAttentionError
 
+NO_REORDERING = "beam search and row reordering are not supported with a compressed cache; use num_beams=1"
+NO_ROLL_BACK = (
+    "a compressed cache cannot be rolled back, so speculative decoding is not supported; leave assistant_model and "
+    "prompt_lookup_num_tokens unset"
+)
+
 
 class CompressedLayer(DynamicLayer):
     """A dynamic layer that has evicted ``evicted`` columns and holds ``held``."""
@@ -47,15 +53,10 @@ class CompressedLayer(DynamicLayer):
         self.values = self.values.gather(2, gather.expand(-1, -1, -1, self.values.shape[-1]))
 
     def crop(self, *args: object, **kwargs: object) -> Never:
-        raise TriAttentionError(
-            "a compressed cache cannot be rolled back, so speculative decoding is not supported; "
-            "leave assistant_model and prompt_lookup_num_tokens unset"
-        )
+        raise TriAttentionError(NO_ROLL_BACK)
 
     def _refuse_rows(self, *args: object, **kwargs: object) -> Never:
-        raise TriAttentionError(
-            "beam search and row reordering are not supported with a compressed cache; use num_beams=1"
-        )
+        raise TriAttentionError(NO_REORDERING)
 
     reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse_rows
 

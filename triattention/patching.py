@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any
 
 from transformers.cache_utils import Cache
 
 from triattention.architecture import Architecture, decoder_of, describe, inside
+from triattention.cache import NO_REORDERING, NO_ROLL_BACK
 from triattention.compression import Compression
 from triattention.errors import TriAttentionError
 from triattention.forward import CACHE_NAMES, require_length, step
@@ -23,6 +25,10 @@ _BASE = "_triattention_base"
 
 #: The ways into continuous batching. Its steps run in another thread, so it is refused where it is called.
 _CONTINUOUS = ("generate_batch", "continuous_batching_context_manager", "init_continuous_batching")
+
+
+#: The options of ``generate`` that ask for speculative decoding.
+_SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 def patch(model: Any, make: Callable[[Architecture], Compression]) -> None:
@@ -84,7 +90,7 @@ def _compressing(base: type) -> type:
 
     members: dict[str, Any] = {"forward": forward, "__reduce_ex__": lambda self, _: _reduced(self, base)}
     if hasattr(base, "generate"):
-        members["generate"] = _limited(base)
+        members["generate"] = _checked(base)
     members |= {name: _refusing(base, name) for name in _CONTINUOUS if hasattr(base, name)}
     members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, _BASE: base}
     return type(base.__name__, (base,), members)
@@ -125,38 +131,54 @@ def _refuse_to_pass_by(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, An
         )
 
 
-def _limited(base: type) -> Callable[..., Any]:
-    """``generate`` that raises at the start if the sequence could exceed the length where the model's RoPE changes."""
+def _checked(base: type) -> Callable[..., Any]:
+    """``generate`` that raises at its start for what would be refused on the way."""
     signature = inspect.signature(base.generate)
 
     @wraps(base.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         method = vars(self).get("triattention")
-        if method is not None and method.max_positions is not None:
+        if method is not None:
             given = signature.bind_partial(self, *args, **kwargs).arguments
-            given = {**given, **given.pop("kwargs", {})}
-            if given.get("use_cache") is not False:
-                require_length(_longest(given, self.generation_config), method.max_positions)
+            asked = _Asked({**given, **given.pop("kwargs", {})}, self.generation_config)
+            if asked.option("use_cache") is not False:
+                asked.require_served(method.max_positions)
         original = (method and method.replaced.get("generate")) or partial(base.generate, self)
         return original(*args, **kwargs)
 
     return generate
 
 
-def _longest(given: dict[str, Any], default: Any) -> int:
-    """The most tokens that a row of this ``generate`` call may feed; the last new token is never fed."""
-    named = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-    ids = next((x for x in named if x is not None), None)
-    mask = given.get("attention_mask")
-    width = 1 if ids is None else ids.shape[1]
-    prompt = width if mask is None or mask.ndim != 2 else int(mask.sum(-1).max())
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of a ``generate`` call; what they leave open, the model's generation configuration says."""
 
-    def option(name: str) -> int | None:
-        found = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(default, name, None))
+    given: dict[str, Any]
+    default: Any
+
+    def option(self, name: str) -> Any:
+        configurations = (self.given.get("generation_config"), self.default)
+        found = (self.given.get(name), *(getattr(one, name, None) for one in configurations))
         return next((value for value in found if value is not None), None)
 
-    new = option("max_new_tokens")
-    if new is None:
-        # the default of generate: 20 new tokens
-        new = 20 if (whole := option("max_length")) is None else max(whole - width, 1)
-    return prompt + new - 1
+    def require_served(self, max_positions: int | None) -> None:
+        """Raise TriAttentionError for beams, speculative decoding, and a sequence of more than ``max_positions``."""
+        if (self.option("num_beams") or 1) > 1:
+            raise TriAttentionError(NO_REORDERING)
+        if any(self.option(name) for name in _SPECULATIVE):
+            raise TriAttentionError(NO_ROLL_BACK)
+        if max_positions is not None:
+            require_length(self._longest(), max_positions)
+
+    def _longest(self) -> int:
+        """The most tokens that a row may feed; the last new token is never fed."""
+        named = (self.given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        ids = next((x for x in named if x is not None), None)
+        mask = self.given.get("attention_mask")
+        width = 1 if ids is None else ids.shape[1]
+        prompt = width if mask is None or mask.ndim != 2 else int(mask.sum(-1).max())
+        new = self.option("max_new_tokens")
+        if new is None:
+            # the default of generate: 20 new tokens
+            new = 20 if (whole := self.option("max_length")) is None else max(whole - width, 1)
+        return prompt + new - 1

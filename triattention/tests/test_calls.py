@@ -500,6 +500,7 @@ REFUSED: dict[str, dict[str, tuple[Callable[[Ways], object], str]]] = {
     "beam search": {
         "greedy": (_generated(num_beams=2), _BEAMS),
         "several": (_generated(num_beams=2, num_return_sequences=2), _BEAMS),
+        "groups": (_generated(num_beams=4, num_beam_groups=2, diversity_penalty=0.5), _BEAMS),
         "sampled": (lambda ways: ways.patched().generate(_IDS, **_GREEDY | {"do_sample": True}, num_beams=2), _BEAMS),
         "reorder": (_changed(lambda cache: cache.reorder_cache(torch.tensor([1, 0]))), _BEAMS),
         "select": (_changed(lambda cache: cache.batch_select_indices(torch.tensor([1]))), _BEAMS),
@@ -512,10 +513,9 @@ REFUSED: dict[str, dict[str, tuple[Callable[[Ways], object], str]]] = {
         "early exit": (_generated(assistant_early_exit=1), _BACK),
         "crop": (_changed(lambda cache: cache.crop(10)), _BACK),
     },
-    "contrastive search, DoLa, group beam search": {
+    "contrastive search, DoLa": {
         "contrastive": (_generated(penalty_alpha=0.6, top_k=4), _MOVED),
         "dola": (_generated(dola_layers="low"), _MOVED),
-        "group": (_generated(num_beams=4, num_beam_groups=2, diversity_penalty=0.5), _MOVED),
     },
     "continuous batching": {
         "paged": (_generated(cache_implementation="paged"), _PAGED),
@@ -547,7 +547,7 @@ REFUSED: dict[str, dict[str, tuple[Callable[[Ways], object], str]]] = {
             _BEFORE,
         ),
         "rebuilt": (lambda ways: ways.patched()(tiny.tokens(1), past_key_values=_rebuilt(ways)), _BEFORE),
-        "prefix": (_prefix, _BEFORE),
+        "prefix": (_prefix, f"{_BEFORE}|both cache and past_key_values are given; give one cache"),
     },
     "the decoder, `model.model(...)`, with a cache": {
         "named": (
