@@ -17,7 +17,7 @@ from verify.errors import SubjectLacks
 from verify.judge.tolerance import ATTENTION_LOG_PROB
 from verify.model import quality
 from verify.model.live_model import LiveModel
-from verify.model.observed import physical_length, positions_noted, require_counting
+from verify.model.observed import cache_of, physical_length, positions_noted, require_counting, with_cache
 from verify.model.settings import (
     BUDGET,
     DIVIDE,
@@ -255,7 +255,7 @@ def test_eager_equals_sdpa(case: str, model: LiveModel, measure: Measure) -> Non
         with torch.inference_mode():
             prefix = model.model(input_ids=ids[:, :-12], use_cache=True)
             steps = [
-                model.model(input_ids=ids[:, i : i + 1], past_key_values=prefix.past_key_values).logits
+                model.model(input_ids=ids[:, i : i + 1], **with_cache(model.model, cache_of(prefix))).logits
                 for i in range(ids.shape[1] - 12, ids.shape[1])
             ]
         logits[attention] = torch.cat(steps, 1).log_softmax(-1)

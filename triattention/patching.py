@@ -7,11 +7,13 @@ to the model that was patched.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any
 
+import transformers
 from transformers.cache_utils import Cache
 
 from triattention.architecture import Architecture, decoder_of, describe, inside
@@ -26,6 +28,9 @@ _BASE = "_triattention_base"
 #: The ways into continuous batching. Its steps run in another thread, so it is refused where it is called.
 _CONTINUOUS = ("generate_batch", "continuous_batching_context_manager", "init_continuous_batching")
 
+
+#: The newest transformers with which the tests were run (docs/setup.md).
+TESTED = "5.24"
 
 #: The options of ``generate`` that ask for speculative decoding.
 _SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -44,6 +49,11 @@ def patch(model: Any, make: Callable[[Architecture], Compression]) -> None:
     if len(devices) > 1:
         raise TriAttentionError(f"the model is spread over {', '.join(sorted(devices))}; load it on one device")
     live = describe(model)
+    if tuple(map(int, transformers.__version__.split(".")[:2])) > tuple(map(int, TESTED.split("."))):
+        warnings.warn(
+            f"transformers {transformers.__version__} is newer than {TESTED}, the newest that this was tested with",
+            stacklevel=3,
+        )
     method = make(live)
     method.live, method.max_positions = live, live.max_positions
     decoder = decoder_of(model)

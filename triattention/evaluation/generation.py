@@ -12,6 +12,7 @@ import torch
 from transformers import StoppingCriteria
 
 from triattention.errors import TriAttentionError
+from triattention.forward import CACHE_NAMES
 
 if TYPE_CHECKING:
     from triattention.evaluation.datasets import Question
@@ -125,7 +126,8 @@ def generate_batch(
     replies = [_until_end(row, end_tokens) for row in generated]
     peak_memory = _peak_memory_bytes(model.device)
     method = getattr(model, "triattention", None)
-    longest = output.past_key_values.get_seq_length() if method is None else method.peak_length
+    cache = next(filter(None, (getattr(output, name, None) for name in CACHE_NAMES)), None)
+    longest = cache.get_seq_length() if method is None else method.peak_length
     answers = []
     for prompt, reply in zip(prompts, replies, strict=True):
         # the last new token is never fed back, so it is not in the cache

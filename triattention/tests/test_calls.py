@@ -587,6 +587,13 @@ def test_a_way_is_refused_in_a_sentence(way: str, case: str, ways: Ways) -> None
         call(ways)
 
 
+def test_a_transformers_that_was_not_tested_is_told_and_served(ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.27.0.dev0")
+    with pytest.warns(UserWarning, match=r"transformers 5\.27\.0\.dev0 is newer than 5\.24, the newest"):
+        model = ways.patched()
+    ways.must_compress(model)
+
+
 def test_the_table_has_every_way() -> None:
     rows = dict(_ROW.findall(_REFERENCE.read_text("utf-8")))
     assert {way for way, what in rows.items() if what == "refused"} == {*REFUSED}

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from verify.model.observed import cache_of, with_cache
+
 if TYPE_CHECKING:
     import torch
 
@@ -95,7 +97,8 @@ def begin(live: LiveModel, texts: Sequence[Asked], setting: Setting) -> Any:
     cache, ids = live.new_cache(), _batch(texts)[:, : setting.budget + setting.divide_length]
     with torch.inference_mode():
         for step in ids.split(setting.step, dim=1):
-            cache = live.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            given = with_cache(live.model, cache)
+            cache = cache_of(live.model(input_ids=step, use_cache=True, logits_to_keep=1, **given))
     return cache
 
 
@@ -115,14 +118,14 @@ def feed(live: LiveModel, texts: Sequence[Asked], setting: Setting, control: str
         for start in range(fed, ids.shape[1], setting.step):
             step = ids[:, start : start + setting.step]
             end = start + step.shape[1]
-            given = {}
+            given = with_cache(live.model, cache)
             if control is not None:  # the cache does not know how many tokens it has seen
                 given["position_ids"] = torch.arange(start, end, device=ids.device).expand(len(texts), -1)
             # only the logits that count: they take a fifth of the time, and most of the memory
             counts = [range(max(text.first, start), min(len(text.ids) - 1, end)) for text in texts]
             first = min((some[0] for some in counts if some), default=end - 1)
-            out = live.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=end - first, **given)
-            cache = out.past_key_values
+            out = live.model(input_ids=step, use_cache=True, logits_to_keep=end - first, **given)
+            cache = cache_of(out)
             for row, some in enumerate(counts):
                 if some:
                     predicted = out.logits[row, some.start - first : some.stop - first].float().log_softmax(-1)

@@ -17,7 +17,7 @@ from verify.judge import oracle
 from verify.judge.compressor import write_statistics
 from verify.judge.live_case import scoring_problem
 from verify.judge.parameters import options
-from verify.model.observed import Observed, Round, layers_of
+from verify.model.observed import Observed, Round, cache_of, layers_of, with_cache
 from verify.model.settings import BUDGET
 from verify.record import trail
 from verify.record.grounds import Checkout, aside, tell_again
@@ -213,14 +213,14 @@ class LiveModel:
         import torch
 
         with torch.inference_mode():
-            return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+            return self.model(input_ids=ids, **with_cache(self.model, cache), use_cache=True, logits_to_keep=1, **more)
 
     def decode(self, encoded: dict[str, Any], steps: int) -> Iterator[tuple[int, Any]]:
         """Prefill, then greedy steps one by one; yields the tokens fed in each step, and the cache after it."""
         cache, ids = self.new_cache(), encoded["input_ids"]
         for _ in range(steps):
             out = self.step(ids, cache)
-            cache = out.past_key_values
+            cache = cache_of(out)
             yield ids.shape[1], cache
             ids = out.logits[:, -1:].argmax(-1)
 
@@ -231,7 +231,7 @@ class LiveModel:
         """
         cache, fed, sizes = self.new_cache(), 0, [*steps, *[1] * (ids.shape[1] - sum(steps))]
         for size in sizes:
-            cache = self.step(ids[:, fed : fed + size], cache).past_key_values
+            cache = cache_of(self.step(ids[:, fed : fed + size], cache))
             fed += size
             yield fed, cache
 

