@@ -246,4 +246,4 @@ def test_a_version_newer_than_any_tested_is_a_note_with_both(name: str, what: st
 def test_the_patch_warns_of_the_same_transformers() -> None:
     from triattention.patching import TESTED
 
-    assert TESTED == NEWEST["transformers"]
+    assert NEWEST["transformers"] == TESTED
