@@ -21,12 +21,13 @@ def _card() -> Gpu:
     from verify.machine import nvml
 
     try:
-        cards = nvml.query().gpus
+        driver = nvml.query()
     except nvml.NvmlUnavailable as error:
         raise InfraError(f"NVML does not answer ({error}); see `python -m verify doctor`") from error
-    if not cards:
-        raise InfraError("NVML shows no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi, then run again")
-    return cards[0]
+    if not driver.gpus:
+        why = "; ".join(driver.notes) or "check CUDA_VISIBLE_DEVICES and nvidia-smi, then run again"
+        raise InfraError(f"NVML shows no GPU; {why}")
+    return driver.gpus[0]
 
 
 @check(

@@ -170,14 +170,15 @@ def _harmless(value: str) -> str:
 
 def _first_gpu() -> nvml.Gpu:
     try:
-        gpus = nvml.query().gpus
+        driver = nvml.query()
     except nvml.NvmlUnavailable as error:
         raise ConfigurationError(
             f"device cuda needs the NVIDIA driver, which does not answer ({error}); see `python -m verify doctor`"
         ) from error
-    if not gpus:
-        raise ConfigurationError("device cuda needs a GPU and the driver shows none; check CUDA_VISIBLE_DEVICES")
-    return gpus[0]
+    if not driver.gpus:
+        why = "; ".join(driver.notes) or "check CUDA_VISIBLE_DEVICES"
+        raise ConfigurationError(f"device cuda needs a GPU and the driver shows none; {why}")
+    return driver.gpus[0]
 
 
 def _package_folder(package: str) -> Path | None:

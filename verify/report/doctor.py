@@ -99,7 +99,8 @@ def check_card(machine: Machine, expect: int | None) -> None:
         return
     wanted = find(expect)
     products = ", ".join(wanted.products) if wanted is not None else ""
-    here = f"{machine.gpu.name} (sm{machine.gpu.sm})" if machine.gpu else "no GPU"
+    why = machine.no_driver or "; ".join(machine.driver.notes if machine.driver is not None else ())
+    here = f"{machine.gpu.name} (sm{machine.gpu.sm})" if machine.gpu else f"no GPU{why and f' ({why})'}"
     raise ConfigurationError(
         f"this machine has {here}, not sm{expect} ({products or 'no product known'}); "
         "go to the right machine or give another --expect"
@@ -111,6 +112,7 @@ def examine(machine: Machine) -> list[Finding]:
     return [
         _package("Python", machine.python, "3.11", "install Python 3.11 or newer and remove .venv"),
         _gpu(machine),
+        *_cards(machine),
         *_driver(machine),
         _known("torch", _torch(machine)),
         _known("triton", _package("Triton", machine.packages["triton"], _minimum(machine, "triton"), _SET_UP)),
@@ -171,9 +173,9 @@ def _optional(what: str, found: str, field: str, machine: Machine, step: str) ->
 def _gpu(machine: Machine) -> Finding:
     gpu, covered = machine.gpu, "sm80 to sm121"
     if gpu is None:
-        why = machine.no_driver or "the driver shows no GPU; is CUDA_VISIBLE_DEVICES right?"
-        step = f"runs here are emulated and verify no GPU ({why}); on a machine with a GPU install its driver"
-        return Finding("GPU", "none", covered, Status.SKIP, step)
+        notes = machine.driver.notes if machine.driver is not None else ()
+        why = machine.no_driver or "; ".join(notes) or "the driver shows no GPU; is CUDA_VISIBLE_DEVICES right?"
+        return Finding("GPU", "none", covered, Status.SKIP, f"runs here are emulated and verify no GPU: {why}")
     cards = machine.driver.gpus if machine.driver is not None else ()
     more = f" (and {len(cards) - 1} more)" if len(cards) > 1 else ""
     found = f"{gpu.name}, sm{gpu.sm}, {gpu.memory_gib:.0f} GiB{more}"
@@ -185,6 +187,13 @@ def _gpu(machine: Machine) -> Finding:
     return Finding("GPU", found, covered, Status.OK)
 
 
+def _cards(machine: Machine) -> list[Finding]:
+    """What the driver says about cards besides the one that is used."""
+    if machine.driver is None or machine.gpu is None:
+        return []
+    return [Finding("cards", "", "any", Status.NOTE, note) for note in machine.driver.notes]
+
+
 def _driver(machine: Machine) -> list[Finding]:
     if machine.driver is None:
         return []
@@ -193,6 +202,8 @@ def _driver(machine: Machine) -> list[Finding]:
     # a driver supports every CUDA of its own and earlier major versions, whatever the minor version
     major = machine.cuda_runtime.split(".")[0]
     asked = " and ".join(filter(None, [minimum, f"CUDA {major}" if major.isdigit() else ""])) or "any"
+    if nvml.UNKNOWN in (machine.driver.version, machine.driver.cuda):
+        return [Finding("driver", found, asked, Status.NOTE, "it does not tell its version; `nvidia-smi` may")]
     if _older(machine.driver.version, minimum):
         return [Finding("driver", found, asked, Status.NEEDED, f"install driver {minimum} or newer")]
     if major.isdigit() and int(machine.driver.cuda.split(".")[0]) < int(major):

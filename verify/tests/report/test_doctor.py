@@ -87,7 +87,7 @@ def test_what_is_needed_is_named_with_the_next_step(bad: Machine, what: str, wor
 def test_no_gpu_is_no_obstacle_and_is_told() -> None:
     found = finding(machine(None), "GPU")
     assert found.status is Status.SKIP
-    assert "verify no GPU (NVML Shared Library Not Found)" in found.step
+    assert "verify no GPU: NVML Shared Library Not Found" in found.step
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_wrong_card_is_refused_with_both_names() -> None:
     check_card(machine(None), None)
     with pytest.raises(ConfigurationError, match=r"Sample GPU \(sm120\), not sm90 \(H100, H200, GH200\)"):
         check_card(machine(120), 90)
-    with pytest.raises(ConfigurationError, match="has no GPU, not sm120"):
+    with pytest.raises(ConfigurationError, match=r"has no GPU \(NVML Shared Library Not Found\), not sm120"):
         check_card(machine(None), 120)
 
 
