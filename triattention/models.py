@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from triattention.embedded import embedded_directory
 from triattention.errors import TriAttentionError
+from triattention.files import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ class ModelSource:
     @property
     def label(self) -> str:
         """The last part of the name, usable in file names."""
-        last = Path(self.name).expanduser().resolve().name if self.local and self.name != EMBEDDED else self.name
+        last = expanded(self.name).resolve().name if self.local and self.name != EMBEDDED else self.name
         return "".join(c if c.isalnum() or c in "._-" else "-" for c in last)
 
 
@@ -54,7 +55,7 @@ def find_source(name: str) -> ModelSource:
     """
     if name == EMBEDDED:
         return ModelSource(name, str(embedded_directory()))
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name and path.is_dir():
         _check_directory(path)
         return ModelSource(name, str(path))

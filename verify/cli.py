@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +51,11 @@ examples:
 exit codes: 0 success; 1 a HARD check failed; 2 interrupted, can be continued; 3 configuration or usage error;
   4 a SOFT check failed under --strict-soft; 5 the report was made, but some records were unreadable
 """
+
+_NO_PACKAGE = "{} is not installed; `make setup` or triattention-verify[verify] brings it"
+
+#: Errors of the file system that are the machine's, not this suite's.
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
 
 _RUN_EXAMPLES = """\
 examples:
@@ -151,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code: 3 after a ConfigurationError, 2 after Ctrl-C, each with one line on
     stderr.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     chosen = parser().parse_args(arguments)
     try:
         code = _VERBS[chosen.verb](chosen)
@@ -159,6 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"verify: {error}", file=sys.stderr)
         return Exit.CANNOT
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("verify", "phases"):
+            raise  # a broken checkout
+        print(f"verify: {_NO_PACKAGE.format(package)}", file=sys.stderr)
+        return Exit.CANNOT
     except KeyboardInterrupt:
         print(f"verify: {chosen.verb} was interrupted; run it again", file=sys.stderr)
         return Exit.INTERRUPTED
@@ -166,6 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the reader (head, less) closed the pipe; redirect stdout to /dev/null, so that the final flush is silent
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _MACHINE:
+            raise
+        where = error.filename or "a file of this command"
+        print(f"verify: {where} cannot be used ({error.strerror}); mend that and run again", file=sys.stderr)
+        return Exit.CANNOT
 
 
 def request_of(chosen: argparse.Namespace) -> RunRequest:

@@ -31,8 +31,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # which a failed write does not name
         raise
 
 
@@ -45,10 +47,45 @@ def repository_root() -> Path:
     return IMPORT_ROOT
 
 
+def expanded(name: str | Path) -> Path:
+    """A path that a user gave, with ``~`` for a home directory; unchanged where there is no such home."""
+    return Path(os.path.expanduser(name))
+
+
+def home() -> Path | None:
+    """The user's home directory; None for a user without one."""
+    found = os.path.expanduser("~")
+    return Path(found) if found != "~" else None
+
+
 def cache_folder() -> Path:
-    """The folder for files that can be made again: ``TRIATTENTION_CACHE``, or a folder in the user's cache."""
-    root = os.environ.get("TRIATTENTION_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "triattention"
+    """The folder for files that can be made again: ``TRIATTENTION_CACHE``, or one in the user's cache.
+
+    A user without a home, or with one that cannot be written, has a folder in the temporary directory. Raises
+    ConfigurationError if that belongs to somebody else.
+    """
+    if root := os.environ.get("TRIATTENTION_CACHE"):
+        return Path(root)
+    own = home()
+    if own is not None and writable(usual := own / ".cache" / "triattention"):
+        return usual
+    folder = Path(tempfile.gettempdir()) / f"triattention-{os.getuid()}"
+    if folder.exists() and folder.stat().st_uid != os.getuid():
+        raise ConfigurationError(f"the cache {folder} is of another user; set TRIATTENTION_CACHE to a folder of yours")
+    return folder
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in ``folder``, which need not exist yet."""
+    # os.path.exists is False for what may not be looked at
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise ConfigurationError, before the work begins, if its result could not be written to ``folder``."""
+    if not writable(folder):
+        raise ConfigurationError(f"{folder} cannot be written; choose another --out")
 
 
 def kept_place(folder: Path, *what: Any) -> Path:

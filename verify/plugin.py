@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,12 +201,19 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     current = config.stash[SESSION]
     if current.manifest is None:
         try:
-            current.manifest = _manifest(config, checks)
+            manifest = _manifest(config, checks)
         except ConfigurationError as error:
             raise pytest.UsageError(str(error)) from error
         scratch = config.getoption("scratch")
-        current.run_dir = scratch or current.root / RUNS / current.manifest.run_id
-        events.create(current.run_dir, current.manifest)
+        current.run_dir = scratch or current.root / RUNS / manifest.run_id
+        try:
+            events.create(current.run_dir, manifest)
+        except OSError as error:
+            raise pytest.UsageError(
+                f"{current.run_dir} cannot be created ({error.strerror}); use a checkout that you may write to, or "
+                "`python -m verify run --out DIR`"
+            ) from error
+        current.manifest = manifest
         if scratch:
             probe = Probe(scratch, config.getoption("plant_error") or 0.0, config.getoption("seeds"), current.seed)
             config.pluginmanager.register(probe, "verify-probe")
@@ -251,6 +259,14 @@ def _words(config: pytest.Config) -> str:
     return localise(shlex.join(["pytest", *words, *paths]), config.rootpath)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    try:
+        return (yield)
+    except OSError as error:  # what a check raises does not come here
+        pytest.exit(f"{error.filename or 'the log of the run'} cannot be written ({error.strerror})", Exit.CANNOT)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     current = session.config.stash[SESSION]
@@ -280,11 +296,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     from verify.report.verb import print_matrix
     from verify.run.runner import unjudged
 
-    text = io.StringIO()
+    encoding = sys.stdout.encoding or "utf-8"
+    text = io.TextIOWrapper(io.BytesIO(), encoding, errors="replace", write_through=True)
     console = Console(file=text, width=shutil.get_terminal_size().columns, force_terminal=terminalreporter.hasmarkup)
     print_matrix(session.record, console)
     terminalreporter.ensure_newline()
-    terminalreporter.write(text.getvalue())
+    terminalreporter.write(text.buffer.getvalue().decode(encoding))
     terminalreporter.write_line(f"record: {os.path.relpath(session.run_dir / events.RECORD)}")
     if told := unjudged(session.record, session.run_dir):
         terminalreporter.write_line(told)

@@ -7,6 +7,7 @@ interrupted. torch and transformers are imported by the verb that runs, so that 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(call: Callable[[], None]) -> int:
     """The exit code of ``call``; user errors become one sentence on stderr, and warnings become notes there."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     _log_to_stderr()
     try:
         with warnings.catch_warnings():
@@ -57,9 +61,10 @@ def guarded(call: Callable[[], None]) -> int:
         if (error.name or "").startswith("triattention"):
             raise  # a broken installation of this package, not a missing dependency
         print(
-            f"triattention: the package {error.name} is not installed; run: pip install {error.name}", file=sys.stderr
+            f"triattention: {error.name} is not installed; `make setup` or triattention-verify[hf] brings it",
+            file=sys.stderr,
         )
-        return 1
+        return 3
     except KeyboardInterrupt:
         print("triattention: interrupted", file=sys.stderr)
         return 130

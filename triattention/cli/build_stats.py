@@ -18,6 +18,7 @@ from triattention.cli.options import (
     require_at_least_one,
 )
 from triattention.errors import TriAttentionError
+from triattention.files import expanded
 
 if TYPE_CHECKING:
     from triattention.statistics import Statistics
@@ -79,7 +80,7 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
             raise TriAttentionError(
                 f"--output {args.output} is one file, but there are {len(args.model)} models; use --output-dir"
             )
-        return {args.model[0]: Path(args.output).expanduser()}
+        return {args.model[0]: expanded(args.output)}
     if args.output_dir is None:
         for option, value in (
             ("input", args.input),
@@ -92,7 +93,7 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
                     "text, made one model after the other"
                 )
         return {}
-    directory = Path(args.output_dir).expanduser()
+    directory = expanded(args.output_dir)
     outputs = {model: directory / f"{models.find_source(model).label}.pt" for model in args.model}
     if len(set(outputs.values())) < len(outputs):
         raise TriAttentionError(f"two of the models would be written to the same file in {directory}; do one at a time")

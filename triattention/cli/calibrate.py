@@ -17,6 +17,7 @@ from triattention.cli.options import (
     require_writable,
 )
 from triattention.errors import TriAttentionError
+from triattention.files import expanded
 
 if TYPE_CHECKING:
     from triattention.statistics import Statistics
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         length = DEFAULT_MAX_LENGTH if args.max_length is None else args.max_length
         require_at_least_one(args, "max_length")
-        output = Path(args.output).expanduser()
+        output = expanded(args.output)
         require_output(output)
         result = calibrate_to_file(args.model, args.input, output, length, args.dtype, args.device)
     print(f"wrote {output}: {result.token_count} tokens of {args.input or 'the bundled text'}")
@@ -89,7 +90,7 @@ def calibrate_to_file(
     from triattention.text_calibration import bundled_text, calibrate_on_text, read_text
 
     quiet_transformers()
-    text = bundled_text() if text_file is None else read_text(Path(text_file).expanduser())
+    text = bundled_text() if text_file is None else read_text(expanded(text_file))
     loaded = models.load(models.find_source(model), dtype=dtype, device=device)
     with tqdm(unit="token", desc=model, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
 

@@ -12,6 +12,7 @@ from triattention.cli.plan import shown
 from triattention.cli.results import Line, read_lines
 from triattention.cli.summary import COLUMNS, settings_of, shares_of, summarise, table
 from triattention.errors import TriAttentionError
+from triattention.files import expanded
 
 #: The rows with a ratio, and the summary entry each is computed from.
 _RATIOS = {
@@ -36,13 +37,13 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    paths = [_find(name, Path(args.out).expanduser()) for name in (args.a, args.b)]
+    paths = [_find(name, expanded(args.out)) for name in (args.a, args.b)]
     print(*comparison(paths, [_whole_lines(path) for path in paths]), sep="\n")
 
 
 def _find(name: str, out: Path) -> Path:
     """The results file that ``name`` refers to."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         found = sorted(path.glob("*.jsonl"))
         if len(found) != 1:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from triattention.files import expanded
 
 if TYPE_CHECKING:
     from triattention.models import LoadedModel
@@ -83,7 +84,7 @@ def check(args: argparse.Namespace, method: str) -> dict[str, Any]:
     if method != "triattention":
         args.stats_path = None
     if args.stats_path is not None:
-        statistics.load(Path(args.stats_path).expanduser())
+        statistics.load(expanded(args.stats_path))
     return {option: getattr(args, option) for option in _OPTIONS}
 
 
@@ -103,7 +104,7 @@ def patch(loaded: LoadedModel, args: argparse.Namespace, method: str) -> None:
     from triattention.methods.triattention import apply_triattention_patch
     from triattention.text_calibration import cached_statistics
 
-    path = cached_statistics(loaded) if args.stats_path is None else Path(args.stats_path).expanduser()
+    path = cached_statistics(loaded) if args.stats_path is None else expanded(args.stats_path)
     apply_triattention_patch(
         loaded.model,
         stats_path=path,

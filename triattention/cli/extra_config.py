@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from triattention.errors import TriAttentionError
+from triattention.files import expanded
 
 _OPTION = "--extra-config"
 
@@ -36,7 +37,7 @@ def expand(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     merged: dict[str, Any] = {}
     known = {string: action for action in parser._actions for string in action.option_strings}
     for name in finder.parse_known_args(words)[0].extra_config:
-        merged |= _read(Path(name).expanduser(), known, parser.prog.rpartition(" ")[2])
+        merged |= _read(expanded(name), known, parser.prog.rpartition(" ")[2])
     return [word for option, value in merged.items() for word in _words(option, value, known[option])] + [*words]
 
 

@@ -22,6 +22,7 @@ from triattention.cli.options import (
 )
 from triattention.errors import TriAttentionError
 from triattention.evaluation.datasets import Question, load_dataset
+from triattention.files import expanded
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Plan:
         dataset = load_dataset(args.dataset, seed=args.seed)
         compressed = compression.check(args, method)
         if args.out is not None:
-            require_writable(Path(args.out).expanduser(), "--out")
+            require_writable(expanded(args.out), "--out")
         # find_source converts the embedded model if needed, which a dry run must not do
         source = models.ModelSource(args.model, "") if args.model == models.EMBEDDED else models.find_source(args.model)
         parts = [method, *([] if args.budget is None else [f"b{args.budget}"]), source.label, dataset.name]
@@ -74,7 +75,7 @@ class Plan:
     @property
     def path(self) -> Path | None:
         """The JSON lines file, or None without ``--out``."""
-        return None if self.args.out is None else Path(self.args.out).expanduser() / f"{self.name}.jsonl"
+        return None if self.args.out is None else expanded(self.args.out) / f"{self.name}.jsonl"
 
     @cached_property
     def batches(self) -> list[list[Unit]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from triattention.errors import TriAttentionError
+from triattention.files import expanded
 from triattention.vllm.runtime import hook_targets
 
 #: Exit code if there is nothing to compare: no vLLM, or no entry for its version.
@@ -36,7 +37,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    root = args.root and args.root.expanduser()
+    root = args.root and expanded(args.root)
     try:
         if args.json:
             _print_entry(root)

@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 
 from triattention.errors import TriAttentionError
 from triattention.evaluation import needle, state_query
 from triattention.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from triattention.evaluation.questions import Dataset, Question
+from triattention.files import expanded
 
 __all__ = ["BUNDLED", "KNOWN", "Dataset", "Question", "load_dataset"]
 
@@ -71,7 +71,7 @@ def _generate(task: str, argument: str | None, seed: int) -> Dataset:
 
 
 def _read(name: str) -> Dataset:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix != ".jsonl":
         raise TriAttentionError(
             f"dataset {name!r} is not known; known: {', '.join(KNOWN)}, or the path of a .jsonl file with question and "

@@ -16,7 +16,7 @@ from verify.build.builder import LIMIT_S, Order, Progress, compile_ahead, failed
 from verify.build.compiler import Answer
 from verify.build.records import records_of
 from verify.errors import ConfigurationError, Exit
-from verify.files import default_out, repository_root
+from verify.files import cache_folder, default_out, repository_root, require_writable, writable
 from verify.judge.variants import DEFAULT, FULL
 from verify.machine.processors import cores
 from verify.record.builds import BuildVerdict, Compilation
@@ -47,6 +47,7 @@ def compile_verb(
     order = _order(sm, kernels, full, subject, jobs, limit_s, fresh, root)
     if out.exists() and not out.is_dir():
         raise ConfigurationError(f"--out {out} is not a directory; name a directory for the records")
+    require_writable(out)
     prepare()
     info = order.subject.info()
     with _interruptible():
@@ -172,8 +173,9 @@ def _write(records: Sequence[Record], out: Path) -> Path:
             file.unlink(missing_ok=True)
         if folder.is_dir():
             folder.rmdir()
+        cached = "the builds are cached, so " if writable(cache_folder()) else ""
         raise ConfigurationError(
-            f"the records cannot be written to {folder} ({error.strerror}); the builds are cached, so make room or "
-            "choose another --out and run again"
+            f"the records cannot be written to {folder} ({error.strerror}); {cached}make room or choose another "
+            "--out and run again"
         ) from error
     return folder

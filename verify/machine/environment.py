@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from verify.errors import ConfigurationError
+from verify.files import home
 from verify.machine import nvml
 from verify.record.schema import Environment
 
@@ -149,7 +150,7 @@ def localise(text: str, root: Path, own: Mapping[Path, str] = _NONE) -> str:
     """
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     places = {**own, root: ".", Path(sys.prefix): "<venv>", Path(sys.base_prefix): "<python>"}
-    places |= {Path(tempfile.gettempdir()): "<tmp>", Path.home(): "~"}
+    places |= {Path(tempfile.gettempdir()): "<tmp>"} | ({own_home: "~"} if (own_home := home()) is not None else {})
     for place in sorted(places, key=lambda path: len(str(path)), reverse=True):
         if len(place.parts) > 1:
             # not inside a relative path, which a repeat command may hold

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verify.errors import ConfigurationError
-from verify.files import REPORTS, cache_folder, keep, kept_place, repository_root, write_atomic
+from verify.files import REPORTS, cache_folder, keep, kept_place, repository_root, require_writable, write_atomic
 from verify.machine.environment import version_of
 from verify.model.controls import CONTROLS, Answers, Asked, Setting, begin, feed
 
@@ -246,6 +246,8 @@ def quality_verb(subject_name: str, device: str, out: Path | None) -> int:
     from verify.model.live_model import load, locate
     from verify.subject.find import find_subject
 
+    if out is not None:
+        require_writable(out.parent)
     chosen = resolve(device)
     prepare(chosen.name, "embedded")
     root = repository_root()

@@ -57,8 +57,13 @@ def read_manifest(run_dir: Path) -> Manifest:
 def append(run_dir: Path, event: dict[str, Any]) -> None:
     """Append an event in a single write, so that lines of two processes cannot mix and a kill cannot tear one."""
     line = json.dumps(event) + "\n"
-    with (run_dir / EVENTS).open("ab", buffering=0) as stream:
-        stream.write(line.encode())
+    path = run_dir / EVENTS
+    try:
+        with path.open("ab", buffering=0) as stream:
+            stream.write(line.encode())
+    except OSError as error:
+        error.filename = str(path)  # which a failed write does not name
+        raise
 
 
 def append_start(run_dir: Path, check_id: str) -> None:

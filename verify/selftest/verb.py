@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
-from verify.files import repository_root
+from verify.files import repository_root, require_writable
 from verify.machine.device import prepare
 from verify.machine.processors import cores
 from verify.record.kills import FOLDER, Matrix, Outcome, Row, write
@@ -83,6 +83,10 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
     faults = chosen(choice, [fault for fault in load_faults() if fault.fits(subject_key(subject))])
     checks = list(catalogue())
     plan = [(fault, _checks_for(fault, choice, checks)) for fault in faults]
+    path = out or root / FOLDER / f"{subject_key(subject)}{'.full' if choice.full is not None else ''}.json"
+    kept = out is not None or not choice.partial
+    if kept:
+        require_writable(path.parent)
     prepare("cpu", _MODEL)
     with Interruption() as interruption:
         bench = Bench(root, subject, survey("cpu", subject, root), _MODEL, 0, interruption.count)
@@ -102,8 +106,6 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
         instrument_sha256=bench.surroundings.instrument_sha256, versions=bench.versions,
         selection=choice.words, seed=choice.seed, rows=rows, idle=_idle(rows, checks),
     )  # fmt: skip
-    path = out or root / FOLDER / f"{subject_key(subject)}{'.full' if choice.full is not None else ''}.json"
-    kept = out is not None or not choice.partial
     if kept:
         write(matrix, path)
     print_matrix(matrix, form, path if kept else None)

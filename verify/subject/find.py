@@ -10,6 +10,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from verify.errors import ConfigurationError
+from verify.files import expanded
 from verify.record.grounds import PACKAGE
 from verify.subject.subject import OnlyItsOwn, Subject
 from verify.subject.toml import FILE, read
@@ -32,7 +33,7 @@ def find_subject(name: str, repository: Path) -> Subject:
     kind, _, module = name.partition(":")
     if kind == "module":
         return _in_package(Subject(name, _importable(module, name), name, module))
-    root = Path(name).expanduser().resolve()
+    root = expanded(name).resolve()
     file = root / FILE if (root / FILE).is_file() else None
     package = (file and read(file).subject.package) or PACKAGE
     found = Subject(name, _holding(root, package, name), f"checkout:{root.name}", package)

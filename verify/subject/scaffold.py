@@ -11,6 +11,7 @@ from textwrap import indent, wrap
 
 from verify.checks import PROFILES
 from verify.errors import ConfigurationError
+from verify.files import expanded
 from verify.record.grounds import PACKAGE
 from verify.subject.contract import EVERY, meaning_of, option_meaning, sections_of, template
 from verify.subject.meanings import MEANINGS
@@ -40,7 +41,7 @@ def init(folder: Path, profile: str, name: str | None = None) -> int:
 
     Nothing is left behind if it cannot be written. Raises ConfigurationError then.
     """
-    folder = folder.expanduser().absolute()
+    folder = expanded(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigurationError(f"{folder} exists and is not an empty directory; give a new one")
     contents = files(name or folder.name, profile)
