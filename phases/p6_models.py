@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from verify import Measure, check
+from verify.judge.tolerance import ATTENTION_LOG_PROB
 from verify.model.live_case import judge
 from verify.model.live_model import LiveModel
 from verify.model.observed import physical_length, positions_noted, require_counting
@@ -177,6 +178,43 @@ def test_prompt_in_chunks(
     ):
         judge(live, live.rounds(ids, *steps), options, measure, prompt=sum(steps), rounds=3)
     require_counting(positions)
+
+
+#: One layer, so that a cached key and value depend on their own token alone, and one KV head, so that there is one set.
+_ONE_SET: dict[str, Any] = {"num_hidden_layers": 1, "num_key_value_heads": 1}
+
+
+@check(
+    "p6.retained", gate="hard", needs=PATCHED,
+    # tokens of the step that is judged; the last one is the first of its sequence
+    cases={"step": 1, "chunk": 2 * DIVIDE, "prompt": FED},
+    claim="Every query attends to the tokens that were held when its step began, and to the older ones of its step, as "
+    "a model without eviction attends to them alone: RoPE is relative, so their distances count and nothing else.",
+    reason="A round inside the step takes keys from that step's own queries, and a position that follows the length of "
+    "the cache turns every later key; both leave a fluent text.",
+    tolerance="1e-3 on float32 log-probabilities: the same terms, summed in another order.",
+    remedy="Evict after the step, never within it; count positions by the tokens seen, not by those held.",
+)  # fmt: skip
+def test_retained(case: int, make: Make, seed: int, measure: Measure) -> None:
+    import torch
+
+    live, plain = make(**_ONE_SET), make("plain", **_ONE_SET)
+    live.patch(**live.offered(EVICT_PROMPT))
+    ids, cache, held = tokens(live, 2 * FED, seed), live.new_cache(), torch.zeros(0, dtype=torch.long)
+    seen = 0
+    if case != FED:
+        round_, cache = live.first_round(ids, NEAR)
+        seen, held = round_.seen, torch.from_numpy(round_.kept[0, 0].nonzero()[0])
+    chunk = ids[:, seen : seen + case]
+    with refusable(live.subject, "several tokens in a step", lambda: list(live.feed(ids[:, :NEAR], PROMPT))):
+        got = live.logits(chunk, cache)
+    positions = torch.cat([held, torch.arange(seen, seen + case)])
+    want = plain.logits(torch.cat([ids[:, held], chunk], 1), None, position_ids=(positions - positions[0])[None])
+    off = (got - want[:, -case:]).abs().amax(-1)[0]
+    measure(
+        "difference of log-probabilities", float(off.max()), ATTENTION_LOG_PROB,
+        where=f"token {int(off.argmax())} of {case}, {len(held)} of {seen} earlier tokens held",
+    )  # fmt: skip
 
 
 #: New tokens of each row: enough for three rounds.

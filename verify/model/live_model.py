@@ -109,11 +109,14 @@ class LiveModel:
     subject: Subject
     defaults: Mapping[str, Any]
     given: Path
-    _unpatched: list[tuple[Any, dict[str, Any], list[Any]]] = field(init=False, repr=False, compare=False)
+    _unpatched: list[tuple[Any, type, dict[str, Any], list[Any]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "defaults", self.offered(self.defaults))  # the dataclass is frozen
-        modules = [(part, dict(vars(part)), [dict(hooks) for hooks in _hooks(part)]) for part in self.model.modules()]
+        modules = [
+            (part, type(part), dict(vars(part)), [dict(hooks) for hooks in _hooks(part)])
+            for part in self.model.modules()
+        ]
         object.__setattr__(self, "_unpatched", modules)
 
     def offered(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +126,8 @@ class LiveModel:
 
     def restore(self) -> None:
         """Undo what a patch has set on the model, its parts and their hooks since it was loaded."""
-        for part, own, hooks in self._unpatched:
+        for part, kind, own, hooks in self._unpatched:
+            part.__class__ = kind
             for name in vars(part).keys() - own.keys():
                 delattr(part, name)
             vars(part).update(own)
@@ -215,6 +219,16 @@ class LiveModel:
         with torch.inference_mode():
             return self.model(input_ids=ids, **with_cache(self.model, cache), use_cache=True, logits_to_keep=1, **more)
 
+    def logits(self, ids: Any, cache: Any, **more: Any) -> Any:
+        """Log-probabilities ``[B, T, vocabulary]`` of every token of one forward step; ``cache`` may be None."""
+        import torch
+
+        given = {"use_cache": False} if cache is None else {**with_cache(self.model, cache), "use_cache": True}
+        if cache is None:  # given positions with gaps and no mask, transformers takes them for several sequences
+            given["attention_mask"] = torch.ones_like(ids)
+        with torch.inference_mode():
+            return self.model(input_ids=ids, **given, **more).logits.float().log_softmax(-1)
+
     def decode(self, encoded: dict[str, Any], steps: int) -> Iterator[tuple[int, Any]]:
         """Prefill, then greedy steps one by one; yields the tokens fed in each step, and the cache after it."""
         cache, ids = self.new_cache(), encoded["input_ids"]
@@ -259,6 +273,15 @@ class LiveModel:
 
         Raises what ``Observed.round_in`` does.
         """
+        return (found for found, _ in self._rounds(ids, *steps))
+
+    def first_round(self, ids: Any, *steps: int) -> tuple[Round, Any]:
+        """The first of these rounds, and the cache after it. Raises AssertionError if there is none."""
+        first = next(self._rounds(ids, *steps), None)
+        assert first is not None, f"no round happened in {ids.shape[1]} tokens at a budget of {BUDGET}"
+        return first
+
+    def _rounds(self, ids: Any, *steps: int) -> Generator[tuple[Round, Any], None, None]:
         observed, feeding = Observed(self.model), self.feed(ids, *steps)
         while True:
             with observed.watching():
@@ -266,7 +289,7 @@ class LiveModel:
             if fed is None:
                 return
             if (found := observed.round_in(fed[1], fed[0])) is not None:
-                yield found
+                yield found, fed[1]
 
     @cached_property
     def _statistics(self) -> dict[str, Any]:
