@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from packaging.version import Version
 
@@ -18,11 +18,13 @@ from verify.machine.environment import (
     at_least,
     cuda_runtime,
     cuda_toolkit,
+    ptxas_versions,
     variables,
     version_of,
     vllm_version,
 )
 from verify.record.schema import Gpu
+from verify.report.doctor_packages import mended, tried
 from verify.report.doctor_subject import examine_subject
 from verify.report.doctor_table import Finding, Status, print_findings
 from verify.subject.subject import Subject
@@ -42,6 +44,7 @@ class Machine:
     driver: nvml.Driver | None
     no_driver: str
     variables: dict[str, str]
+    ptxas: dict[str, str] = field(default_factory=dict)
 
     @property
     def gpu(self) -> Gpu | None:
@@ -62,7 +65,7 @@ def doctor(expect: int | None = None, subject: Subject | None = None, profile: s
     machine.
     """
     machine = inspect_machine()
-    findings = examine(machine)
+    findings = mended(examine(machine), tried(machine.packages))
     command = ["python", "-m", "verify", "run"]
     if subject is not None:
         findings += examine_subject(subject, profile or subject.profile)
@@ -90,6 +93,7 @@ def inspect_machine() -> Machine:
         driver=driver,
         no_driver=no_driver,
         variables=variables(),
+        ptxas=ptxas_versions(),
     )
 
 
@@ -119,6 +123,7 @@ def examine(machine: Machine) -> list[Finding]:
         _known("transformers", _package("transformers", machine.packages["transformers"], "5.16.1", _SET_UP)),
         _embedded_model(machine),
         *(_package(name, machine.packages[name], None, _SET_UP) for name in ("pytest", "pytest-timeout")),
+        *_assemblers(machine),
         _optional("CUDA toolkit", machine.cuda_toolkit, "cuda", machine, "install the toolkit if you build flash-attn"),
         _optional("flash-attn", machine.packages["flash-attn"], "flash_attn", machine, "build it, or go without"),
         _optional("vLLM", machine.packages["vllm"], "vllm", machine, "install it if you serve with vLLM"),
@@ -222,6 +227,21 @@ def _torch(machine: Machine) -> Finding:
         return Finding("PyTorch", f"{version}, {machine.cuda_runtime}", f"{minimum} with CUDA", Status.NEEDED, step)
     built = f"CUDA {machine.cuda_runtime}" if machine.cuda_runtime[0].isdigit() else "CPU build"
     return Finding("PyTorch", f"{version}, {built}", minimum or "any", Status.OK)
+
+
+def _assemblers(machine: Machine) -> list[Finding]:
+    """The assemblers that a variable of the user's chose in place of Triton's own."""
+    chosen = {name: version for name, version in machine.ptxas.items() if name.startswith("TRITON_")}
+    own = ", ".join(f"{name} {version}" for name, version in machine.ptxas.items() if name not in chosen) or "none"
+    step = "Triton uses this assembler because the variable is set; for Blackwell it reads TRITON_PTXAS_BLACKWELL_PATH"
+    return [
+        Finding(name, version, "any", Status.NOTE, step)
+        if version[:1].isdigit()
+        else Finding(
+            name, version, "any", Status.NOTE, f"Triton falls back to its own ({own}); unset the variable or mend it"
+        )
+        for name, version in chosen.items()
+    ]
 
 
 def _embedded_model(machine: Machine) -> Finding:

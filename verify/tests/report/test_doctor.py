@@ -11,6 +11,7 @@ from verify.machine.environment import NOT_INSTALLED
 from verify.machine.nvml import Driver
 from verify.record.schema import Gpu
 from verify.report.doctor import NEWEST, Machine, check_card, examine, inspect_machine, skips
+from verify.report.doctor_packages import mended, tried
 from verify.report.doctor_subject import examine_subject
 from verify.report.doctor_table import Finding, Status, print_findings
 from verify.subject.find import find_subject
@@ -247,3 +248,35 @@ def test_the_patch_warns_of_the_same_transformers() -> None:
     from triattention.patching import TESTED
 
     assert NEWEST["transformers"] == TESTED
+
+
+def test_a_package_that_is_there_and_does_not_work_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, body in {
+        "flash_attn": "raise ImportError('undefined symbol: _ZN3c10')",
+        "vllm": "",
+        "triton": "",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(body)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    broken = tried(dict.fromkeys(PACKAGES, NOT_INSTALLED) | dict.fromkeys(("flash-attn", "vllm", "triton"), "3.7.1"))
+    assert broken == {
+        "flash-attn": "ImportError: undefined symbol: _ZN3c10",
+        "Triton": "ModuleNotFoundError: No module named 'triton.language'",
+    }
+    found = {one.what: one for one in mended(examine(machine()), broken)}
+    assert found["flash-attn"].status is Status.NOTE
+    assert found["Triton"].status is Status.NEEDED
+    assert found["vLLM"].status is found["transformers"].status is Status.OK
+    assert found["flash-attn"].step == f"{broken['flash-attn']}; install a build of it that fits the other packages"
+
+
+def test_an_assembler_that_a_variable_chose_is_told() -> None:
+    own = {"ptxas": "13.0.88", "ptxas-blackwell": "13.1.2"}
+    assert not [one for one in examine(machine(ptxas=own)) if "PTXAS" in one.what]
+    works = finding(machine(ptxas=own | {"TRITON_PTXAS_PATH": "12.8.93"}), "TRITON_PTXAS_PATH")
+    assert (works.found, works.status) == ("12.8.93", Status.NOTE)
+    assert "for Blackwell it reads TRITON_PTXAS_BLACKWELL_PATH" in works.step
+    absent = {"TRITON_PTXAS_BLACKWELL_PATH": "does not run (FileNotFoundError)"}
+    fails = finding(machine(ptxas=own | absent), "TRITON_PTXAS_BLACKWELL_PATH")
+    assert "falls back to its own (ptxas 13.0.88, ptxas-blackwell 13.1.2); unset the variable or mend it" in fails.step
