@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import os
 import sys
@@ -13,18 +12,12 @@ from typing import NoReturn
 
 from verify.checks import DEFAULT_SEED, PROFILES
 from verify.errors import ConfigurationError, Exit
-from verify.files import repository_root
-from verify.run.request import RunRequest, parse_expect, parse_phases
+from verify.files import fault_of_the_machine, repository_root
+from verify.run.request import parse_expect, parse_phases, request_of
 
 _SUBJECT = "bundled (default), installed, the path of a checkout, or module:NAME"
 
 _FORMATS = ("terminal", "markdown", "json")
-
-#: Options that are fixed when a run starts, by the name of their setting.
-_FIXED = {
-    "phases": "--phases", "expression": "-m", "device": "--device", "model": "--model", "subject": "--subject",
-    "seed": "--seed", "sanitize": "--sanitize", "profile": "--profile",
-}  # fmt: skip
 
 _EXAMPLES = """\
 examples:
@@ -51,11 +44,6 @@ examples:
 exit codes: 0 success; 1 a HARD check failed; 2 interrupted, can be continued; 3 configuration or usage error;
   4 a SOFT check failed under --strict-soft; 5 the report was made, but some records were unreadable
 """
-
-_NO_PACKAGE = "{} is not installed; `make setup` or triattention-verify[verify] brings it"
-
-#: Errors of the file system that are the machine's, not this suite's.
-_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
 
 _RUN_EXAMPLES = """\
 examples:
@@ -169,12 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"verify: {error}", file=sys.stderr)
         return Exit.CANNOT
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("verify", "phases"):
-            raise  # a broken checkout
-        print(f"verify: {_NO_PACKAGE.format(package)}", file=sys.stderr)
-        return Exit.CANNOT
     except KeyboardInterrupt:
         print(f"verify: {chosen.verb} was interrupted; run it again", file=sys.stderr)
         return Exit.INTERRUPTED
@@ -182,26 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the reader (head, less) closed the pipe; redirect stdout to /dev/null, so that the final flush is silent
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in _MACHINE:
+    except (OSError, ModuleNotFoundError) as error:
+        if not (sentence := fault_of_the_machine(error)):
             raise
-        where = error.filename or "a file of this command"
-        print(f"verify: {where} cannot be used ({error.strerror}); mend that and run again", file=sys.stderr)
+        print(f"verify: {sentence}", file=sys.stderr)
         return Exit.CANNOT
-
-
-def request_of(chosen: argparse.Namespace) -> RunRequest:
-    """The validated request of ``run``. Raises ConfigurationError, also for ``--resume`` with an option that its run
-    fixed.
-    """
-    given = {name: value for name, value in vars(chosen).items() if name != "verb"}
-    if "resume" in given and (fixed := [flag for name, flag in _FIXED.items() if name in given]):
-        raise ConfigurationError(f"--resume keeps the options of the original run; drop {', '.join(fixed)}")
-    if "phases" in given:
-        given["phases"] = parse_phases(",".join(given["phases"]))
-    if "expect" in given:
-        given["expect"] = parse_expect(given["expect"])
-    return RunRequest(**given)
 
 
 def _add(verbs: argparse._SubParsersAction, name: str, claim: str) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,9 @@ from verify.errors import ConfigurationError
 #: Relative to a repository: all reports, the published records, and the runs of this machine.
 REPORTS = Path("reports")
 EVIDENCE, RUNS = REPORTS / "evidence", REPORTS / "runs"
+
+#: Errors of the file system that are the machine's, not this suite's.
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
 
 #: The directory that this package is imported from.
 IMPORT_ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +102,17 @@ def keep(place: Path, text: str) -> None:
     """Write a file that can be made again; if it cannot be written, it is made again the next time."""
     with suppress(OSError):
         write_atomic(place, text)
+
+
+def fault_of_the_machine(error: OSError | ModuleNotFoundError) -> str:
+    """A missing package, or a file that cannot be used, in a sentence with the next step; empty for another error."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        own = package in ("verify", "phases", "")  # a broken checkout
+        return "" if own else f"{package} is not installed; `make setup` or triattention-verify[verify] brings it"
+    if error.errno not in _MACHINE:
+        return ""
+    return f"{error.filename or 'a file'} cannot be used ({error.strerror}); mend that and run again"
 
 
 def default_out() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,3 +92,24 @@ class RunRequest:
                 raise ConfigurationError(f"{name} is empty; omit the option or give it a value")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigurationError(f"--out {self.out} is not a directory; name a directory for the run's files")
+
+
+#: Options that are fixed when a run starts, by the name of their setting.
+_FIXED = {
+    "phases": "--phases", "expression": "-m", "device": "--device", "model": "--model", "subject": "--subject",
+    "seed": "--seed", "sanitize": "--sanitize", "profile": "--profile",
+}  # fmt: skip
+
+
+def request_of(chosen: argparse.Namespace) -> RunRequest:
+    """The validated request of ``run``. Raises ConfigurationError, also for ``--resume`` with an option that its run
+    fixed.
+    """
+    given = {name: value for name, value in vars(chosen).items() if name != "verb"}
+    if "resume" in given and (fixed := [flag for name, flag in _FIXED.items() if name in given]):
+        raise ConfigurationError(f"--resume keeps the options of the original run; drop {', '.join(fixed)}")
+    if "phases" in given:
+        given["phases"] = parse_phases(",".join(given["phases"]))
+    if "expect" in given:
+        given["expect"] = parse_expect(given["expect"])
+    return RunRequest(**given)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from verify.cli import parser, request_of
+from verify.cli import parser
 from verify.errors import ConfigurationError
-from verify.run.request import RunRequest
+from verify.run.request import RunRequest, request_of
 from verify.tests import samples
 
 FAILED, VERIFIED = "sm120", "sm90"
