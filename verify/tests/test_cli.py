@@ -228,12 +228,14 @@ def test_reading_works_where_torch_is_not_installed(tree: Path, tmp_path: Path) 
         ["history"],
         ["gates"],
         ["explain", "p1.bf16"],
-        ["doctor"],
         ["contract"],
         ["init", str(tmp_path / "new"), "--profile", "full"],
     ):
         done = verify(tree, *arguments, path=str(tmp_path))
         assert (done.returncode, done.stderr) == (0, ""), arguments
+    done = verify(tree, "doctor", path=str(tmp_path), columns=200)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert "NEEDED  PyTorch: ModuleNotFoundError: No module named torch; install a build of it that fits" in done.stdout
 
 
 def test_help_has_examples_and_exit_codes(tree: Path) -> None:
