@@ -113,7 +113,9 @@ class Judge:
         self.readings = right or self.readings
         selection, causes = found.selection(self.readings[0]), [""]
         if not selection.compares(held, evictable).any():
-            return  # all that was kept is protected
+            # nothing was ranked
+            self.measure("protected tokens evicted", int((~held & ~evictable).sum()), 0, where=place)
+            return
         if not right:
             alike = [ONE_FOR_ALL] if len(held) > 1 and (held == held[0]).all() else [""]
             causes = found.causes(held, self.readings) or alike
