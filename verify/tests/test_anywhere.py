@@ -111,15 +111,15 @@ def test_any_folder_and_any_terminal_will_do(tmp_path: Path) -> None:
     folder.mkdir()
     tree = make_tree(folder)
     tree.write_phase(1, _PHASE)
-    for encoding in ("ascii", "utf-8"):
-        for child in (
-            tree.verify("run", "--device", "cpu", PYTHONIOENCODING=encoding),
-            tree.verify("report", "--all", PYTHONIOENCODING=encoding),
-            tree.pytest("phases", "--device=cpu", PYTHONIOENCODING=encoding),
-        ):
-            assert "p1.tiny" in _sentence(child)
-            assert child.returncode == 0
-    assert len(tree.records()) == 4
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    for child in (
+        tree.verify("run", "--device", "cpu", **ascii_only),
+        tree.verify("report", "--all", **ascii_only),
+        tree.pytest("phases", "--device=cpu", **ascii_only),
+    ):
+        assert "p1.tiny" in _sentence(child)
+        assert child.returncode == 0
+    assert len(tree.records()) == 2
 
 
 @pytest.mark.parametrize(
