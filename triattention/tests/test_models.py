@@ -204,3 +204,21 @@ def test_impossible_hardware_choices_are_refused(tiny: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(TriAttentionError, match="--device cuda, but torch sees no GPU"):
             models.load(source, device="cuda")
+
+
+def test_the_cache_is_the_users_or_a_folder_of_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRIATTENTION_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert embedded.cache_root() == tmp_path / ".cache" / "triattention"
+    monkeypatch.setattr(embedded.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(embedded.os, "access", lambda place, _: False)
+    own = tmp_path / "tmp" / f"triattention-{os.getuid()}"
+    assert embedded.cache_root() == own
+    own.mkdir(parents=True)
+    monkeypatch.setattr(embedded.os, "getuid", lambda: 54321)
+    own.rename(own.parent / "triattention-54321")
+    with pytest.raises(TriAttentionError, match="triattention-54321 is of another user; set TRIATTENTION_CACHE"):
+        embedded.cache_root()
+    monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path / "mine"))
+    assert embedded.cache_root() == tmp_path / "mine"

@@ -66,7 +66,7 @@ def doctor(expect: int | None = None, subject: Subject | None = None, profile: s
     """
     machine = inspect_machine()
     findings = examine(machine)
-    if expect is None or (machine.gpu and machine.gpu.sm == expect):  # else nothing will be run here
+    if _is_card(machine, expect):  # else nothing will be run here
         findings = mended(findings, tried(machine.packages))
     command = ["python", "-m", "verify", "run"]
     if subject is not None:
@@ -99,9 +99,13 @@ def inspect_machine() -> Machine:
     )
 
 
+def _is_card(machine: Machine, expect: int | None) -> bool:
+    return expect is None or (machine.gpu is not None and machine.gpu.sm == expect)
+
+
 def check_card(machine: Machine, expect: int | None) -> None:
     """Raise ConfigurationError, naming both GPUs, if the machine's GPU is not the expected one."""
-    if expect is None or (machine.gpu and machine.gpu.sm == expect):
+    if _is_card(machine, expect):
         return
     wanted = find(expect)
     products = ", ".join(wanted.products) if wanted is not None else ""
@@ -120,9 +124,9 @@ def examine(machine: Machine) -> list[Finding]:
         _gpu(machine),
         *_cards(machine),
         *_driver(machine),
-        _known("torch", _torch(machine)),
-        _known("triton", _package("Triton", machine.packages["triton"], _minimum(machine, "triton"), _SET_UP)),
-        _known("transformers", _package("transformers", machine.packages["transformers"], "5.16.1", _SET_UP)),
+        _known(machine, "torch", _torch(machine)),
+        _known(machine, "triton", _package("Triton", machine.packages["triton"], _minimum(machine, "triton"), _SET_UP)),
+        _known(machine, "transformers", _package("transformers", machine.packages["transformers"], "5.16.1", _SET_UP)),
         _embedded_model(machine),
         *(_package(name, machine.packages[name], None, _SET_UP) for name in ("pytest", "pytest-timeout")),
         *_assemblers(machine),
@@ -155,13 +159,10 @@ def _package(what: str, found: str, minimum: str | None, step: str) -> Finding:
     return Finding(what, found, minimum or "any", Status.NEEDED if bad else Status.OK, step if bad else "")
 
 
-def _known(name: str, finding: Finding) -> Finding:
+def _known(machine: Machine, name: str, finding: Finding) -> Finding:
     """``finding`` with a note if the version is newer than any that the suite was run with."""
     newest = NEWEST[name]
-    if (
-        finding.status is not Status.OK
-        or tuple(Version(finding.found.split(",")[0]).release[:2]) <= Version(newest).release
-    ):
+    if finding.status is not Status.OK or Version(machine.packages[name]).release[:2] <= Version(newest).release:
         return finding
     return replace(finding, status=Status.NOTE, step=f"newer than {newest}, the newest that the suite was run with")
 
