@@ -66,7 +66,7 @@ def doctor(expect: int | None = None, subject: Subject | None = None, profile: s
     """
     machine = inspect_machine()
     findings = examine(machine)
-    if _is_card(machine, expect):  # else nothing will be run here
+    if expect is None or _is_card(machine, expect):  # else nothing will be run here
         findings = mended(findings, tried(machine.packages))
     command = ["python", "-m", "verify", "run"]
     if subject is not None:
@@ -99,13 +99,13 @@ def inspect_machine() -> Machine:
     )
 
 
-def _is_card(machine: Machine, expect: int | None) -> bool:
-    return expect is None or (machine.gpu is not None and machine.gpu.sm == expect)
+def _is_card(machine: Machine, sm: int) -> bool:
+    return machine.gpu is not None and machine.gpu.sm == sm
 
 
 def check_card(machine: Machine, expect: int | None) -> None:
     """Raise ConfigurationError, naming both GPUs, if the machine's GPU is not the expected one."""
-    if _is_card(machine, expect):
+    if expect is None or _is_card(machine, expect):
         return
     wanted = find(expect)
     products = ", ".join(wanted.products) if wanted is not None else ""
