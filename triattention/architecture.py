@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -21,6 +22,15 @@ STYLE_OF_TYPE = {
 #: RoPE kinds whose omega does not depend on the sequence length, and those whose omega changes at some length.
 STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 GROWING_ROPE_TYPES = ("dynamic", "longrope")
+
+#: The next step for statistics of another model, or of this one with another configuration.
+CALIBRATE = (
+    "calibrate this model, with --hf-overrides if entries of its config.json, such as rope_parameters, are replaced "
+    "when it is loaded"
+)
+
+#: What transformers raises for RoPE parameters that it cannot use.
+_UNUSABLE = (LookupError, TypeError, AttributeError, ArithmeticError)
 
 #: Configuration entries that affect a model's queries; token ids, dropout and the like do not.
 _SHAPING = (
@@ -75,7 +85,7 @@ class Architecture:
             if mine != its:
                 raise TriAttentionError(
                     f"{source} is of {self.model_id} with {name} {mine} and the model {live.model_id} has "
-                    f"{its}; calibrate this model"
+                    f"{its}; {CALIBRATE}"
                 )
         ulp = torch.nextafter(live.omega, torch.full_like(live.omega, torch.inf)) - live.omega
         off = (~((self.omega - live.omega).abs() <= ulp)).nonzero()
@@ -84,12 +94,12 @@ class Architecture:
             raise TriAttentionError(
                 f"{source} is of {self.model_id} with omega[{f}] = {self.omega[f].item():.9g} and the "
                 f"model {live.model_id} "
-                f"has {live.omega[f].item():.9g}; calibrate this model"
+                f"has {live.omega[f].item():.9g}; {CALIBRATE}"
             )
         if self.fingerprint != live.fingerprint:
             raise TriAttentionError(
                 f"{source} is of {self.model_id} (configuration {self.fingerprint}) and the model is {live.model_id} "
-                f"(configuration {live.fingerprint}); calibrate this model"
+                f"(configuration {live.fingerprint}); {CALIBRATE}"
             )
 
 
@@ -130,8 +140,17 @@ def _describe(config: Any, rotary: Callable[[], Any]) -> Architecture:
             f"model type {config.model_type!r} is not supported; supported: {', '.join(sorted(STYLE_OF_TYPE))}"
         )
     _refuse_sliding(config)
-    omega, scaling, max_positions = rope_of(rotary())
-    described = {key: value for key, value in sorted(config.to_dict().items()) if key in _SHAPING}
+    try:
+        omega, scaling, max_positions = rope_of(rotary())
+    except _UNUSABLE as error:
+        raise TriAttentionError(
+            f"rope_parameters {getattr(config, 'rope_parameters', None)} cannot be used ({error!r:.80}); give "
+            "rope_type, rope_theta and the entries of that type"
+        ) from error
+    complete = copy.deepcopy(config)
+    if getattr(complete, "rope_parameters", None):
+        complete.standardize_rope_params()  # entries that were left out count as their defaults
+    described = {key: value for key, value in sorted(complete.to_dict().items()) if key in _SHAPING}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return Architecture(
         model_id=str(getattr(config, "_name_or_path", "") or config.model_type).rstrip("/").rsplit("/", 1)[-1],

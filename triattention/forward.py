@@ -19,9 +19,9 @@ from triattention.queries import queries_read
 CACHE_NAMES = ("cache", "past_key_values")
 
 
-def require_length(tokens: int, max_positions: int | None) -> None:
+def require_length(tokens: int, max_positions: int) -> None:
     """Raise TriAttentionError if a sequence of ``tokens`` exceeds the length where the model's RoPE changes."""
-    if max_positions is not None and tokens > max_positions:
+    if tokens > max_positions:
         raise TriAttentionError(
             f"the sequence would have {tokens} tokens, but the frequencies of the model's RoPE change after "
             f"{max_positions}, which a compressed cache does not support; ask for fewer tokens"

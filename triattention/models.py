@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from triattention.embedded import embedded_directory
 from triattention.errors import TriAttentionError
@@ -22,12 +24,25 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 
 
+#: What transformers raises for weights or a configuration that it cannot use, beside errors of its own.
+_UNLOADABLE = (
+    OSError, ValueError, ImportError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model as the user named it, and its ``location`` for transformers: a directory or a hub name."""
+    """A model as the user named it, and its ``location`` for transformers: a directory or a hub name.
+
+    ``revision`` is of a hub model. The configuration comes from ``config_location`` if there is one, and ``overrides``
+    replaces entries of it, as vLLM's options ``--hf-config-path`` and ``--hf-overrides`` do.
+    """
 
     name: str
     location: str
+    revision: str | None = None
+    config_location: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def local(self) -> bool:
@@ -47,29 +62,53 @@ class LoadedModel:
     source: ModelSource
 
 
-def find_source(name: str) -> ModelSource:
+def find_source(
+    name: str,
+    *,
+    revision: str | None = None,
+    config_path: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> ModelSource:
     """Resolve ``embedded``, a directory or a hub name, without loading weights or using the network.
 
     Converts the embedded model if needed. Raises TriAttentionError for a directory without a configuration or
     weights, and for a path that does not exist.
     """
+    found = _config_location(config_path)
+    return ModelSource(name, _location(name, configured=found is not None), revision, found, dict(overrides or {}))
+
+
+def _location(name: str, *, configured: bool) -> str:
     if name == EMBEDDED:
-        return ModelSource(name, str(embedded_directory()))
+        return str(embedded_directory())
     path = expanded(name)
     if name and path.is_dir():
-        _check_directory(path)
-        return ModelSource(name, str(path))
+        _check_directory(path, configured=configured)
+        return str(path)
     if path.is_file():
         raise TriAttentionError(f"--model {name} is a file; give the directory that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise TriAttentionError(
             f"--model {name or repr(name)} does not exist; give a model directory, a hub name or 'embedded'"
         )
-    return ModelSource(name, name)
+    return name
 
 
-def _check_directory(path: Path) -> None:
-    if not (path / "config.json").is_file():
+def _config_location(name: str | None) -> str | None:
+    if name is None:
+        return None
+    path = expanded(name)
+    if (path / "config.json").is_file():
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise TriAttentionError(
+            f"--hf-config-path {name or repr(name)} has no config.json; give a directory that has one"
+        )
+    return name
+
+
+def _check_directory(path: Path, *, configured: bool) -> None:
+    if not configured and not (path / "config.json").is_file():
         raise TriAttentionError(
             f"model directory {path} has no config.json; give a directory in the transformers format"
         )
@@ -82,7 +121,9 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def fingerprint(source: ModelSource) -> str:
-    """16 hex digits over the configuration and the weight files (names, sizes, times): changes when the model does.
+    """16 hex digits over the model's config.json and weight files (names, sizes, times): changes when the model does.
+
+    What overrides the configuration is not in it, but in the fingerprint of the model's ``Architecture``.
 
     A hub model must have been loaded before, so that its files are in the local hub cache.
     """
@@ -91,8 +132,10 @@ def fingerprint(source: ModelSource) -> str:
     else:
         from transformers.utils import cached_file
 
-        directory = Path(cached_file(source.location, "config.json", local_files_only=True)).parent
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
+        found = cached_file(source.location, "config.json", local_files_only=True, revision=source.revision)
+        directory = Path(found).parent
+    own = directory / "config.json"
+    digest = hashlib.sha256(own.read_bytes() if own.is_file() else b"")
     for file in _weight_files(directory):
         status = file.stat()
         digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
@@ -108,7 +151,11 @@ def fetch(source: ModelSource) -> Path:
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(source.location, allow_patterns=wanted, ignore_patterns=["original/*"]))
+        return Path(
+            snapshot_download(
+                source.location, revision=source.revision, allow_patterns=wanted, ignore_patterns=["original/*"]
+            )
+        )
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise _cannot_load(source, error) from error
 
@@ -124,14 +171,45 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _choose_dtype(source: ModelSource, dtype: str, attention: str) -> torch.dtype:
+def configuration(source: ModelSource) -> Any:
+    """The configuration of a model with its overrides, applied as vLLM applies them.
+
+    Values and lists first, after which transformers brings the RoPE parameters into one form; then objects, which
+    replace the whole entry, or entries of a configuration inside.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    place = source.config_location or source.location
+    config = AutoConfig.from_pretrained(place, local_files_only=Path(place).is_dir(), revision=source.revision)
+    if (kind := source.overrides.get("model_type", config.model_type)) != config.model_type:
+        raise TriAttentionError(
+            f"--hf-overrides has model_type {kind!r}, but {source.name} has {config.model_type!r} in its config.json, "
+            "which decides the classes; change it there"
+        )
+    flat = {name: value for name, value in source.overrides.items() if not isinstance(value, dict)}
+    if flat:
+        config.update(flat)
+        if getattr(config, "rope_parameters", None):
+            config.standardize_rope_params()
+
+    def replace(target: Any, entries: Mapping[str, Any]) -> None:
+        for name, value in entries.items():
+            inside = getattr(target, name, None)
+            if isinstance(value, dict) and isinstance(inside, PreTrainedConfig):
+                replace(inside, value)
+            else:
+                setattr(target, name, value)
+
+    replace(config, {name: value for name, value in source.overrides.items() if name not in flat})
+    return config
+
+
+def _choose_dtype(config: Any, dtype: str, attention: str) -> torch.dtype:
     import torch
-    from transformers import AutoConfig
 
     if dtype != "auto":
         chosen = getattr(torch, dtype)
     else:
-        config = AutoConfig.from_pretrained(source.location, local_files_only=source.local)
         chosen = config.dtype or torch.float32
         if attention == "flash_attention_2" and chosen == torch.float32:
             chosen = torch.bfloat16
@@ -146,6 +224,7 @@ def load(source: ModelSource, *, dtype: str = "auto", device: str = "auto", atte
     ``dtype="auto"`` is the dtype of the checkpoint (bfloat16 for a float32 one under flash_attention_2, which has no
     float32 kernels). Raises TriAttentionError, in one sentence, if transformers cannot load it.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -153,18 +232,21 @@ def load(source: ModelSource, *, dtype: str = "auto", device: str = "auto", atte
     if attention == "flash_attention_2":
         _check_flash_attention(where)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, local_files_only=source.local)
+        config = configuration(source)
+        options = {"local_files_only": source.local, "revision": source.revision}
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
-            local_files_only=source.local,
-            dtype=_choose_dtype(source, dtype, attention),
+            config=config,
+            dtype=_choose_dtype(config, dtype, attention),
             attn_implementation=attention,
             output_loading_info=True,
+            **options,
         )
         model = model.to(where).eval()
     except TriAttentionError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (*_UNLOADABLE, StrictDataclassError, SafetensorError) as error:
         raise _cannot_load(source, error) from error
     if missing := sorted(info["missing_keys"]):
         # transformers would initialise them randomly and continue
@@ -190,8 +272,14 @@ def _check_flash_attention(device: torch.device) -> None:
 
 
 def _cannot_load(source: ModelSource, error: Exception) -> TriAttentionError:
+    reason = repr(error) if isinstance(error, LookupError) else _first_sentence(error)
     hint = "download it again" if source.local else "check the name and the network, or give a local directory"
-    return TriAttentionError(f"cannot load model {source.name}: {_first_sentence(error)}; {hint}")
+    if source.overrides:
+        return TriAttentionError(
+            f"cannot load model {source.name} with --hf-overrides {json.dumps(source.overrides)}: {reason}; "
+            "correct them"
+        )
+    return TriAttentionError(f"cannot load model {source.name}: {reason}; {hint}")
 
 
 def _first_sentence(error: Exception) -> str:

@@ -28,7 +28,6 @@ _BASE = "_triattention_base"
 #: The ways into continuous batching. Its steps run in another thread, so it is refused where it is called.
 _CONTINUOUS = ("generate_batch", "continuous_batching_context_manager", "init_continuous_batching")
 
-
 #: The newest transformers with which the tests were run (docs/setup.md).
 TESTED = "5.24"
 

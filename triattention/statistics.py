@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 
-from triattention.architecture import Architecture, build_rotary, describe, rope_of
+from triattention.architecture import CALIBRATE, Architecture, build_rotary, describe, rope_of
 from triattention.errors import TriAttentionError
 from triattention.files import write_atomic
 
@@ -29,6 +31,8 @@ _UNREADABLE = (
 FORMAT, FORMAT_VERSION = "triattention-statistics", 2
 CAPTURE_POINT = "after q_norm, before RoPE"
 _NAMES = ("q_mean_real", "q_mean_imag", "q_abs_mean")
+#: The key of an entry of a published file.
+_HEAD = re.compile(r"layer_?(\d{1,9})_head_?(\d{1,9})")
 
 
 @dataclass(frozen=True)
@@ -88,14 +92,13 @@ class Statistics:
             if mine != getattr(live, name):
                 raise TriAttentionError(
                     f"{self.source} declares {name} {mine!r}, but the model {live.model_id} has "
-                    f"{getattr(live, name)!r}; "
-                    "calibrate this model"
+                    f"{getattr(live, name)!r}; {CALIBRATE}"
                 )
         wanted = (live.num_layers, live.num_query_heads, len(live.omega), live.head_dim - live.rotary_dim)
         if here != wanted:
             raise TriAttentionError(
                 f"{self.source} holds statistics of (layers, query heads, frequencies, unrotated dims) {here}, but the "
-                f"model {live.model_id} has {wanted}; calibrate this model"
+                f"model {live.model_id} has {wanted}; {CALIBRATE}"
             )
         if self.architecture is not None:
             self.architecture.require_same(live, self.source)
@@ -156,10 +159,10 @@ def parse(payload: Mapping[str, Any], source: str) -> Statistics:
                 raise TriAttentionError(
                     f"{source} has {name} {payload[name]!r}, but this release reads {expected!r}; calibrate again"
                 )
+        means = [_float32(payload[name]) for name in (*_NAMES, "q_pass_mean")]
         return Statistics(
-            payload["q_mean_real"], payload["q_mean_imag"], payload["q_abs_mean"], payload["q_pass_mean"],
-            int(payload["token_count"]), Architecture.from_dict(payload["architecture"]), source,
-        )  # fmt: skip
+            *means, _count(payload["token_count"]), Architecture.from_dict(payload["architecture"]), source
+        )
 
 
 @contextmanager
@@ -169,7 +172,7 @@ def _malformed(source: str) -> Iterator[None]:
         yield
     except TriAttentionError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise TriAttentionError(f"{source} is not a statistics file ({error!r:.120}); calibrate again") from error
 
 
@@ -197,33 +200,84 @@ def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
 def published_heads(payload: Mapping[str, Any], source: str) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
     """The entries of a published file by (layer, head), each with three float32 tensors; heads may be missing.
 
-    Raises TriAttentionError for a listed head without an entry, or with a malformed one.
+    Entries may stand in ``stats`` or at the top, their keys may lack the leading zeros, and the mean may be one complex
+    tensor, or one of (real, imaginary) pairs. Raises TriAttentionError for a listed head without an entry, or with a
+    malformed one.
     """
     with _malformed(source):
+        entries = _entries(payload, source)
+        listed = payload.get("metadata", {}).get("sampled_heads", list(entries))
         found = {}
-        for layer, head in payload["metadata"]["sampled_heads"]:
-            entry = payload["stats"].get(f"layer{layer:02d}_head{head:02d}")
-            if entry is None:
+        for layer, head in ((int(layer), int(head)) for layer, head in listed):
+            if (layer, head) not in entries:
                 raise TriAttentionError(f"{source} lacks layer {layer}, head {head}; calibrate every head")
-            found[layer, head] = {name: entry[name].to(torch.float32) for name in _NAMES}
+            found[layer, head] = _means(entries[layer, head], f"{source}, layer {layer}, head {head}")
         if not found:
             raise TriAttentionError(f"{source} lists no heads; calibrate again")
         return found
+
+
+def _entries(payload: Mapping[str, Any], source: str) -> dict[tuple[int, int], Mapping[str, Any]]:
+    if "layer_stats" in payload:
+        raise TriAttentionError(
+            f"{source} has 'layer_stats', means of KV heads without E|q|, from which TriAttention cannot score; "
+            "calibrate this model"
+        )
+    stats = payload.get("stats", payload)
+    found: dict[tuple[int, int], Mapping[str, Any]] = {}
+    for key, entry in stats.items():
+        if named := _HEAD.fullmatch(str(key)):
+            place = int(named[1]), int(named[2])
+            if place in found:
+                raise TriAttentionError(f"{source} has layer {place[0]}, head {place[1]} twice; calibrate again")
+            found[place] = entry
+    if not found:
+        keys = reprlib.repr([str(key) for key in stats])
+        raise TriAttentionError(
+            f"{source} is not a statistics file: it has no entries such as layer00_head00, but {keys}; "
+            "calibrate this model"
+        )
+    return found
+
+
+def _means(entry: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
+    both = entry.get("q_mean_complex")
+    if "q_mean_real" not in entry and isinstance(both, torch.Tensor):
+        if not both.is_complex():
+            both = torch.view_as_complex(both.float().contiguous())
+        entry = {**entry, "q_mean_real": both.real, "q_mean_imag": both.imag}
+    if absent := [name for name in _NAMES if name not in entry]:
+        raise TriAttentionError(f"{where} has no {absent[0]}, but {reprlib.repr(sorted(entry))}; calibrate this model")
+    return {name: _float32(entry[name]) for name in _NAMES}
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():
+        raise TypeError("a complex tensor where a real one belongs")
+    return tensor.to(torch.float32)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value or not 0 <= value < 2**63:
+        raise ValueError(f"token_count {reprlib.repr(value)}")
+    return int(value)
 
 
 def _from_published(payload: Mapping[str, Any], source: str) -> Statistics:
     """Stack the published per-head entries. Raises TriAttentionError unless every layer has every head."""
     heads = published_heads(payload, source)
     layers, per_layer = (1 + max(key[axis] for key in heads) for axis in (0, 1))
-    every = [(layer, head) for layer in range(layers) for head in range(per_layer)]
-    absent = [key for key in every if key not in heads]
-    if absent:
-        raise TriAttentionError(f"{source} lacks layer {absent[0][0]}, head {absent[0][1]}; calibrate every head")
-    stacked = [torch.stack([heads[key][name] for key in every]).view(layers, per_layer, -1) for name in _NAMES]
-    metadata = payload["metadata"]
+    every = ((layer, head) for layer in range(layers) for head in range(per_layer))
+    if (absent := next((key for key in every if key not in heads), None)) is not None:
+        raise TriAttentionError(f"{source} lacks layer {absent[0]}, head {absent[1]}; calibrate every head")
+    stacked = [
+        torch.stack([heads[divmod(n, per_layer)][name] for n in range(layers * per_layer)]).view(layers, per_layer, -1)
+        for name in _NAMES
+    ]
+    metadata = payload.get("metadata", {})
     declared = {name: metadata[name] for name in ("rope_style", "head_dim") if name in metadata}
     no_pass = stacked[0].new_zeros(layers, per_layer, 0)
-    return Statistics(*stacked, no_pass, int(metadata.get("token_count", 0)), None, source, declared)
+    return Statistics(*stacked, no_pass, _count(metadata.get("token_count", 0)), None, source, declared)
 
 
 def save_published(

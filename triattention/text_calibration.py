@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from triattention import models, statistics
+from triattention.architecture import describe
 from triattention.calibration import calibrate
 from triattention.embedded import cache_root
 from triattention.errors import TriAttentionError
@@ -37,20 +38,6 @@ _log = logging.getLogger(__name__)
 
 def bundled_text() -> str:
     return (files("triattention") / "data" / "calibration.txt").read_text("utf-8")
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises TriAttentionError if it cannot be read or decoded."""
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise TriAttentionError(
-            f"cannot read the calibration text {path}: {error.strerror}; give a text file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise TriAttentionError(
-            f"the calibration text {path} is not UTF-8 (byte {error.start}); convert it first"
-        ) from error
 
 
 def calibrate_on_text(
@@ -98,13 +85,15 @@ def _distinct_runs(text: str) -> float:
 def cached_statistics(loaded: LoadedModel) -> Path:
     """The cached statistics file of a model on the bundled text; calibrates if no valid one exists.
 
-    There is one file per model (configuration and weight files), dtype and text. If several processes need it, one
-    calibrates and the others wait. Raises TriAttentionError if the cache cannot be written.
+    There is one file per model (config.json and weight files), configuration with its overrides, dtype and text. If
+    several processes need it, one calibrates and the others wait. Raises TriAttentionError if the cache cannot be
+    written.
     """
     text = bundled_text()
     of_text = hashlib.sha256(text.encode()).hexdigest()[:8]
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    name = f"{loaded.source.label}-{models.fingerprint(loaded.source)}-{dtype}-{of_text}.pt"
+    of_model = f"{models.fingerprint(loaded.source)}-{describe(loaded.model).fingerprint}"
+    name = f"{loaded.source.label}-{of_model}-{dtype}-{of_text}.pt"
     path = cache_root() / "statistics" / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -19,6 +20,12 @@ EVIDENCE, RUNS = REPORTS / "evidence", REPORTS / "runs"
 
 #: Errors of the file system that are the machine's, not this suite's.
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
+
+#: Byte order marks and their encodings; the mark of UTF-16 is how that of UTF-32 begins.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
 
 #: The directory that this package is imported from.
 IMPORT_ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +47,24 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)  # which a failed write does not name
         raise
+
+
+def decoded(data: bytes) -> str:
+    """The text of a file that another tool may have written: UTF-8, or the encoding that its byte order mark names.
+
+    The mark is removed, and line ends become ``\\n``. Raises ValueError, with the line and the next step, for other
+    text.
+    """
+    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].decode(encoding, "ignore").count("\n") + 1
+        raise ValueError(f"line {line} is not {encoding.removesuffix('-sig').upper()}; save it as UTF-8") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"line {line} has a NUL character; save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def repository_root() -> Path:

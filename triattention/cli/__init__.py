@@ -22,6 +22,7 @@ from triattention.cli import (
     compare,
     download_models,
     extra_config,
+    overrides,
     run_default,
     run_one,
     run_sweep,
@@ -78,7 +79,10 @@ def guarded(call: Callable[[], None]) -> int:
 def _run(argv: list[str]) -> None:
     parser, verbs = _parsers()
     if argv and argv[0] in verbs:
-        argv = [argv[0], *extra_config.expand(argv[1:], verbs[argv[0]])]
+        verb, *words = argv
+        if any(overrides.OPTION in action.option_strings for action in verbs[verb]._actions):
+            words = overrides.joined(words)
+        argv = [verb, *extra_config.expand(words, verbs[verb])]
     args = parser.parse_args(argv)
     if args.verb is None:
         parser.print_help()

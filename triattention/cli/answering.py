@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from triattention import models
 from triattention.cli import compression
-from triattention.cli.options import quiet_transformers
+from triattention.cli.options import quiet_transformers, source_of
 from triattention.cli.plan import Plan
 from triattention.cli.results import Line, Result, Results
 from triattention.errors import TriAttentionError
@@ -33,14 +33,13 @@ def answer_batches(
 
     quiet_transformers()
     args, settings = plan.args, plan.settings
-    source = models.find_source(args.model)
-    loaded = models.load(source, dtype=args.dtype, device=args.device, attention=args.attn_implementation)
+    loaded = models.load(source_of(args), dtype=args.dtype, device=args.device, attention=args.attn_implementation)
     prompts = encode(loaded, plan.questions, args.max_new_tokens)
     settings = {**settings, **_known_now(loaded)}
     results.done(settings)
     compression.patch(loaded, args, plan.method)
-    if (method := getattr(loaded.model, "triattention", None)) is not None:
-        require_length(max(prompt.shape[1] for prompt in prompts) + args.max_new_tokens, method.max_positions)
+    if (limit := getattr(getattr(loaded.model, "triattention", None), "max_positions", None)) is not None:
+        require_length(max(prompt.shape[1] for prompt in prompts) + args.max_new_tokens, limit)
     sampling = Sampling(settings["temperature"], settings["top_p"]) if settings["temperature"] else None
     for batch in batches:
         units = plan.batches[batch]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triattention import models
+from triattention.cli import overrides
 from triattention.cli.calibrate import calibrate_to_file, require_output
 from triattention.cli.children import Job, run_jobs, slots_on, visible_gpus
 from triattention.cli.options import (
@@ -16,6 +18,7 @@ from triattention.cli.options import (
     add_placement_options,
     quiet_transformers,
     require_at_least_one,
+    source_of,
 )
 from triattention.errors import TriAttentionError
 from triattention.files import expanded
@@ -39,6 +42,7 @@ def add_parser(verbs: Any) -> None:
         "--model", action="append", required=True, metavar="M", help=f"{MODEL_HELP}; may be given several times"
     )
     add_placement_options(parser)
+    overrides.add_options(parser)
     parser.add_argument("--input", metavar="TEXT", help="UTF-8 text to calibrate on (default: the bundled text)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--output", metavar="FILE", help="statistics file of one model, replaced if it exists")
@@ -64,7 +68,10 @@ def run(args: argparse.Namespace) -> None:
     for output in outputs.values():
         require_output(output)
     length = args.max_length or DEFAULT_MAX_LENGTH
-    calls = [(model, args.input, str(output), length, args.dtype, args.device) for model, output in outputs.items()]
+    calls = [
+        (source_of(args, model), args.input, str(output), length, args.dtype, args.device)
+        for model, output in outputs.items()
+    ]
     if len(calls) == 1:
         calibrate_to_file(*calls[0][:2], *outputs.values(), *calls[0][3:])
     else:
@@ -94,16 +101,20 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
                 )
         return {}
     directory = expanded(args.output_dir)
-    outputs = {model: directory / f"{models.find_source(model).label}.pt" for model in args.model}
+    outputs = {model: directory / f"{source_of(args, model).label}.pt" for model in args.model}
     if len(set(outputs.values())) < len(outputs):
         raise TriAttentionError(f"two of the models would be written to the same file in {directory}; do one at a time")
     return outputs
 
 
 def _in_children(calls: list[tuple[Any, ...]], at_once: int) -> None:
-    names = ("model", "text_file", "output", "max_length", "dtype", "device")
+    names = ("source", "text_file", "output", "max_length", "dtype", "device")
     jobs = [
-        Job(call[0], "triattention.cli.calibrate:calibrate_in_child", dict(zip(names, call, strict=True)))
+        Job(
+            call[0].name,
+            "triattention.cli.calibrate:calibrate_in_child",
+            dict(zip(names, (asdict(call[0]), *call[1:]), strict=True)),
+        )
         for call in calls
     ]
     gpus = visible_gpus(models.choose_device(calls[0][-1]).type)
@@ -127,7 +138,7 @@ def _show_cached(args: argparse.Namespace) -> None:
     from triattention.text_calibration import cached_statistics
 
     quiet_transformers()
-    for source in [models.find_source(model) for model in args.model]:
+    for source in [source_of(args, model) for model in args.model]:
         path = cached_statistics(models.load(source, dtype=args.dtype, device=args.device))
         print(*concentration_lines(statistics.load(path)), path, sep="\n")
 

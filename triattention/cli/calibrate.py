@@ -15,11 +15,14 @@ from triattention.cli.options import (
     quiet_transformers,
     require_at_least_one,
     require_writable,
+    source_of,
 )
 from triattention.errors import TriAttentionError
 from triattention.files import expanded
+from triattention.reading import read_text
 
 if TYPE_CHECKING:
+    from triattention.models import ModelSource
     from triattention.statistics import Statistics
 
 _log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         require_at_least_one(args, "max_length")
         output = expanded(args.output)
         require_output(output)
-        result = calibrate_to_file(args.model, args.input, output, length, args.dtype, args.device)
+        result = calibrate_to_file(source_of(args), args.input, output, length, args.dtype, args.device)
     print(f"wrote {output}: {result.token_count} tokens of {args.input or 'the bundled text'}")
     for layer, concentration in enumerate(result.concentration().tolist()):
         print(f"concentration, layer {layer:2d}: {concentration:.3f}")
@@ -69,7 +72,7 @@ def _calibrate_to_cache(args: argparse.Namespace) -> tuple[Path, Statistics]:
                 f"--{option} {value} needs --output: cached statistics are always of the bundled text"
             )
     quiet_transformers()
-    path = cached_statistics(models.load(models.find_source(args.model), dtype=args.dtype, device=args.device))
+    path = cached_statistics(models.load(source_of(args), dtype=args.dtype, device=args.device))
     return path, statistics.load(path)
 
 
@@ -81,18 +84,22 @@ def require_output(output: Path) -> None:
 
 
 def calibrate_to_file(
-    model: str, text_file: str | None, output: Path, max_length: int, dtype: str, device: str
+    source: ModelSource, text_file: str | None, output: Path, max_length: int, dtype: str, device: str
 ) -> Statistics:
-    """Calibrate ``model`` on a text file (None: the bundled text) and write its statistics."""
+    """Calibrate a model on a text file (None: the bundled text) and write its statistics."""
     from tqdm import tqdm
 
     from triattention import statistics
-    from triattention.text_calibration import bundled_text, calibrate_on_text, read_text
+    from triattention.text_calibration import bundled_text, calibrate_on_text
 
     quiet_transformers()
-    text = bundled_text() if text_file is None else read_text(expanded(text_file))
-    loaded = models.load(models.find_source(model), dtype=dtype, device=device)
-    with tqdm(unit="token", desc=model, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    text = (
+        bundled_text()
+        if text_file is None
+        else read_text(expanded(text_file), "the calibration text", "give a text file")
+    )
+    loaded = models.load(source, dtype=dtype, device=device)
+    with tqdm(unit="token", desc=source.name, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -108,8 +115,8 @@ def calibrate_to_file(
 
 
 def calibrate_in_child(
-    model: str, text_file: str | None, output: str, max_length: int, dtype: str, device: str
+    source: dict[str, Any], text_file: str | None, output: str, max_length: int, dtype: str, device: str
 ) -> None:
     """``calibrate_to_file`` for a child process, with a line on stderr when it is done."""
-    result = calibrate_to_file(model, text_file, Path(output), max_length, dtype, device)
+    result = calibrate_to_file(models.ModelSource(**source), text_file, Path(output), max_length, dtype, device)
     _log.info("wrote %s: %d tokens", output, result.token_count)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import reprlib
 from pathlib import Path
 
 from triattention import models
-from triattention.cli import extra_config
+from triattention.cli import extra_config, overrides
 from triattention.errors import TriAttentionError
 
 DEFAULT_TEMPERATURE = 0.6
@@ -20,6 +21,14 @@ MODEL_HELP = "'embedded' (SmolLM2-135M-Instruct), a model directory, or a hub na
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="M", help=MODEL_HELP)
     add_placement_options(parser)
+    overrides.add_options(parser)
+
+
+def source_of(args: argparse.Namespace, name: str | None = None) -> models.ModelSource:
+    """The model ``name`` (default: ``--model``) with the configuration that the options of ``args`` give it."""
+    return models.find_source(
+        name or args.model, revision=args.revision, config_path=args.hf_config_path, overrides=args.hf_overrides
+    )
 
 
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
@@ -81,8 +90,9 @@ def require_at_least_one(args: argparse.Namespace, *names: str) -> None:
     """Raise TriAttentionError for an option that is given and below 1."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise TriAttentionError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+        if value is not None and not 1 <= value < 2**31:
+            wanted = "1 or more" if value < 1 else f"at most {2**31 - 1}"
+            raise TriAttentionError(f"--{name.replace('_', '-')} is {reprlib.repr(value)}; give {wanted}")
 
 
 def quiet_transformers() -> None:

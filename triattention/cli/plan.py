@@ -19,10 +19,14 @@ from triattention.cli.options import (
     DEFAULT_TOP_P,
     require_at_least_one,
     require_writable,
+    source_of,
 )
 from triattention.errors import TriAttentionError
 from triattention.evaluation.datasets import Question, load_dataset
 from triattention.files import expanded
+
+#: Options that change the configuration of a model.
+_CONFIGURING = ("hf_overrides", "hf_config_path", "revision")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,14 @@ class Plan:
         if args.out is not None:
             require_writable(expanded(args.out), "--out")
         # find_source converts the embedded model if needed, which a dry run must not do
-        source = models.ModelSource(args.model, "") if args.model == models.EMBEDDED else models.find_source(args.model)
+        source = models.ModelSource(args.model, "") if args.model == models.EMBEDDED else source_of(args)
         parts = [method, *([] if args.budget is None else [f"b{args.budget}"]), source.label, dataset.name]
         questions = dataset.questions[: args.max_questions]
         settings = {
             "method": method, **compressed, "model": args.model, "dataset": dataset.name, "questions": len(questions),
             "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "num_samples": args.num_samples,
             **sampling, "seed": args.seed, "attn": args.attn_implementation,
+            **{name: getattr(args, name) for name in _CONFIGURING},
             "device": models.choose_device(args.device).type, **({} if args.dtype == "auto" else {"dtype": args.dtype}),
         }  # fmt: skip
         name = "-".join([*parts, *([] if args.run_tag is None else [args.run_tag])])

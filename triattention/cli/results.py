@@ -7,18 +7,21 @@ from the lines once every batch is there.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from filelock import FileLock, Timeout
 
 from triattention.errors import TriAttentionError
 from triattention.files import write_text
+from triattention.reading import decoded, parse_json
 
 if TYPE_CHECKING:
     from triattention.cli.plan import Plan
@@ -58,30 +61,60 @@ class Result:
     rounds: int
 
 
-MEASURED = tuple(field.name for field in fields(Result))
+#: The fields of a result with their types; ``float`` fields may hold whole numbers.
+MEASURED = {name: (int, float) if kind is float else kind for name, kind in get_type_hints(Result).items()}
 
 
 def read_lines(path: Path) -> tuple[list[Line], int]:
     """The complete lines of a results file, and the number of bytes of a truncated last line.
 
-    Raises TriAttentionError for a file that cannot be read, or a complete line that is not a result.
+    A last line that only lacks its line end, as some editors leave it, is complete. Raises TriAttentionError for a file
+    that cannot be read, or a complete line that is not a result.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise TriAttentionError(f"cannot read {path}: {error.strerror}; give a results file of run-one") from error
+    if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        data = decoded(data, str(path)).encode()
+    *whole, last = data.split(b"\n")
+    torn = last if _torn(last) else b""
     lines = []
-    *whole, torn = data.split(b"\n")
-    for number, line in enumerate(whole, start=1):
+    for number, line in enumerate([*whole, last] if last and not torn else whole, start=1):
+        where = f"{path}, line {number}"
         try:
-            entry = json.loads(line)
+            entry = parse_json(decoded(line, where))
+        except TriAttentionError:
+            raise
         except ValueError as error:
-            raise TriAttentionError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
-        absent = [name for name in MEASURED if not isinstance(entry, dict) or name not in entry]
-        if absent:
-            raise TriAttentionError(f"{path}, line {number} has no {absent[0]!r}, so it is not a result of run-one")
-        lines.append(entry)
+            raise TriAttentionError(f"{where}: {error}; remove the line") from error
+        lines.append(_checked(entry, where))
     return lines, len(torn)
+
+
+def _checked(entry: Any, where: str) -> Line:
+    for name, kind in MEASURED.items():
+        if not isinstance(entry, dict) or name not in entry:
+            raise TriAttentionError(f"{where} has no {name!r}, so it is not a result of run-one")
+        value = entry[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise TriAttentionError(
+                f"{where}: {name!r} is {reprlib.repr(value)}, which run-one never writes; remove the line"
+            )
+    return entry
+
+
+def _appendable(data: bytes) -> bool:
+    """Whether lines can be added to a results file as it is: UTF-8 without a byte order mark, the last line ended."""
+    return not data or (data.endswith(b"}\n") and data.startswith(b"{"))
+
+
+def _torn(last: bytes) -> bool:
+    """Whether what follows the last line end is a line that was cut off."""
+    try:
+        return bool(last) and not isinstance(parse_json(last.decode("utf-8", "replace")), dict)
+    except ValueError:
+        return True
 
 
 class Results:
@@ -160,7 +193,7 @@ class Results:
                 raise TriAttentionError(
                     f"{self.path} is from a run with {name} = {line.get(name)}, but this one has {value}; {way_out}"
                 )
-        if line["index"] >= len(self._plan.questions) or line["batch"] >= len(self._plan.batches):
+        if line["index"] not in range(len(self._plan.questions)) or line["batch"] not in range(len(self._plan.batches)):
             raise TriAttentionError(f"{self.path}, line {number} does not belong to a batch of this run; {way_out}")
         question = self._plan.questions[line["index"]]
         if (line["question"], line["expected"]) != (question.question, question.answer):
@@ -175,6 +208,7 @@ class Results:
         if unfinished or torn:
             dropped = [f"{unfinished} lines of unfinished batches"] * bool(unfinished) + ["a cut-off line"] * bool(torn)
             print(f"note: {self.path} ended with {' and '.join(dropped)}: dropped, and generated again")
+        if self.path.exists() and (unfinished or torn or not _appendable(self.path.read_bytes())):
             self._rewrite(whole)
         self._size = self.path.stat().st_size if self.path.exists() else 0
 

@@ -121,7 +121,7 @@ def load_head_frequency_stats(
         rows = {(i, j): (m[i, j], loaded.q_abs_mean[i, j]) for i in range(layers) for j in range(heads)}
     else:
         entries = statistics.published_heads(payload, source)
-        metadata = payload["metadata"]
+        metadata = payload.get("metadata", {})
         rows = {
             key: (torch.complex(entry["q_mean_real"], entry["q_mean_imag"]), entry["q_abs_mean"])
             for key, entry in entries.items()

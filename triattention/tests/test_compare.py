@@ -17,7 +17,7 @@ def write_run(path: Path, correct: list[list[int]], **fields: Any) -> Path:
     lines = []
     for index, samples in enumerate(correct):
         for sample, right in enumerate(samples):
-            line = dict.fromkeys(MEASURED, 0) | {
+            line = {name: 0.0 if isinstance(kind, tuple) else kind() for name, kind in MEASURED.items()} | {
                 "question": f"question {index}", "index": index, "sample": sample, "batch": index,
                 "correct": bool(right), "new_tokens": 100, "batch_seconds": 2.0, "peak_kv_tokens": 1000,
                 "peak_kv_bytes": 2**20, "peak_memory_bytes": 2**30, "dataset": "aime24", "method": "full",

@@ -42,9 +42,10 @@ def test_a_prompt_is_the_question_and_then_what_is_asked_of_the_reply() -> None:
     [
         ('{"question": ', "not JSON (Expecting value at column 14)"),
         ("[1]", "a list, not an object"),
-        ('{"answer": "b"}', '"question" is None'),
+        ('{"answer": "b"}', 'no "question", but [\'answer\']; call the field that counts "question"'),
         ('{"question": " ", "answer": "b"}', "\"question\" is ' '"),
-        ('{"question": "a"}', '"answer" is None'),
+        ('{"question": "a"}', 'no "answer", but [\'question\']; call the field that counts "answer"'),
+        ('{"question": null, "answer": "b"}', '"question" is None; it must be text'),
         ('{"question": "a", "answer": true}', '"answer" is True'),
         ('{"question": "a", "answer": ""}', "\"answer\" is ''"),
         (
@@ -72,8 +73,8 @@ def test_unknown_names_and_unreadable_files_are_one_sentence(tmp_path: Path) -> 
         load_dataset(str(tmp_path / "none.jsonl"))
     empty, binary = tmp_path / "empty.jsonl", tmp_path / "binary.jsonl"
     empty.write_text("\n")
-    binary.write_bytes(b"\xff\xfe")
+    binary.write_bytes(b"\n\xe9")
     with pytest.raises(TriAttentionError, match="has no questions"):
         load_dataset(str(empty))
-    with pytest.raises(TriAttentionError, match="is not UTF-8"):
+    with pytest.raises(TriAttentionError, match="line 2 is not UTF-8"):
         load_dataset(str(binary))

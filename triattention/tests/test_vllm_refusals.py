@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from triattention.errors import TriAttentionError
+from triattention.models import find_source, load
 from triattention.tests.command_line import write_statistics
 from triattention.tests.model_directory import write_tiny_model
 from triattention.tests.vllm_starts import End, Start, ends_of
+from triattention.text_calibration import cached_statistics
 from triattention.vllm.runtime.settings import RuntimeSettings
 from triattention.vllm.runtime.start import check_groups, layers_in_order, rank_rows, refuse
 
@@ -21,8 +23,14 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="PKG_MISSING: 
 
 #: What each start must say, and with which next step.
 SENTENCES = {
-    "no_statistics": "there are no statistics of {model} in {cache}/statistics; make them with python -m triattention "
-    "calibrate --model {model}, or set TRIATTN_RUNTIME_SPARSE_STATS_PATH to a file",
+    "no_statistics": "there are no statistics of {model}, as it is configured here, in {cache}/statistics; make them "
+    "with python -m triattention calibrate --model {model}, or set TRIATTN_RUNTIME_SPARSE_STATS_PATH to a file",
+    "overridden": "make them with python -m triattention calibrate --model {model} --hf-overrides '{overrides}', or",
+    "overridden_and_calibrated": "found {overridden}",
+    "other_configuration": "make them with python -m triattention calibrate --model {model} --hf-config-path "
+    "{growing}, or set",
+    "overridden_file": "attention_scaling 1.0 and the model ",
+    "overridden_wrongly": "rope_parameters {{'rope_type': 'default', 'rope_theta': 'wide'}} cannot be used (TypeError",
     "no_such_file": "there is no statistics file {cache}/absent.pt; make one with python -m triattention build-stats",
     "other_model": "holds statistics of (layers, query heads, frequencies, unrotated dims) (3, 4, 8, 0), but the model",
     "mla": "TriAttention cannot serve MLA, whose cache holds no keys that could be scored; serve another model, or set "
@@ -63,10 +71,23 @@ hook_targets.entry(hook_targets.check().entry)["vllm.v1.core.sched.scheduler:Sch
 """
 
 
+#: Ends a start whose statistics were accepted.
+FOUND = """
+from triattention.errors import TriAttentionError
+from triattention.vllm.runtime import start
+checked = start.statistics_of
+def found(*given):
+    raise TriAttentionError(f"found {checked(*given).source}")
+start.statistics_of = found
+"""
+
+
 CALLED = """
 from triattention.vllm.runtime.integration_monkeypatch import install_vllm_integration_monkeypatches
 install_vllm_integration_monkeypatches(patch_scheduler=True, patch_worker=True)
 """
+
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 
 
 def _configured(directory: Path, tiny: str, **changes: object) -> str:
@@ -100,7 +121,12 @@ def places(tiny_model: str, tiny_statistics: str, tmp_path_factory: pytest.TempP
         folder / "growing", tiny_model,
         rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
     )  # fmt: skip
+    overrides = json.dumps({"rope_parameters": _YARN})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIATTENTION_CACHE", str(folder / "calibrated"))
+        overridden = cached_statistics(load(find_source(tiny_model, overrides=json.loads(overrides)), device="cpu"))
     return SimpleNamespace(
+        overrides=overrides, overridden=overridden, calibrated=str(folder / "calibrated"),
         model=tiny_model, cache=str(folder / "cache"), statistics=tiny_statistics,
         deeper=write_statistics(deeper, folder / "deeper"),
         mla=_configured(folder / "mla", tiny_model, **mla),
@@ -118,10 +144,19 @@ def ends(places: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> d
     def setting(name: str, value: str) -> dict[str, str]:
         return {f"TRIATTN_RUNTIME_{name}": value}
 
+    def found_in(cache: str) -> dict[str, str]:
+        return {"TRIATTENTION_CACHE": cache, **setting("SPARSE_STATS_PATH", "auto")}
+
+    dotted = [part for name, value in _YARN.items() for part in (f"--hf-overrides.rope_parameters.{name}", str(value))]
     connector = json.dumps({"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
     ngram = json.dumps({"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2})
     starts = {
         "no_statistics": start(**setting("SPARSE_STATS_PATH", "auto")),
+        "overridden": start("--hf-overrides", places.overrides, **setting("SPARSE_STATS_PATH", "auto")),
+        "overridden_and_calibrated": start(*dotted, before=FOUND, **found_in(places.calibrated)),
+        "other_configuration": start("--hf-config-path", places.growing, **found_in(places.calibrated)),
+        "overridden_file": start("--hf-overrides", places.overrides),
+        "overridden_wrongly": start("--hf-overrides.rope_parameters", '{"rope_type": "default", "rope_theta": "wide"}'),
         "no_such_file": start(**setting("SPARSE_STATS_PATH", f"{places.cache}/absent.pt")),
         "other_model": start(**setting("SPARSE_STATS_PATH", places.deeper)),
         "mla": start(model=places.mla),
@@ -156,7 +191,7 @@ def test_a_server_that_cannot_be_served_says_why_and_ends(
     end = ends[name]
     said = [line for line in end.output.splitlines() if "TriAttentionError: " in line]
     assert said, f"no sentence in: {end.output[-2000:]}"
-    assert SENTENCES[name].format(model=places.model, cache=places.cache) in said[-1]
+    assert SENTENCES[name].format(**vars(places)) in said[-1]
     assert end.code not in (0, None)
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
+from verify.files import decoded
 from verify.record.archive import locate
 from verify.record.rules import FILE_RULES, RULES, Json
 from verify.record.schema import Record, shape_problem
@@ -77,7 +78,7 @@ def examine(paths: Iterable[Path], checks: Sequence[Check]) -> list[Problem]:
 def _read(path: Path) -> tuple[Json, list[str]]:
     """The record as JSON, and the contradictions the schema model finds. Raises ValueError if it is not a record."""
     try:
-        content = path.read_bytes()
+        content = decoded(path.read_bytes())
         Record.model_validate_json(content)
         found = []
     except OSError as error:

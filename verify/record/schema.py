@@ -17,7 +17,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from verify.checks import SKIP_CODES, Gate
-from verify.files import write_atomic
+from verify.files import decoded, write_atomic
 from verify.record.builds import Compilation
 from verify.record.curves import Curve, clash
 from verify.record.strict import Sha256, Strict
@@ -302,12 +302,14 @@ class UnreadableRecord(ValueError):
 def read_record(path: Path) -> Record:
     """Read and validate one record. Raises UnreadableRecord naming the file and its first problem."""
     try:
-        return Record.model_validate_json(path.read_bytes())
+        return Record.model_validate_json(decoded(path.read_bytes()))
     except OSError as error:
         raise UnreadableRecord(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
         contradiction = f"contradicts itself ({error.errors()[0]['msg']})"
         raise UnreadableRecord(f"{path}: {shape_problem(error) or contradiction}") from error
+    except ValueError as error:
+        raise UnreadableRecord(f"{path}: {error}") from error
 
 
 def shape_problem(error: ValidationError) -> str:

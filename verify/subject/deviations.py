@@ -10,6 +10,7 @@ expires = 2027-03-01                                # the last day on which it c
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -65,10 +66,10 @@ def _told(error: ValidationError) -> str:
     if table != "deviation":
         return f"{table} is not known; an entry begins with [[deviation]]"
     if not isinstance(number, int) or field is None:
-        return f"deviation is {first['input']!r}; begin each entry with [[deviation]]"
+        return f"deviation is {reprlib.repr(first['input'])}; begin each entry with [[deviation]]"
     if first["type"] == "extra_forbidden":
         return f"{field} of entry {number + 1} is not known; an entry has {', '.join(_EXPECTED)}"
     expected = _EXPECTED[str(field)]
     if first["type"] == "missing":
         return f"entry {number + 1} has no {field}; give {expected}"
-    return f"{field} of entry {number + 1} is {first['input']!r}; give {expected}"
+    return f"{field} of entry {number + 1} is {reprlib.repr(first['input'])}; give {expected}"

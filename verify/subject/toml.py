@@ -26,6 +26,7 @@ normalize_scores = [true]
 from __future__ import annotations
 
 import difflib
+import reprlib
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from verify.checks import PROFILES
 from verify.errors import ConfigurationError
+from verify.files import decoded
 from verify.subject.published import NAMES, OPTIONAL, PATCH, defaults_of, parameters_of
 
 FILE = "subject.toml"
@@ -71,7 +73,8 @@ _Styles = Annotated[list[Literal["half", "interleaved"]], Field(min_length=1)]
 _Aggregations = Annotated[list[Literal["mean", "max"]], Field(min_length=1)]
 _Strides = Annotated[list[Literal["contiguous", "transposed", "sliced", "spread"]], Field(min_length=1)]
 _Weights = Annotated[list[Literal["drawn", "ones"]], Field(min_length=1)]
-_Offsets = Annotated[list[Annotated[list[float | int], Field(min_length=1)]], Field(min_length=1)]
+_Offset = Annotated[float, Field(allow_inf_nan=False)]
+_Offsets = Annotated[list[Annotated[list[_Offset | int], Field(min_length=1)]], Field(min_length=1)]
 
 
 class Offers(_Strict):
@@ -133,9 +136,13 @@ def validated(file: Path, model: type[_Model], told: Callable[[ValidationError],
     in its entries.
     """
     try:
-        return model.model_validate(tomllib.loads(file.read_text("utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = tomllib.loads(decoded(file.read_bytes()))
+    except (OSError, ValueError) as error:
         raise ConfigurationError(f"{file} cannot be read as TOML ({error}); repair it") from error
+    except RecursionError:
+        raise ConfigurationError(f"{file} cannot be read as TOML (nested too deeply); repair it") from None
+    try:
+        return model.model_validate(content)
     except ValidationError as error:
         raise ConfigurationError(f"{file}: {told(error)}") from error
 
@@ -164,4 +171,4 @@ def _told(error: ValidationError) -> str:
             known = ", ".join({"subject": About, "offers": Offers}[table].model_fields)
             return f"{where} is not a known entry; [{table}] has {known}"
         return f"{where} is not a known entry; use [subject], [names], [arguments] and [offers]"
-    return f"{where} is {first['input']!r}; give {_EXPECTED.get(table, 'a table') if entry else 'a table'}"
+    return f"{where} is {reprlib.repr(first['input'])}; give {_EXPECTED.get(table, 'a table') if entry else 'a table'}"

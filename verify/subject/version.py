@@ -7,14 +7,16 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+from verify.files import decoded
+
 
 def declared_version(root: Path) -> str | None:
     """The version that ``pyproject.toml`` or ``setup.py`` has as a constant; None if neither has one."""
     readers: dict[str, Callable[[str], object]] = {"pyproject.toml": _of_project, "setup.py": _of_setup}
     for name, read in readers.items():
         try:
-            found = read((root / name).read_text("utf-8"))
-        except (OSError, ValueError, SyntaxError):  # of TOML and of UTF-8 too
+            found = read(decoded((root / name).read_bytes()))
+        except (OSError, ValueError, SyntaxError, RecursionError):  # of TOML and of encodings too
             continue
         if isinstance(found, str) and found:
             return found

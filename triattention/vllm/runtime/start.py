@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
+import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -103,27 +105,40 @@ def statistics_of(live: Architecture, model: Any, settings: RuntimeSettings) -> 
     """The statistics of a model. Raises TriAttentionError if there are none, or only those of another model."""
     from triattention import statistics
 
-    loaded = statistics.load(_statistics_path(model, settings))
+    loaded = statistics.load(_statistics_path(live, model, settings))
     loaded.check_architecture(live)
     return loaded
 
 
-def _statistics_path(model: Any, settings: RuntimeSettings) -> str:
+def _statistics_path(live: Architecture, model: Any, settings: RuntimeSettings) -> str:
     if settings.sparse_stats_path != "auto":
         return settings.sparse_stats_path
     from triattention import models
     from triattention.embedded import cache_root
 
-    mark = models.fingerprint(models.find_source(model.model))
+    source = models.find_source(model.model, revision=model.revision, config_path=model.hf_config_path)
+    mark = f"{models.fingerprint(source)}-{live.fingerprint}"
     folder = cache_root() / "statistics"
     found = sorted(folder.glob(f"*-{mark}-*.pt"))
     if not found:
         raise TriAttentionError(
-            f"there are no statistics of {model.model} in {folder}; make them with python -m triattention calibrate "
-            f"--model {model.model}, or set {PREFIX}SPARSE_STATS_PATH to a file"
+            f"there are no statistics of {model.model}, as it is configured here, in {folder}; make them with "
+            f"{_calibrating(model)}, or set {PREFIX}SPARSE_STATS_PATH to a file"
         )
     dtype = str(model.dtype).removeprefix("torch.")
     return str(next((path for path in found if f"-{mark}-{dtype}-" in path.name), found[0]))
+
+
+def _calibrating(model: Any) -> str:
+    """The command that calibrates a model with the configuration that vLLM was given."""
+    words = ["python", "-m", "triattention", "calibrate", "--model", model.model]
+    if model.hf_config_path:
+        words += ["--hf-config-path", model.hf_config_path]
+    if model.revision:
+        words += ["--revision", model.revision]
+    if callable(model.hf_overrides):
+        return f"{shlex.join(words)} --hf-overrides JSON (with the entries that the function hf_overrides changes)"
+    return shlex.join([*words, *(["--hf-overrides", json.dumps(model.hf_overrides)] if model.hf_overrides else [])])
 
 
 def rule_of(settings: RuntimeSettings, block_size: int) -> Rule:

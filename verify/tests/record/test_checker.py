@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from verify.checks import Check, CheckSpec, derive_seed
 from verify.checks import catalogue as whole_catalogue
 from verify.record import checker
-from verify.record.schema import Record
+from verify.record.schema import Record, UnreadableRecord, read_record
 from verify.tests.samples import REPOSITORY, checks, measured, record, result, write
 
 Json = dict[str, Any]
@@ -273,5 +274,16 @@ def test_the_verb_answers_in_words_json_and_exit_codes(tmp_path: Path, capsys: p
     broken.write_text(published.read_text()[:999])
     assert checker.check([str(broken)]) == 1
     assert "is cut off or not JSON" in capsys.readouterr().out
+    for form, told in (
+        ("utf-8-sig", ""),
+        ("utf-16", ""),
+        ("utf-16-le", "line 1 has a NUL character; save it as UTF-8"),
+    ):
+        saved = tmp_path / "saved.json"
+        saved.write_bytes(published.read_text().encode(form))
+        assert checker.check([str(saved)]) == bool(told)
+        assert (told or "sound: ") in capsys.readouterr().out
+        with pytest.raises(UnreadableRecord, match=told) if told else nullcontext():
+            assert read_record(saved) == read_record(published)
     assert checker.check([str(broken)], as_json=True) == 1
     assert json.loads(capsys.readouterr().out)["problems"][0]["record"] == str(broken)

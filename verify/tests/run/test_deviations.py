@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
@@ -89,6 +90,44 @@ def test_each_mistake_is_one_sentence(checkout: Path, change: Callable[[str], st
     with pytest.raises(ConfigurationError, match=told) as raised:
         _read(checkout, change(_ENTRY))
     assert str(raised.value).startswith(f"{checkout / 'deviations.toml'}")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda text: codecs.BOM_UTF8 + text.encode(),
+        lambda text: text.encode("utf-16"),
+        lambda text: text.encode("utf-32"),
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: text.replace("\n", "\r").encode(),
+        lambda text: text.rstrip().encode(),
+    ],
+    ids=["UTF-8 with a mark", "UTF-16", "UTF-32", "Windows", "old Mac", "no last line end"],
+)
+def test_a_file_that_another_editor_saved_says_the_same(checkout: Path, form: Callable[[str], bytes]) -> None:
+    subject = find_subject(str(checkout), REPOSITORY)
+    (checkout / "deviations.toml").write_bytes(form(_ENTRY.replace("Zeros", "Zéros")))
+    (entry,) = read_deviations(subject, REPOSITORY, checks())
+    assert (entry.reason, entry.expires) == ("Zéros are NaN.", date(2027, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (_ENTRY.encode() + b"# caf\xe9", r"TOML \(line 7 is not UTF-8; save it as UTF-8\); repair it"),
+        (_ENTRY.encode("utf-16-le"), r"TOML \(line 2 has a NUL character; save it as UTF-8\)"),
+        (_ENTRY.encode() + b"by = " + b"[" * 9999, r"TOML \(nested too deeply\)"),
+        (_ENTRY.encode() + b"by = " + b"9" * 5000, r"TOML \(Exceeds the limit"),
+        (_ENTRY.encode() + b"expires = 2028-03-01\n", r"TOML \(Cannot overwrite a value \(at line 7"),
+        (_ENTRY.encode().replace(b"2027-03-01", b"9" * 400), r"expires of entry 1 is 9+\.\.\.9+; give a date without"),
+        (_ENTRY.encode().replace(b"2027-03-01", b"2027-03-01T12:30:00"), r"entry 1 is datetime.*; give a date"),
+    ],
+)  # fmt: skip
+def test_a_file_with_two_meanings_is_one_short_sentence(checkout: Path, data: bytes, told: str) -> None:
+    (checkout / "deviations.toml").write_bytes(data)
+    with pytest.raises(ConfigurationError, match=told) as raised:
+        read_deviations(find_subject(str(checkout), REPOSITORY), REPOSITORY, checks())
+    assert len(str(raised.value)) < 400
 
 
 def test_the_bundled_subject_may_have_none(checkout: Path) -> None:

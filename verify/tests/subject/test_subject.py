@@ -232,6 +232,8 @@ def test_the_subject_file_of_a_checkout_names_its_package_and_is_part_of_its_con
             "[offers.patch]\nnormalise = [true]",
             "'normalise' in [offers.patch] is not an option of the patch; the nearest",
         ),
+        ("[offers]\noffsets = [[inf]]", "offers.offsets is inf; give a list of the values that it takes"),
+        ("[offers]\nd = [" + "9" * 400 + ".5]", "offers.d is inf; give a list of the values"),
         ("[offers]\nd = 64", "offers.d is 64; give a list of the values that it takes"),
         ("[arguments.'vllm.core.scoring.compute_scores']\nkeys = 'k'", "is not a published parameter; the nearest is"),
         ("[names]\n'vllm.core.scoring.compute_score' = 'a:b'", "the nearest is 'vllm.core.scoring.compute_scores'"),
