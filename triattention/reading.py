@@ -51,11 +51,12 @@ def decoded(data: bytes, what: str) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        before = data[: error.start]
+        before, name = data[: error.start], encoding.removesuffix("-sig").upper()
         line = before.decode(encoding, "ignore").count("\n") + 1
         if error.end == len(data) and error.reason in ("unexpected end of data", "truncated data"):
-            raise TriAttentionError(f"{what}, line {line}: the file ends inside a character; copy it again") from error
-        name = "UTF-8" if encoding.startswith("utf-8") else encoding.upper()
+            raise TriAttentionError(
+                f"{what}, line {line}: the file ends inside a character, or is not {name}; copy it again, or convert it"
+            ) from error
         raise TriAttentionError(
             f"{what}, line {line} is not {name} (byte {error.start} is 0x{data[error.start]:02x}); convert the file, "
             f"for example with iconv -f WINDOWS-1252 -t UTF-8"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from triattention.errors import TriAttentionError
@@ -48,11 +49,13 @@ def protection_exceeds(protected: int, budget: int) -> str:
     )
 
 
-def to_device(values: list[int], device: torch.device) -> torch.Tensor:
-    """Host integers as int64 on ``device``, through pinned memory for a GPU, so that the host does not wait."""
-    if device.type == "cuda":
-        return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
-    return torch.tensor(values, device=device)
+def to_device(values: list[int] | np.ndarray, device: torch.device) -> torch.Tensor:
+    """Host integers as int64 on ``device``, through pinned memory for a GPU, so that the host does not wait.
+
+    torch reuses pinned memory only when the copy from it has ended.
+    """
+    tensor = torch.as_tensor(values, dtype=torch.int64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def z_score(scores: torch.Tensor, region: torch.Tensor) -> torch.Tensor:

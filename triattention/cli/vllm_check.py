@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(NOTHING_TO_COMPARE) from None
     print(*_lines(report), sep="\n")
     if report.differences:
-        raise TriAttentionError(hook_targets.difference_of(report))
+        raise TriAttentionError(hook_targets.difference_of(report, report.differences))
     print(f"vLLM {report.version}: all {len(report.targets)} targets are as recorded for {report.entry}")
 
 
@@ -65,7 +65,7 @@ def _lines(report: hook_targets.Report) -> list[str]:
     """The table; long parameter lists exceed their column instead of widening all rows."""
     rows = [("target", "expected", "found", "ok")]
     for target in report.targets:
-        v2_only = " (V2 runner only)" if target.name.startswith(f"{hook_targets.V2_MODULE}:") else ""
+        v2_only = " (V2 runner only)" if target.v2_only else ""
         rows.append((target.name + v2_only, target.expected, target.found, "yes" if target.ok else "NO"))
     width = max(len(row[0]) for row in rows)
     return [f"{name:{width}}  {ok:3}  {expected:12}  {found}" for name, expected, found, ok in rows]

@@ -10,8 +10,8 @@ TEMPLATE = (
 )
 
 
-def write_tiny_model(directory: Path, *, layers: int = 2, template: str | None = TEMPLATE) -> Path:
-    """Write the model in the transformers format; float32, 4 query and 2 KV heads, head_dim 16, 512 positions."""
+def write_tiny_model(directory: Path, *, layers: int = 2, head_dim: int = 16, template: str | None = TEMPLATE) -> Path:
+    """Write the model in the transformers format; float32, 4 query and 2 KV heads, 512 positions."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -26,7 +26,7 @@ def write_tiny_model(directory: Path, *, layers: int = 2, template: str | None =
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=100,
-        hidden_size=64,
+        hidden_size=4 * head_dim,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=4,

@@ -73,7 +73,7 @@ def test_unknown_names_and_unreadable_files_are_one_sentence(tmp_path: Path) -> 
         load_dataset(str(tmp_path / "none.jsonl"))
     empty, binary = tmp_path / "empty.jsonl", tmp_path / "binary.jsonl"
     empty.write_text("\n")
-    binary.write_bytes(b"\n\xe9")
+    binary.write_bytes(b"\n\xe9\n")
     with pytest.raises(TriAttentionError, match="has no questions"):
         load_dataset(str(empty))
     with pytest.raises(TriAttentionError, match="line 2 is not UTF-8"):

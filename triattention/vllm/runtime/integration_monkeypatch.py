@@ -1,4 +1,4 @@
-"""Everything that this plugin changes in vLLM: five functions are wrapped, none is replaced.
+"""Everything that this plugin changes in vLLM: two functions are wrapped, and of each model runner three or four.
 
 Modules that this process has not imported yet are patched when they are imported, so the API server imports nothing
 extra.
@@ -71,19 +71,16 @@ def install_vllm_integration_monkeypatches(*, patch_scheduler: bool = True, patc
     metrics.expose()
     _when_imported("vllm.engine.arg_utils", functools.partial(_patch_arguments, settings=settings))
     _when_imported("vllm.config.scheduler", functools.partial(_patch_scheduler, settings=settings))
-    _when_imported("vllm.v1.worker.gpu_model_runner", functools.partial(_patch_runner, settings=settings))
+    _when_imported("vllm.v1.worker.gpu_model_runner", functools.partial(_patch_v1_runner, settings=settings))
+    _when_imported("vllm.v1.worker.gpu.model_runner", functools.partial(_patch_v2_runner, settings=settings))
     what = f"patch_scheduler={patch_scheduler} patch_worker={patch_worker}"
     _log.info("[TriAttention] Runtime (V2) plugin activated: %s", what)
 
 
 def _choose_runner() -> None:
-    """Select the V1 model runner, the only one on a CPU: rounds in the V2 runner have not been tested on a GPU yet."""
-    chosen = os.environ.setdefault(_V2_RUNNER, "0")
-    if chosen.strip().lower() not in ("0", "false"):
-        raise TriAttentionError(
-            f"{_V2_RUNNER} is {chosen!r}, but TriAttention supports only the V1 runner; unset it, or set {SWITCH}=0"
-        )
-    _log.info("[TriAttention] the V1 model runner is used (%s=0)", _V2_RUNNER)
+    """Select the V1 model runner unless the user chose: rounds in the V2 runner have not been tested on a GPU yet."""
+    if os.environ.setdefault(_V2_RUNNER, "0").strip().lower() in ("0", "false"):
+        _log.info("[TriAttention] the V1 model runner is used (%s=0)", _V2_RUNNER)
 
 
 def _patch_arguments(module: ModuleType, settings: RuntimeSettings) -> None:
@@ -121,27 +118,53 @@ def _patch_scheduler(module: ModuleType, settings: RuntimeSettings) -> None:
     _wrap(module.SchedulerConfig, "get_scheduler_cls", get_scheduler_cls)
 
 
-def _patch_runner(module: ModuleType, settings: RuntimeSettings) -> None:
-    """Patch the V1 runner of GPUs and CPUs: rounds before a step, then physical lengths and slots for attention."""
-
-    def initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        if not (kwargs.get("is_profiling") or args[1:2] == (True,)):
-            self.triattention = start.build_compactor(self, settings)
-        return result
+def _patch_v1_runner(module: ModuleType, settings: RuntimeSettings) -> None:
+    """Rounds before a step, then physical lengths and slots for attention."""
+    from triattention.vllm.runtime.runners import V1Runner
 
     def _update_states(original: Callable[..., Any], self: Any, output: Any) -> Any:
         # not before execute_model: copies of the previous step's block table may still be in progress until here
-        self.triattention.before_step(self, output)
+        self.triattention.before_step(output)
         return original(self, output)
 
     def _prepare_inputs(original: Callable[..., Any], self: Any, output: Any, scheduled: Any, *rest: Any) -> Any:
         result = original(self, output, scheduled, *rest)
-        self.triattention.after_inputs(self, scheduled)
+        self.triattention.after_inputs(scheduled)
         return result
 
-    for wrapper in (initialize_kv_cache, _update_states, _prepare_inputs):
+    for wrapper in (_with_rounds(V1Runner, settings), _update_states, _prepare_inputs):
         _wrap(module.GPUModelRunner, wrapper.__name__, wrapper)
+
+
+def _patch_v2_runner(module: ModuleType, settings: RuntimeSettings) -> None:
+    """As for V1, and logical lengths again before the runner samples."""
+    from triattention.vllm.runtime.runners import V2Runner
+
+    def update_requests(original: Callable[..., Any], self: Any, output: Any) -> Any:
+        self.triattention.before_step(output)
+        return original(self, output)
+
+    def prepare_attn(original: Callable[..., Any], self: Any, batch: Any) -> Any:
+        return self.triattention.shorten(batch, original(self, batch))
+
+    def sample(original: Callable[..., Any], self: Any, hidden: Any, batch: Any, grammar: Any) -> Any:
+        self.triattention.lengthen(batch)
+        return original(self, hidden, batch, grammar)
+
+    for wrapper in (_with_rounds(V2Runner, settings), update_requests, prepare_attn, sample):
+        _wrap(module.GPUModelRunner, wrapper.__name__, wrapper)
+
+
+def _with_rounds(kind: Callable[[Any, Any], Any], settings: RuntimeSettings) -> Callable[..., Any]:
+    """A wrapper that builds a runner's compactor when its KV cache is there."""
+
+    def initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if not (kwargs.get("is_profiling") or args[1:2] == (True,)):
+            self.triattention = kind(self, start.build_compactor(self, settings))
+        return result
+
+    return initialize_kv_cache
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:

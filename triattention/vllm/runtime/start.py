@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from triattention.errors import TriAttentionError
+from triattention.vllm.runtime import hook_targets
 from triattention.vllm.runtime.eviction import Evictor, Rule
 from triattention.vllm.runtime.metrics import counters
 from triattention.vllm.runtime.settings import PREFIX, SWITCH, RuntimeSettings
@@ -32,7 +33,11 @@ def refuse(config: Any, settings: RuntimeSettings) -> None:
     """Raise TriAttentionError, naming the cause and the next step, for an unsupported vLLM configuration."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     if getattr(config, "use_v2_model_runner", False):
-        _cannot("the V2 model runner, which this configuration selects", "remove the option that selects it")
+        hook_targets.require_supported(v2=True)
+        _log.warning(
+            "[TriAttention] the V2 model runner is used, with which this plugin has run on a CPU only; it is UNTESTED "
+            "on a GPU (VLLM_USE_V2_MODEL_RUNNER=0 selects the V1 runner)"
+        )
     if parallel.distributed_executor_backend == "ray":
         _cannot("Ray workers, which do not receive these settings", "use --distributed-executor-backend mp")
     worker = str(parallel.worker_cls)
