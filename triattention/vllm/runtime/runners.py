@@ -12,40 +12,12 @@ The V2 runner has run with this plugin on a CPU. It is UNTESTED on a GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from triattention.selection import to_device
-
-if TYPE_CHECKING:
-    from triattention.vllm.runtime.compaction import Compactor
-
-
-class Runner(Protocol):
-    """What the compactor asks of a runner."""
-
-    def blocks(self, name: str) -> list[int]:
-        """The blocks of a request, in the order of its tokens, before the new ones of this step."""
-
-    def set_blocks(self, name: str, blocks: list[int]) -> None:
-        """Replace the blocks of a request."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The requests of a step in the order of the batch; arrays of tokens, int ``[n]``."""
-
-    names: list[str]
-    scheduled: np.ndarray
-    computed: np.ndarray
-    prompts: np.ndarray
-
-    def shifts(self, offsets: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """``offsets`` of the rows, and of each token of the step, on the device."""
-        return to_device(offsets, device), to_device(np.repeat(offsets, self.scheduled), device)
+from triattention.vllm.runtime.compaction import Compactor, Rows
 
 
 class V1Runner:
