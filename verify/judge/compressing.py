@@ -59,19 +59,11 @@ class Compressor:
         offer to score such keys, and AssertionError if keys, values and indices of the result do not fit together.
         """
         dtype = str(keys.dtype).removeprefix("torch.")
-        require(
-            self.subject.narrowed,
-            {
-                "b": keys.shape[0],
-                "h": keys.shape[1],
-                "g": self.caches.group,
-                "d": keys.shape[-1],
-                "dtype": dtype,
-                "strides": strides_of(keys),
-                "style": "half",
-                **scored_with(self.options),
-            },
-        )
+        shape = {
+            "b": keys.shape[0], "h": keys.shape[1], "g": self.caches.group, "d": keys.shape[-1], "dtype": dtype,
+            "strides": strides_of(keys), "style": "half", **scored_with(self.options),
+        }  # fmt: skip
+        require(self.subject.narrowed, shape)
         special = {
             "rows": keys.shape[0] if keys.shape[0] > 1 else None,
             "dtype": dtype if dtype != "float32" else None,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from types import ModuleType
 from typing import TypeVar
 
@@ -131,33 +133,30 @@ class _Cards:
         Indices are the driver's. CUDA counts the same way under CUDA_DEVICE_ORDER=PCI_BUS_ID, which a run sets unless
         the user chose another order; if the two disagree, a check of phase 1 is INFRA.
         """
-        nvml, listed = self.nvml, os.environ.get("CUDA_VISIBLE_DEVICES")
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.notes += [f"card {index} cannot be asked ({why})" for index, why in self._errors.items()]
         order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         if order != "PCI_BUS_ID" and len(self._all) > 1:
             self.notes.append(f"CUDA_DEVICE_ORDER={order}: CUDA may count the cards in another order; unset it")
-        if listed is None:
-            handles = [card for card in self._all if card is not None]
-        else:
-            handles = []
-            for name in (part.strip() for part in listed.split(",")):
-                handle = self._named(name)
-                if handle is None:
-                    break
-                handles.append(handle)
-            identities = [_or(nvml, lambda one=handle: nvml.nvmlDeviceGetUUID(one), handle) for handle in handles]
-            if len({*map(str, identities)}) < len(handles):
-                self.notes.append(
-                    f"CUDA_VISIBLE_DEVICES={listed} names a card twice, so CUDA shows none; name each once"
-                )
-                handles = []
+        handles = [card for card in self._all if card is not None] if listed is None else self._chosen(listed)
         found = [slice_ for handle in handles if (slice_ := self._slice_of(handle)) is not None]
-        slices = [handle for handle in found if _is_mig_slice(nvml, handle)]
+        slices = [handle for handle in found if _is_mig_slice(self.nvml, handle)]
         return slices[:1] or found
+
+    def _chosen(self, listed: str) -> list[object]:
+        """The handles that a value of CUDA_VISIBLE_DEVICES names, up to the first unknown name."""
+        nvml = self.nvml
+        named = map(self._named, (part.strip() for part in listed.split(",")))
+        handles = list(takewhile(lambda handle: handle is not None, named))
+        identities = [_or(nvml, lambda one=handle: nvml.nvmlDeviceGetUUID(one), handle) for handle in handles]
+        if len({*map(str, identities)}) == len(handles):
+            return handles
+        self.notes.append(f"CUDA_VISIBLE_DEVICES={listed} names a card twice, so CUDA shows none; name each once")
+        return []
 
     def _named(self, name: str) -> object | None:
         nvml = self.nvml
-        if name.isdecimal():
+        if re.fullmatch("[0-9]{1,9}", name):
             return self._all[int(name)] if int(name) < len(self._all) else None
         if name.startswith("GPU-"):
             known = (card for card in self._all if card is not None)

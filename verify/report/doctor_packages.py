@@ -12,10 +12,18 @@ from verify.files import repository_root
 from verify.machine.environment import NOT_INSTALLED, localise
 from verify.report.doctor_table import Finding, Status
 
+#: Triton with the programs that assemble for a GPU before and from Blackwell on; older releases cannot be asked.
+_ASSEMBLERS = """
+import triton.language
+from triton.backends.nvidia import compiler
+for arch in (90, 120):
+    getattr(compiler, "get_ptxas", str)(arch)
+"""
+
 #: What shows, in a process of its own, that a package works here; none of it needs a GPU.
 _TRIALS = {
     "torch": ("PyTorch", "import torch; torch.ones(2) @ torch.ones(2)"),
-    "triton": ("Triton", "import triton.language"),
+    "triton": ("Triton", _ASSEMBLERS),
     "transformers": ("transformers", "from transformers import AutoModelForCausalLM, DynamicCache"),
     "flash-attn": ("flash-attn", "from flash_attn import flash_attn_func"),
     "vllm": ("vLLM", "import vllm"),
@@ -52,7 +60,7 @@ def mended(findings: Sequence[Finding], broken: Mapping[str, str]) -> list[Findi
         replace(
             one,
             status=Status.NOTE if one.what in _OPTIONAL else Status.NEEDED,
-            step=f"{broken[one.what]}; install a build of it that fits the other packages",
+            step=f"{broken[one.what]}; install it again, in a build that fits the other packages",
         )
         if one.what in broken and one.status in (Status.OK, Status.NOTE)
         else one

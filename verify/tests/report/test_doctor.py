@@ -10,6 +10,7 @@ from verify.errors import ConfigurationError
 from verify.machine.environment import NOT_INSTALLED
 from verify.machine.nvml import Driver
 from verify.record.schema import Gpu
+from verify.report import doctor_packages
 from verify.report.doctor import NEWEST, Machine, check_card, examine, inspect_machine, skips
 from verify.report.doctor_packages import mended, tried
 from verify.report.doctor_subject import examine_subject
@@ -268,7 +269,22 @@ def test_a_package_that_is_there_and_does_not_work_is_told(tmp_path: Path, monke
     assert found["flash-attn"].status is Status.NOTE
     assert found["Triton"].status is Status.NEEDED
     assert found["vLLM"].status is found["transformers"].status is Status.OK
-    assert found["flash-attn"].step == f"{broken['flash-attn']}; install a build of it that fits the other packages"
+    assert (
+        found["flash-attn"].step == f"{broken['flash-attn']}; install it again, in a build that fits the other packages"
+    )
+
+
+def test_a_triton_without_its_assembler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia = tmp_path / "triton" / "backends" / "nvidia"
+    nvidia.mkdir(parents=True)
+    for name in ("__init__.py", "language.py", "backends/__init__.py", "backends/nvidia/__init__.py"):
+        (tmp_path / "triton" / name).touch()
+    (nvidia / "compiler.py").write_text(
+        "def get_ptxas(arch):\n    if arch >= 100:\n        raise RuntimeError('Cannot find ptxas-blackwell')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor_packages, "_TRIALS", {"triton": doctor_packages._TRIALS["triton"]})
+    assert tried({"triton": "3.7.1"}) == {"Triton": "RuntimeError: Cannot find ptxas-blackwell"}
 
 
 def test_an_assembler_that_a_variable_chose_is_told() -> None:
