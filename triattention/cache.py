@@ -23,6 +23,7 @@ NO_ROLL_BACK = (
     "a compressed cache cannot be rolled back, so speculative decoding is not supported; leave assistant_model and "
     "prompt_lookup_num_tokens unset"
 )
+NO_OFFLOADING = "an offloaded cache cannot be compressed; leave cache_implementation unset"
 
 
 class CompressedLayer(DynamicLayer):
@@ -141,7 +142,7 @@ def adopt(cache: Cache, n_layers: int) -> None:
     while len(cache.layers) < n_layers and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.append(DynamicLayer())
     if getattr(cache, "offloading", False):
-        raise TriAttentionError("an offloaded cache cannot be compressed; leave cache_implementation unset")
+        raise TriAttentionError(NO_OFFLOADING)
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             layer.__class__ = CompressedLayer

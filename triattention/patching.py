@@ -17,7 +17,7 @@ import transformers
 from transformers.cache_utils import Cache
 
 from triattention.architecture import Architecture, decoder_of, describe, inside
-from triattention.cache import NO_REORDERING, NO_ROLL_BACK
+from triattention.cache import NO_OFFLOADING, NO_REORDERING, NO_ROLL_BACK
 from triattention.compression import Compression
 from triattention.errors import TriAttentionError
 from triattention.forward import CACHE_NAMES, require_length, step
@@ -171,11 +171,13 @@ class _Asked:
         return next((value for value in found if value is not None), None)
 
     def require_served(self, max_positions: int | None) -> None:
-        """Raise TriAttentionError for beams, speculative decoding, and a sequence of more than ``max_positions``."""
+        """Raise TriAttentionError for beams, speculative decoding, an offloaded cache, and too long a sequence."""
         if (self.option("num_beams") or 1) > 1:
             raise TriAttentionError(NO_REORDERING)
         if any(self.option(name) for name in _SPECULATIVE):
             raise TriAttentionError(NO_ROLL_BACK)
+        if "offloaded" in str(self.option("cache_implementation")):
+            raise TriAttentionError(NO_OFFLOADING)
         if max_positions is not None:
             require_length(self._longest(), max_positions)
 
