@@ -39,6 +39,13 @@ _SHAPING = (
 )  # fmt: skip
 
 
+#: Fields that are the same for the same model, whichever library describes it.
+_COMPARED = (
+    "num_layers", "num_query_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_style", "attention_scaling",
+    "max_positions",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Shape and rotary parameters of a model; ``omega`` is float32 ``[F]`` as in its rotary module.
@@ -62,6 +69,12 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def identity(self) -> str:
+        """16 hex digits over the fields that ``require_same`` compares exactly."""
+        compared = [getattr(self, name) for name in (*_COMPARED, "fingerprint")]
+        return hashlib.sha256(json.dumps(compared).encode()).hexdigest()[:16]
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Architecture:
         architecture = cls(**data)
@@ -71,16 +84,7 @@ class Architecture:
 
     def require_same(self, live: Architecture, source: str) -> None:
         """Raise TriAttentionError, naming both values, unless ``live`` is the model of these statistics."""
-        for name in (
-            "num_layers",
-            "num_query_heads",
-            "num_kv_heads",
-            "head_dim",
-            "rotary_dim",
-            "rope_style",
-            "attention_scaling",
-            "max_positions",
-        ):
+        for name in _COMPARED:
             mine, its = getattr(self, name), getattr(live, name)
             if mine != its:
                 raise TriAttentionError(
@@ -140,13 +144,7 @@ def _describe(config: Any, rotary: Callable[[], Any]) -> Architecture:
             f"model type {config.model_type!r} is not supported; supported: {', '.join(sorted(STYLE_OF_TYPE))}"
         )
     _refuse_sliding(config)
-    try:
-        omega, scaling, max_positions = rope_of(rotary())
-    except _UNUSABLE as error:
-        raise TriAttentionError(
-            f"rope_parameters {getattr(config, 'rope_parameters', None)} cannot be used ({error!r:.80}); give "
-            "rope_type, rope_theta and the entries of that type"
-        ) from error
+    omega, scaling, max_positions = _rope_from(config, rotary)
     complete = copy.deepcopy(config)
     if getattr(complete, "rope_parameters", None):
         complete.standardize_rope_params()  # entries that were left out count as their defaults
@@ -165,6 +163,21 @@ def _describe(config: Any, rotary: Callable[[], Any]) -> Architecture:
         omega=omega,
         max_positions=max_positions,
     )
+
+
+def require_rope(config: Any) -> None:
+    """Raise TriAttentionError unless RoPE can be made from a configuration."""
+    _rope_from(config.get_text_config(), lambda: build_rotary("cpu", "", torch.float32, copy.deepcopy(config)))
+
+
+def _rope_from(config: Any, rotary: Callable[[], Any]) -> tuple[torch.Tensor, float, int | None]:
+    try:
+        return rope_of(rotary())
+    except _UNUSABLE as error:
+        raise TriAttentionError(
+            f"rope_parameters {getattr(config, 'rope_parameters', None)} cannot be used ({error!r:.80}); give "
+            "rope_type, rope_theta and the entries of that type"
+        ) from error
 
 
 def _refuse_sliding(config: Any) -> None:

@@ -27,6 +27,7 @@ DEVICES = ("auto", "cpu", "cuda")
 #: What transformers raises for weights or a configuration that it cannot use, beside errors of its own.
 _UNLOADABLE = (
     OSError, ValueError, ImportError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
+    AssertionError,
 )  # fmt: skip
 
 
@@ -75,6 +76,8 @@ def find_source(
     weights, and for a path that does not exist.
     """
     found = _config_location(config_path)
+    if revision is not None and (name == EMBEDDED or expanded(name).is_dir()):
+        raise TriAttentionError(f"--revision {revision} is of a hub model, but {name} is a directory; leave it out")
     return ModelSource(name, _location(name, configured=found is not None), revision, found, dict(overrides or {}))
 
 
@@ -123,7 +126,7 @@ def _weight_files(path: Path) -> list[Path]:
 def fingerprint(source: ModelSource) -> str:
     """16 hex digits over the model's config.json and weight files (names, sizes, times): changes when the model does.
 
-    What overrides the configuration is not in it, but in the fingerprint of the model's ``Architecture``.
+    What overrides the configuration is not in it, but in the identity of the model's ``Architecture``.
 
     A hub model must have been loaded before, so that its files are in the local hub cache.
     """
@@ -171,39 +174,6 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def configuration(source: ModelSource) -> Any:
-    """The configuration of a model with its overrides, applied as vLLM applies them.
-
-    Values and lists first, after which transformers brings the RoPE parameters into one form; then objects, which
-    replace the whole entry, or entries of a configuration inside.
-    """
-    from transformers import AutoConfig, PreTrainedConfig
-
-    place = source.config_location or source.location
-    config = AutoConfig.from_pretrained(place, local_files_only=Path(place).is_dir(), revision=source.revision)
-    if (kind := source.overrides.get("model_type", config.model_type)) != config.model_type:
-        raise TriAttentionError(
-            f"--hf-overrides has model_type {kind!r}, but {source.name} has {config.model_type!r} in its config.json, "
-            "which decides the classes; change it there"
-        )
-    flat = {name: value for name, value in source.overrides.items() if not isinstance(value, dict)}
-    if flat:
-        config.update(flat)
-        if getattr(config, "rope_parameters", None):
-            config.standardize_rope_params()
-
-    def replace(target: Any, entries: Mapping[str, Any]) -> None:
-        for name, value in entries.items():
-            inside = getattr(target, name, None)
-            if isinstance(value, dict) and isinstance(inside, PreTrainedConfig):
-                replace(inside, value)
-            else:
-                setattr(target, name, value)
-
-    replace(config, {name: value for name, value in source.overrides.items() if name not in flat})
-    return config
-
-
 def _choose_dtype(config: Any, dtype: str, attention: str) -> torch.dtype:
     import torch
 
@@ -228,11 +198,15 @@ def load(source: ModelSource, *, dtype: str = "auto", device: str = "auto", atte
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from triattention.configuration import read_configuration  # it imports torch
+
     where = choose_device(device)
     if attention == "flash_attention_2":
         _check_flash_attention(where)
     try:
-        config = configuration(source)
+        config = read_configuration(
+            source.config_location or source.location, source.overrides, name=source.name, revision=source.revision
+        )
         options = {"local_files_only": source.local, "revision": source.revision}
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -250,9 +224,8 @@ def load(source: ModelSource, *, dtype: str = "auto", device: str = "auto", atte
         raise _cannot_load(source, error) from error
     if missing := sorted(info["missing_keys"]):
         # transformers would initialise them randomly and continue
-        raise TriAttentionError(
-            f"cannot load model {source.name}: {len(missing)} of its weights are not in its files (one: {missing[0]}); "
-            "download it again"
+        raise _cannot_load(
+            source, ValueError(f"{len(missing)} of its weights are not in its files (one: {missing[0]})")
         )
     return LoadedModel(model, tokenizer, source)
 
@@ -272,16 +245,22 @@ def _check_flash_attention(device: torch.device) -> None:
 
 
 def _cannot_load(source: ModelSource, error: Exception) -> TriAttentionError:
-    reason = repr(error) if isinstance(error, LookupError) else _first_sentence(error)
+    options = [f"--hf-overrides {json.dumps(source.overrides)}"] if source.overrides else []
+    options += [f"--hf-config-path {source.config_location}"] if source.config_location else []
     hint = "download it again" if source.local else "check the name and the network, or give a local directory"
-    if source.overrides:
-        return TriAttentionError(
-            f"cannot load model {source.name} with --hf-overrides {json.dumps(source.overrides)}: {reason}; "
-            "correct them"
-        )
-    return TriAttentionError(f"cannot load model {source.name}: {reason}; {hint}")
+    if options:
+        hint = "correct them" if source.overrides else "give the directory of another config.json"
+    chosen = f" with {' and '.join(options)}" if options else ""
+    return TriAttentionError(f"cannot load model {source.name}{chosen}: {_reason(error)}; {hint}")
 
 
-def _first_sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(". ")[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """The first sentence of an error of transformers."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "the weights in its files have other shapes"
+    if isinstance(error, LookupError):
+        return repr(error)
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    if first.endswith(":") and more:
+        first = f"{first} {more[0].strip()}"
+    return first.split(". ")[0].rstrip(".")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -89,7 +90,8 @@ def parse_json(text: str, *, numerals: bool = False) -> Any:
             parse_float=_written_out if numerals else _finite,
         )
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"not JSON ({error.msg} at {line}column {error.colno})") from error
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if "\\ud" in text.lower():
@@ -128,5 +130,9 @@ def _finite(number: str) -> float:
 
 
 def _written_out(number: str) -> Numeral:
-    _finite(number)
+    mantissa = re.split("[eE]", number)[0]
+    if _finite(number) == 0:
+        if re.search("[1-9]", mantissa):
+            raise ValueError(f"{number[:40]}, which is too small for float64")
+        return Numeral(mantissa)
     return Numeral(format(Decimal(number), "f"))

@@ -6,6 +6,7 @@ Two layouts can be read: ours (one stacked tensor per quantity, with the model's
 
 from __future__ import annotations
 
+import operator
 import os
 import pickle
 import re
@@ -31,7 +32,6 @@ _UNREADABLE = (
 FORMAT, FORMAT_VERSION = "triattention-statistics", 2
 CAPTURE_POINT = "after q_norm, before RoPE"
 _NAMES = ("q_mean_real", "q_mean_imag", "q_abs_mean")
-#: The key of an entry of a published file.
 _HEAD = re.compile(r"layer_?(\d{1,9})_head_?(\d{1,9})")
 
 
@@ -180,6 +180,8 @@ def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The dictionary in a ``.pt`` file, tensors on the CPU. Raises TriAttentionError for a missing or damaged file."""
     source = Path(path)
     if not source.is_file():
+        if source.exists():
+            raise TriAttentionError(f"{source} is not a regular file; give a statistics file")
         raise TriAttentionError(
             f"there is no statistics file {source}; make one with python -m triattention build-stats "
             f"--model MODEL --output {source}"
@@ -200,15 +202,14 @@ def read_payload(path: str | os.PathLike[str]) -> dict[str, Any]:
 def published_heads(payload: Mapping[str, Any], source: str) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
     """The entries of a published file by (layer, head), each with three float32 tensors; heads may be missing.
 
-    Entries may stand in ``stats`` or at the top, their keys may lack the leading zeros, and the mean may be one complex
-    tensor, or one of (real, imaginary) pairs. Raises TriAttentionError for a listed head without an entry, or with a
-    malformed one.
+    Entries may stand in ``stats`` or at the top, their keys may lack zeros, and the mean may be one complex tensor, or
+    one of (real, imaginary) pairs. Raises TriAttentionError for a listed head without an entry, or a malformed one.
     """
     with _malformed(source):
         entries = _entries(payload, source)
         listed = payload.get("metadata", {}).get("sampled_heads", list(entries))
         found = {}
-        for layer, head in ((int(layer), int(head)) for layer, head in listed):
+        for layer, head in ((operator.index(layer), operator.index(head)) for layer, head in listed):
             if (layer, head) not in entries:
                 raise TriAttentionError(f"{source} lacks layer {layer}, head {head}; calibrate every head")
             found[layer, head] = _means(entries[layer, head], f"{source}, layer {layer}, head {head}")
@@ -224,7 +225,7 @@ def _entries(payload: Mapping[str, Any], source: str) -> dict[tuple[int, int], M
             "calibrate this model"
         )
     stats = payload.get("stats", payload)
-    found: dict[tuple[int, int], Mapping[str, Any]] = {}
+    found: dict[tuple[int, int], Any] = {}
     for key, entry in stats.items():
         if named := _HEAD.fullmatch(str(key)):
             place = int(named[1]), int(named[2])
@@ -248,7 +249,10 @@ def _means(entry: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
         entry = {**entry, "q_mean_real": both.real, "q_mean_imag": both.imag}
     if absent := [name for name in _NAMES if name not in entry]:
         raise TriAttentionError(f"{where} has no {absent[0]}, but {reprlib.repr(sorted(entry))}; calibrate this model")
-    return {name: _float32(entry[name]) for name in _NAMES}
+    means = {name: _float32(entry[name]) for name in _NAMES}
+    if shapes := [tuple(mean.shape) for mean in means.values() if mean.ndim != 1]:
+        raise TriAttentionError(f"{where} has means of shape {shapes[0]}; expected [F]; calibrate this model")
+    return means
 
 
 def _float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ def cached_statistics(loaded: LoadedModel) -> Path:
     text = bundled_text()
     of_text = hashlib.sha256(text.encode()).hexdigest()[:8]
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    of_model = f"{models.fingerprint(loaded.source)}-{describe(loaded.model).fingerprint}"
+    of_model = f"{models.fingerprint(loaded.source)}-{describe(loaded.model).identity}"
     name = f"{loaded.source.label}-{of_model}-{dtype}-{of_text}.pt"
     path = cache_root() / "statistics" / name
     try:

@@ -32,7 +32,12 @@ IMPORT_ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write ``content``, text as UTF-8, so that a reader sees the old file or the new one, never a part of it."""
+    """Write ``content``, text as UTF-8, so that a reader sees the old file or the new one, never a part of it.
+
+    Raises OSError for a device, pipe or folder at ``path``, which must not be replaced.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is there and is not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

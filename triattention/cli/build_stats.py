@@ -32,6 +32,7 @@ _RANGES = 5
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "build-stats",
+        allow_abbrev=False,
         help="calibrate models on text and write their statistics",
         description="Run text through each model, average its queries, write the statistics and print their "
         "concentration |E q| / E|q| by layer (1: all queries alike; 0: no centre, nothing for TriAttention to use). "
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         _show_cached(args)
         return
     for output in outputs.values():
-        require_output(output)
+        require_output(output, args.input)
     length = args.max_length or DEFAULT_MAX_LENGTH
     calls = [
         (source_of(args, model), args.input, str(output), length, args.dtype, args.device)

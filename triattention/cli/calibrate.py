@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "calibrate",
+        allow_abbrev=False,
         help="statistics of one model on a text, layer by layer",
         description="Run a text through a model, average its queries, write the statistics and print the concentration "
         "|E q| / E|q| of every layer (1: all queries alike; 0: no centre, nothing for TriAttention to use). "
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         length = DEFAULT_MAX_LENGTH if args.max_length is None else args.max_length
         require_at_least_one(args, "max_length")
         output = expanded(args.output)
-        require_output(output)
+        require_output(output, args.input)
         result = calibrate_to_file(source_of(args), args.input, output, length, args.dtype, args.device)
     print(f"wrote {output}: {result.token_count} tokens of {args.input or 'the bundled text'}")
     for layer, concentration in enumerate(result.concentration().tolist()):
@@ -76,11 +77,21 @@ def _calibrate_to_cache(args: argparse.Namespace) -> tuple[Path, Statistics]:
     return path, statistics.load(path)
 
 
-def require_output(output: Path) -> None:
-    """Raise TriAttentionError unless the file can be written; called before a model is loaded."""
+def require_output(output: Path, text_file: str | None) -> None:
+    """Raise TriAttentionError unless the file can be written, and replaces at most statistics; called early."""
     if output.is_dir():
         raise TriAttentionError(f"--output {output} is a directory; give the name of the file to write")
+    if text_file is not None and output.exists() and output.samefile(expanded(text_file)):
+        raise TriAttentionError(f"--output {output} is the text of --input; give another file to write")
+    if output.exists() and (not output.is_file() or not _is_archive(output)):
+        raise TriAttentionError(f"--output {output} is there and is not a statistics file; give another name")
     require_writable(output.absolute().parent, "--output directory")
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is empty or begins as torch saves one."""
+    with path.open("rb") as stream:
+        return stream.read(2) in (b"", b"PK")
 
 
 def calibrate_to_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,14 @@ def _whole_lines(path: Path) -> list[Line]:
             raise TriAttentionError(
                 f"{path}, line {number} is from another run than line 1 ({other}); give each run its own file"
             )
+    for name, kind in (("dataset", str), ("questions", int), ("num_samples", int)):
+        if type(settings.get(name)) is not kind:
+            raise TriAttentionError(f"{path}: {name!r} is {settings.get(name)!r}, so it is not a run of run-one")
+    replies = [(line["index"], line["sample"]) for line in lines]
+    if twice := next((number for number, one in enumerate(replies) if one in replies[:number]), None):
+        raise TriAttentionError(f"{path}, line {twice + 1} is the same reply as an earlier line; remove one of them")
+    if not math.fsum(line["batch_seconds"] for line in lines) > 0:
+        raise TriAttentionError(f"{path} says that its replies took no time; give the file that run-one wrote")
     expected = settings["questions"] * settings["num_samples"]
     if torn or len(lines) < expected:
         print(f"note: {path} is not finished: it holds {len(lines)} of {expected} replies")

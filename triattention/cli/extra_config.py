@@ -22,8 +22,7 @@ from triattention.reading import parse_json, read_text
 
 _OPTION = "--extra-config"
 
-_NULL, _BOOL, *_OTHERS = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "str", "int", "float", "timestamp"))
-_SCALARS = (_NULL, _BOOL, *_OTHERS)
+_NULL, _BOOL, _MERGE, _MAP, _SEQ = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "merge", "map", "seq"))
 #: The truth values of YAML 1.1 and 1.2; yes, no, on and off are text in 1.2.
 _WORDS_OF_BOTH = ("true", "false")
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
@@ -65,31 +64,31 @@ def _read(path: Path, known: Mapping[str, argparse.Action], verb: str) -> dict[s
     """The values in a file by option, such as ``--max-questions``."""
     import yaml
 
-    loader = yaml.SafeLoader(read_text(path, _OPTION, "give a YAML file"))
+    source, text = f"{_OPTION} {path}", read_text(path, _OPTION, "give a YAML file")
     try:
-        root = loader.get_single_node()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None or root.tag == _NULL:
             return {}
         if not isinstance(root, yaml.MappingNode):
-            raise TriAttentionError(
-                f"{_OPTION} {path} is not a mapping; write one option on each line, such as 'budget: 1024'"
-            )
-        _require_unrepeated(root, str(path))
-        loader.flatten_mapping(root)
-    except (yaml.YAMLError, RecursionError) as error:
+            raise TriAttentionError(f"{source} is not a mapping; write one option on each line, such as 'budget: 1024'")
+        return _options(root, source, known, verb)
+    except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise TriAttentionError(f"{_OPTION} {path} is not one YAML mapping ({reason}); correct it") from error
-    finally:
-        loader.dispose()
+        raise TriAttentionError(f"{source} is not one YAML mapping ({reason}); correct it") from error
+    except RecursionError:
+        raise TriAttentionError(f"{source} is nested too deeply, or contains itself; correct it") from None
+
+
+def _options(root: Any, source: str, known: Mapping[str, argparse.Action], verb: str) -> dict[str, _Value]:
     found: dict[str, _Value] = {}
     off = []
-    for key_node, node in root.value:
-        where, key = f"{_OPTION} {path}, line {key_node.start_mark.line + 1}", key_node.value
+    for key_node, node in _entries(root, source):
+        where, key = f"{source}, line {key_node.start_mark.line + 1}", key_node.value
         if mode := _PUBLISHED_MODES.get(key):
             if node.tag != _BOOL:
                 raise TriAttentionError(f"{where}: {key!r} is {_shown(node)}; give true or false")
             if not _is_true(node):
-                off.append(key)
+                off.append((key, mode))
                 continue
             key = "pruning-mode"
         option = f"--{_PUBLISHED.get(key, key).replace('_', '-')}"
@@ -101,8 +100,12 @@ def _read(path: Path, known: Mapping[str, argparse.Action], verb: str) -> dict[s
             )
         word = f"{option}={mode}" if mode else _word(option, key, node, known[option], where)
         found[option] = _Value(key_node.value, word)
-    if len(off) == len(_PUBLISHED_MODES) and "--pruning-mode" not in found:
-        raise TriAttentionError(f"{_OPTION} {path}: {' and '.join(off)} are both false; write 'pruning-mode: union'")
+    chosen = found.get("--pruning-mode")
+    for key, mode in off:
+        if chosen is None or chosen.word == f"--pruning-mode={mode}":
+            raise TriAttentionError(
+                f"{source}: {key!r} is false, which leaves the mode open; add 'pruning-mode: union'"
+            )
     return found
 
 
@@ -117,18 +120,35 @@ class _Value:
     word: str | None
 
 
-def _require_unrepeated(mapping: Any, source: str) -> None:
-    """Raise TriAttentionError if a mapping node has two equal keys, of which YAML readers keep the last."""
-    lines: dict[str, int] = {}
-    for key, _ in mapping.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key.value, str):
-            raise TriAttentionError(f"{_OPTION} {source}, line {line}: a key is not text; write 'option: value'")
-        if key.value in lines:
-            raise TriAttentionError(
-                f"{_OPTION} {source} has {key.value!r} twice, in lines {lines[key.value]} and {line}; remove one"
-            )
-        lines[key.value] = line
+def _entries(mapping: Any, source: str) -> list[tuple[Any, Any]]:
+    """The keys and values of a mapping node, merge keys (``<<``) resolved; an own entry wins over a merged one.
+
+    Raises TriAttentionError for two equal keys, of which YAML readers keep the last.
+    """
+    from yaml.constructor import SafeConstructor
+
+    merged = [value for key, value in mapping.value if key.tag == _MERGE]
+    for part in (mapping, *(one for value in merged for one in (value.value if value.id == "sequence" else [value]))):
+        lines: dict[str, int] = {}
+        for key, _ in part.value if part.id == "mapping" else ():
+            line = key.start_mark.line + 1
+            if not isinstance(key.value, str):
+                raise TriAttentionError(f"{source}, line {line}: a key is not text; write 'option: value'")
+            if key.value in lines:
+                where = f"lines {lines[key.value]} and {line}" if line > lines[key.value] else f"line {line}"
+                raise TriAttentionError(f"{source} has {key.value!r} twice, in {where}; remove one")
+            lines[key.value] = line
+    SafeConstructor().flatten_mapping(mapping)
+    return list({key.value: (key, value) for key, value in mapping.value}.values())
+
+
+def _is_tagged(node: Any) -> bool:
+    """Whether a node has a tag of its own, such as ``!!str``."""
+    from yaml.resolver import Resolver
+
+    if node.id != "scalar":
+        return node.tag not in (_MAP, _SEQ)
+    return node.tag != Resolver().resolve(type(node), node.value, (node.style is None, node.style is not None))
 
 
 def _word(option: str, key: str, node: Any, action: argparse.Action, where: str) -> str | None:
@@ -144,37 +164,55 @@ def _word(option: str, key: str, node: Any, action: argparse.Action, where: str)
         if _is_true(node):
             return option
         return option.replace("--", "--no-", 1) if isinstance(action, argparse.BooleanOptionalAction) else None
+    if action.type is overrides_of and node.id == "mapping":
+        return f"{option}={json.dumps(_plain(node, where.rpartition(', line ')[0]))}"
     if node.id == "mapping":
-        if action.type is not overrides_of:
-            inside = ", ".join(str(inner.value) for inner, _ in node.value[:3])
-            raise TriAttentionError(
-                f"{where}: {key!r} contains options of its own ({inside}); move them to the left margin"
-            )
-        return f"{option}={json.dumps(_plain(node, where))}"
+        inside = ", ".join(str(inner.value) for inner, _ in node.value[:3])
+        raise TriAttentionError(
+            f"{where}: {key!r} contains options of its own ({inside}); move them to the left margin"
+        )
     items = node.value if node.id == "sequence" else [node]
     for item in items:
-        if (
-            item.id != "scalar"
-            or item.tag not in _SCALARS
-            or (item.tag == _BOOL and item.value.lower() in _WORDS_OF_BOTH)
-        ):
+        if item.id != "scalar" or _is_tagged(item) or (item.tag == _BOOL and item.value.lower() in _WORDS_OF_BOTH):
             raise TriAttentionError(f"{where}: {key!r} is {_shown(node)}; give one value")
         if node.id == "sequence" and "," in item.value:
             raise TriAttentionError(f"{where}: {key!r} has {_shown(item)} with a comma in it; give one value per item")
-    return f"{option}={','.join(item.value for item in items)}"
+    word = ",".join(item.value for item in items)
+    _require_accepted(key, word, action, where)
+    return f"{option}={word}"
 
 
-def _plain(node: Any, where: str) -> Any:
+def _require_accepted(key: str, word: str, action: argparse.Action, where: str) -> None:
+    """Raise TriAttentionError for a word that argparse would refuse, which does not know the file."""
+    try:
+        value = action.type(word) if callable(action.type) else word
+    except argparse.ArgumentTypeError as error:
+        raise TriAttentionError(f"{where}: {key!r}: {error}") from error
+    except ValueError as error:
+        kind = {int: "a whole number", float: "a number"}.get(action.type, "another value")
+        raise TriAttentionError(f"{where}: {key!r} is {reprlib.repr(word)}; give {kind}") from error
+    if action.choices is not None and value not in action.choices:
+        raise TriAttentionError(f"{where}: {key!r} is {word!r}; give one of {', '.join(map(str, action.choices))}")
+
+
+def _plain(node: Any, source: str) -> Any:
     """A node as JSON would hold it: numbers as in JSON, not as in YAML 1.1."""
+    where = f"{source}, line {node.start_mark.line + 1}"
+    if _is_tagged(node):
+        raise TriAttentionError(f"{where}: {_shown(node)} has the tag {node.tag!r}; write it without")
     if node.id == "mapping":
-        _require_unrepeated(node, where)
-        return {key.value: _plain(value, where) for key, value in node.value}
+        return {key.value: _plain(value, source) for key, value in _entries(node, source)}
     if node.id == "sequence":
-        return [_plain(item, where) for item in node.value]
-    if node.tag not in _SCALARS:
-        raise TriAttentionError(f"{where}: {_shown(node)} has the tag {node.tag!r}; give text or a number")
-    if node.style is None and (node.tag == _NULL or node.value in ("true", "false") or _NUMBER.fullmatch(node.value)):
-        return parse_json("null" if node.tag == _NULL else node.value)
+        return [_plain(item, source) for item in node.value]
+    if node.tag == _NULL:
+        return None
+    if node.tag == _BOOL and node.value.lower() in _WORDS_OF_BOTH:
+        return _is_true(node)
+    if node.style is None and _NUMBER.fullmatch(node.value):
+        try:
+            return parse_json(node.value)
+        except ValueError as error:
+            raise TriAttentionError(f"{where}: {error}; give a smaller number") from error
     return node.value
 
 

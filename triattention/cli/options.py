@@ -27,7 +27,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def source_of(args: argparse.Namespace, name: str | None = None) -> models.ModelSource:
     """The model ``name`` (default: ``--model``) with the configuration that the options of ``args`` give it."""
     return models.find_source(
-        name or args.model, revision=args.revision, config_path=args.hf_config_path, overrides=args.hf_overrides
+        name or args.model, revision=args.revision, config_path=args.hf_config_path, overrides=args.hf_overrides or None
     )
 
 

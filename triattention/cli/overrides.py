@@ -38,7 +38,9 @@ def overrides_of(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is {error}; give a JSON object in quotes") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; give one such as '{{\"rope_theta\": 1e6}}'")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a JSON object; give one such as '{{\"rms_norm_eps\": 1e-6}}'"
+        )
     return value
 
 
@@ -61,9 +63,12 @@ def joined(words: Sequence[str]) -> list[str]:
             if not equals and (value := next(given, None)) is None:
                 raise TriAttentionError(f"{name} has no value; give one, such as {name} 4.0")
             _put(found, name, value)
+    whole = sum(word.partition("=")[0] == OPTION for word in rest)
+    if whole > 1:
+        raise TriAttentionError(f"{OPTION} is given {whole} times, of which the last would count; give one")
     if not found:
         return rest
-    if any(word.partition("=")[0] == OPTION for word in rest):
+    if whole:
         raise TriAttentionError(f"{OPTION} is given both as JSON and with dots; give one of them")
     return [*rest, f"{OPTION}={json.dumps(found)}"]
 
@@ -78,6 +83,8 @@ def _scaled(text: str) -> int | str:
 
 def _put(overrides: dict[str, Any], name: str, text: str) -> None:
     *path, last = name.removeprefix(f"{OPTION}.").split(".")
+    if not all((*path, last.removesuffix("+"))):
+        raise TriAttentionError(f"{name} has an empty name; write it as {OPTION}.rope_parameters.factor 4.0")
     value: Any = text
     if last.endswith("+"):
         last, value = last[:-1], text.split(",")

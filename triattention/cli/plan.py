@@ -71,7 +71,7 @@ class Plan:
             "method": method, **compressed, "model": args.model, "dataset": dataset.name, "questions": len(questions),
             "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "num_samples": args.num_samples,
             **sampling, "seed": args.seed, "attn": args.attn_implementation,
-            **{name: getattr(args, name) for name in _CONFIGURING},
+            **{name: getattr(args, name) or None for name in _CONFIGURING},
             "device": models.choose_device(args.device).type, **({} if args.dtype == "auto" else {"dtype": args.dtype}),
         }  # fmt: skip
         name = "-".join([*parts, *([] if args.run_tag is None else [args.run_tag])])

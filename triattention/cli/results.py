@@ -77,19 +77,29 @@ def read_lines(path: Path) -> tuple[list[Line], int]:
         raise TriAttentionError(f"cannot read {path}: {error.strerror}; give a results file of run-one") from error
     if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = decoded(data, str(path)).encode()
-    *whole, last = data.split(b"\n")
-    torn = last if _torn(last) else b""
+    whole, _, last = data.rpartition(b"\n")
+    torn = last if _is_torn(last) else b""
     lines = []
-    for number, line in enumerate([*whole, last] if last and not torn else whole, start=1):
+    text = decoded(whole if torn or not last else data, str(path))
+    for number, line in enumerate(text.split("\n") if text else [], start=1):
         where = f"{path}, line {number}"
         try:
-            entry = parse_json(decoded(line, where))
-        except TriAttentionError:
-            raise
+            entry = parse_json(line)
         except ValueError as error:
-            raise TriAttentionError(f"{where}: {error}; remove the line") from error
+            raise TriAttentionError(f"{where}: {error}; correct or remove the line") from error
         lines.append(_checked(entry, where))
     return lines, len(torn)
+
+
+def _is_torn(last: bytes) -> bool:
+    """Whether what follows the last line end is the beginning of an object, as an interrupted run leaves it."""
+    try:
+        json.JSONDecoder().raw_decode(last.decode("utf-8", "replace").strip() or "0")
+    except RecursionError:
+        return False
+    except ValueError:
+        return last.startswith(b"{")
+    return False
 
 
 def _checked(entry: Any, where: str) -> Line:
@@ -97,7 +107,8 @@ def _checked(entry: Any, where: str) -> Line:
         if not isinstance(entry, dict) or name not in entry:
             raise TriAttentionError(f"{where} has no {name!r}, so it is not a result of run-one")
         value = entry[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        if wrong or (kind is int and abs(value) >= 2**63):
             raise TriAttentionError(
                 f"{where}: {name!r} is {reprlib.repr(value)}, which run-one never writes; remove the line"
             )
@@ -191,12 +202,17 @@ class Results:
         for name, value in settings.items():
             if line.get(name) != value:
                 raise TriAttentionError(
-                    f"{self.path} is from a run with {name} = {line.get(name)}, but this one has {value}; {way_out}"
+                    f"{self.path} is from a run with {name} = {line.get(name)!r}, but this one has {value!r}; {way_out}"
                 )
         if line["index"] not in range(len(self._plan.questions)) or line["batch"] not in range(len(self._plan.batches)):
             raise TriAttentionError(f"{self.path}, line {number} does not belong to a batch of this run; {way_out}")
         question = self._plan.questions[line["index"]]
-        if (line["question"], line["expected"]) != (question.question, question.answer):
+        if line["question"] == question.question and line["expected"] != question.answer:
+            raise TriAttentionError(
+                f"{self.path}, line {number} was graded with the answer {line['expected'][:60]!r}, but question "
+                f"{line['index'] + 1} of {self._plan.settings['dataset']} has {question.answer[:60]!r}; {way_out}"
+            )
+        if line["question"] != question.question:
             raise TriAttentionError(
                 f"{self.path}, line {number} answers {line['question'][:60]!r}, but question {line['index'] + 1} of "
                 f"{self._plan.settings['dataset']} is {question.question[:60]!r}; {way_out}"

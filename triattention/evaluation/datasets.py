@@ -44,7 +44,7 @@ _GENERATED = {
 #: Every name that load_dataset accepts, as shown to users.
 KNOWN = (*BUNDLED, *BENCHMARKS, *(f"{name}[:{task.unit}]" for name, task in _GENERATED.items()))
 #: The last line of an answer that is a worked solution, as GSM8K publishes them.
-_WORKED = re.compile(r"\n#### *([^\n]+?)\s*\Z")
+_WORKED = re.compile(r"\n####(?!#)[ \t]*(\S[^\n]*?)\s*\Z")
 
 
 def load_dataset(name: str, seed: int = 0) -> Dataset:
@@ -132,9 +132,7 @@ def _items(text: str, source: str) -> Iterator[tuple[str, Any]]:
 
 def _question(entry: Any, where: str) -> Question:
     if not isinstance(entry, dict):
-        raise TriAttentionError(
-            f"{where}: a {type(entry).__name__}, not an object with question and answer; correct the line"
-        )
+        raise TriAttentionError(f"{where}: a {_kind(entry)}, not an object with question and answer; correct the line")
     name, question = _field(entry, _QUESTION_NAMES, where)
     if isinstance(question, list):
         question = _only_message(question, name, where)
@@ -170,6 +168,10 @@ def _only_message(messages: list[Any], name: str, where: str) -> Any:
     raise TriAttentionError(
         f'{where}: "{name}" is a list of {len(messages)}, and a question is one text; give it as "question"'
     )
+
+
+def _kind(value: Any) -> str:
+    return "number" if isinstance(value, Numeral) else type(value).__name__
 
 
 def _short(value: Any) -> str:

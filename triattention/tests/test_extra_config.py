@@ -72,16 +72,31 @@ def test_a_null_leaves_an_option_at_its_default(configured) -> None:
         ("seed: 1\n---\nseed: 2", "is not one YAML mapping (expected a single document"),
         ("seed: 1\nbudget: 9\nseed: 2", "has 'seed' twice, in lines 1 and 3; remove one"),
         ("seed: 1\n\tbudget: 2", "is not one YAML mapping (while scanning"),
-        ("a: " + "[" * 5000, "is not one YAML mapping ("),
+        ("a: " + "[" * 5000, "is nested too deeply, or contains itself; correct it"),
         ("disable_mlr: true", "line 1: 'disable_mlr' is not an option of run-one"),
         ("per_head_pruning: 1", "line 1: 'per_head_pruning' is '1'; give true or false"),
         (
             "per_head_pruning: true\nper_layer_perhead_pruning: true",
             "line 2: 'per_layer_perhead_pruning' and 'per_head_pruning' are the same option",
         ),
-        ("per_head_pruning: false\nper_layer_perhead_pruning: false", "both false; write 'pruning-mode: union'"),
+        (
+            "per_head_pruning: false\nper_layer_perhead_pruning: false",
+            "'per_head_pruning' is false, which leaves the mode open; add ",
+        ),
         ("hf-overrides: {rope_theta: !!binary aGk=}", "line 1: 'aGk=' has the tag 'tag:yaml.org,2002:binary'"),
-        ("hf-overrides: {a: 1, a: 2}", "has 'a' twice, in lines 1 and 1; remove one"),
+        (
+            "per_head_pruning: false",
+            "'per_head_pruning' is false, which leaves the mode open; add 'pruning-mode: union'",
+        ),
+        ("per_head_pruning: false\npruning_mode: per_head", "is false, which leaves the mode open"),
+        ("<<: {seed: 1, seed: 2}", "has 'seed' twice, in line 1; remove one"),
+        ("hf-overrides: {a: !!str 4}", "line 1: '4' has the tag 'tag:yaml.org,2002:str'; write it without"),
+        ("hf-overrides: !x {a: 1}", "line 1: a mapping has the tag '!x'; write it without"),
+        ("seed: !!int '3'", "line 1: 'seed' is '3'; give one value"),
+        ("hf-overrides: {a: 1e999}", "line 1: 1e999, which is beyond float64; give a smaller number"),
+        ("hf-overrides: &a {b: *a}", "is nested too deeply, or contains itself; correct it"),
+        ("seed: 5\r\n\x1a", "is not one YAML mapping (unacceptable character #x001a"),
+        ("hf-overrides: {a: 1, a: 2}", "has 'a' twice, in line 1; remove one"),
     ],
 )
 def test_what_is_no_option_is_refused_by_name(configured, text: str, sentence: str) -> None:
@@ -91,10 +106,21 @@ def test_what_is_no_option_is_refused_by_name(configured, text: str, sentence: s
     assert printed.count("\n") == 1
 
 
-def test_a_value_that_is_refused_on_the_command_line_is_refused_in_a_file(configured) -> None:
-    with pytest.raises(SystemExit) as stop:
-        configured("method: full\nbudget: 1.5")
-    assert stop.value.code == 2
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("budget: 1.5", "line 1: 'budget' is '1.5'; give a whole number"),
+        ("seed: 1\ntemperature: warm", "line 2: 'temperature' is 'warm'; give a number"),
+        ("budget: []", "line 1: 'budget' is ''; give a whole number"),
+        ("method: best", "line 1: 'method' is 'best'; give one of full, fullkv, triattention"),
+        ("hf-overrides: 3", "line 1: 'hf-overrides': '3' is not a JSON object; give one such as"),
+    ],
+)
+def test_a_value_that_the_command_line_would_refuse_is_named_with_its_line(
+    configured, text: str, sentence: str
+) -> None:
+    code, printed = configured(text, more=("--method", "full"))
+    assert (code, sentence in printed) == (1, True), printed
 
 
 def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from triattention.cli import main
 from triattention.cli.results import MEASURED, read_lines
 from triattention.errors import TriAttentionError
 from triattention.evaluation.datasets import Question, load_dataset
+from triattention.files import write_text
 from triattention.reading import parse_json, read_text
 from triattention.tests.command_line import TEXT, lines_of, results_in, run_one, without_times
 
@@ -82,6 +84,9 @@ def test_any_other_encoding_is_named_with_its_line(data: bytes, sentence: str, t
         ('{"question": "p", "prompt": "long p", "answer": "x", "final_answer": "y"}', Question("p", "x")),
         ('{"messages": [{"role": "user", "content": "p"}], "expected_answer": "x"}', Question("p", "x")),
         ('{"question": "p", "answer": "2 + 3\\n#### 5"}', Question("p", "5")),
+        ('{"question": "p", "answer": "x\\n##### 5"}', Question("p", "x\n##### 5")),
+        ('{"question": "p", "answer": "x\\n#### "}', Question("p", "x\n#### ")),
+        ('{"question": "p", "answer": 0e-99999999999999999999}', Question("p", "0")),
         # numbers keep their digits
         ('{"question": "p", "answer": 12345678901234567890123}', Question("p", "12345678901234567890123")),
         ('{"question": "p", "answer": 0.10000000000000000001}', Question("p", "0.10000000000000000001")),
@@ -103,6 +108,8 @@ def test_a_question_under_another_name_is_read(line: str, question: Question, tm
         ('{"question": "a", "question": "b", "answer": 1}', "'question' twice in one object; correct or"),
         ('{"question": "a", "answer": NaN}', "NaN, which JSON does not have"),
         ('{"question": "a", "answer": 1e999}', "1e999, which is beyond float64"),
+        ('{"question": "a", "answer": 1e-999999999999}', "1e-999999999999, which is too small for float64"),
+        ("5", "a number, not an object with question and answer"),
         ('{"question": "a", "answer": 1, "x": ' + "[" * 9999 + "]" * 9999 + "}", "nested too deeply"),
         ('{"question": "\\ud83d", "answer": 1}', "half of a surrogate pair"),
         ('{"question": 5, "answer": 1}', '"question" is 5; it must be text'),
@@ -128,7 +135,7 @@ def test_a_list_names_the_item_and_another_kind_of_file_is_said_to_be_one(tmp_pa
     with pytest.raises(TriAttentionError, match=r"a\.json, item 2: the object has no \"answer\""):
         load_dataset(str(tmp_path / "a.json"))
     (tmp_path / "b.json").write_text('[\n {"question": "a"')
-    with pytest.raises(TriAttentionError, match="is neither JSON lines nor one JSON list: not JSON"):
+    with pytest.raises(TriAttentionError, match=r"neither JSON lines nor one JSON list: not JSON \(.* at line 2, col"):
         load_dataset(str(tmp_path / "b.json"))
     (tmp_path / "a.csv").write_text("question,answer\na,1\n")
     with pytest.raises(TriAttentionError, match=r"a\.csv does not end with \.jsonl; convert it to JSON lines"):
@@ -233,10 +240,11 @@ def test_a_run_is_resumed_from_lines_that_another_tool_saved(
         (lambda line: line.replace('"index": 0', '"index": 0, "index": 1'), "line 2: 'index' twice in one object"),
         (lambda line: line.replace('"index": 0', '"index": "0"'), "line 2: 'index' is '0', which run-one never writes"),
         (lambda line: line.replace('"index": 0', '"index": true'), "line 2: 'index' is True, which run-one never"),
-        (lambda line: line.replace('"index": 0', f'"index": {"9" * 5000}'), "line 2: a number of 5000 digits; remove"),
+        (lambda line: line.replace('"index": 0', f'"index": {"9" * 5000}'), "line 2: a number of 5000 digits; correct"),
         (lambda line: line.replace('"index": 0', '"index": -1'), "line 2 does not belong to a batch of this run"),
         (lambda line: line.replace('"seconds": ', '"seconds": 1e999, "x": '), "line 2: 1e999, which is beyond float64"),
         (lambda line: "\ufffd" + line, "line 2: not JSON (Expecting value at column 1)"),
+        (lambda line: line.replace('"index": 0', f'"index": {10**400}'), "line 2: 'index' is 1000"),
         (lambda line: "[" + line.rstrip() + "]\n", "line 2 has no 'question', so it is not a result of run-one"),
     ],
 )  # fmt: skip
@@ -251,6 +259,78 @@ def test_a_changed_result_is_named_and_nothing_is_lost(
     assert run_one(tiny_model, str(whole.parent / "two.json"), *words, "--out", str(tmp_path)) == 1
     assert sentence in capsys.readouterr().err
     assert (tmp_path / whole.name).read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("form", "sentence"),
+    [
+        (lambda lines: f"[{','.join(lines)}]", "line 1 has no 'question', so it is not a result of run-one"),
+        ("\r".join, "line 1: not JSON (Extra data at column"),
+        (lambda lines: "\n".join([*lines, "other"]), "line 3: not JSON (Expecting value at column 1)"),
+    ],
+    ids=["a list", "old Mac", "a note"],
+)  # fmt: skip
+def test_a_whole_file_in_another_form_is_not_taken_for_a_line_that_was_cut_off(
+    form: Any, sentence: str, finished: tuple[list[str], Path], tiny_model: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words, whole = finished
+    before = form(whole.read_text("utf-8").splitlines()[:2]).encode()
+    (tmp_path / whole.name).write_bytes(before)
+    assert run_one(tiny_model, str(whole.parent / "two.json"), *words, "--out", str(tmp_path)) == 1
+    assert sentence in capsys.readouterr().err
+    assert (tmp_path / whole.name).read_bytes() == before
+
+
+def test_a_corrected_answer_is_told_from_another_question(
+    finished: tuple[list[str], Path], tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, whole = finished
+    (tmp_path / whole.name).write_text(whole.read_text("utf-8"))
+    (tmp_path / "two.json").write_text((whole.parent / "two.json").read_text().replace('"answer": 1', '"answer": 8'))
+    assert run_one(tiny_model, str(tmp_path / "two.json"), *words, "--out", str(tmp_path)) == 1
+    assert (
+        "line 1 was graded with the answer '1', but question 1 of two has '8'; give another" in capsys.readouterr().err
+    )
+
+
+def _with(lines: list[str], name: str, value: Any) -> list[str]:
+    return [json.dumps({**json.loads(line), name: value}) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda lines: [*lines, lines[0]], "line 5 is the same reply as an earlier line; remove one of them"),
+        (lambda lines: _with(lines, "questions", "2"), "'questions' is '2', so it"),
+        (lambda lines: _with(lines, "num_samples", None), "'num_samples' is None"),
+        (lambda lines: _with(lines, "batch_seconds", 0), "took no time"),
+    ],
+    ids=["twice", "text", "null", "no time"],
+)  # fmt: skip
+def test_results_that_cannot_be_compared_are_named(
+    change: Any, sentence: str, finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(change(finished[1].read_text("utf-8").splitlines())) + "\n")
+    assert main(["compare", str(finished[1]), str(tmp_path / "a.jsonl")]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["input", "other", "folder", "pipe"])
+def test_statistics_replace_nothing_but_statistics(
+    which: str, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "input").write_text(TEXT)
+    (tmp_path / "other").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    words = ["--model", tiny_model, "--input", str(tmp_path / "input"), "--output", str(tmp_path / which)]
+    for verb in ("calibrate", "build-stats"):
+        assert main([verb, *words]) == 1
+        assert f"--output {tmp_path / which} is " in capsys.readouterr().err
+    assert ((tmp_path / "input").read_text(), (tmp_path / "other").read_text()) == (TEXT, "{}")
+    with pytest.raises(FileExistsError, match="not a regular file"):
+        write_text(tmp_path / "pipe", "")
 
 
 def _published(**changes: Any) -> dict[str, Any]:
@@ -304,6 +384,9 @@ def test_statistics_under_other_names_are_the_same(payload: dict[str, Any], tmp_
         (_published(metadata={"sampled_heads": [[0, 0], [0, 7]]}), "lacks layer 0, head 7; calibrate every head"),
         (_published(metadata={"sampled_heads": []}), "lists no heads"),
         (_published(metadata={"sampled_heads": [[0, 2]]}), "lacks layer 0, head 0; calibrate every head"),
+        (_published(metadata={"sampled_heads": [[0.5, 0.0]]}), "is not a statistics file (TypeError"),
+        (_published(stats={"layer00_head00": {name: x.view(2, 2) for name, x in _ENTRY.items()}}, metadata={}),
+         "layer 0, head 0 has means of shape (2, 2); expected [F]; calibrate this model"),
         (_published(metadata={"sampled_heads": [[0, 0, 0]]}), "is not a statistics file (ValueError"),
         (_published(metadata={"token_count": float("inf")}), "is not a statistics file (OverflowError"),
         (_published(metadata={"token_count": -1}), "is not a statistics file (ValueError"),

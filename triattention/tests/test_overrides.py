@@ -16,6 +16,7 @@ from triattention import models, statistics
 from triattention.architecture import describe
 from triattention.cli import main
 from triattention.cli.overrides import joined, overrides_of
+from triattention.configuration import read_configuration
 from triattention.errors import TriAttentionError
 from triattention.methods.triattention import apply_triattention_patch
 from triattention.tests.command_line import TEXT, run_one
@@ -54,6 +55,12 @@ def test_words_mean_what_they_mean_to_vllm(words: list[str], expected: dict[str,
         (["--hf-overrides.a"], "--hf-overrides.a has no value; give one"),
         (["--hf-overrides.a", "1", "--hf-overrides.a", "2"], "--hf-overrides.a is given twice; remove one"),
         (["--hf-overrides.a", "1", "--hf-overrides.a.b", "2"], "'a' has a value and entries of its own"),
+        (
+            ["--hf-overrides", "{}", "--hf_overrides", "{}"],
+            "--hf-overrides is given 2 times, of which the last would count",
+        ),
+        (["--hf-overrides.a..b", "1"], "--hf-overrides.a..b has an empty name; write it as"),
+        (["--hf-overrides.", "1"], "--hf-overrides. has an empty name"),
         (["--hf-overrides.a", "1", "--hf-overrides", "{}"], "is given both as JSON and with dots; give one of them"),
     ],
 )
@@ -124,24 +131,38 @@ def test_the_refusal_of_overridden_rope_names_the_way_out(tiny_model: str, tiny_
 
 def test_overrides_are_applied_in_the_order_of_vllm(tiny_model: str) -> None:
     def rope(**overrides: Any) -> dict[str, Any]:
-        return models.configuration(models.find_source(tiny_model, overrides=overrides)).rope_parameters
+        return read_configuration(tiny_model, overrides, name="tiny").rope_parameters
 
     assert rope(rope_parameters=YARN) == rope(rope_scaling=YARN) == YARN
     # the value of config.json, which rope_parameters holds, stays
     assert rope(rope_theta=5.0)["rope_theta"] == 10000.0
     assert rope(partial_rotary_factor=0.5)["partial_rotary_factor"] == 0.5
-    assert models.configuration(models.find_source(tiny_model, overrides={"rms_norm_eps": 0.5})).rms_norm_eps == 0.5
+    assert read_configuration(tiny_model, {"rms_norm_eps": 0.5}, name="tiny").rms_norm_eps == 0.5
+    assert rope(rope_parameters=None, rope_theta=5.0) == {"rope_type": "default", "rope_theta": 5.0}
 
 
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"rope_parameters": {"rope_theta": 5.0}}, "KeyError('rope_type'); correct them"),
-        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 5.0}}, "KeyError('spiral'); correct them"),
+        (
+            {"rope_parameters": {"rope_theta": 5.0}},
+            "cannot be used (KeyError('rope_type')); give rope_type, rope_theta and",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 5.0}},
+            "cannot be used (KeyError('spiral')); give rope",
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'factor': 2.0}} cannot be used (TypeError("),
         ({"rope_parameters": {**YARN, "factor": "big"}}, "'<=' not supported between instances of"),
-        ({"rope_parameters": None}, "'NoneType' object is not subscriptable; correct them"),
+        ({"rope_parameters": None}, "rope_parameters None cannot be used (TypeError"),
+        ({"vocab_size": 50}, "the weights in its files have other shapes; correct them"),
+        (
+            {"attention_bias": True},
+            "of its weights are not in its files (one: model.layers.0.self_attn.k_proj.bias); correct",
+        ),
+        ({"pad_token_id": 500}, "correct them"),
         ({"num_attention_heads": 0}, "division or modulo by zero; correct them"),
-        ({"head_dim": "x"}, "Validation error for field 'head_dim'"),
+        ({"head_dim": "x"}, "Validation error for field 'head_dim': TypeError: Field 'head_dim' with value 'x'"),
         ({"hidden_size": 32}, "correct them"),
         ({"model_type": "qwen2"}, "but {model} has 'llama' in its config.json, which decides the classes; change it"),
     ],
@@ -162,11 +183,37 @@ def test_statistics_in_the_cache_are_kept_for_each_configuration(
 
     monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path))
     paths = []
-    for overrides in ({}, {"rope_parameters": YARN}, {}):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    longer = {"rope_parameters": dynamic, "max_position_embeddings": 1024}
+    for overrides in ({}, {"rope_parameters": YARN}, {}, {"rope_parameters": dynamic}, longer):
         loaded = models.load(models.find_source(tiny_model, overrides=overrides), device="cpu")
         paths.append(cached_statistics(loaded))
         statistics.load(paths[-1]).check_model(loaded.model)
-    assert paths[0] == paths[2] != paths[1]
+    assert paths[0] == paths[2]
+    assert len({*paths}) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "note"),
+    [
+        ({"temperature": 0.5}, "has temperature, which steers transformers, not the model; it is left out"),
+        ({"return_dict": False}, "has return_dict, which steers transformers"),
+        ({"rope_theta": 5.0}, "has rope_theta, but that of rope_parameters counts; replace it there"),
+        ({"rope_paramters": {}}, "has rope_paramters, which the configuration of {model} does not have"),
+    ],
+)
+def test_overrides_without_effect_are_noted(
+    overrides: dict[str, Any], note: str, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--hf-overrides", json.dumps(overrides), "--method", "full", "--max-new-tokens", "2"]
+    assert run_one(tiny_model, "smoke", "--max-questions", "1", *words) == 0
+    assert f"note: --hf-overrides {note.format(model=tiny_model)}" in capsys.readouterr().err
+
+
+def test_overrides_do_not_make_a_run_of_none_another_one(tiny_model: str, questions: str, tmp_path: Path) -> None:
+    words = ["--method", "full", "--max-new-tokens", "2", "--out", str(tmp_path)]
+    assert run_one(tiny_model, questions, *words) == 0
+    assert run_one(tiny_model, questions, *words, "--hf-overrides", "{}") == 0
 
 
 def test_a_run_with_overrides_is_not_resumed_without_them(
@@ -212,6 +259,8 @@ def test_a_configuration_that_is_not_there_is_named(
     path = path.format(tmp=tmp_path)
     assert run_one(tiny_model, "smoke", "--method", "full", "--hf-config-path", path) == 1
     assert f"--hf-config-path {path} has no config.json; give a directory that has one" in capsys.readouterr().err
+    assert run_one(tiny_model, "smoke", "--method", "full", "--revision", "v1") == 1
+    assert f"--revision v1 is of a hub model, but {tiny_model} is a directory; leave it out" in capsys.readouterr().err
 
 
 def test_several_models_are_calibrated_with_the_same_overrides(tiny_model: str, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_finished_run_is_not_done_again(
         (["--window-size", "3"], "window_size = 4, but this one has 3"),
         (["--seed", "1"], "seed = 0, but this one has 1"),
         (["--max-questions", "4"], "questions = 5, but this one has 4"),
-        (["--dtype", "bfloat16"], "dtype = float32, but this one has bfloat16"),
+        (["--dtype", "bfloat16"], "dtype = 'float32', but this one has 'bfloat16'"),
         (["--temperature", "0.7", "--max-new-tokens", "7"], "max_new_tokens = 24, but this one has 7"),
     ],
 )

@@ -8,11 +8,9 @@ it proves, or lacks a must-pass result, is not.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -21,7 +19,7 @@ from verify.errors import ConfigurationError, Exit
 from verify.files import decoded
 from verify.record.archive import locate
 from verify.record.rules import FILE_RULES, RULES, Json
-from verify.record.schema import Record, shape_problem
+from verify.record.schema import Record, shape_problem, unrepeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +85,7 @@ def _read(path: Path) -> tuple[Json, list[str]]:
         if problem := shape_problem(error):
             raise ValueError(problem) from error
         found = [one["msg"] for one in error.errors()]
-    return json.loads(content, object_pairs_hook=_unrepeated), found
-
-
-def _unrepeated(pairs: list[tuple[str, Any]]) -> Json:
-    # JSON readers keep the last of two equal names, so a record could show a person one value and a reader another
-    if twice := [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
-        raise ValueError(f"has {twice[0]!r} twice in one object")
-    return dict(pairs)
+    return json.loads(content, object_pairs_hook=unrepeated), found
 
 
 def _together(records: Sequence[tuple[str, Json]]) -> Iterator[Problem]:

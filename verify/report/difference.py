@@ -172,7 +172,7 @@ def _record(index: Index, name: str) -> Record:
     if (found := index.find(name)) is not None:
         return found
     try:
-        return read_record(locate(name)[0])
+        return read_record(locate(name)[0], unique=True)
     except UnreadableRecord as error:
         raise ConfigurationError(f"{error}; name another record") from error
 

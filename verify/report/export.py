@@ -52,7 +52,7 @@ def export(name: str, form: str, out: Path | None) -> int:
     Raises ConfigurationError if the record does not exist or cannot be read, or the file cannot be written.
     """
     try:
-        record = read_record(locate(name)[0])
+        record = read_record(locate(name)[0], unique=True)
     except UnreadableRecord as error:
         raise ConfigurationError(f"{error}; name another record") from error
     write_out(junit([(record.target, record.results)]) if form == "junit" else attestation(record), out)

@@ -10,6 +10,7 @@ expires = 2027-03-01                                # the last day on which it c
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,7 +45,7 @@ def read_deviations(subject: Subject, repository: Path, checks: Iterable[Check])
     """
     bundled = subject.root.resolve() == repository.resolve()
     file = (subject.root if bundled or subject.source.startswith("checkout:") else subject.folder) / FILE
-    if not file.exists():
+    if not os.path.lexists(file):
         return ()
     if bundled:
         raise ConfigurationError(f"{file}: the bundled subject may have no known deviation; delete the file")

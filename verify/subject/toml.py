@@ -73,8 +73,8 @@ _Styles = Annotated[list[Literal["half", "interleaved"]], Field(min_length=1)]
 _Aggregations = Annotated[list[Literal["mean", "max"]], Field(min_length=1)]
 _Strides = Annotated[list[Literal["contiguous", "transposed", "sliced", "spread"]], Field(min_length=1)]
 _Weights = Annotated[list[Literal["drawn", "ones"]], Field(min_length=1)]
-_Offset = Annotated[float, Field(allow_inf_nan=False)]
-_Offsets = Annotated[list[Annotated[list[_Offset | int], Field(min_length=1)]], Field(min_length=1)]
+_Offset = Annotated[float, Field(allow_inf_nan=False)] | Annotated[int, Field(gt=-(2**63), lt=2**63)]
+_Offsets = Annotated[list[Annotated[list[_Offset], Field(min_length=1)]], Field(min_length=1)]
 
 
 class Offers(_Strict):

@@ -122,7 +122,7 @@ def _statistics_path(live: Architecture, model: Any, settings: RuntimeSettings) 
     from triattention.embedded import cache_root
 
     source = models.find_source(model.model, revision=model.revision, config_path=model.hf_config_path)
-    mark = f"{models.fingerprint(source)}-{live.fingerprint}"
+    mark = f"{models.fingerprint(source)}-{live.identity}"
     folder = cache_root() / "statistics"
     found = sorted(folder.glob(f"*-{mark}-*.pt"))
     if not found:

@@ -285,5 +285,10 @@ def test_the_verb_answers_in_words_json_and_exit_codes(tmp_path: Path, capsys: p
         assert (told or "sound: ") in capsys.readouterr().out
         with pytest.raises(UnreadableRecord, match=told) if told else nullcontext():
             assert read_record(saved) == read_record(published)
+    saved.write_text(published.read_text().replace('"verdict": "PASS"', '"verdict": "FAIL",\n"verdict": "PASS"', 1))
+    with pytest.raises(UnreadableRecord, match="has 'verdict' twice in one object"):
+        read_record(saved, unique=True)
+    assert checker.check([str(saved)]) == 1
+    capsys.readouterr()
     assert checker.check([str(broken)], as_json=True) == 1
     assert json.loads(capsys.readouterr().out)["problems"][0]["record"] == str(broken)
