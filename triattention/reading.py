@@ -21,7 +21,7 @@ _MARKS = (
 #: The first bytes of files that need unpacking or another reader.
 _NO_TEXT = {
     b"\x1f\x8b": "compressed with gzip", b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "compressed with zstd",
-    b"BZh": "compressed with bzip2", b"\xfd7zXZ": "compressed with xz", b"PAR1": "a Parquet file",
+    b"BZh91AY&SY": "compressed with bzip2", b"\xfd7zXZ": "compressed with xz", b"PAR1\x15": "a Parquet file",
 }  # fmt: skip
 #: Digits of an integer that Python converts; more is a mistake, or an attack on the reader.
 _MOST_DIGITS = 4300

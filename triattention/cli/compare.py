@@ -74,9 +74,11 @@ def _whole_lines(path: Path) -> list[Line]:
     for name, kind in (("dataset", str), ("questions", int), ("num_samples", int)):
         if type(settings.get(name)) is not kind:
             raise TriAttentionError(f"{path}: {name!r} is {settings.get(name)!r}, so it is not a run of run-one")
-    replies = [(line["index"], line["sample"]) for line in lines]
-    if twice := next((number for number, one in enumerate(replies) if one in replies[:number]), None):
-        raise TriAttentionError(f"{path}, line {twice + 1} is the same reply as an earlier line; remove one of them")
+    seen: set[tuple[int, int]] = set()
+    for number, line in enumerate(lines, start=1):
+        if (reply := (line["index"], line["sample"])) in seen:
+            raise TriAttentionError(f"{path}, line {number} is the same reply as an earlier line; remove one of them")
+        seen.add(reply)
     if not math.fsum(line["batch_seconds"] for line in lines) > 0:
         raise TriAttentionError(f"{path} says that its replies took no time; give the file that run-one wrote")
     expected = settings["questions"] * settings["num_samples"]

@@ -120,14 +120,6 @@ def _appendable(data: bytes) -> bool:
     return not data or (data.endswith(b"}\n") and data.startswith(b"{"))
 
 
-def _torn(last: bytes) -> bool:
-    """Whether what follows the last line end is a line that was cut off."""
-    try:
-        return bool(last) and not isinstance(parse_json(last.decode("utf-8", "replace")), dict)
-    except ValueError:
-        return True
-
-
 class Results:
     """The lines of one plan's results file at ``path``: existing ones, and new ones to append."""
 

@@ -66,7 +66,7 @@ def test_a_last_line_needs_no_line_end_and_files_may_be_joined(tmp_path: Path) -
         ("a\né".encode("utf-16")[:-1], "line 2: the file ends inside a character, or is not"),
         (gzip.compress(b"a"), "is compressed with gzip, not text; unpack or convert it first"),
         (b"PK\x03\x04rest", "is a zip archive, not text"),
-        (b"PAR1rest", "is a Parquet file, not text"),
+        (b"PAR1\x15\x04", "is a Parquet file, not text"),
     ],
 )  # fmt: skip
 def test_any_other_encoding_is_named_with_its_line(data: bytes, sentence: str, tmp_path: Path) -> None:

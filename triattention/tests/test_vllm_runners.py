@@ -18,7 +18,6 @@ import pytest
 from triattention.errors import TriAttentionError
 from triattention.tests.command_line import write_statistics
 from triattention.tests.model_directory import write_tiny_model
-from triattention.tests.vllm_runners import SCENARIOS
 from triattention.vllm.runtime import hook_targets
 
 _LIMIT_S = 400
@@ -26,8 +25,8 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="PKG_MISSING: 
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What the V1 and the V2 runner did in each scenario."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the V1 and the V2 runner did."""
     folder = tmp_path_factory.mktemp("runners")
     model = str(write_tiny_model(folder / "model", head_dim=32))
     settings = {
@@ -43,13 +42,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str,
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_LIMIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('[{"')))
 
 
 @needs_vllm
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_v2_runner_replies_as_the_v1_runner(scenario: str, served: dict[str, list[dict[str, Any]]]) -> None:
-    first, second = served[scenario]
+def test_the_v2_runner_replies_as_the_v1_runner(served: list[dict[str, Any]]) -> None:
+    first, second = served
     assert (first["runner"], second["runner"]) == ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
     assert second["tokens"] == first["tokens"]
     # both compute the same sums in float32, of logits of about 5
@@ -61,16 +59,12 @@ def test_the_v2_runner_replies_as_the_v1_runner(scenario: str, served: dict[str,
 
 
 @needs_vllm
-def test_the_scenarios_have_rounds_a_preemption_and_a_prefix_from_the_cache(
-    served: dict[str, list[dict[str, Any]]],
-) -> None:
-    assert all(
-        one["rounds"] == one["compactions"] >= 2 and not one["rounds_missed"]
-        for both in served.values()
-        for one in both
-    )
-    assert served["preemption"][1]["preemptions"] >= 1
-    assert served["chunks and a shared prefix"][1]["prefix_hits"] == 64
+def test_the_requests_have_rounds_a_preemption_and_a_prefix_from_the_cache(served: list[dict[str, Any]]) -> None:
+    _, second = served
+    assert second["rounds"] == second["compactions"] >= 3
+    assert second["rounds_missed"] == 0
+    assert second["preemptions"] >= 1
+    assert second["prefix_hits"] >= 64
 
 
 def test_v2_is_refused_where_the_vllm_has_not_all_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:

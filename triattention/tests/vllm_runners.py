@@ -15,13 +15,8 @@ import random
 import sys
 from typing import Any
 
-#: Each scenario: options of the engine, the lengths of its prompts, and the tokens to generate.
-SCENARIOS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
-    # prompts in chunks of 64, the last of which shares a prefix of two blocks with the one before
-    "chunks and a shared prefix": ({"num_gpu_blocks_override": 64}, (140, 20, 150, -66), 32),
-    # 3 requests need up to 8 blocks each, and there are 16
-    "preemption": ({"num_gpu_blocks_override": 17, "async_scheduling": True}, (110, 120, 125, 20), 80),
-}
+#: Prompts, in chunks of 64; a negative one begins with two blocks of the one before. There are too few blocks for them.
+_PROMPTS, _NEW_TOKENS, _BLOCKS = (110, 120, 125, -80), 80, 17
 
 
 def _pretend_driver() -> None:
@@ -42,28 +37,28 @@ def _counted(name: str) -> float:
     return REGISTRY.get_sample_value(f"triattention:{name}_total") or 0.0
 
 
-def _prompts(lengths: tuple[int, ...]) -> list[dict[str, list[int]]]:
+def _prompts() -> list[dict[str, list[int]]]:
     draw = random.Random(1)
     prompts: list[list[int]] = []
-    for length in lengths:
+    for length in _PROMPTS:
         shared = prompts[-1][:64] if length < 0 else []
         prompts.append(shared + [draw.randrange(5, 99) for _ in range(abs(length) - len(shared))])
     return [{"prompt_token_ids": prompt} for prompt in prompts]
 
 
-def _served(model: str, scenario: str, *, v2: bool) -> dict[str, Any]:
+def _served(model: str, *, v2: bool) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, envs
 
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(v2))
     envs.disable_envs_cache()
-    options, lengths, new_tokens = SCENARIOS[scenario]
     engine = LLM(
         model=model, dtype="float32", enforce_eager=True, block_size=32, max_model_len=512, max_num_batched_tokens=64,
-        max_num_seqs=4, distributed_executor_backend="uni", disable_log_stats=False, **options,
+        max_num_seqs=4, distributed_executor_backend="uni", disable_log_stats=False, async_scheduling=True,
+        num_gpu_blocks_override=_BLOCKS,
     )  # fmt: skip
     before = {name: _counted(name) for name in ("rounds", "compactions", "rounds_missed")}
-    sampling = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, logprobs=1)
-    replies = engine.generate(_prompts(lengths), sampling, use_tqdm=False)
+    sampling = SamplingParams(max_tokens=_NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=1)
+    replies = engine.generate(_prompts(), sampling, use_tqdm=False)
     runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     counted = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
     engine.llm_engine.engine_core.shutdown()
@@ -82,8 +77,7 @@ def _served(model: str, scenario: str, *, v2: bool) -> dict[str, Any]:
 
 def main() -> None:
     _pretend_driver()
-    found = {scenario: [_served(sys.argv[1], scenario, v2=v2) for v2 in (False, True)] for scenario in SCENARIOS}
-    print(f"\n{json.dumps(found)}")
+    print(f"\n{json.dumps([_served(sys.argv[1], v2=v2) for v2 in (False, True)])}")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def _quick() -> Iterator[str]:
         words = command.split()
         written = {*_STANDS_FOR, ">", "html", "badge"}
         if words[1:3] == ["-m", "verify"] and {*words[3:4]} & _QUICK and not {*words} & written:
-            yield command
+            yield command.replace(".venv/bin/python", "python")
 
 
 @pytest.mark.parametrize("command", sorted(set(_quick())))
