@@ -37,6 +37,7 @@ def test_a_prompt_is_the_question_and_then_what_is_asked_of_the_reply() -> None:
     assert Question("How many?", "4", instruction="Use \\boxed{}.").prompt == "How many?\n\nUse \\boxed{}."
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["Unix", "Windows"])
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -55,11 +56,30 @@ def test_a_prompt_is_the_question_and_then_what_is_asked_of_the_reply() -> None:
         ('{"question": "a", "answer": "b", "grader": ["math"]}', "\"grader\" is ['math']"),
         ('{"question": "a", "answer": "b", "grader": "number"}', 'the grader "number" needs a whole number'),
         ('{"question": "a", "answer": "[1]", "grader": "json"}', 'the grader "json" needs the text of a JSON object'),
+        # what can mean two things
+        ('{"question": "a", "question": "b", "answer": 1}', "'question' twice in one object; correct or"),
+        ('{"question": "a", "answer": NaN}', "NaN, which JSON does not have"),
+        ('{"question": "a", "answer": 1e999}', "1e999, which is beyond float64"),
+        ('{"question": "a", "answer": 1e-999999999999}', "1e-999999999999, which is too small for float64"),
+        ("5", "a number, not an object with question and answer"),
+        ('{"question": "a", "answer": 1, "x": ' + "[" * 9999 + "]" * 9999 + "}", "nested too deeply"),
+        ('{"question": "\\ud83d", "answer": 1}', "half of a surrogate pair"),
+        ('{"question": 5, "answer": 1}', '"question" is 5; it must be text'),
+        ('{"problem": "a", "prompt": "b", "answer": 1}', "both 'problem' and 'prompt'; call the field that counts"),
+        ('{"data": {"question": "a"}, "answer": 1}', "no \"question\", but ['data', 'answer']; call the field that"),
+        ('{"question": {"text": "a"}, "answer": 1}', "\"question\" is {'text': 'a'}; it must be text"),
+        ('{"question": "a", "answer": ["b"]}', "\"answer\" is ['b']; it must be text or a number"),
+        (
+            '{"messages": [{"role": "system"}, {"role": "user"}], "answer": 1}',
+            '"messages" is a list of 2, and a question is one text; give it as',
+        ),
+        ("{", "one object must not span several lines"),
+        ("question,answer", "not JSON (Expecting value at column 1); correct or remove the line"),
     ],
 )
-def test_a_broken_line_is_named_with_its_number_and_reason(tmp_path: Path, line: str, reason: str) -> None:
+def test_a_broken_line_is_named_with_its_number_and_reason(tmp_path: Path, line: str, reason: str, end: str) -> None:
     path = tmp_path / "set.jsonl"
-    path.write_text('{"question": "a", "answer": "b"}\n' + line + "\n")
+    path.write_text('{"question": "a", "answer": "b"}' + end + line + end)
     with pytest.raises(TriAttentionError, match=re.escape(f"{path}, line 2: ") + ".*" + re.escape(reason)):
         load_dataset(str(path))
 

@@ -15,7 +15,7 @@ import torch
 
 from triattention import statistics
 from triattention.cli import main
-from triattention.cli.results import MEASURED, read_lines
+from triattention.cli.results import read_lines
 from triattention.errors import TriAttentionError
 from triattention.evaluation.datasets import Question, load_dataset
 from triattention.files import write_text
@@ -100,34 +100,6 @@ def test_a_question_under_another_name_is_read(line: str, question: Question, tm
     for name, text in (("lines", line), ("list", f"[{line}]")):
         (tmp_path / f"{name}.jsonl").write_text(text)
         assert load_dataset(str(tmp_path / f"{name}.jsonl")).questions == (question,)
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ('{"question": "a", "question": "b", "answer": 1}', "'question' twice in one object; correct or"),
-        ('{"question": "a", "answer": NaN}', "NaN, which JSON does not have"),
-        ('{"question": "a", "answer": 1e999}', "1e999, which is beyond float64"),
-        ('{"question": "a", "answer": 1e-999999999999}', "1e-999999999999, which is too small for float64"),
-        ("5", "a number, not an object with question and answer"),
-        ('{"question": "a", "answer": 1, "x": ' + "[" * 9999 + "]" * 9999 + "}", "nested too deeply"),
-        ('{"question": "\\ud83d", "answer": 1}', "half of a surrogate pair"),
-        ('{"question": 5, "answer": 1}', '"question" is 5; it must be text'),
-        ('{"problem": "a", "prompt": "b", "answer": 1}', "both 'problem' and 'prompt'; call the field that counts"),
-        ('{"data": {"question": "a"}, "answer": 1}', "no \"question\", but ['data', 'answer']; call the field that"),
-        ('{"question": {"text": "a"}, "answer": 1}', "\"question\" is {'text': 'a'}; it must be text"),
-        ('{"question": "a", "answer": ["b"]}', "\"answer\" is ['b']; it must be text or a number"),
-        ('{"messages": [{"role": "system"}, {"role": "user"}], "answer": 1}', '"messages" is a list of 2, and a '
-         "question is one text; give it as"),
-        ("{", "one object must not span several lines"),
-        ("question,answer", "not JSON (Expecting value at column 1); correct or remove the line"),
-    ],
-)  # fmt: skip
-def test_a_line_with_two_meanings_is_named(line: str, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "set.jsonl"
-    path.write_text('{"question": "a", "answer": "b"}\r\n' + line + "\r\n")
-    with pytest.raises(TriAttentionError, match=re.escape(f"{path}, line 2: ") + ".*" + re.escape(reason)):
-        load_dataset(str(path))
 
 
 def test_a_list_names_the_item_and_another_kind_of_file_is_said_to_be_one(tmp_path: Path) -> None:
@@ -408,4 +380,3 @@ def test_any_other_statistics_are_named(payload: dict[str, Any], sentence: str, 
 def test_json_of_every_value_is_what_json_reads() -> None:
     text = '{"a": [1, -2.5e-3, true, null, "\\u00e9\\ud83d\\ude00"], "b": {"c": 12345678901234567890}}'
     assert parse_json(text) == json.loads(text)
-    assert set(MEASURED) >= {"question", "index", "seconds"}
