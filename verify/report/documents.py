@@ -59,7 +59,8 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
         told = (f"* {_finding(one, by_id[one.checks[0]])}\n" for one in assessment.findings)
         parts.append("## Findings\n\n" + "".join(told))
         told = (
-            f"* **{cell.check.id}** {_one_line(cell.outcome.message)} (`{cell.outcome.repeat}`){_known(cell.outcome)}\n"
+            f"* **{cell.check.id}**{f' ({cell.outcome.evidence}, not run)' if cell.warns else ''} "
+            f"{_one_line(cell.outcome.message)} (`{cell.outcome.repeat}`){_known(cell.outcome)}\n"
             for cell in failed
         )
         parts.append("## Failures\n\n" + "".join(told))

@@ -41,7 +41,13 @@ class Row:
 
     @property
     def worst(self) -> str:
-        return min((_word(cell) for cell in self.cells), key=WORST_FIRST.index)
+        """The word of the row. Where no check ran on the target, those of which nothing is known do not hide what was
+        simulated: checks that launch no kernel are never simulated.
+        """
+        words = {_word(cell) for cell in self.cells}
+        if not any(cell.proves for cell in self.cells) and any(cell.simulation for cell in self.cells):
+            words -= {NOT_RUN}
+        return min(words, key=WORST_FIRST.index)
 
     @property
     def verdict(self) -> str:
@@ -116,7 +122,8 @@ LETTERS = MappingProxyType(
 LEGEND = (
     f"{'  '.join(f'{shape} {kind}' for kind, shape in SHAPES.items())}  · no result; "
     "P pass  F fail  E error  C crash  T timeout  I infra  "
-    "S skip  B blocked  A absent  R refused; ~ stale, does not count; * known deviation, still a failure"
+    "S skip  B blocked  A absent  R refused; ~ stale, does not count; * known deviation, still a failure; "
+    "a simulated mark is of those checks that launch a kernel"
 )
 
 

@@ -15,20 +15,21 @@ from verify.record.verdict import Assessment, TargetVerdict, commit_of, profile_
 from verify.report.looks import LOOKS
 from verify.report.matrix import LEGEND, VERSIONS, Mark, grid, versions
 from verify.report.sentences import built, headline, simulated
-from verify.report.terminal import heading, products, verdict_style
+from verify.report.terminal import ROOMY, heading, products, verdict_style
 
 
 def print_summary(assessments: Sequence[Assessment], console: Console) -> None:
     """One sentence on what is verified, then one line per target."""
     console.print(Text(headline(assessments)), "")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    # in 80 columns, the products need the room
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, int(console.width >= ROOMY), 0, 0))
     for name, options in (
         ("target", {"no_wrap": True}),
         ("verdict", {"no_wrap": True}),
         ("must-pass", {"justify": "right", "no_wrap": True}),
         ("simulated", {"justify": "right", "no_wrap": True}),
         ("compiled", {"justify": "right", "no_wrap": True}),
-        ("newest record", {"no_wrap": True}),
+        ("newest", {"no_wrap": True}),
         ("products", {}),
     ):
         table.add_column(name, **options)

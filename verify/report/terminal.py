@@ -25,7 +25,7 @@ from verify.report.plots import text_plot
 from verify.report.sentences import known_without_it
 
 #: The widths from which a row has room for padding, and for its claim.
-_ROOMY = 96
+ROOMY = 96
 _WIDE = 140
 
 #: How many findings, runs, further checks of a finding and family names are printed; the rest is only counted.
@@ -83,6 +83,7 @@ def print_run(assessment: Assessment, console: Console) -> None:
     """The end of one run: the matrix of the checks it ran, failures, verdict."""
     _print_cells(assessment, [cell for cell in assessment.cells if cell.result is not None], console)
     _print_unknown(assessment, console)
+    _print_silent(assessment, console)
     console.print(_verdict_line(assessment))
 
 
@@ -176,7 +177,8 @@ def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], con
     held = f"{count(len(members), 'check')}{blocks if finding.blocks else ''}"
     told = title(finding, result, spec.claim)
     console.print(Text.assemble((f"finding {number}  ", style), (told, "bold"), f"  ({held})"))
-    console.print(Text.assemble((f"{result.verdict} ", style), (first.check.id, "bold"), f"  {result.said}"))
+    how = f"({result.evidence}, not run) " if first.warns else ""
+    console.print(Text.assemble((f"{result.verdict} ", style), how, (first.check.id, "bold"), f"  {result.said}"))
     if others := [cell.check.id for cell in members if cell is not first]:
         more = f" and {len(others) - _MEMBERS} more" if len(others) > _MEMBERS else ""
         console.print(Text(f"also: {', '.join(others[:_MEMBERS])}{more}"))
@@ -217,9 +219,19 @@ def _print_unknown(assessment: Assessment, console: Console) -> None:
         console.print(Text(told, style="yellow"))
 
 
+def _print_silent(assessment: Assessment, console: Console) -> None:
+    """The failures of a simulated run that no cell shows, because their checks launched no kernel."""
+    results = (one for record in assessment.used if record.simulation for one in record.results)
+    silent = [one for one in results if one.evidence == "emulated" and one.verdict in FAILING]
+    if silent:
+        told = f"{count(len(silent), 'check')} failed without launching a kernel, the first of them {silent[0].id}"
+        nothing = f"this says nothing about {assessment.target.target}"
+        console.print(Text(f"{told} ({silent[0].said}); {nothing}.", style="bold red"))
+
+
 def _matrix(folded: Sequence[Row], console_width: int) -> Table:
     # in 80 columns, the table has no padding, and the longest skip code is on its own line
-    roomy = console_width >= _ROOMY
+    roomy = console_width >= ROOMY
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, int(roomy), 0, 0))
     table.add_column("plan", no_wrap=True)
     table.add_column("check", overflow="fold")

@@ -21,6 +21,9 @@ STALE = "STALE"
 #: Verdicts without a sign of their own: their cells have the word.
 _WITHOUT_SIGN = (Verdict.ABSENT, Verdict.REFUSED, Verdict.BLOCKED)
 
+#: What a cell of the matrix says of a skip whose code does not fit.
+_SHORT = {"SIM_UNSUPPORTED": "skipped"}
+
 #: The share of a bar's width at which the allowed value is, and the number of decades below it.
 _LIMIT, _DECADES = 0.8, 4
 
@@ -114,9 +117,9 @@ class Column:
         else:
             note = headroom(row.tightest) if row.tightest else ""
         code = next((cell.result.code for cell in row.cells if cell.result and cell.result.code), "")
-        if row.worst == Verdict.SKIP:
-            note = code or note
         detail = ""
+        if row.worst == Verdict.SKIP:
+            note, detail = _SHORT.get(code, code or note), code if code in _SHORT else ""
         if row.known:
             note, detail = KNOWN, note
         elif row.worst in _WITHOUT_SIGN:
@@ -190,7 +193,11 @@ def lines(results: Iterable[CheckResult], families: Container[str], column: Colu
 def across(marks: Mapping[str, Mark | None]) -> str:
     """The results of one check on all targets in a sentence, such as that it fails only on one."""
     told = {name: mark for name, mark in marks.items() if mark is not None}
-    failing = [name for name, mark in told.items() if mark.tone == "fail"]
+    failed = [name for name, mark in told.items() if mark.tone == "fail"]
+    not_simulated, not_built = (
+        [name for name in failed if told[name].shape == shape] for shape in ("simulated", "compiled")
+    )
+    failing = [name for name in failed if name not in (*not_simulated, *not_built)]
     passing = [name for name, mark in told.items() if mark.tone in ("pass", "emulated")]
     simulated, compiled = (
         [name for name, mark in told.items() if mark.tone == tone] for tone in ("simulated", "compiled")
@@ -202,8 +209,9 @@ def across(marks: Mapping[str, Mark | None]) -> str:
         parts.append(f"passes on {listed(passing)}")
     elif failing:
         parts.append("passes nowhere")
-    if simulated:
-        parts.append(f"passes in the simulator for {listed(simulated)}")
+    parts += [f"fails in the simulator for {listed(not_simulated)}"] if not_simulated else []
+    parts += [f"passes in the simulator for {listed(simulated)}"] if simulated else []
+    parts += [f"does not compile for {listed(not_built)}"] if not_built else []
     if compiled:
         parts.append(f"compiled for {listed(compiled)}, which {'has' if len(compiled) == 1 else 'have'} not run it")
     sentence = "; ".join(parts) or "no target has a valid result"
