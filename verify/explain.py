@@ -245,7 +245,7 @@ def _print_results(ids: Sequence[str], records: Sequence[Record], console: Conso
     from verify.report.terminal import print_curves, verdict_text
 
     found: list[tuple[Record, CheckResult]] = [
-        (record, result) for record in newest_first(records) for result in record.results if result.id in set(ids)
+        (record, result) for record in newest_first(records) for result in record.telling if result.id in set(ids)
     ]
     if not found:
         console.print("\nNo record has a result of this check.")
@@ -257,7 +257,7 @@ def _print_results(ids: Sequence[str], records: Sequence[Record], console: Conso
         words = " ".join(filter(None, [result.verdict, result.code, result.by and f"by {result.by}"]))
         whose = "" if record.subject.source == BUNDLED else record.subject.source
         told = (Text(result.id), Text(number), Text(whose))
-        table.add_row(record.time_utc[:10], record.target, verdict_text(words), *told)
+        table.add_row(record.time_utc[:10], record.target, result.evidence, verdict_text(words), *told)
     console.print(f"\nLast results, newest first ({min(len(found), _LAST)} of {len(found)}):")
     console.print(table)
     if last := next((result for _, result in found if result.curves), None):

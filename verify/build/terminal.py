@@ -12,7 +12,8 @@ from rich.text import Text
 from verify.architectures import find
 from verify.record.builds import Build, BuildVerdict, Compilation
 from verify.record.schema import FAILING, Record
-from verify.report.matrix import built, compiled_words, count
+from verify.report.matrix import count
+from verify.report.sentences import built, compiled_words
 from verify.report.terminal import PipeConsole
 
 #: Terminals at least this wide get every column.

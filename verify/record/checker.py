@@ -18,8 +18,12 @@ from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.files import decoded
 from verify.record.archive import locate
-from verify.record.rules import FILE_RULES, RULES, Json
+from verify.record.rules import FILE_RULES, RULES
 from verify.record.schema import Record, shape_problem, unrepeated
+from verify.record.without_gpu import Json, kind_of
+
+#: The codes with which a must-pass check may be skipped in a simulation, which verifies nothing.
+_HONEST = frozenset({"SIM_UNSUPPORTED", "NO_GPU"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +113,28 @@ def _together(records: Sequence[tuple[str, Json]]) -> Iterator[Problem]:
 
 
 def _absent(records: Sequence[tuple[str, Json]], checks: Sequence[Check]) -> Iterator[Problem]:
-    """The must-pass checks without a result, by family. A compilation must have those of phase 3 only."""
+    """The must-pass checks without a result, by family. A compilation must have those of phase 3 only, a simulation
+    those of each phase that it has a result of.
+    """
     for target in dict.fromkeys(record["target"] for _, record in records):
         own = [(path, record) for path, record in records if record["target"] == target]
-        ran = [one for one in own if not one[1].get("compilation")]
-        for group in [ran] if ran else [[one] for one in own]:
+        kinds: dict[str, list[tuple[str, Json]]] = {}
+        for one in own:
+            kinds.setdefault(kind_of(one[1]), []).append(one)
+        compiled = kinds.pop("compiled", [])
+        built = [] if kinds.keys() - {"simulated"} else [[one] for one in compiled]
+        for group in [*kinds.values(), *built]:
             yield from _absent_from(group, target, [one for one in checks if one.spec.gate == "hard"])
 
 
 def _absent_from(group: Sequence[tuple[str, Json]], target: str, hard: Sequence[Check]) -> Iterator[Problem]:
-    compilation = group[0][1].get("compilation")
+    compilation, simulated = (group[0][1].get(part) for part in ("compilation", "simulation"))
     wanted = [one for one in hard if one.applies_to(target)]
     if compilation:
         wanted = [] if compilation["gap"] else [one for one in wanted if one.phase == 3]
+    elif simulated:
+        phases = {result["id"][1] for _, record in group for result in record["results"]}
+        wanted = [one for one in wanted if str(one.phase) in phases]
     # must-pass checks of phase 6 are about the embedded model; runs with other models do not count
     have = {
         one["id"]: one
@@ -134,7 +147,7 @@ def _absent_from(group: Sequence[tuple[str, Json]], target: str, hard: Sequence[
     for one in wanted:
         if one.id not in have:
             families.setdefault(one.spec.family, []).append(one.id)
-        elif have[one.id]["verdict"] == "SKIP":
+        elif have[one.id]["verdict"] == "SKIP" and not (simulated and have[one.id]["code"] in _HONEST):
             yield Problem(
                 places, one.id, f"is must-pass on {target}, but SKIP({have[one.id]['code']}) counts as absent"
             )

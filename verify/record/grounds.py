@@ -39,7 +39,7 @@ NEUTRAL = frozenset(
         *("build/verb.py", "build/records.py", "build/terminal.py"),
         *("record/__init__.py", "record/archive.py", "record/checker.py", "record/digest.py", "record/follow/"),
         *("record/grounds.py", "record/index.py", "record/kills.py", "record/rules.py", "record/staleness.py"),
-        "record/verdict.py",
+        *("record/cells.py", "record/verdict.py", "record/without_gpu.py"),
         *("report/", "run/", "selftest/", "examples/"),
         *("subject/contract.py", "subject/meanings.py", "subject/scaffold.py", "subject/templates/"),
         *("subject/version.py", "record/capabilities.py", "record/findings.py", "record/trail.py"),

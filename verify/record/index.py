@@ -44,6 +44,7 @@ _TABLES = (
 _POINTS = """
 SELECT id, gate, verdict, code, evidence, measure, measured, allowed, duration_s FROM result
 WHERE record = :record AND (:name IS NULL OR id = :name OR id BETWEEN :name || '.' AND :name || '/')
+AND NOT (:kind = 'simulated' AND evidence = 'emulated')
 """
 
 #: How long a command waits for another one that is reading a thousand records.
@@ -145,20 +146,21 @@ class Index:
         return {check_id for (check_id,) in self._database.execute(query, (run_id,))}
 
     def points(self, name: str | None = None, target: str | None = None, last: int | None = None) -> list[Point]:
-        """Every result, oldest first, limited to the check or family ``name`` and to ``target`` where given.
+        """Every result that says something about its target, oldest first, limited to the check or family ``name`` and
+        to ``target`` where given.
 
-        With ``last``, only those of the newest ``last`` records of each target.
+        With ``last``, only those of the newest ``last`` records of each target and kind.
         """
-        seen: Counter[str] = Counter()
+        seen: Counter[tuple[str, Evidence]] = Counter()
         chosen: list[tuple[int, Record]] = []
         for number, head in self._newest_first():
-            seen[head.target] += 1
-            if target in (None, head.target) and (last is None or seen[head.target] <= last):
+            seen[head.target, head.kind] += 1
+            if target in (None, head.target) and (last is None or seen[head.target, head.kind] <= last):
                 chosen.append((number, head))
         return [
             Point(head.run_id, head.time_utc, head.target, *row)
             for number, head in reversed(chosen)
-            for row in self._database.execute(_POINTS, {"record": number, "name": name})
+            for row in self._database.execute(_POINTS, {"record": number, "name": name, "kind": head.kind})
         ]
 
     def files(self) -> list[Path]:
@@ -340,6 +342,7 @@ def _file() -> Path:
 def _version() -> int:
     """A number that changes with the rules for what is a record, and with the tables."""
     files = (
-        Path(__file__).with_name(f"{name}.py") for name in ("archive", "builds", "curves", "index", "schema", "strict")
+        Path(__file__).with_name(f"{name}.py")
+        for name in ("archive", "builds", "curves", "index", "schema", "simulation", "strict")
     )
     return int(digest_of([*files, IMPORT_ROOT / "verify" / "checks.py"], IMPORT_ROOT)[:7], 16)

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from verify.architectures import parse_target
 from verify.checks import Check
 from verify.errors import ConfigurationError
 from verify.record.grounds import BUNDLED
 from verify.record.schema import FAILING, NOT_OFFERED
+from verify.record.without_gpu import Found, Json, bad_digest, builds, kind_of, simulation, without_gpu
 
 #: A record cannot be older than the method it tests, or newer than now plus the error of a clock.
 _FIRST, _CLOCK_SKEW = datetime(2026, 4, 1, tzinfo=UTC), timedelta(hours=1)
@@ -29,10 +29,10 @@ _ID_AND_TIME = timedelta(minutes=1)
 #: Values of fields that were not filled in.
 _PLACEHOLDER = re.compile(r"(|-|\?+|x+|n/?a|none|null|unknown|todo|tbd|unset|placeholder|example)", re.IGNORECASE)
 
-_SHA256, _GIT_SHA = re.compile(r"[0-9a-f]{64}"), re.compile(r"none|[0-9a-f]{40}|[0-9a-f]{64}")
+_GIT_SHA = re.compile(r"none|[0-9a-f]{40}|[0-9a-f]{64}")
 
-Json = dict[str, Any]
-Found = Iterator[tuple[str, str]]
+#: The device of a run, by the evidence that it is made for.
+_DEVICES = {"hardware": "cuda", "simulated": "sim:{target}", "emulated": "cpu"}
 
 
 def _identity(record: Json, known: Mapping[str, Check]) -> Found:
@@ -41,8 +41,9 @@ def _identity(record: Json, known: Mapping[str, Check]) -> Found:
     made, now = datetime.fromisoformat(record["time_utc"]), datetime.now(UTC)
     if not _FIRST <= made <= now + _CLOCK_SKEW:
         yield "", f"time_utc {record['time_utc']} is not between {_FIRST:%Y-%m-%d} and now"
-    word = record["target"] + ("-compiled" if record.get("compilation") else "")
-    match = re.fullmatch(rf"(\d{{8}}T\d{{6}}Z)-{word}-[0-9a-f]{{4}}", record["run_id"])
+    kind = kind_of(record)
+    word, more = record["target"] + "-compiled" * (kind == "compiled"), "(?:-simulated)?" * (kind == "simulated")
+    match = re.fullmatch(rf"(\d{{8}}T\d{{6}}Z)-{word}{more}-[0-9a-f]{{4}}", record["run_id"])
     if match is None:
         yield "", f"run_id {record['run_id']!r} is not a time, {word} and four hexadecimal digits"
     elif abs(datetime.strptime(match[1], "%Y%m%dT%H%M%S%z") - made) > _ID_AND_TIME:
@@ -53,14 +54,9 @@ def _identity(record: Json, known: Mapping[str, Check]) -> Found:
         ("instrument_sha256", record["instrument_sha256"]), ("content_sha256", record["subject"]["content_sha256"]),
         *((f"the digest of {name}", digest) for name, digest in record.get("sources", {}).items()),
     ):  # fmt: skip
-        yield from _digest(name, digest)
+        yield from bad_digest(name, digest)
     if not _GIT_SHA.fullmatch(record["subject"]["git_sha"]):
         yield "", f"subject.git_sha {record['subject']['git_sha']!r} is neither a commit nor 'none'"
-
-
-def _digest(name: str, digest: str) -> Found:
-    if not _SHA256.fullmatch(digest) or len(set(digest)) == 1:
-        yield "", f"{name} {digest!r} is not a SHA-256"
 
 
 def _environment(record: Json, known: Mapping[str, Check]) -> Found:
@@ -93,16 +89,13 @@ def _environment(record: Json, known: Mapping[str, Check]) -> Found:
         parse_target(record["target"])
     except ConfigurationError as error:
         yield "", str(error)
-    if record.get("compilation"):
-        if gpu is not None:
-            yield "", f"was compiled without a GPU, but the environment has the GPU {gpu['name']}"
-        if f"sm{record['compilation']['sm']}" != record["target"]:
-            yield "", f"target is {record['target']}, but the compilation is for sm{record['compilation']['sm']}"
+    if kind_of(record) in ("compiled", "simulated"):
+        yield from (("", problem) for problem in without_gpu(record))
         return
     if gpu is None or f"sm{gpu['sm']}" != record["target"]:
         yield "", f"target is {record['target']}, but the GPU is {gpu and gpu['name']} (sm{gpu and gpu['sm']})"
     else:
-        yield from _digest("gpu.uuid_sha256", gpu["uuid_sha256"])
+        yield from bad_digest("gpu.uuid_sha256", gpu["uuid_sha256"])
     if interpreted:
         yield (
             "",
@@ -131,11 +124,12 @@ def _declared(result: Json, one: Check, record: Json) -> Iterator[str]:
         yield f"gate is {result['gate']}, but the catalogue has {one.spec.gate}"
     if result["plan"] != one.spec.plan:
         yield f"plan is {result['plan']}, but the catalogue has {one.spec.plan}"
-    ahead = bool(record.get("compilation"))
-    ran = "emulated" if record["target"] == "emulated" else "hardware"
-    evidence = "compiled" if ahead or one.spec.ahead_of_time else ran
-    if result["evidence"] != evidence:
-        yield f"evidence is {result['evidence']}, but must be {evidence} in this record"
+    kind = kind_of(record)
+    ahead = kind == "compiled"
+    # a check that launched no kernel in a simulation says nothing about its target
+    fitting = ("simulated", "emulated") if kind == "simulated" else ("compiled",) if one.spec.ahead_of_time else (kind,)
+    if result["evidence"] not in fitting:
+        yield f"evidence is {result['evidence']}, but must be {' or '.join(fitting)} in this record"
     # the suite's rule, implemented a second time
     seed = int(hashlib.sha256(f"{record['seed']}:{one.id}".encode()).hexdigest()[:8], 16)
     seed = record["seed"] if ahead else seed
@@ -146,7 +140,8 @@ def _declared(result: Json, one: Check, record: Json) -> Iterator[str]:
     moved = re.compile(rf"phases/p{one.phase}_\w+\.py{re.escape(one.node[one.node.index('::') :])}")
     node = next(filter(moved.fullmatch, words), one.node)
     needed = ["verify", "compile", "--sm", record["target"].removeprefix("sm")] if ahead else ["pytest", node]
-    device = [] if ahead else ["--device", "cpu" if ran == "emulated" else "cuda", "--seed", str(record["seed"])]
+    on = "" if ahead else _DEVICES[kind].format(target=record["target"])
+    device = [] if ahead else ["--device", on, "--seed", str(record["seed"])]
     if any(word not in words for word in (*needed, *device)):
         yield f"repeat is {result['repeat']!r}, which does not repeat it: it needs {shlex.join([*needed, *device])}"
 
@@ -227,31 +222,6 @@ def _deviations(record: Json, known: Mapping[str, Check]) -> Found:
             yield result["id"], f"is called a known deviation until {deviation['expires']}, which was before the run"
 
 
-def _builds(record: Json, known: Mapping[str, Check]) -> Found:
-    """Whether the results of a compilation follow from its builds."""
-    compilation = record.get("compilation")
-    if not compilation:
-        return
-    for build in compilation["builds"]:
-        built = build["verdict"] == "OK"
-        if built != bool(build["resources"] and build["cubin_sha256"] and build["ptx_sha256"]):
-            yield (
-                "",
-                f"the build of {build['kernel']} for {build['variants'][0]} is {build['verdict']} but has "
-                + ("no digest or no resources" if built else "a digest or resources"),
-            )
-    for result in record["results"]:
-        one = known.get(result["id"])
-        if one is None or one.spec.ahead_of_time or result["verdict"] != "PASS":
-            continue
-        own = [build for build in compilation["builds"] if one.case in build["variants"]]
-        for kernel in {build["kernel"] for build in own} or {None}:
-            # the autotuner drops a configuration that does not build if another one does
-            verdicts = {build["verdict"] for build in own if build["kernel"] == kernel}
-            if "OK" not in verdicts or one.case in compilation["unlaunched"]:
-                yield one.id, f"PASS, but {kernel or 'a kernel'} of {one.case} was not built"
-
-
 def _place(path: Path, record: Json) -> Found:
     """A person would take a record in the folder of another GPU for that GPU's."""
     if re.fullmatch(r"sm\d+", path.parent.name) and path.parent.name != record["target"]:
@@ -291,7 +261,7 @@ def _manifest(path: Path, record: Json) -> Found:
 
 
 RULES: tuple[Callable[[Json, Mapping[str, Check]], Found], ...] = (
-    _identity, _environment, _results, _findings, _deviations, _builds,
+    _identity, _environment, _results, _findings, _deviations, builds, simulation,
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -21,6 +21,7 @@ from verify.checks import SKIP_CODES, Gate
 from verify.files import decoded, write_atomic
 from verify.record.builds import Compilation
 from verify.record.curves import Curve, clash
+from verify.record.simulation import Simulation
 from verify.record.strict import Sha256, Strict
 
 SCHEMA_VERSION: Final = 1
@@ -48,8 +49,9 @@ FAILING = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT
 #: Neither a failure nor a pass.
 NOT_OFFERED = frozenset({Verdict.ABSENT, Verdict.REFUSED})
 
-#: How a result was obtained; the three are never mixed in one cell.
-Evidence = Literal["hardware", "compiled", "emulated"]
+#: How a result was obtained, best first; the four are never mixed in one cell.
+Evidence = Literal["hardware", "simulated", "compiled", "emulated"]
+EVIDENCE: Final[tuple[Evidence, ...]] = get_args(Evidence)
 
 
 class Measurement(Strict):
@@ -239,8 +241,9 @@ class Record(Strict):
     phase (absent in older records). ``sources`` has the digests of the files of suite and subject that results rest on;
     each list in ``rests_on`` has the names of the files that some of the results rest on (``verify/record/grounds.py``;
     both are absent in older records). ``findings`` are the failures grouped by cause (absent in older records). A
-    record with a ``compilation`` was made without the target's GPU and has only
-    compiled evidence. Raises ValidationError if the parts contradict each other.
+    record with a ``compilation`` or a ``simulation`` was made without the target's GPU. The first has only compiled
+    evidence. The second has simulated evidence, and emulated evidence where a check launched no kernel, which says
+    nothing about any target. Raises ValidationError if the parts contradict each other.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -261,11 +264,26 @@ class Record(Strict):
     rests_on: list[list[str]] = Field(default_factory=list)
     findings: list[Finding] = Field(default_factory=list)
     compilation: Compilation | None = None
+    simulation: Simulation | None = None
 
     @property
-    def ahead_of_time(self) -> bool:
-        """Whether the kernels of this record were built and not run."""
-        return self.compilation is not None
+    def kind(self) -> Evidence:
+        """The evidence that the record was made for."""
+        if self.compilation is not None:
+            return "compiled"
+        if self.simulation is not None:
+            return "simulated"
+        return "emulated" if self.target == "emulated" else "hardware"
+
+    @property
+    def on_target(self) -> bool:
+        """Whether it is a run on its target, and not a compilation or a simulation for it."""
+        return self.kind in ("hardware", "emulated")
+
+    @property
+    def telling(self) -> list[CheckResult]:
+        """The results that say something about the target: in a simulation, those of checks that launched a kernel."""
+        return [one for one in self.results if self.simulation is None or one.evidence != "emulated"]
 
     @model_validator(mode="after")
     def _once_and_on_target(self) -> Record:
@@ -291,8 +309,31 @@ class Record(Strict):
             ran += [gpu.name] if gpu is not None else []
             if ran:
                 raise ValueError(f"run {self.run_id} was built ahead of time, but {ran[0]} ran")
-        elif self.target != "emulated" and (gpu is None or f"sm{gpu.sm}" != self.target):
+        elif self.simulation is None and self.target != "emulated" and (gpu is None or f"sm{gpu.sm}" != self.target):
             raise ValueError(f"run {self.run_id} claims {self.target}, but its environment has another GPU or none")
+        return self
+
+    @model_validator(mode="after")
+    def _simulated_or_not(self) -> Record:
+        known, gpu = self.simulation, self.environment.gpu
+        if known is None:
+            for result in self.results:
+                if result.evidence == "simulated" or result.code == "SIM_UNSUPPORTED":
+                    raise ValueError(f"{result.id} claims to be simulated, but run {self.run_id} has no simulation")
+                if result.evidence == "emulated" and self.target != "emulated":
+                    raise ValueError(f"{result.id} is emulated, but run {self.run_id} is on {self.target}")
+            return self
+        if self.compilation is not None:
+            raise ValueError(f"run {self.run_id} has both a compilation and a simulation")
+        if f"sm{known.sm}" != self.target:
+            raise ValueError(f"run {self.run_id} claims {self.target}, but sm{known.sm} was simulated")
+        if gpu is not None:
+            raise ValueError(f"run {self.run_id} was simulated, but its environment has the GPU {gpu.name}")
+        for result in self.results:
+            if result.evidence not in ("simulated", "emulated"):
+                raise ValueError(f"{result.id} claims {result.evidence} evidence in a simulated run")
+            if result.evidence == "simulated" and not known.kernels:
+                raise ValueError(f"{result.id} is simulated, but the simulation executed no kernel")
         return self
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from verify.architectures import Target
 from verify.record.archive import newest_first
 from verify.record.grounds import BUNDLED, SUBJECT, Checkout
-from verify.record.schema import CheckResult, Record, SubjectInfo
+from verify.record.schema import EVIDENCE, CheckResult, Record, SubjectInfo
 
 #: Why a result of an older record does not count.
 _NAMELESS = "recorded before results listed the files they rest on"
@@ -22,19 +22,21 @@ def same_subject(one: SubjectInfo, other: SubjectInfo) -> bool:
 def stale_because(record: Record, newest: Record) -> str | None:
     """How ``record`` differs from the ``newest`` one, such as ``another torch``; None where both can be merged.
 
-    A run and a compilation ahead of time must be of one subject, but need not be of one machine.
+    A run, a simulation and a compilation ahead of time must be of one subject, but need not be of one machine.
     """
     ours, theirs = record.environment, newest.environment
     if not same_subject(record.subject, newest.subject):
         return "another subject"
-    pairs: dict[str, tuple[object, object]] = {}
-    if record.ahead_of_time == newest.ahead_of_time:
-        pairs["triton"] = (ours.triton, theirs.triton)
-    if not record.ahead_of_time and not newest.ahead_of_time:
+    if record.kind != newest.kind:
+        return None
+    pairs: dict[str, tuple[object, object]] = {"triton": (ours.triton, theirs.triton)}
+    if record.kind != "compiled":
+        simulators = [one.simulation and one.simulation.simulator_sha256 for one in (record, newest)]
         pairs |= {
             "torch": (ours.torch, theirs.torch),
             "driver": (ours.gpu and ours.gpu.driver, theirs.gpu and theirs.gpu.driver),
             "GPU": (ours.gpu and ours.gpu.uuid_sha256, theirs.gpu and theirs.gpu.uuid_sha256),
+            "simulator": (simulators[0], simulators[1]),
         }
     return next((f"another {name}" for name, (one, other) in pairs.items() if one != other), None)
 
@@ -91,11 +93,11 @@ class Comparison:
 def why_not_merged(record: Record, records: Sequence[Record]) -> str | None:
     """``stale_because`` against the newest run, and against the newest record of the same kind that merges with it.
 
-    Without any run, the first of ``records``, the newest, takes its place.
+    Without any run, the newest simulation takes its place; without that, the newest compilation.
     """
-    anchor = next((one for one in records if not one.ahead_of_time), records[0] if records else record)
+    anchor = min(records, key=lambda one: EVIDENCE.index(one.kind), default=record)
     fitting = (one for one in records if stale_because(one, anchor) is None)
-    same_kind = next((one for one in fitting if one.ahead_of_time == record.ahead_of_time), record)
+    same_kind = next((one for one in fitting if one.kind == record.kind), record)
     return next((why for one in (anchor, same_kind) if (why := stale_because(record, one))), None)
 
 

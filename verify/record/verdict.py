@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from verify.architectures import EMULATED, Target, parse_target
-from verify.checks import PROFILES, Check, Gate, catalogue
-from verify.record.archive import newest_first
+from verify.checks import PROFILES, Check, catalogue
 from verify.record.builds import Compilation
 from verify.record.capabilities import by_capability
+from verify.record.cells import Cell, Known, without_proof
 from verify.record.findings import without_cause
 from verify.record.grounds import BUNDLED, Checkout
-from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Evidence, Finding, Record, SubjectInfo, Verdict
-from verify.record.staleness import Comparison, merged, why_not_merged
+from verify.record.schema import NOT_OFFERED, Finding, Record, SubjectInfo, Verdict
+from verify.record.simulation import Simulation
+from verify.record.staleness import Comparison, merged
 
 
 class TargetVerdict(StrEnum):
@@ -42,57 +43,6 @@ _EMULATED_WORDS = {
 
 #: The SOFT families that an implementation with the profile ``serving`` must pass too.
 _SERVING = frozenset({"p7.plugin", "p7.stream", "p7.replay", "p7.together", "p7.blocks"})
-
-#: The evidence that a matrix cell may show, best first. A GPU's cell never shows an emulated result.
-_EMULATED_ONLY: tuple[Evidence, ...] = ("emulated",)
-_ON_A_GPU: tuple[Evidence, ...] = ("hardware", "compiled")
-_AHEAD_OF_TIME: tuple[Evidence, ...] = ("compiled",)
-
-#: By check and evidence: the newest result, its run id, and why it does not count (empty if it does).
-_Results = dict[tuple[str, Evidence], tuple[CheckResult, str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One check on one target: the newest result with the best available evidence, or none."""
-
-    check: Check
-    must_pass: bool
-    result: CheckResult | None
-    proves: bool  #: whether the evidence is of the kind that the target's verdict rests on
-    run_id: str | None
-    stale: CheckResult | None = None  #: without a result: the newest one that no longer counts
-    because: str = ""  #: why it no longer counts
-
-    @property
-    def outcome(self) -> CheckResult:
-        """The result of a cell that has one. Raises ValueError for any other cell."""
-        if self.result is None:
-            raise ValueError(f"{self.check.id} has no result")
-        return self.result
-
-    @property
-    def passed(self) -> bool:
-        return self.proves and self.result is not None and self.result.verdict is Verdict.PASS
-
-    @property
-    def failed(self) -> bool:
-        return self.proves and self.result is not None and self.result.verdict in FAILING
-
-    @property
-    def not_offered(self) -> bool:
-        """ABSENT or REFUSED: the subject does not offer what the check asks for."""
-        return self.proves and self.result is not None and self.result.verdict in NOT_OFFERED
-
-    @property
-    def compiled(self) -> bool:
-        """Built for the target, but not run on it."""
-        return not self.proves and self.result is not None and self.result.verdict is Verdict.PASS
-
-    @property
-    def not_compiled(self) -> bool:
-        """A failed build ahead of time: not a verdict on the target, but a bad sign."""
-        return not self.proves and self.result is not None and self.result.verdict in FAILING
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +94,7 @@ class Assessment:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """The failing cells by cause, as their runs found them; those of which no run says a cause by verdict."""
-        failed = {(cell.run_id, cell.check.id) for cell in self.cells if cell.failed or cell.not_compiled}
+        failed = {(cell.run_id, cell.check.id) for cell in self.cells if cell.failed or cell.warns}
         found = []
         for record in self.used:
             for one in record.findings:
@@ -170,6 +120,11 @@ class Assessment:
     def compilation(self) -> Compilation | None:
         """The newest compilation for the target."""
         return next((record.compilation for record in self.used if record.compilation), None)
+
+    @property
+    def simulation(self) -> Simulation | None:
+        """The newest simulation for the target."""
+        return next((record.simulation for record in self.used if record.simulation), None)
 
     def why_stale(self, record: Record) -> str | None:
         """Why no result of ``record`` counts; None if any does."""
@@ -228,20 +183,22 @@ def assess(
 
     For each id the newest result counts, a failure as much as a pass, unless a file that it rests on differs in
     ``checkout``. A must-pass check of phase 6 counts with the embedded model only. Records of another subject, software
-    or card are listed as stale, as are those of which no result counts. A compilation ahead of time makes no run stale;
-    if nothing ran, the newest compilation decides. A result whose gate differs from the catalogue's is treated as one
+    or card are listed as stale, as are those of which no result counts. Neither a compilation ahead of time nor a
+    simulation makes a run stale; if nothing ran, the newest simulation decides, or else the newest compilation. A
+    result whose gate differs from the catalogue's is treated as one
     of a check that this suite does not have. Without a ``checkout``, every result counts.
     """
     used, stale, comparison = merged(target, records, checkout)
     gates = {check.id: check.spec.gate for check in checks}
     profile = profile_of(used[0].subject) if used else "full"
     hard = {check.id for check in must_pass(checks, target)}
-    found, before = _newest_results(used, stale, gates, hard, comparison)
-    verdicts = {name: result.verdict for (name, _), (result, _, _) in found.items()}
+    known = Known.of(used, stale, gates, hard, comparison)
+    found = [known.cell(check, target) for check in checks]
+    verdicts = {cell.check.id: cell.result.verdict for cell in found if cell.result is not None}
     wanted = {check.id for check in must_pass(checks, target, profile, verdicts)}
     cells = tuple(
-        cell
-        for cell in (_cell(check, target, found, before, check.id in wanted) for check in checks)
+        replace(cell, must_pass=cell.check.id in wanted)
+        for cell in found
         if cell.result is not None or cell.check.applies_to(target.target)
     )
     results = (result for record in used for result in record.results)
@@ -253,39 +210,6 @@ def assess(
         verdict = _EMULATED_WORDS[verdict]
     sentence = _sentence(target, verdict, cells, used, stale)
     return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown, comparison)
-
-
-def _newest_results(
-    used: Sequence[Record],
-    stale: Sequence[Record],
-    gates: Mapping[str, Gate],
-    wanted: Set[str],
-    comparison: Comparison,
-) -> tuple[_Results, _Results]:
-    """The newest results that count, and the newest of those that do not."""
-    found: _Results = {}
-    before: _Results = {}
-    why = {id(record): why_not_merged(record, used) or "" for record in stale}
-    for record in newest_first((*used, *stale)):
-        for result in record.results:
-            # must-pass checks of phase 6 are about the embedded model; runs with other models do not count
-            other_model = result.id in wanted and result.id.startswith("p6.") and record.model != "embedded"
-            if gates.get(result.id) == result.gate and not other_model:
-                because = comparison.because(record, result) or why.get(id(record), "")
-                kept = before if because else found
-                kept.setdefault((result.id, result.evidence), (result, record.run_id, because))
-    return found, before
-
-
-def _cell(check: Check, target: Target, found: _Results, before: _Results, wanted: bool) -> Cell:
-    shown = _AHEAD_OF_TIME if check.spec.ahead_of_time else _EMULATED_ONLY if target is EMULATED else _ON_A_GPU
-    for evidence in shown:
-        if (check.id, evidence) in found:
-            result, run_id, _ = found[check.id, evidence]
-            return Cell(check, wanted, result, evidence == shown[0], run_id)
-    kept = (before[check.id, evidence] for evidence in shown if (check.id, evidence) in before)
-    stale, _, because = next(kept, (None, "", ""))
-    return Cell(check, wanted, None, False, None, stale, because)
 
 
 def _verdict(cells: Sequence[Cell]) -> TargetVerdict:
@@ -315,14 +239,7 @@ def _sentence(
         return f"There is no record of {who}, so {none}."
     failed = [cell.check.id for cell in hard if cell.failed]
     passed = sum(cell.passed for cell in hard)
-    ahead = "".join(
-        f", {number} of them {words}"
-        for number, words in (
-            (sum(cell.compiled for cell in hard), "compiled ahead of time"),
-            (sum(cell.not_compiled for cell in hard), "NOT compiled (the build failed)"),
-        )
-        if number
-    )
+    ahead = "".join(f", {words}" for words in without_proof(hard))
     subject = used[0].subject
     where = f"{_where(target, used)} for {describe_subject(subject)}"
     if (profile := profile_of(subject)) != "full":

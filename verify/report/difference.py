@@ -78,7 +78,7 @@ def compare(before: Record, after: Record, history: Callable[[str, str], Iterabl
     A HARD check got worse if it newly failed or was blocked, if it no longer passes, or if it passed and is absent from
     a run of the same selection.
     """
-    old, new = ({one.id: one for one in record.results} for record in (before, after))
+    old, new = ({one.id: one for one in record.telling} for record in (before, after))
     same_selection = before.selection == after.selection
     for name in old.keys() - new.keys():
         lost = old[name].verdict is Verdict.PASS and same_selection and old[name].gate == "hard"
@@ -179,7 +179,7 @@ def _record(index: Index, name: str) -> Record:
 
 def _newest(index: Index, gpu: str | None) -> Record:
     target = parse_target(gpu).target if gpu is not None else None
-    runs = [head for head in index.heads.values() if not head.ahead_of_time and target in (None, head.target)]
+    runs = [head for head in index.heads.values() if head.on_target and target in (None, head.target)]
     if not runs:
         raise ConfigurationError(f"there is no run{f' on {target}' if target else ''} to compare; make one first")
     return _record(index, newest_first(runs)[0].run_id)
@@ -191,7 +191,7 @@ def _last_green(index: Index, after: Record) -> Record:
     index = index.about(after.subject)
     earlier = newest_first([after, *(head for head in index.heads.values() if head.target == after.target)])
     for head in earlier[earlier.index(after) + 1 :]:
-        if head.run_id != after.run_id and not head.ahead_of_time and (found := _green(index, head, target, checks)):
+        if head.run_id != after.run_id and head.on_target and (found := _green(index, head, target, checks)):
             return found
     raise ConfigurationError(
         f"there is no green run on {after.target} before {after.run_id}; compare with another run: "

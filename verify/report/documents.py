@@ -12,24 +12,13 @@ from typing import Any
 from verify.architectures import Architecture
 from verify.checks import PHASES
 from verify.record.builds import Compilation
+from verify.record.cells import Cell
 from verify.record.findings import title
 from verify.record.schema import CheckResult, Finding, Measurement, Record
-from verify.record.verdict import Assessment, Cell, describe_subject, fill_command, missing_by_phase
-from verify.report.matrix import (
-    LEGEND,
-    VERSIONS,
-    Row,
-    bound,
-    built,
-    compiled_words,
-    count,
-    grid,
-    headline,
-    headroom,
-    rows,
-    versions,
-)
+from verify.record.verdict import Assessment, describe_subject, fill_command, missing_by_phase
+from verify.report.matrix import LEGEND, VERSIONS, Row, bound, count, grid, headroom, rows, versions
 from verify.report.plots import mermaid, value_rows
+from verify.report.sentences import built, headline, known_without_it, simulated
 
 
 def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -48,8 +37,7 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
     if assessment.used or assessment.stale:
         header = ["run", "time", "GPU", "driver", "torch", "triton", "subject", "counts"]
         parts.append(markdown_table(header, _run_lines(assessment)))
-    if assessment.compilation:
-        parts.append(f"Compiled ahead of time: {_one_line(compiled_words(assessment.compilation))}.\n")
+    parts += [f"{_one_line(sentence)}\n" for sentence in known_without_it(assessment)]
     header = ["phase", "plan", "check", "gate", "verdict", "evidence", "measured / allowed", "headroom"]
     body = [
         [
@@ -65,13 +53,14 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
         for row in rows(assessment.cells)
     ]
     parts.append(markdown_table(header, body))
-    failed = [cell for cell in assessment.cells if cell.failed or cell.not_compiled]
+    failed = [cell for cell in assessment.cells if cell.failed or cell.warns]
     if failed:
         by_id = {cell.check.id: cell for cell in failed}
         told = (f"* {_finding(one, by_id[one.checks[0]])}\n" for one in assessment.findings)
         parts.append("## Findings\n\n" + "".join(told))
         told = (
-            f"* **{cell.check.id}** {_one_line(cell.outcome.message)} (`{cell.outcome.repeat}`){_known(cell.outcome)}\n"
+            f"* **{cell.check.id}**{f' ({cell.outcome.evidence}, not run)' if cell.warns else ''} "
+            f"{_one_line(cell.outcome.message)} (`{cell.outcome.repeat}`){_known(cell.outcome)}\n"
             for cell in failed
         )
         parts.append("## Failures\n\n" + "".join(told))
@@ -98,12 +87,14 @@ def summary_markdown(assessments: Sequence[Assessment], unreadable: Sequence[str
             ", ".join(assessment.target.products) if isinstance(assessment.target, Architecture) else "",
             assessment.verdict,
             f"{sum(cell.passed for cell in assessment.must_pass)}/{len(assessment.must_pass)}",
+            simulated(assessment),
             built(assessment.compilation),
             assessment.used[0].time_utc if assessment.used else "-",
         ]
         for assessment in assessments
     ]
-    table = markdown_table(["target", "products", "verdict", "must-pass", "compiled", "newest record"], body)
+    header = ["target", "products", "verdict", "must-pass", "simulated", "compiled", "newest record"]
+    table = markdown_table(header, body)
     told = f"{headline(assessments)}\n\n{table}"
     return told + "".join(f"\n* unreadable record {_one_line(sentence)}" for sentence in unreadable)
 
@@ -146,6 +137,7 @@ def report_json(assessment: Assessment, unreadable: Sequence[str]) -> str:
         "stale": [_run(record) | {"because": assessment.why_stale(record)} for record in assessment.stale],
         "outdated": {why: [cell.check.id for cell in cells] for why, cells in assessment.outdated.items()},
         "compilation": assessment.compilation.model_dump(mode="json") if assessment.compilation else None,
+        "simulation": assessment.simulation.model_dump(mode="json") if assessment.simulation else None,
         "findings": [one.model_dump() for one in assessment.findings],
         "rows": [_row(row) for row in rows(assessment.cells)],
         "missing": [cell.check.id for cells in missing.values() for cell in cells],
@@ -196,6 +188,11 @@ def _summary(assessment: Assessment) -> dict[str, Any]:
             "must_pass": [cell.check.id for cell in hard if cell.compiled],
             "not_built": [cell.check.id for cell in hard if cell.not_compiled],
         },
+        "simulated": {
+            "checks": simulated(assessment),
+            "must_pass": [cell.check.id for cell in hard if cell.simulated],
+            "failed": [cell.check.id for cell in hard if cell.simulated_failed],
+        },
         "newest_record": assessment.used[0].time_utc if assessment.used else None,
     }
 
@@ -206,7 +203,8 @@ def _run(record: Record) -> dict[str, Any]:
         "run_id": record.run_id,
         "time_utc": record.time_utc,
         "state": record.state,
-        "ahead_of_time": record.ahead_of_time,
+        "kind": record.kind,
+        "ahead_of_time": record.kind == "compiled",
         "selection": record.selection,
         "model": record.model,
         "seed": record.seed,

@@ -14,6 +14,7 @@ from verify.files import write_out
 from verify.record.archive import locate
 from verify.record.schema import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
 from verify.record.verdict import Assessment, TargetVerdict, assess_record
+from verify.report.looks import place
 
 #: https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
 _STATEMENT, _PREDICATE = "https://in-toto.io/Statement/v1", "https://in-toto.io/attestation/test-result/v0.1"
@@ -55,7 +56,7 @@ def export(name: str, form: str, out: Path | None) -> int:
         record = read_record(locate(name)[0], unique=True)
     except UnreadableRecord as error:
         raise ConfigurationError(f"{error}; name another record") from error
-    write_out(junit([(record.target, record.results)]) if form == "junit" else attestation(record), out)
+    write_out(junit([(record.target, record.telling)]) if form == "junit" else attestation(record), out)
     return 0
 
 
@@ -65,7 +66,7 @@ def report_junit(assessments: Iterable[Assessment]) -> str:
         (
             one.target.target,
             [cell.result for cell in one.cells if cell.result],
-            [c.check.id for c in one.missing if not c.result],
+            [c.check.id for c in one.missing if not c.result or c.result.evidence == "simulated"],
         )
         for one in assessments
         if one.used
@@ -73,18 +74,27 @@ def report_junit(assessments: Iterable[Assessment]) -> str:
 
 
 def junit(targets: Iterable[tuple]) -> str:
-    """JUnit XML with a test suite per phase for each ``(target, results)`` or ``(target, results, absent ids)``."""
+    """JUnit XML with a test suite per phase for each ``(target, results)`` or ``(target, results, absent ids)``.
+
+    Simulated results are in suites of their own.
+    """
     from junitparser import JUnitXml, TestSuite
 
     whole = JUnitXml()
     for target, results, *rest in targets:
         for phase, word in PHASES.items():
-            cases = [_case(one, target) for one in results if one.id.startswith(f"p{phase}.")]
-            cases += [_absent(name, target) for name in (rest[0] if rest else ()) if name.startswith(f"p{phase}.")]
-            if cases:
-                suite = TestSuite(f"{target}: {phase} {word}")
-                suite.add_property("target", target)
-                suite.add_testcases(cases)
+            cases: dict[str, list] = {}
+            for one in results:
+                if one.id.startswith(f"p{phase}."):
+                    where = place(target, one.evidence)
+                    cases.setdefault(where, []).append(_case(one, where))
+            absent = [_absent(name, target) for name in (rest[0] if rest else ()) if name.startswith(f"p{phase}.")]
+            if absent:
+                cases.setdefault(target, []).extend(absent)
+            for where, members in cases.items():
+                suite = TestSuite(f"{where}: {phase} {word}")
+                suite.add_property("target", where)
+                suite.add_testcases(members)
                 whole.add_testsuite(suite)
     stream = io.BytesIO()
     whole.write(stream, pretty=True)
@@ -98,11 +108,12 @@ def attestation(record: Record) -> str:
     """
     assessment = assess_record(record)
     failed = [cell.check.id for cell in assessment.must_pass if not cell.passed]
-    warned = [one.id for one in record.results if one.gate == "soft" and one.verdict in FAILING]
-    passed = [one.id for one in record.results if one.verdict is Verdict.PASS]
+    warned = [one.id for one in record.telling if one.gate == "soft" and one.verdict in FAILING]
+    passed = [one.id for one in record.telling if one.verdict is Verdict.PASS]
     configuration = {
         "run": record.run_id,
         "target": record.target,
+        "evidence": record.kind,
         "instrument": record.instrument_sha256,
         "selection": record.selection,
         "model": record.model,

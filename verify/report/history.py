@@ -16,7 +16,8 @@ from verify.record.grounds import BUNDLED
 from verify.record.index import Point, open_index
 from verify.record.verdict import describe_subject
 from verify.report.documents import dumps
-from verify.report.matrix import LETTERS, SHAPES, WORST_FIRST, count
+from verify.report.looks import SHAPES, place
+from verify.report.matrix import LETTERS, WORST_FIRST, count
 from verify.report.plots import text_plot
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def _print(points: Sequence[Point], check: str | None, target: str | None, conso
     table.add_column("last", justify="right", no_wrap=True)
     groups: dict[str, list[Point]] = {}
     for one in points:
-        groups.setdefault(one.id.rpartition(".")[0] if by_family else one.target, []).append(one)
+        name = one.id.rpartition(".")[0] if by_family else one.target
+        groups.setdefault(place(name, one.evidence), []).append(one)
     for name, members in groups.items():
         # for a target only its HARD checks, unless one check is asked for
         told = members if by_family or check else [one for one in members if one.gate == "hard"]
@@ -128,13 +130,13 @@ def _print_runs(points: Sequence[Point], console: Console) -> None:
 
 
 def _curves(points: Sequence[Point]) -> list[Curve]:
-    """The used share of the allowance over days, for each of the targets with the most runs."""
+    """The used share of the allowance over days, for each of the targets with the most runs, simulated ones apart."""
     start = datetime.fromisoformat(points[0].time_utc)
     found: dict[str, list[tuple[float, float]]] = {}
     for run in _by_run(points):
         if (share := _largest(run)) is not None:
             days = (datetime.fromisoformat(run[0].time_utc) - start).total_seconds() / 86_400
-            found.setdefault(run[0].target, []).append((days, min(share, _MOST)))
+            found.setdefault(place(run[0].target, run[0].evidence), []).append((days, min(share, _MOST)))
     most = sorted((name for name in found if len(found[name]) > 1), key=lambda name: -len(found[name]))[:MOST_CURVES]
     return [Curve.of(name, found[name], x="days", y=f"measured / allowed, at most {_MOST:g}") for name in most]
 

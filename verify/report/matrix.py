@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from verify.architectures import EMULATED
 from verify.checks import CheckSpec
-from verify.record.builds import BuildVerdict, Compilation
-from verify.record.schema import CheckResult, Evidence, Measurement, Verdict
-from verify.record.verdict import Assessment, Cell, TargetVerdict
+from verify.record.cells import Cell
+from verify.record.schema import EVIDENCE, CheckResult, Evidence, Measurement, Verdict
+from verify.record.verdict import Assessment
+from verify.report.looks import BY_WORD, LOOKS, SHAPES
 
 #: The plan's pass/fail table: these items come first in their phase.
 PLAN_TABLE = ("1.3", "1.4", "3.1", "3.2", "4.1", "2.2", "4.2", "5.2", "6.1")
@@ -21,13 +21,10 @@ NOT_RUN = "NOT RUN"
 #: What is added to the verdict of a failure that its author has listed.
 KNOWN = "known"
 
-#: The word of a check whose kernels were built for a GPU that has not run it.
-COMPILED = "COMPILED"
-
 #: The word of a row is the first of these that any of its cells has.
 WORST_FIRST: tuple[str, ...] = (
     Verdict.CRASH, Verdict.TIMEOUT, Verdict.ERROR, Verdict.FAIL, Verdict.INFRA, Verdict.BLOCKED, NOT_RUN,
-    Verdict.REFUSED, Verdict.ABSENT, Verdict.SKIP, COMPILED, Verdict.PASS,
+    Verdict.REFUSED, Verdict.ABSENT, Verdict.SKIP, *reversed([*BY_WORD]), Verdict.PASS,
 )  # fmt: skip
 
 
@@ -44,7 +41,13 @@ class Row:
 
     @property
     def worst(self) -> str:
-        return min((_word(cell) for cell in self.cells), key=WORST_FIRST.index)
+        """The word of the row. Where no check ran on the target, those of which nothing is known do not hide what was
+        simulated: checks that launch no kernel are never simulated.
+        """
+        words = {_word(cell) for cell in self.cells}
+        if not any(cell.proves for cell in self.cells) and any(cell.simulation for cell in self.cells):
+            words -= {NOT_RUN}
+        return min(words, key=WORST_FIRST.index)
 
     @property
     def verdict(self) -> str:
@@ -68,8 +71,13 @@ class Row:
     @property
     def evidence(self) -> str:
         """The kinds of evidence behind the row, ``-`` if there is none."""
-        kinds = dict.fromkeys(cell.result.evidence for cell in self.cells if cell.result and _informs(cell))
-        return "+".join(kinds) or "-"
+        return "+".join(_kinds(self.cells)) or "-"
+
+    @property
+    def shape(self) -> Evidence | None:
+        """The best evidence of the checks that have the worst verdict; else of any."""
+        worst = [cell for cell in self.cells if _word(cell) == self.worst]
+        return next(iter(_kinds(worst) or _kinds(self.cells)), None)
 
     @property
     def tightest(self) -> Measurement | None:
@@ -107,14 +115,15 @@ class Mark:
 
 
 #: The shape shows the evidence and the letter the verdict, so that neither needs a colour.
-SHAPES: Mapping[Evidence, str] = MappingProxyType({"hardware": "●", "compiled": "◆", "emulated": "○"})
 LETTERS = MappingProxyType(
     {"PASS": "P", "FAIL": "F", "ERROR": "E", "CRASH": "C", "TIMEOUT": "T", "INFRA": "I", "SKIP": "S", "BLOCKED": "B"}
     | {"ABSENT": "A", "REFUSED": "R"}
 )
 LEGEND = (
-    "● hardware  ◆ compiled  ○ emulated  · no result; P pass  F fail  E error  C crash  T timeout  I infra  "
-    "S skip  B blocked  A absent  R refused; ~ stale, does not count; * known deviation, still a failure"
+    f"{'  '.join(f'{shape} {kind}' for kind, shape in SHAPES.items())}  · no result; "
+    "P pass  F fail  E error  C crash  T timeout  I infra  "
+    "S skip  B blocked  A absent  R refused; ~ stale, does not count; * known deviation, still a failure; "
+    "a simulated mark is of those checks that launch a kernel"
 )
 
 
@@ -128,10 +137,11 @@ def stale_of(row: Row) -> CheckResult | None:
 
 
 def mark(row: Row) -> Mark:
-    """The worst result of a row: a valid one, else one compiled for a GPU that did not run it, else a stale one."""
-    worst = next(cell for cell in row.cells if _word(cell) == row.worst)
-    if worst.result is not None:
-        return Mark(worst.result.verdict, worst.result.evidence, known=row.known)
+    """The worst result of a row, with the best evidence that any check has it by; else a stale one."""
+    worst = [cell.result for cell in row.cells if _word(cell) == row.worst and cell.result is not None]
+    if worst:
+        best = min(worst, key=lambda result: EVIDENCE.index(result.evidence))
+        return Mark(best.verdict, best.evidence, known=row.known)
     if (before := stale_of(row)) is not None:
         return Mark(before.verdict, before.evidence, stale=True)
     return Mark(NOT_RUN, None)
@@ -158,7 +168,7 @@ def versions(assessments: Sequence[Assessment]) -> list[list[str]]:
     for assessment in assessments:
         if not assessment.used:
             continue
-        newest = next((one for one in assessment.used if not one.ahead_of_time), assessment.used[0])
+        newest = next((one for one in assessment.used if one.on_target), assessment.used[0])
         at = newest.environment
         card = [at.gpu.name, at.gpu.driver] if at.gpu else ["none", "none"]
         software = [at.cuda_runtime.partition(" (")[0], at.torch, at.triton, at.vllm.partition(" (")[0]]
@@ -196,45 +206,31 @@ def headroom(measurement: Measurement | None) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """``1 check``, ``2 checks``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """``1 check``, ``2 checks``; of a noun that ends in a hiss, ``2 launches``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('ch') else 's'}"
 
 
-def built(compilation: Compilation | None) -> str:
-    """How many kernels were built for a target: ``21/21``, ``gap`` if the toolchain builds nothing, or ``-``."""
-    if compilation is None:
-        return "-"
-    if compilation.gap:
-        return "gap"
-    good, wanted = _counted(compilation)
-    return f"{good}/{wanted}"
-
-
-def _counted(compilation: Compilation) -> tuple[int, int]:
-    """How many kernels were built, of how many that the variants need."""
-    needed = compilation.needed
-    return sum(build.verdict is BuildVerdict.OK for build in needed), len(needed) + len(compilation.unlaunched)
-
-
-def compiled_words(compilation: Compilation) -> str:
-    """The kernels built for a target and their resources, in a sentence."""
-    tools = f"triton {compilation.triton}, ptxas {compilation.ptxas}"
-    if compilation.gap:
-        return f"toolchain gap, {compilation.toolchain} with {tools}: {compilation.gap}"
-    found = [build.resources for build in compilation.builds if build.resources]
-    if not found:
-        return f"{built(compilation)} kernels built with {tools}"
-    registers, stack = [one.registers for one in found], max(one.stack_bytes for one in found)
-    needs = f"{min(registers)} to {max(registers)} registers, {f'{stack} bytes of stack' if stack else 'no stack'}"
-    return f"{built(compilation)} kernels built with {tools}; {needs}"
+def listed(names: Sequence[str]) -> str:
+    """Names joined for a sentence: ``sm80, sm86 and sm90``."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _word(cell: Cell) -> str:
     if cell.result is None:
         return NOT_RUN
-    if cell.proves or cell.not_compiled:
+    if cell.proves or cell.warns:
         return cell.result.verdict
-    return COMPILED if cell.compiled else NOT_RUN
+    if cell.result.verdict is Verdict.PASS:
+        return LOOKS[cell.result.evidence].passed
+    # a kernel that was not built says nothing, but one that was not simulated says why
+    return cell.result.verdict if cell.result.evidence == "simulated" else NOT_RUN
+
+
+def _kinds(cells: Iterable[Cell]) -> list[Evidence]:
+    """The kinds of evidence of those cells that say something, best first."""
+    found = {cell.result.evidence for cell in cells if cell.result is not None and _informs(cell)}
+    return [kind for kind in EVIDENCE if kind in found]
 
 
 def _informs(cell: Cell) -> bool:
@@ -251,41 +247,3 @@ def _short(value: float) -> str:
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.3g}" if 0.01 <= abs(value) < 1e5 else f"{value:.1e}"
-
-
-_EMULATED = {
-    TargetVerdict.EMULATED_PASS: "every must-pass check passes without a GPU",
-    TargetVerdict.EMULATED_FAIL: "the run without a GPU failed",
-    TargetVerdict.EMULATED_INCOMPLETE: "the run without a GPU is incomplete",
-}
-
-
-def _compiles(one: Compilation) -> bool:
-    """Whether every kernel that the variants need was built."""
-    good, wanted = _counted(one)
-    return 0 < good == wanted
-
-
-def headline(assessments: Sequence[Assessment]) -> str:
-    """In one sentence: how many GPUs are verified, failed or only compile, and how the run without a GPU ended."""
-    gpus = [one for one in assessments if one.target is not EMULATED]
-    named: dict[TargetVerdict, list[str]] = {}
-    for one in gpus:
-        named.setdefault(one.verdict, []).append(one.target.target)
-    verified = named.get(TargetVerdict.VERIFIED, [])
-    told = [f"{len(verified)} of {len(gpus)} GPUs verified on hardware{f' ({listed(verified)})' if verified else ''}"]
-    for verdict, words in ((TargetVerdict.FAILED, "failed"), (TargetVerdict.INFRA, "could not be judged")):
-        told += [f"{listed(named[verdict])} {words}"] if verdict in named else []
-    known = [(one.target.target, one.compilation) for one in gpus if one.compilation is not None]
-    if compiled := sum(_compiles(one) for _, one in known):
-        told.append(f"the kernels compile for {compiled}")
-    gaps = [name for name, compilation in known if compilation.gap]
-    told += [f"{listed(gaps)} cannot be compiled for yet"] if gaps else []
-    told += [_EMULATED[one.verdict] for one in assessments if one.used and one.verdict in _EMULATED]
-    return "; ".join(told) + "."
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names joined for a sentence: ``sm80, sm86 and sm90``."""
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last

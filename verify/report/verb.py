@@ -91,7 +91,7 @@ def print_matrix(record: Record, console: Console) -> None:
 
 
 def _compare(target: Target, form: str, folders: Sequence[Path]) -> int:
-    from verify.report import terminal
+    from verify.report import overview, terminal
 
     if form != "terminal":
         raise ConfigurationError(f"--subject {EVERYONE} is a table in the terminal; drop --format {form}")
@@ -104,7 +104,7 @@ def _compare(target: Target, form: str, folders: Sequence[Path]) -> int:
         none_valid = f"No result of {count(stale, 'record')} on {target.target} is still valid"
         print(f"{none_valid}; run the subjects again, or see why: python -m verify report --gpu {target.target}")
         return _told(index.unreadable)
-    terminal.print_subjects([one for one in assessments if one.used], terminal.PipeConsole())
+    overview.print_subjects([one for one in assessments if one.used], terminal.PipeConsole())
     return _told(index.unreadable)
 
 
@@ -140,7 +140,7 @@ def _told(unreadable: Sequence[str]) -> int:
 
 
 def _print_terminal(assessments: Sequence[Assessment], one: bool, every_check: bool) -> None:
-    from verify.report import terminal
+    from verify.report import overview, terminal
 
     console = terminal.PipeConsole()
     records = newest_first(record for found in assessments for record in (*found.used, *found.stale))
@@ -149,6 +149,6 @@ def _print_terminal(assessments: Sequence[Assessment], one: bool, every_check: b
     if one:
         terminal.print_report(assessments[0], console)
     elif every_check:
-        terminal.print_grid(assessments, console)
+        overview.print_grid(assessments, console)
     else:
-        terminal.print_summary(assessments, console)
+        overview.print_summary(assessments, console)

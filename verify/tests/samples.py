@@ -33,8 +33,12 @@ from verify.record.schema import (
     read_record,
     write_record,
 )
+from verify.record.simulation import Simulation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+#: Digests that could be true.
+PTX_SHA256, SIMULATOR_SHA256 = (hashlib.sha256(text).hexdigest() for text in (b"ptx", b"simulator"))
 
 #: What results made by hand rest on: the file as it is.
 ORACLE = "verify/judge/oracle.py"
@@ -190,7 +194,8 @@ def curve(name: str, points: list[Point], x: str = "generated tokens", y: str = 
 
 def record(target: str, results: Iterable[CheckResult], *, day: int = 1, **fields: object) -> Record:
     """A record of ``target`` made on ``day`` of a month."""
-    sm = None if target == "emulated" or "compilation" in fields else int(target.removeprefix("sm"))
+    without_gpu = target == "emulated" or fields.keys() & {"compilation", "simulation"}
+    sm = None if without_gpu else int(target.removeprefix("sm"))
     gpu = Gpu(name=f"Sample GPU {sm}", uuid_sha256="0" * 64, sm=sm, memory_gib=16, driver="580.1") if sm else None
     environment = Environment(
         gpu=gpu,
@@ -234,9 +239,25 @@ def compiled(target: str, results: Iterable[CheckResult] = (), *, gap: str = "",
     return record(target, results, **({"compilation": found, "run_id": f"run-{target}-compiled"} | fields))
 
 
+def simulation(sm: int = 120, **fields: object) -> Simulation:
+    """A simulation of one kernel, whose machine code has the same floating-point instructions."""
+    counts = {"fma": 12, "mul": 3, "add": 9}
+    one = {"kernel": "score", "ptx_sha256": PTX_SHA256, "launches": 400, "thread_instructions": 10**7}
+    kernels = [one | {"census": {"ptx": counts, "sass": counts}}]
+    usual = {"sm": sm, "triton": "3.7.1", "simulator_sha256": SIMULATOR_SHA256, "poisons": ["0x7fc00000"]}
+    usual |= {"modes": ["nearest", "lowest", "highest"], "warp_orders": [0, 1], "kernels": kernels}
+    return Simulation.model_validate(usual | {"not_executed": ["ptxas", "the card"]} | fields)
+
+
+def simulated(target: str, results: Iterable[CheckResult], **fields: object) -> Record:
+    """A record of kernels compiled for ``target`` and executed by the simulator."""
+    usual = {"simulation": simulation(int(target.removeprefix("sm"))), "run_id": f"run-{target}-simulated"}
+    return record(target, results, **(usual | fields))
+
+
 def passing(evidence: str = "hardware") -> list[CheckResult]:
     """Every must-pass check passed; the emulated target has no GPU-only check."""
-    ids = HARD if evidence == "hardware" else [name for name in HARD if name != "p1.torch_sees.gpu"]
+    ids = HARD if evidence != "emulated" else [name for name in HARD if name != "p1.torch_sees.gpu"]
     return [result(name, evidence=evidence, measurements=measured(1e-7, 1e-6)) for name in ids]
 
 

@@ -20,7 +20,7 @@ from verify.files import EVIDENCE
 from verify.record.archive import load
 from verify.record.grounds import BUNDLED
 from verify.record.verdict import assess
-from verify.report.matrix import headline
+from verify.report.sentences import headline
 from verify.subject.find import find_subject
 from verify.tests.tree import REPOSITORY
 

@@ -27,7 +27,8 @@ from verify.record.grounds import BUNDLED
 from verify.record.index import Point
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
-from verify.report.matrix import compiled_words, headline
+from verify.report.looks import place
+from verify.report.sentences import compiled_words, headline, simulated_words, tally
 from verify.report.site import charts
 from verify.report.site.page import Frame
 from verify.report.site.runs import Notes, Past, write_runs
@@ -200,10 +201,12 @@ def _gpu(column: Column, site: Site) -> dict[str, Any]:
         "claims": site.claims,
         "lines": lines(results, site.families, column),
         "absent": _absent(column, site),
-        "failed": [cell for cell in assessment.cells if cell.failed or cell.not_compiled],
+        "failed": [cell for cell in assessment.cells if cell.failed or cell.warns],
         "missing": missing_by_phase(assessment),
         "fill": fill_command(assessment) if assessment.missing else "",
         "compiled": compiled_words(assessment.compilation) if assessment.compilation else "",
+        "executed": simulated_words(assessment.simulation) if assessment.simulation else "",
+        "tally": tally(assessment) if assessment.compilation or assessment.simulation else "",
         "runs": runs,
         "builds": assessment.compilation.builds if assessment.compilation else [],
         "build_name": charts.build_name,
@@ -241,7 +244,8 @@ def _trends(site: Site) -> dict[str, list[dict[str, Any]]]:
         family, room = one.id.rpartition(".")[0], 1 / one.share if one.share else math.inf
         if family in site.families and 0 < room < math.inf:  # a log scale cannot show others
             of_runs = least.setdefault(family, {})
-            point = {"time": one.time_utc, "target": one.target, "value": room, "allowed": 1}
+            where = place(one.target, one.evidence)
+            point = {"time": one.time_utc, "target": where, "value": room, "allowed": 1}
             of_runs[one.run_id] = min(of_runs.get(one.run_id, point), point, key=itemgetter("value"))
     shown = {family: _tightest(list(of_runs.values())) for family, of_runs in least.items()}
     return {family: trend for family, trend in shown.items() if trend}

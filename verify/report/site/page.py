@@ -13,8 +13,10 @@ from verify.checks import PHASES, SKIP_CODES
 from verify.record.findings import next_step
 from verify.record.schema import Record
 from verify.record.verdict import describe_subject, subject_option
-from verify.report.matrix import bound, built, count, headroom
-from verify.report.site.view import SHAPES, Bar, known_in, page_name, title_of
+from verify.report.looks import LOOKS
+from verify.report.matrix import bound, count, headroom
+from verify.report.sentences import built, simulated, simulated_words
+from verify.report.site.view import Bar, known_in, page_name, title_of
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,15 @@ class Frame:
         environment.globals |= {
             "phases": PHASES,
             "skip_codes": SKIP_CODES,
-            "shapes": (*SHAPES, "none"),
+            "looks": LOOKS,
             "describe_subject": describe_subject,
             "subject_option": subject_option(self.newest.subject) if self.newest else "",
             "title_of": title_of,
             "known_in": known_in,
             "next_step": next_step,
             "built": built,
+            "simulated": simulated,
+            "simulated_words": simulated_words,
             "count": count,
             "newest": self.newest,
             "records": self.records,

@@ -90,14 +90,15 @@ def write_runs(
 def _noted(record: Record, families: Set[str]) -> Notes:
     counts = Counter(str(result.verdict) for result in record.results)
     notes = Notes({record.run_id: dict(counts.most_common())})
-    for result in record.results:
+    for result in record.telling:
         family, latency = result.id.rpartition(".")[0], result.id.startswith("p8.")
         if family in families:
             notes.past.setdefault(family, []).append(Past(record.run_id, record.time_utc, record.target, result))
         if latency and result.code:
             notes.codes[result.code] += 1
         for one in result.measurements:
-            if (latency or one.unit in _TIMES) and math.isfinite(one.measured):
+            # how long the simulator takes says nothing about a GPU
+            if (latency or one.unit in _TIMES) and math.isfinite(one.measured) and result.evidence != "simulated":
                 allowed = one.allowed if math.isfinite(one.allowed) else None
                 point = {"time": record.time_utc, "target": record.target, "value": one.measured, "allowed": allowed}
                 notes.times.setdefault((result.id, one.name, one.unit), []).append(point)

@@ -13,15 +13,16 @@ from verify.architectures import Architecture, Target
 from verify.record.findings import title
 from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Record, Verdict
 from verify.record.verdict import Assessment
-from verify.report.matrix import COMPILED, KNOWN, Row, bound, headroom, listed, rows, stale_of
-
-#: The shapes of evidence, best first; ``none`` is a dash.
-SHAPES = ("hardware", "compiled", "emulated")
+from verify.report.looks import BY_WORD
+from verify.report.matrix import KNOWN, Row, bound, headroom, listed, rows, stale_of
 
 STALE = "STALE"
 
 #: Verdicts without a sign of their own: their cells have the word.
 _WITHOUT_SIGN = (Verdict.ABSENT, Verdict.REFUSED, Verdict.BLOCKED)
+
+#: What a cell of the matrix says of a skip whose code does not fit.
+_SHORT = {"SIM_UNSUPPORTED": "skipped"}
 
 #: The share of a bar's width at which the allowed value is, and the number of decades below it.
 _LIMIT, _DECADES = 0.8, 4
@@ -29,8 +30,8 @@ _LIMIT, _DECADES = 0.8, 4
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One cell: the ``shape`` of its evidence, the ``tone`` and ``word`` of its verdict, the short ``note`` in it, and
-    ``detail`` that only its description has.
+    """One cell: the ``shape`` of its evidence (its name, or ``none`` for a dash), the ``tone`` and ``word`` of its
+    verdict, the short ``note`` in it, and ``detail`` that only its description has.
     """
 
     shape: str
@@ -54,10 +55,10 @@ def tone_of(word: str, shape: str) -> str:
         return "fail"
     if word == STALE:
         return "stale"
-    if word == COMPILED or (word == Verdict.PASS and shape == "compiled"):
-        return "compiled"
+    if word in BY_WORD:
+        return BY_WORD[word]
     if word == Verdict.PASS:
-        return "pass" if shape == "hardware" else "emulated"
+        return "pass" if shape == "hardware" else shape
     return "absent"
 
 
@@ -87,9 +88,9 @@ class Column:
 
     @property
     def newest(self) -> Record | None:
-        """The newest run, or the newest compilation if nothing ran."""
+        """The newest run, or the newest other record if nothing ran."""
         used = self.assessment.used
-        return next((record for record in used if not record.ahead_of_time), used[0] if used else None)
+        return next((record for record in used if record.on_target), used[0] if used else None)
 
     @cached_property
     def rows(self) -> dict[str, Row]:
@@ -107,7 +108,7 @@ class Column:
         return self._mark(self._cells[check_id]) if check_id in self._cells else None
 
     def _mark(self, row: Row) -> Mark:
-        shape = next((shape for shape in SHAPES if shape in row.evidence.split("+")), "none")
+        shape = row.shape or "none"
         anchor = next((cell.check.id for cell in row.cells if cell.result), row.spec.family)
         if (before := stale_of(row)) is not None:
             return Mark(before.evidence, "stale", STALE, f"was {before.verdict}", anchor)
@@ -116,9 +117,9 @@ class Column:
         else:
             note = headroom(row.tightest) if row.tightest else ""
         code = next((cell.result.code for cell in row.cells if cell.result and cell.result.code), "")
-        if row.worst == Verdict.SKIP:
-            note = code or note
         detail = ""
+        if row.worst == Verdict.SKIP:
+            note, detail = _SHORT.get(code, code or note), code if code in _SHORT else ""
         if row.known:
             note, detail = KNOWN, note
         elif row.worst in _WITHOUT_SIGN:
@@ -192,9 +193,15 @@ def lines(results: Iterable[CheckResult], families: Container[str], column: Colu
 def across(marks: Mapping[str, Mark | None]) -> str:
     """The results of one check on all targets in a sentence, such as that it fails only on one."""
     told = {name: mark for name, mark in marks.items() if mark is not None}
-    failing = [name for name, mark in told.items() if mark.tone == "fail"]
+    failed = [name for name, mark in told.items() if mark.tone == "fail"]
+    not_simulated, not_built = (
+        [name for name in failed if told[name].shape == shape] for shape in ("simulated", "compiled")
+    )
+    failing = [name for name in failed if name not in (*not_simulated, *not_built)]
     passing = [name for name, mark in told.items() if mark.tone in ("pass", "emulated")]
-    compiled = [name for name, mark in told.items() if mark.tone == "compiled"]
+    simulated, compiled = (
+        [name for name, mark in told.items() if mark.tone == tone] for tone in ("simulated", "compiled")
+    )
     parts = []
     if failing:
         parts.append(f"fails {'only ' if len(failing) == 1 and passing else ''}on {listed(failing)}")
@@ -202,6 +209,9 @@ def across(marks: Mapping[str, Mark | None]) -> str:
         parts.append(f"passes on {listed(passing)}")
     elif failing:
         parts.append("passes nowhere")
+    parts += [f"fails in the simulator for {listed(not_simulated)}"] if not_simulated else []
+    parts += [f"passes in the simulator for {listed(simulated)}"] if simulated else []
+    parts += [f"does not compile for {listed(not_built)}"] if not_built else []
     if compiled:
         parts.append(f"compiled for {listed(compiled)}, which {'has' if len(compiled) == 1 else 'have'} not run it")
     sentence = "; ".join(parts) or "no target has a valid result"

@@ -107,15 +107,16 @@ def test_no_record_is_incomplete_and_says_so() -> None:
     assert fill_command(found) == "python -m verify run --expect sm120"
 
 
-@pytest.mark.parametrize("evidence", ["emulated", "compiled"])
+@pytest.mark.parametrize("evidence", ["simulated", "compiled", "emulated"])
 def test_other_evidence_never_fills_a_hardware_cell(evidence: str) -> None:
-    results = [*passing()[:-1], result("p4.triton_pytorch.max", evidence=evidence)]
-    found = assess(SM120, [record("sm120", results)], checks())
+    made = samples.compiled if evidence == "compiled" else samples.simulated
+    other = made("sm120", [result("p4.triton_pytorch.max", evidence=evidence)], day=2)
+    found = assess(SM120, [record("sm120", passing()[:-1]), other], checks())
     assert found.verdict is TargetVerdict.INCOMPLETE
     (cell,) = found.missing
     assert not cell.passed
-    # what was compiled is shown as such; what was emulated says nothing about a GPU
-    assert (cell.result is not None) is (evidence == "compiled")
+    # what was simulated or compiled is shown as such; what was emulated says nothing about a GPU
+    assert (cell.result is not None) is (evidence != "emulated")
 
 
 def test_a_compiled_failure_does_not_fail_the_gpu() -> None:

@@ -490,3 +490,24 @@ def _result(number: int, gate: str, verdict: Verdict, by: int | None = None) -> 
 def test_exit_code(results: list[tuple], strict_soft: bool, code: int) -> None:
     made = [_result(number, result[0], Verdict(result[1]), *result[2:]) for number, result in enumerate(results)]
     assert exit_code(made, strict_soft=strict_soft) == code
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({}, 0),
+        ({"verdict": "SKIP", "code": "SIM_UNSUPPORTED", "message": "mma.sync"}, 0),
+        ({"verdict": "FAIL", "message": "measured 2, allowed 1"}, 1),
+        ({"verdict": "FAIL", "message": "measured 2, allowed 1", "evidence": "emulated"}, 1),
+        ({"verdict": "INFRA", "message": "no memory"}, 3),
+    ],
+)
+def test_a_simulation_of_some_phases_ends_like_any_run(change: dict[str, str], code: int) -> None:
+    kernels = [check for check in catalogue() if check.phase in (3, 4, 5) and not check.spec.needs_gpu]
+    usual = {"verdict": "PASS", "evidence": "simulated", "seed": 0, "duration_s": 0, "repeat": "made"}
+    first = next(check.id for check in kernels if check.spec.gate == "hard")
+    made = [
+        CheckResult.model_validate({"id": one.id, "gate": one.spec.gate} | usual | (change if one.id == first else {}))
+        for one in kernels
+    ]
+    assert exit_code(made, "sm120") == code
