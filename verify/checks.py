@@ -23,7 +23,6 @@ SKIP_CODES = MappingProxyType(
         "PKG_MISSING": "a third-party package is not installed",
         "VRAM": "the GPU has less memory than the check needs",
         "NO_BASELINE": "there is no earlier record to compare with",
-        "SIM_UNSUPPORTED": "the simulator does not execute an instruction of this kernel",
     }
 )
 

@@ -37,8 +37,10 @@ from verify.run.durations import Timekeeper, long_files
 from verify.run.manifest import Manifest, freeze, survey
 from verify.run.probe import Probe
 from verify.run.recorder import Recorder, id_of, in_phases, selected, spec_of
-from verify.run.request import parse_expect, parse_phases
+from verify.run.request import parse_device, parse_expect, parse_phases, simulated_sm
+from verify.run.simulated import LEFT_OUT, Simulated, can_be_simulated
 from verify.session import SESSION, Session
+from verify.simulator.control import require
 from verify.subject.deviations import read_deviations
 from verify.subject.find import find_subject
 
@@ -52,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--subject", default="bundled", help="what to test: bundled, installed, module:NAME or =PATH")
     group.addoption("--profile", choices=tuple(PROFILES), help="what it must pass; by default what it offers")
     group.addoption(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if torch can use one"
+        "--device", metavar="DEVICE", default="auto", help="auto (a GPU if torch can use one), cpu, cuda, or sim:sm120"
     )
     group.addoption("--model", default="embedded", help="the model of phase 6: embedded, or a local directory or name")
     group.addoption("--seed", type=int, default=DEFAULT_SEED, help="the run's seed; each check derives its own")
@@ -73,6 +75,10 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         config.stash[SESSION] = session = _session(config)
         prepare(session.device.name, session.model)
+        if session.simulated and not config.option.collectonly:
+            from verify.simulator.driver import install
+
+            session.gpu = install(session.simulated)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from error
     watched = config.getoption("run_dir") or config.getoption("scratch") or config.option.collectonly
@@ -109,16 +115,26 @@ def _session(config: pytest.Config) -> Session:
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
         frozen = events.read_manifest(run_dir)
         subject = find_subject(frozen.subject, root)
-        return Session(root, Device(frozen.device), subject, frozen.model, frozen.seed, phases, run_dir, frozen)
+        simulated = simulated_sm(frozen.device)
+        device = Device("cuda" if frozen.device == "cuda" else "cpu")
+        return Session(root, device, subject, frozen.model, frozen.seed, phases, simulated, run_dir, frozen)
     subject = find_subject(option("subject"), root)
     subject = replace(subject, profile=option("profile") or subject.profile)
-    return Session(root, resolve(option("device")), subject, option("model"), option("seed"), phases)
+    simulated = simulated_sm(choice := parse_device(option("device")))
+    if simulated and not config.option.collectonly:
+        require(simulated)
+    device = resolve("cpu" if simulated else choice)
+    return Session(root, device, subject, option("model"), option("seed"), phases, simulated)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     session = config.stash[SESSION]
-    line = f"verify: device {session.device.name} ({session.device.evidence}), subject {session.subject.source}"
-    return [f"{line}, seed {session.seed}", *([f"verify: {session.device.note}"] if session.device.note else [])]
+    where = f"{session.device.name} ({session.device.evidence})"
+    notes = [session.device.note] if session.device.note else []
+    if session.simulated:
+        where, notes = f"sim:sm{session.simulated} (simulated)", [LEFT_OUT]
+    line = f"verify: device {where}, subject {session.subject.source}, seed {session.seed}"
+    return [line, *(f"verify: {note}" for note in notes)]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -138,6 +154,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in checks:
             item.add_marker(pytest.mark.timeout(spec_of(item).timeout_s))
     wanted = {id_of(item) for item in checks if spec_of(item).phase in session.phases}
+    if session.simulated:
+        wanted &= {id_of(item) for item in checks if can_be_simulated(spec_of(item))}
     if session.manifest is None and not config.getoption("sanitize"):
         wanted -= {id_of(item) for item in checks if item.get_closest_marker("sanitize")}
     if session.manifest is not None:
@@ -222,6 +240,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     runner = os.getppid() if config.getoption("run_dir") else None
     recorder = Recorder(current.run_dir, current.manifest, current.root, current.subject, runner, _grounds(current))
     config.pluginmanager.register(recorder, "verify-recorder")
+    if current.gpu is not None:
+        config.pluginmanager.register(Simulated(current.gpu, current.run_dir), "verify-simulated")
 
 
 def _grounds(session: Session) -> Grounds:
@@ -235,9 +255,10 @@ def _grounds(session: Session) -> Grounds:
 
 def _manifest(config: pytest.Config, checks: list[pytest.Item]) -> Manifest:
     session, expect = config.stash[SESSION], config.getoption("expect")
+    sm = parse_expect(expect) if expect else None
     return freeze(
-        survey(session.device.name, session.subject, session.root, parse_expect(expect) if expect else None),
-        device=session.device.name,
+        survey(session.device.name, session.subject, session.root, sm, session.simulated),
+        device=f"sim:sm{session.simulated}" if session.simulated else session.device.name,
         subject=session.subject,
         model=session.model,
         seed=session.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,6 +13,9 @@ from verify.machine.device import Device
 from verify.record.schema import Record
 from verify.run.manifest import Manifest
 from verify.subject.subject import Subject
+
+if TYPE_CHECKING:
+    from verify.simulator.driver import SimulatedGpu
 
 
 @dataclass(slots=True)
@@ -24,9 +28,11 @@ class Session:
     model: str
     seed: int
     phases: frozenset[int]
+    simulated: int | None = None  #: the SM of a simulated GPU; the device is then a CPU
     run_dir: Path | None = None
     manifest: Manifest | None = None
     record: Record | None = None
+    gpu: SimulatedGpu | None = None
     told: list[str] = field(default_factory=list)
     begun: float = field(default_factory=time.perf_counter)
 

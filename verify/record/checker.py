@@ -20,10 +20,11 @@ from verify.files import decoded
 from verify.record.archive import locate
 from verify.record.rules import FILE_RULES, RULES
 from verify.record.schema import Record, shape_problem, unrepeated
+from verify.record.simulation import UNSUPPORTED
 from verify.record.without_gpu import Json, kind_of
 
 #: The codes with which a must-pass check may be skipped in a simulation, which verifies nothing.
-_HONEST = frozenset({"SIM_UNSUPPORTED", "NO_GPU"})
+_HONEST = frozenset({UNSUPPORTED, "NO_GPU"})
 
 
 @dataclass(frozen=True, slots=True)

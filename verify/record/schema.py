@@ -17,11 +17,11 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from verify.checks import SKIP_CODES, Gate
+from verify.checks import Gate
 from verify.files import decoded, write_atomic
 from verify.record.builds import Compilation
 from verify.record.curves import Curve, clash
-from verify.record.simulation import Simulation
+from verify.record.simulation import EVERY_SKIP_CODE, UNSUPPORTED, Simulation
 from verify.record.strict import Sha256, Strict
 
 SCHEMA_VERSION: Final = 1
@@ -126,8 +126,8 @@ class CheckResult(Strict):
     def _consistent(self) -> CheckResult:
         if (self.verdict is Verdict.SKIP) != (self.code is not None):
             raise ValueError(f"{self.id}: a SKIP has a code and no other verdict does (code {self.code!r})")
-        if self.code is not None and self.code not in SKIP_CODES:
-            raise ValueError(f"{self.id}: unknown skip code {self.code!r}; known: {', '.join(SKIP_CODES)}")
+        if self.code is not None and self.code not in EVERY_SKIP_CODE:
+            raise ValueError(f"{self.id}: unknown skip code {self.code!r}; known: {', '.join(EVERY_SKIP_CODE)}")
         if self.code == "NO_GPU" and self.evidence == "hardware":
             raise ValueError(f"{self.id}: SKIP(NO_GPU) contradicts its hardware evidence")
         if (self.verdict is Verdict.BLOCKED) != (self.by is not None):
@@ -318,7 +318,7 @@ class Record(Strict):
         known, gpu = self.simulation, self.environment.gpu
         if known is None:
             for result in self.results:
-                if result.evidence == "simulated" or result.code == "SIM_UNSUPPORTED":
+                if result.evidence == "simulated" or result.code == UNSUPPORTED:
                     raise ValueError(f"{result.id} claims to be simulated, but run {self.run_id} has no simulation")
                 if result.evidence == "emulated" and self.target != "emulated":
                     raise ValueError(f"{result.id} is emulated, but run {self.run_id} is on {self.target}")
@@ -332,7 +332,7 @@ class Record(Strict):
         for result in self.results:
             if result.evidence not in ("simulated", "emulated"):
                 raise ValueError(f"{result.id} claims {result.evidence} evidence in a simulated run")
-            if result.evidence == "simulated" and not known.kernels:
+            if result.evidence == "simulated" and result.code != UNSUPPORTED and not known.kernels:
                 raise ValueError(f"{result.id} is simulated, but the simulation executed no kernel")
         return self
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Final
 
 from pydantic import Field, model_validator
 
+from verify.checks import SKIP_CODES
 from verify.record.strict import Sha256, Strict
+
+#: The code of a skip where the simulator does not execute an instruction of the kernel.
+UNSUPPORTED: Final = "SIM_UNSUPPORTED"
+#: Every code that a skip may have. A check skips with one of ``verify.checks.SKIP_CODES``; the simulator adds its own.
+EVERY_SKIP_CODE: Final = MappingProxyType(
+    {**SKIP_CODES, UNSUPPORTED: "the simulator does not execute an instruction of this kernel"}
+)
 
 #: How approximate instructions, such as ``ex2.approx``, may be rounded: to the nearest value, or to either end of the
 #: interval in which a GPU's result may be.

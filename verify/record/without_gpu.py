@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from verify.checks import Check
-from verify.record.simulation import MODES
+from verify.record.simulation import MODES, UNSUPPORTED
 
 Json = dict[str, Any]
 Found = Iterator[tuple[str, str]]
@@ -70,7 +70,7 @@ def simulation(record: Json, known: Mapping[str, Check]) -> Found:
     """Whether a simulation executed kernels and says how, and whether only its results claim that."""
     made = record.get("simulation")
     for result in record["results"]:
-        if result["code"] == "SIM_UNSUPPORTED":
+        if result["code"] == UNSUPPORTED:
             if not made:
                 yield result["id"], "SKIP(SIM_UNSUPPORTED), but the record has no simulation"
             elif not result["message"]:
@@ -94,7 +94,7 @@ def simulation(record: Json, known: Mapping[str, Check]) -> Found:
     yield from (("", f"the simulation has {name} {number} times") for (name, _), number in times.items() if number > 1)
     executed = sum(one["thread_instructions"] for one in made["kernels"])
     for result in record["results"]:
-        if result["evidence"] == "simulated" and not made["kernels"]:
+        if result["evidence"] == "simulated" and result["code"] != UNSUPPORTED and not made["kernels"]:
             yield result["id"], "is simulated, but the simulation has no kernel"
         elif result["evidence"] == "simulated" and result["verdict"] == "PASS" and not executed:
             yield result["id"], "PASS, but the simulation executed no instruction"

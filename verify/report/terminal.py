@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from verify.architectures import Architecture, Target
-from verify.checks import PHASES, SKIP_CODES
+from verify.checks import PHASES
 from verify.files import repository_root
 from verify.record.cells import Cell, without_proof
 from verify.record.findings import next_step, title
 from verify.record.schema import FAILING, CheckResult, Finding
+from verify.record.simulation import EVERY_SKIP_CODE
 from verify.record.verdict import Assessment, TargetVerdict, describe_subject, fill_command, missing_by_phase
 from verify.report.looks import BY_WORD, LOOKS
 from verify.report.matrix import NOT_RUN, Row, bound, by_phase, count, headroom, rows
@@ -236,7 +237,7 @@ def _matrix(folded: Sequence[Row], console_width: int) -> Table:
     table.add_column("plan", no_wrap=True)
     table.add_column("check", overflow="fold")
     table.add_column("gate", no_wrap=True)
-    table.add_column("verdict", max_width=28 if roomy else max(map(len, SKIP_CODES)), overflow="fold")
+    table.add_column("verdict", max_width=28 if roomy else max(map(len, EVERY_SKIP_CODE)), overflow="fold")
     table.add_column("evidence", no_wrap=True)
     table.add_column("measured / allowed", justify="right", no_wrap=True)
     table.add_column("headroom", justify="right", no_wrap=True)

@@ -17,9 +17,13 @@ from pydantic import ValidationError
 
 from verify.errors import ConfigurationError
 from verify.files import write_atomic
+from verify.record.digest import instrument_of
 from verify.record.findings import Trail, findings
 from verify.record.schema import FAILING, CheckResult, MachineState, Record, Sitting, Verdict, write_record
+from verify.record.simulation import MODES, SimulatedKernel, Simulation
 from verify.run.manifest import Manifest, Selected, utc_now
+from verify.run.request import simulated_sm
+from verify.simulator import NOT_EXECUTED, ORDER_SEED, POISONS
 
 MANIFEST, EVENTS, RECORD, LOCK = "run.json", "events.jsonl", "record.json", "lock"
 
@@ -31,6 +35,7 @@ _FIELDS = {
     "machine": {"phase", "at", "state"},
     "grounds": {"names"},
     "trail": {"id", "failed", "passed"},
+    "launched": {"kernels"},
 }
 
 
@@ -99,6 +104,31 @@ def append_trail(run_dir: Path, result: CheckResult, calls: Sequence[Mapping[str
     passed = {tuple(call.items()): call for call in (calls[:-1] if wrong else calls)}
     failed = calls[-1] if wrong else None
     append(run_dir, {"event": "trail", "id": result.id, "failed": failed, "passed": [*passed.values()]})
+
+
+def append_launched(run_dir: Path, kernels: Sequence[SimulatedKernel]) -> None:
+    """Append what a simulated check executed, by kernel."""
+    append(run_dir, {"event": "launched", "kernels": [one.model_dump() for one in kernels]})
+
+
+def _simulation(manifest: Manifest, happened: Iterable[dict[str, Any]]) -> Simulation | None:
+    """What a simulated run executed so far; None for any other run."""
+    if (sm := simulated_sm(manifest.device)) is None:
+        return None
+    kernels: dict[str, SimulatedKernel] = {}
+    for event in happened:
+        for found in event["kernels"] if event["event"] == "launched" else ():
+            one = SimulatedKernel.model_validate(found)
+            if before := kernels.get(one.ptx_sha256):
+                more = {"launches": before.launches, "thread_instructions": before.thread_instructions}
+                one = one.model_copy(update={name: getattr(one, name) + count for name, count in more.items()})
+            kernels[one.ptx_sha256] = one
+    own = {name: digest for name, digest in manifest.sources.items() if name.startswith("verify/simulator/")}
+    return Simulation(
+        sm=sm, triton=manifest.environment.triton, simulator_sha256=instrument_of(own), modes=[*MODES],
+        poisons=[f"{word:#010x}" for word in POISONS], warp_orders=[ORDER_SEED], not_executed=[*NOT_EXECUTED],
+        kernels=[*kernels.values()],
+    )  # fmt: skip
 
 
 def _trails(happened: Iterable[dict[str, Any]]) -> dict[str, Trail]:
@@ -242,6 +272,7 @@ def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"])
         sources={name: manifest.sources[name] for name in sorted({name for names in rests_on for name in names})},
         rests_on=rests_on,
         findings=[] if state == "running" else findings(results, _trails(happened)),
+        simulation=_simulation(manifest, happened),
     )
     write_record(record, run_dir / RECORD)
     return record

@@ -7,7 +7,7 @@ import secrets
 import shlex
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -84,7 +84,7 @@ class Manifest(Surroundings):
 
     run_id: str
     time_utc: str
-    device: Literal["cpu", "cuda"]
+    device: str = Field(pattern=r"^(cpu|cuda|sim:sm\d{2,3})$")
     subject: str
     model: str
     seed: int
@@ -141,11 +141,13 @@ class Manifest(Surroundings):
         )
 
 
-def survey(device: DeviceName, subject: Subject, root: Path, expect: int | None = None) -> Surroundings:
+def survey(
+    device: DeviceName, subject: Subject, root: Path, expect: int | None = None, simulated: int | None = None
+) -> Surroundings:
     """Examine the current machine, subject and instrument, with the phases of ``root``.
 
-    ``expect`` is the SM number that the GPU must have. Raises ConfigurationError if the GPU is another one or unknown
-    to the suite, or if the subject does not import.
+    ``expect`` is the SM number that the GPU must have, ``simulated`` that of a simulated one. Raises
+    ConfigurationError if the GPU is another one or unknown to the suite, or if the subject does not import.
     """
     environment = capture(device)
     gpu = environment.gpu
@@ -158,7 +160,7 @@ def survey(device: DeviceName, subject: Subject, root: Path, expect: int | None 
         )
     sources = Checkout(root, subject.root, subject.folder).everything()
     return Surroundings(
-        target="emulated" if gpu is None else f"sm{gpu.sm}",
+        target=f"sm{simulated or gpu.sm}" if simulated or gpu else "emulated",  # type: ignore[union-attr]
         subject_info=subject.info(),
         instrument_sha256=instrument_of(sources),
         environment=environment,
@@ -169,7 +171,7 @@ def survey(device: DeviceName, subject: Subject, root: Path, expect: int | None 
 def freeze(
     surroundings: Surroundings,
     *,
-    device: DeviceName,
+    device: str,
     subject: Subject,
     model: str,
     seed: int,

@@ -22,7 +22,7 @@ from verify.machine.environment import localise
 from verify.record import trail
 from verify.record.curves import Curve
 from verify.record.grounds import Grounds
-from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Measurement, Verdict
+from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Evidence, Measurement, Verdict
 from verify.record.verdict import profile_of
 from verify.run import events
 from verify.run.manifest import Manifest, Selected
@@ -34,6 +34,9 @@ MEASUREMENTS = pytest.StashKey[list[Measurement]]()
 
 #: Which of several lawful readings of the method its subject follows, from the ``choose`` fixture.
 CHOICE = pytest.StashKey[str]()
+
+#: How its result was obtained, where that is not the usual way of the run.
+EVIDENCE = pytest.StashKey[Evidence]()
 
 #: Its curves, from the ``curve`` fixture.
 CURVES = pytest.StashKey[list[Curve]]()
@@ -307,5 +310,9 @@ class Recorder:
             measurements=measurements,
             curves=item.stash[CURVES],
             message=ending.message,
-            **({"evidence": "compiled"} if spec.ahead_of_time else {}),
+            **({"evidence": "compiled"} if spec.ahead_of_time else _evidence(item)),
         )
+
+
+def _evidence(item: pytest.Item) -> dict[str, Evidence]:
+    return {"evidence": item.stash[EVIDENCE]} if EVIDENCE in item.stash else {}

@@ -6,15 +6,15 @@ import argparse
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
 from verify.architectures import Emulated, parse_target
 from verify.checks import DEFAULT_SEED, PHASES, PROFILES
 from verify.errors import ConfigurationError
 from verify.files import default_out
 
-DeviceChoice = Literal["auto", "cpu", "cuda"]
-
+#: The devices by name; ``sim:sm120`` is a simulated GPU.
+DEVICES = ("auto", "cpu", "cuda")
+_SIMULATED = "sim:"
 
 #: torch.manual_seed takes 64 bits, numpy's legacy generator 32; the smaller range serves both.
 _SEED_LIMIT = 2**32
@@ -45,6 +45,28 @@ def parse_expect(text: str) -> int:
     return target.sm
 
 
+def parse_device(text: str) -> str:
+    """``auto``, ``cpu``, ``cuda`` or ``sim:sm<NN>``, as a request and a manifest have it.
+
+    Raises ConfigurationError for any other name, and for a simulated GPU that the suite does not cover.
+    """
+    if text in DEVICES:
+        return text
+    if not text.startswith(_SIMULATED):
+        raise ConfigurationError(
+            f"device {text!r} is unknown; use auto, cpu, cuda, or a simulated GPU such as sim:sm120"
+        )
+    target = parse_target(text.removeprefix(_SIMULATED))
+    if isinstance(target, Emulated):
+        raise ConfigurationError(f"device {text!r} does not name a GPU; use --device cpu for Triton's interpreter")
+    return f"{_SIMULATED}{target.target}"
+
+
+def simulated_sm(device: str) -> int | None:
+    """The SM of a simulated device; None for any other."""
+    return int(device.removeprefix(f"{_SIMULATED}sm")) if device.startswith(_SIMULATED) else None
+
+
 @dataclass(frozen=True)  # without slots, so that the defaults can be read from the class
 class RunRequest:
     """A requested run. Raises ConfigurationError if a field is out of range or two contradict each other.
@@ -57,7 +79,7 @@ class RunRequest:
 
     phases: tuple[int, ...] = tuple(PHASES)
     expression: str | None = None
-    device: DeviceChoice = "auto"
+    device: str = "auto"
     expect: int | None = None
     model: str = "embedded"
     subject: str = "bundled"
@@ -74,11 +96,11 @@ class RunRequest:
             raise ConfigurationError(f"phases {list(self.phases)} must be numbers from {min(PHASES)} to {max(PHASES)}")
         if self.phases != tuple(sorted(set(self.phases))):
             raise ConfigurationError(f"phases {list(self.phases)} must be ascending and without repeats")
-        if self.device not in get_args(DeviceChoice):
-            raise ConfigurationError(f"device {self.device!r} is unknown; use auto, cpu or cuda")
-        if self.device == "cpu" and self.expect is not None:
+        parse_device(self.device)
+        if self.device not in ("auto", "cuda") and self.expect is not None:
+            what = "a CPU has no SM" if self.device == "cpu" else "no GPU is used"
             raise ConfigurationError(
-                f"--device cpu and --expect sm{self.expect} contradict each other: a CPU has no SM; drop one of them"
+                f"--device {self.device} and --expect sm{self.expect} contradict each other: {what}; drop one of them"
             )
         if self.expect is not None:
             parse_target(f"sm{self.expect}")
@@ -110,6 +132,8 @@ def request_of(chosen: argparse.Namespace) -> RunRequest:
         raise ConfigurationError(f"--resume keeps the options of the original run; drop {', '.join(fixed)}")
     if "phases" in given:
         given["phases"] = parse_phases(",".join(given["phases"]))
+    if "device" in given:
+        given["device"] = parse_device(given["device"])
     if "expect" in given:
         given["expect"] = parse_expect(given["expect"])
     return RunRequest(**given)

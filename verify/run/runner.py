@@ -23,7 +23,7 @@ from verify.architectures import parse_target
 from verify.checks import PHASES, catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.files import default_out, repository_root
-from verify.machine.device import prepare, resolve
+from verify.machine.device import DeviceName, prepare, resolve
 from verify.machine.processors import cores
 from verify.record.archive import newest_runs
 from verify.record.deviations import told_after, told_before, without_failure
@@ -32,7 +32,9 @@ from verify.record.verdict import must_pass, profile_of
 from verify.run import events
 from verify.run.manifest import Manifest, Selected, freeze, survey
 from verify.run.process import PhaseProcess, pytest_command, pytest_environment
-from verify.run.request import RunRequest
+from verify.run.request import RunRequest, simulated_sm
+from verify.run.simulated import LEFT_OUT
+from verify.simulator.control import require
 from verify.subject.deviations import read_deviations
 from verify.subject.find import find_subject
 
@@ -144,14 +146,17 @@ def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
     subject = find_subject(request.subject, root)
     subject = replace(subject, profile=request.profile or subject.profile)
     deviations = read_deviations(subject, root, catalogue())
-    device = resolve(request.device)
+    simulated = simulated_sm(request.device)
+    device = resolve("cpu" if simulated else request.device)
+    if simulated:
+        require(simulated)
     if device.name == "cpu" and request.expression is None:
         request = replace(request, expression=_ON_CPU)
     prepare(device.name, request.model)
-    surroundings = survey(device.name, subject, root, request.expect)
+    surroundings = survey(device.name, subject, root, request.expect, simulated)
     manifest = freeze(
         surroundings,
-        device=device.name,
+        device=request.device if simulated else device.name,
         subject=subject,
         model=request.model,
         seed=request.seed,
@@ -168,7 +173,10 @@ def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
         console.print(f"note: {device.note}", markup=False, soft_wrap=True)
     for sentence in told_before(deviations, manifest.day):
         console.print(f"note: {sentence}", markup=False, soft_wrap=True)
-    console.print(f"run {manifest.run_id}: {len(manifest.selected)} checks on {manifest.target}", markup=False)
+    where = f"{manifest.target}, simulated" if simulated else manifest.target
+    console.print(f"run {manifest.run_id}: {len(manifest.selected)} checks on {where}", markup=False)
+    if simulated:
+        console.print(f"note: {LEFT_OUT}", markup=False, soft_wrap=True)
     return run_dir
 
 
@@ -184,7 +192,8 @@ def _select(request: RunRequest, root: Path) -> tuple[Selected, ...]:
     """The checks that the request selects, from a pytest that only collects and refuses tests that are not checks."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "selected.json"
-        command = [*pytest_command(root), "phases", "--collect-only", "-q", "--device=cpu", f"--select-to={answer}"]
+        command = [*pytest_command(root), "phases", "--collect-only", "-q", f"--select-to={answer}"]
+        command.append(f"--device={request.device if simulated_sm(request.device) else 'cpu'}")
         command += ["--phase", ",".join(map(str, request.phases))]
         command += ["-m", request.expression] if request.expression else []
         command += ["--sanitize"] if request.sanitize else []
@@ -268,8 +277,10 @@ def _check_resumable(manifest: Manifest, run_dir: Path, root: Path, console: Con
         return
     if manifest.device == "cuda":
         resolve("cuda")
-    prepare(manifest.device, manifest.model)
-    manifest.refuse(survey(manifest.device, find_subject(manifest.subject, root), root), manifest.run_id)
+    device: DeviceName = "cuda" if manifest.device == "cuda" else "cpu"
+    prepare(device, manifest.model)
+    now = survey(device, find_subject(manifest.subject, root), root, simulated=simulated_sm(manifest.device))
+    manifest.refuse(now, manifest.run_id)
     console.print(f"run {manifest.run_id}: {missing} of {len(manifest.selected)} checks are left", markup=False)
 
 
@@ -329,7 +340,7 @@ def lanes_of(checks: Sequence[Selected], device: str, cores: int) -> list[list[i
     time.
     """
     phases = sorted({check.phase for check in checks})
-    alone = device != "cpu" or cores < 2 or any(check.slow for check in checks)
+    alone = device == "cuda" or cores < 2 or any(check.slow for check in checks)
     beside = [] if alone else [phase for phase in phases if phase in _BESIDE]
     return [lane for lane in ([phase for phase in phases if phase not in beside], beside) if lane]
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from verify.errors import Wrong
 
-if TYPE_CHECKING:
-    from verify.simulator.ptx import Instruction
+
+class Located(Protocol):
+    """An instruction: where it is, and its text."""
+
+    @property
+    def place(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
 
 
 class Unsupported(Exception):
@@ -31,7 +38,7 @@ class Fault(Wrong):
         self,
         kind: str,
         told: str,
-        instruction: Instruction | None = None,
+        instruction: Located | None = None,
         thread: tuple[tuple[int, int, int], int] | None = None,
     ) -> None:
         self.kind, self.told, self.instruction, self.thread = kind, told, instruction, thread

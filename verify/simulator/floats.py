@@ -187,12 +187,9 @@ APPROXIMATIONS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndar
     "cos": (np.cos, _periodic_error),
 }
 
-#: How approximate instructions round: to the nearest number, or to the lowest or highest that their error allows.
-MODES = ("nearest", "lowest", "highest")
-
 
 def approximate(name: str, mode: str, *inputs: np.ndarray) -> np.ndarray:
-    """An approximate instruction on float32 inputs in one of ``MODES``.
+    """An approximate instruction on float32 inputs in one of ``verify.record.simulation.MODES``.
 
     Raises Unsupported for an input for which no error is documented.
     """

@@ -9,9 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from verify.checks import PHASES, SKIP_CODES
+from verify.checks import PHASES
 from verify.record.findings import next_step
 from verify.record.schema import Record
+from verify.record.simulation import EVERY_SKIP_CODE
 from verify.record.verdict import describe_subject, subject_option
 from verify.report.looks import LOOKS
 from verify.report.matrix import bound, count, headroom
@@ -42,7 +43,7 @@ class Frame:
         environment.filters |= {"page": page_name, "bound": bound, "headroom": headroom, "bar": Bar.of}
         environment.globals |= {
             "phases": PHASES,
-            "skip_codes": SKIP_CODES,
+            "skip_codes": EVERY_SKIP_CODE,
             "looks": LOOKS,
             "describe_subject": describe_subject,
             "subject_option": subject_option(self.newest.subject) if self.newest else "",

@@ -12,6 +12,7 @@ from functools import cached_property
 from verify.architectures import Architecture, Target
 from verify.record.findings import title
 from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Record, Verdict
+from verify.record.simulation import UNSUPPORTED
 from verify.record.verdict import Assessment
 from verify.report.looks import BY_WORD
 from verify.report.matrix import KNOWN, Row, bound, headroom, listed, rows, stale_of
@@ -22,7 +23,7 @@ STALE = "STALE"
 _WITHOUT_SIGN = (Verdict.ABSENT, Verdict.REFUSED, Verdict.BLOCKED)
 
 #: What a cell of the matrix says of a skip whose code does not fit.
-_SHORT = {"SIM_UNSUPPORTED": "skipped"}
+_SHORT = {UNSUPPORTED: "skipped"}
 
 #: The share of a bar's width at which the allowed value is, and the number of decades below it.
 _LIMIT, _DECADES = 0.8, 4

@@ -1,0 +1,93 @@
+"""Checks on a simulated GPU: each runs once for every way in which approximate instructions may round.
+
+A result is ``simulated`` only if the simulator executed a launch of its check. A finding of the simulator counts even
+where the subject, or the check, catches the exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from verify.checks import CheckSpec
+from verify.record.simulation import MODES, UNSUPPORTED, Census, SimulatedKernel
+from verify.run import events
+from verify.run.recorder import CURVES, EVIDENCE, spec_of
+from verify.simulator.census import census
+from verify.simulator.errors import Unsupported
+
+if TYPE_CHECKING:
+    from verify.simulator.driver import Launched, SimulatedGpu
+
+#: The phases whose checks launch kernels and need nothing else of a GPU.
+_PHASES = frozenset({3, 4, 5})
+#: Checks of phase 6 with short rounds on a tiny model.
+_SHORT_ROUNDS = frozenset({"p6.keep_set"})
+#: What a simulated run does not select, in one sentence.
+LEFT_OUT = (
+    "only checks whose kernels can be simulated are selected: phases 3 to 5 and short rounds of phase 6, without those "
+    "that measure a GPU's memory or time"
+)
+
+
+def can_be_simulated(spec: CheckSpec) -> bool:
+    """Whether a simulated run selects a check."""
+    return (spec.phase in _PHASES or spec.family in _SHORT_ROUNDS) and not spec.needs_gpu
+
+
+class Simulated:
+    """The pytest plugin of a simulated run."""
+
+    def __init__(self, simulation: SimulatedGpu, run_dir: Path) -> None:
+        self._simulation, self._run_dir = simulation, run_dir
+        self._counted: dict[str, tuple[Census | None, str]] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
+        if spec_of(pyfuncitem) is None:
+            return None
+        names = pyfuncitem._fixtureinfo.argnames
+        arguments = {name: pyfuncitem.funcargs[name] for name in names}
+        for mode in MODES:
+            self._simulation.begin(mode)
+            pyfuncitem.stash[CURVES].clear()
+            self._run_once(pyfuncitem, arguments, mode)
+            if not self._simulation.depends_on_mode:
+                break
+        return True
+
+    def _run_once(self, item: pytest.Function, arguments: Mapping[str, Any], mode: str) -> None:
+        simulation = self._simulation
+        try:
+            item.obj(**arguments)
+        except Unsupported:
+            pass  # noted by the simulation, and told below
+        except AssertionError as error:
+            if not (simulation.faults or simulation.unsupported):
+                if mode != MODES[0]:
+                    told = f"where approximate instructions give the {mode} value that their error allows: {error}"
+                    error.args = (told, *error.args[1:])
+                raise
+        finally:
+            if launched := simulation.executed():
+                item.stash[EVIDENCE] = "simulated"
+                events.append_launched(self._run_dir, [self._described(one) for one in launched])
+        if simulation.unsupported:
+            item.stash[EVIDENCE] = "simulated"
+            skipped = pytest.skip.Exception(str(simulation.unsupported[0]))
+            skipped.code = UNSUPPORTED  # type: ignore[attr-defined]  # pytest's exception carries it to the recorder
+            raise skipped
+        if simulation.faults:
+            raise simulation.faults[0]
+
+    def _described(self, one: Launched) -> SimulatedKernel:
+        if one.ptx_sha256 not in self._counted:
+            self._counted[one.ptx_sha256] = census(one.name, one.ptx, one.cubin)
+        counted, why_not = self._counted[one.ptx_sha256]
+        return SimulatedKernel(
+            kernel=one.name, ptx_sha256=one.ptx_sha256, launches=one.launches,
+            thread_instructions=one.thread_instructions, census=counted, uncounted=why_not,
+        )  # fmt: skip

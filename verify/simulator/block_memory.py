@@ -1,0 +1,169 @@
+"""The shared memory of blocks and the local memory of threads, with a check of every access."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from verify.simulator.errors import Fault, Located
+from verify.simulator.memory import WORDS, Threads
+
+U8, U64, I32, I64 = np.uint8, np.uint64, np.int32, np.int64
+
+#: What unwritten memory holds.
+_UNWRITTEN = 0xAB
+#: In place of a reader's number, where more than one thread of a warp read.
+_SEVERAL = -2
+
+
+class SharedMemory:
+    """The shared memory of the blocks that run together, and who last read and wrote each part of it.
+
+    Two accesses of one part, at least one of them a store, are a race unless they are one thread's, or a barrier of
+    the block or, within a warp, of the warp lies between. ``part_bytes`` is the width of the narrowest access in the
+    program, so that neighbours within a word are told apart.
+
+    Where several threads of one warp store different values to one place in one instruction, PTX leaves open which is
+    kept: here that of the last thread or, if ``first_wins``, of the first; ``left_open`` notes that it happened.
+    """
+
+    def __init__(self, blocks: int, size: int, part_bytes: int, *, first_wins: bool = False) -> None:
+        self.size = size
+        self.left_open = False
+        self._turn = slice(None, None, -1) if first_wins else slice(None)
+        self._stride = max(16, -(-size // 16) * 16)
+        self._part = part_bytes
+        content = np.full(blocks * self._stride, _UNWRITTEN, U8)
+        self.words = {width: content.view(kind) for width, kind in WORDS.items()}
+        parts = blocks * self._stride // part_bytes
+        self._written_by = np.full(parts, -1, I32)
+        self._written_in, self._written_warp = np.full(parts, -1, I32), np.full(parts, -1, I32)
+        self._read_in, self._read_warp = np.full(parts, -1, I32), np.full(parts, -1, I32)
+        self._read_by, self._readers = np.full(parts, -1, I32), np.zeros(parts, U64)
+
+    def starts(self, addresses: np.ndarray, size: int, threads: Threads, by: Located) -> np.ndarray:
+        """Where accesses of ``size`` bytes begin. Raises Fault outside the block's memory, or where not aligned."""
+        lost = addresses & addresses.dtype.type(size - 1)
+        if lost.any():
+            place = int((lost != 0).argmax())
+            told = f"an access of {size} bytes at byte {int(addresses[place])} of shared memory"
+            raise Fault("misaligned", told, by, threads.named(place))
+        starts = addresses.astype(I64)
+        if int(starts.max()) + size > self.size:
+            place = int(starts.argmax())
+            told = f"an access of {size} bytes at byte {int(starts[place])} of shared memory, which has {self.size}"
+            raise Fault("bounds", told, by, threads.named(place))
+        return threads.block * self._stride + starts
+
+    def read(self, start: np.ndarray, width: int, count: int, threads: Threads, by: Located) -> list[np.ndarray]:
+        """``count`` values of ``width`` bytes from ``start`` on. Raises Fault."""
+        warp = threads.thread // 32
+        bit = U64(1) << warp.astype(U64)
+        for offset in range(0, width * count, self._part):
+            at = (start + offset) // self._part
+            writer = self._written_by[at]
+            if (writer < 0).any():
+                place = int((writer < 0).argmax())
+                told = f"reads byte {int(start[place] % self._stride) + offset} of shared memory"
+                raise Fault("uninitialised", told, by, threads.named(place))
+            foreign = (writer != threads.thread) & (self._written_in[at] == threads.epoch)
+            if foreign.any():
+                foreign &= ~((writer // 32 == warp) & (self._written_warp[at] < threads.warp_epoch))
+                self._require_order(foreign, writer, "reads", "wrote", start + offset, threads, by)
+            old = self._read_in[at] != threads.epoch
+            if old.any():
+                self._readers[at[old]] = U64(0)
+            several = ~old & (self._read_by[at] != threads.thread) & (self._read_warp[at] == threads.warp_epoch)
+            self._read_in[at] = threads.epoch
+            np.bitwise_or.at(self._readers, at, bit)
+            self._read_by[at], self._read_warp[at] = threads.thread, threads.warp_epoch
+            several |= self._read_by[at] != threads.thread
+            self._read_by[at[several]] = _SEVERAL
+        words, index = self.words[width], start // width
+        return [words[index + place] for place in range(count)]
+
+    def write(self, start: np.ndarray, values: list[np.ndarray], threads: Threads, by: Located) -> None:
+        """Store one value after the other from ``start`` on. Raises Fault.
+
+        Storing what is there already races with nobody: Triton's threads may hold copies of one value.
+        """
+        width = values[0].dtype.itemsize
+        words, index = self.words[width], start // width
+        changes = np.zeros(len(start), bool)
+        for place, value in enumerate(values):
+            changes |= words[index + place] != value
+        warp = threads.thread // 32
+        own = U64(1) << warp.astype(U64)
+        for offset in range(0, width * len(values), self._part):
+            at = (start + offset) // self._part
+            reader, writer = self._read_by[at], self._written_by[at]
+            other_warps = (self._readers[at] & ~own) != 0
+            own_warp = (self._readers[at] & own != 0) & (reader != threads.thread)
+            own_warp &= self._read_warp[at] == threads.warp_epoch
+            read = changes & (self._read_in[at] == threads.epoch) & (other_warps | own_warp)
+            self._require_order(read, reader, "writes", "read", start + offset, threads, by)
+            wrote = changes & (writer >= 0) & (writer != threads.thread) & (self._written_in[at] == threads.epoch)
+            wrote &= ~((writer // 32 == warp) & (self._written_warp[at] < threads.warp_epoch))
+            self._require_order(wrote, writer, "writes", "wrote", start + offset, threads, by)
+            turn = self._turn
+            self._written_by[at[turn]] = threads.thread[turn]
+            self._written_in[at], self._written_warp[at] = threads.epoch, threads.warp_epoch
+        for place, value in enumerate(values):
+            words[(index + place)[self._turn]] = value[self._turn]
+            differs = words[index + place] != value
+            if differs.any():
+                winner = self._written_by[(start + width * place) // self._part]
+                self._require_order(differs & (winner // 32 != warp), winner, "writes", "writes", start, threads, by)
+                self.left_open = True
+
+    def _require_order(
+        self, races: np.ndarray, other: np.ndarray, does: str, did: str, start: np.ndarray, threads: Threads,
+        by: Located,
+    ) -> None:  # fmt: skip
+        if races.any():
+            place = int(races.argmax())
+            told = (
+                f"it {does} byte {int(start[place] % self._stride)} of shared memory, which thread {other[place]} {did}"
+            )
+            raise Fault("race", told, by, threads.named(place))
+
+
+class LocalMemory:
+    """The local memory of each thread of the blocks that run together."""
+
+    #: The address of its first byte; addresses of spaces are apart.
+    BASE = 1 << 20
+
+    def __init__(self, threads: int, size: int) -> None:
+        self._size = max(8, -(-size // 8) * 8)
+        content = np.full(threads * self._size, _UNWRITTEN, U8)
+        self.words = {width: content.view(kind) for width, kind in WORDS.items()}
+        self._written = np.zeros(threads * self._size, bool)
+
+    def starts(self, addresses: np.ndarray, size: int, threads: Threads, by: Located) -> np.ndarray:
+        """Where accesses of ``size`` bytes begin. Raises Fault outside the thread's memory, or where not aligned."""
+        within = addresses.astype(I64) - self.BASE
+        for bad, kind in (((within < 0) | (within + size > self._size), "bounds"), (within % size != 0, "misaligned")):
+            if bad.any():
+                place = int(bad.argmax())
+                told = f"an access of {size} bytes at byte {int(within[place])} of local memory"
+                raise Fault(kind, told, by, threads.named(place))
+        return (threads.block * threads.per_block + threads.thread) * self._size + within
+
+    def read(self, start: np.ndarray, width: int, count: int, threads: Threads, by: Located) -> list[np.ndarray]:
+        """``count`` values of ``width`` bytes from ``start`` on. Raises Fault if the thread wrote some not."""
+        for byte in range(width * count):
+            unwritten = ~self._written[start + byte]
+            if unwritten.any():
+                place = int(unwritten.argmax())
+                raise Fault("uninitialised", "reads its local memory", by, threads.named(place))
+        words, index = self.words[width], start // width
+        return [words[index + place] for place in range(count)]
+
+    def write(self, start: np.ndarray, values: list[np.ndarray], threads: Threads, by: Located) -> None:
+        """Store one value after the other from ``start`` on."""
+        width = values[0].dtype.itemsize
+        words, index = self.words[width], start // width
+        for place, value in enumerate(values):
+            words[index + place] = value
+            for byte in range(width):
+                self._written[start + width * place + byte] = True

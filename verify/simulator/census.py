@@ -1,0 +1,67 @@
+"""Floating-point instructions that round, in the PTX of a kernel and in the machine code that ptxas made of it.
+
+If the counts differ, ptxas has fused, split or removed some of them, and the GPU may round elsewhere than the
+simulation did.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from verify.build.sass import Instruction as MachineInstruction
+from verify.build.sass import Program
+from verify.record.simulation import Census
+from verify.simulator.ptx import Instruction, parse
+
+_TOOL_LIMIT_S = 60
+#: The family of an opcode, and how many operations one instruction is.
+_PTX = {"fma": "fma", "mul": "mul", "add": "add", "sub": "add"}
+_SASS: Mapping[str, tuple[str, int]] = {
+    "FFMA": ("fma", 1), "FFMA2": ("fma", 2), "FHFMA": ("fma", 1), "FMUL": ("mul", 1), "FMUL2": ("mul", 2),
+    "FADD": ("add", 1), "FADD2": ("add", 2), "FHADD": ("add", 1), "DFMA": ("fma", 1), "DMUL": ("mul", 1),
+    "DADD": ("add", 1), "HMUL2": ("mul", 2), "HADD2": ("add", 2), "HFMA2": ("fma", 2),
+}  # fmt: skip
+
+
+def of_ptx(instructions: Iterable[Instruction]) -> dict[str, int]:
+    """The operations that round in a kernel's PTX, by family."""
+    counts: Counter[str] = Counter()
+    for one in instructions:
+        kind = one.modifiers[-1] if one.modifiers else ""
+        if one.base in _PTX and (kind.startswith(("f", "bf"))):
+            counts[_PTX[one.base]] += 2 if kind.endswith("x2") else 1
+    return dict(sorted(counts.items()))
+
+
+def of_sass(instructions: Iterable[MachineInstruction]) -> dict[str, int]:
+    """The operations that round in a kernel's machine code, by family."""
+    counts: Counter[str] = Counter()
+    for one in instructions:
+        family, operations = _SASS.get(one.base, ("", 0))
+        moves = one.base == "HFMA2" and "RZ" in " ".join(one.operands[1:2])  # how ptxas loads a constant
+        converts = one.base == "HADD2" and ".F32" in one.opcode  # how it converts a half to a float
+        if family and not moves and not converts:
+            counts[family] += operations
+    return dict(sorted(counts.items()))
+
+
+def census(name: str, ptx: str, cubin: bytes) -> tuple[Census | None, str]:
+    """The counts of one kernel, or None and the reason why its machine code cannot be counted."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(file)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_LIMIT_S)
+            program = Program.parse(done.stdout, name)
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+            return None, f"its machine code cannot be read ({type(error).__name__})"
+    if not program.instructions:
+        return None, "cuobjdump does not know this architecture"
+    return Census(ptx=of_ptx(parse(ptx).instructions), sass=of_sass(program.instructions)), ""

@@ -1,0 +1,350 @@
+"""The machine: blocks of a grid that run together, as arrays over [blocks, threads].
+
+A value that is alike in all threads of a block, or in all blocks, is kept and computed once. Threads that part at a
+branch run in groups; the group with the lowest place in the program runs first, and groups that meet go on as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from verify.simulator.block_memory import LocalMemory, SharedMemory
+from verify.simulator.decode import Decoder, Step, free_dead, local_bytes
+from verify.simulator.effects import EFFECTS
+from verify.simulator.errors import Fault
+from verify.simulator.memory import GlobalMemory, Threads
+from verify.simulator.ptx import Instruction, Kernel
+
+U32, I32, I64 = np.uint32, np.int32, np.int64
+
+#: Steps of one set of blocks, after which a loop is taken to be endless.
+_STEP_LIMIT = 20_000_000
+
+
+class Program:
+    """A kernel, decoded. Raises Unsupported, before anything runs, for what is not executed here."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        decoder = Decoder(kernel)
+        self.steps = [decoder.decode(one, EFFECTS) for one in kernel.instructions]
+        self.types, self.names = decoder.types, decoder.names
+        self.static_shared_bytes = decoder.static_shared_bytes
+        free_dead(self.steps)
+        self.shared_part_bytes = _narrowest(kernel, "shared")
+        self.store_bytes = _narrowest(kernel, "global")
+
+
+def _narrowest(kernel: Kernel, space: str) -> int:
+    """The bytes of the narrowest access to a space, at most 4."""
+    words = (one.modifiers for one in kernel.instructions if space in one.modifiers)
+    return min([4, *(int(one[-1][1:]) // 8 for one in words if one[-1][1:].isdigit())])
+
+
+@dataclass(slots=True)
+class Group:
+    """Threads that are at the same ``place``; ``active`` is None for all."""
+
+    place: int
+    active: np.ndarray | None
+
+
+@dataclass(slots=True)
+class Team:
+    """Warps that run until each of their threads waits or has ended, before another team does."""
+
+    groups: list[Group]
+    waiting: list[tuple[str, np.ndarray, Group]] = field(default_factory=list)
+
+
+class Machine:
+    """The state of the blocks that run together. ``blocks`` has their numbers, [blocks, 3]."""
+
+    def __init__(
+        self,
+        program: Program,
+        memory: GlobalMemory,
+        parameters: Mapping[str, np.ndarray],
+        constants: Mapping[str, np.ndarray],
+        blocks: np.ndarray,
+        grid: tuple[int, int, int],
+        shared_bytes: int,
+        *,
+        mode: str,
+        poison: int,
+        first_lane_wins: bool,
+        warp_order: Sequence[int] | None,
+    ) -> None:
+        self.program, self.memory, self.parameters, self.constants = program, memory, parameters, constants
+        self.shape = (len(blocks), program.kernel.threads)
+        self.warps = -(-self.shape[1] // 32)
+        self.special: Mapping[str, np.ndarray] = _special(program.kernel.threads, blocks, grid)
+        self.shared = SharedMemory(len(blocks), shared_bytes, program.shared_part_bytes, first_wins=first_lane_wins)
+        self.local = LocalMemory(len(blocks) * program.kernel.threads, local_bytes(program.kernel))
+        self.carry: np.ndarray = np.zeros((1, 1), bool)
+        self.read_undefined = self.used_approximation = False
+        self.thread_instructions = 0
+        self._mode, self._order = mode, warp_order
+        self._registers: list[np.ndarray | None] = [None] * len(program.types)
+        self._poison = [_poison_of(dtype, poison) for dtype in program.types]
+        self._coordinates = blocks
+        linear = blocks[:, 0] + grid[0] * (blocks[:, 1] + grid[1] * blocks[:, 2])
+        threads = np.arange(self.shape[1])
+        self._thread = np.broadcast_to(threads.astype(I32), self.shape)
+        self._block = np.broadcast_to(np.arange(len(blocks), dtype=I64)[:, None], self.shape)
+        self._number = linear.astype(I64)[:, None] * self.shape[1] + threads
+        self._epoch = np.zeros(self.shape, I32)
+        self._warp_epoch = np.zeros(self.shape, I32)
+        self._everyone: Threads | None = None
+        self._steps_left = _STEP_LIMIT
+
+    # registers
+
+    def value(self, index: int) -> np.ndarray:
+        """A register; one that was never written holds the poison, and whoever reads it is noted."""
+        found = self._registers[index]
+        if found is None:
+            self.read_undefined = True
+            return self._poison[index]
+        return found
+
+    def set(self, index: int, value: np.ndarray, mask: np.ndarray | None) -> None:
+        """Put a value into a register of the threads in ``mask``."""
+        if mask is None:
+            self._registers[index] = value
+            return
+        before = self._registers[index]
+        if before is None:
+            self.read_undefined = True  # some threads may have no value, and read it later
+            before = self._poison[index]
+        self._registers[index] = np.where(mask, value, before)
+
+    def approximated(self) -> str:
+        """How an approximate instruction rounds in this run."""
+        self.used_approximation = True
+        return self._mode
+
+    # threads
+
+    def whole(self, mask: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(mask, self.shape)
+
+    def threads(self, active: np.ndarray | None) -> Threads:
+        """The active threads, in the order of ``flat``."""
+        if active is not None:
+            return self._some_threads(self.whole(active))
+        if self._everyone is None:
+            self._everyone = self._some_threads(np.ones(self.shape, bool))
+        return self._everyone
+
+    def _some_threads(self, active: np.ndarray) -> Threads:
+        parts = (self._block, self._thread, self._number, self._epoch, self._warp_epoch)
+        block, thread, number, epoch, warp_epoch = (one[active] for one in parts)
+        return Threads(block, thread, number, epoch, warp_epoch, self.shape[1], self._coordinates)
+
+    def named(self, block: int, thread: int) -> tuple[tuple[int, int, int], int]:
+        """A thread of one of the blocks, for a message."""
+        x, y, z = (int(one) for one in self._coordinates[block])
+        return (x, y, z), thread
+
+    def flat(self, values: np.ndarray, active: np.ndarray | None) -> np.ndarray:
+        """The values of the active threads, one after the other."""
+        whole = np.broadcast_to(values, self.shape)
+        return whole.ravel() if active is None else whole[self.whole(active)]
+
+    def spread(self, flat: np.ndarray, active: np.ndarray | None) -> np.ndarray:
+        """The opposite of ``flat``; threads that are not active get 0."""
+        if active is None:
+            return flat.reshape(self.shape)
+        whole = np.zeros(self.shape, flat.dtype)
+        whole[self.whole(active)] = flat
+        return whole
+
+    def pass_warp_barrier(self, active: np.ndarray | None) -> None:
+        """A barrier of each warp that has an active thread."""
+        passed = self.by_warp(np.ones((1, 1), bool) if active is None else active).any(-1)
+        self._warp_epoch = self._warp_epoch + np.repeat(passed, 32, axis=1)[:, : self.shape[1]].astype(I32)
+        self._everyone = None
+
+    def by_warp(self, mask: np.ndarray) -> np.ndarray:
+        """A mask as [blocks, warps, 32]; lanes that a block does not have are False."""
+        whole = self.whole(mask)
+        missing = self.warps * 32 - self.shape[1]
+        whole = np.pad(whole, ((0, 0), (0, missing))) if missing else whole
+        return whole.reshape(self.shape[0], self.warps, 32)
+
+    # scheduling
+
+    def run(self) -> None:
+        """Run every block to its end. Raises Fault."""
+        teams = [Team([Group(0, mask)]) for mask in self._teams()]
+        while True:
+            for team in teams:
+                while team.groups:
+                    self._run_first(team, alone=len(teams) == 1)
+            if not any(team.waiting for team in teams):
+                return
+            self._release(teams)
+
+    def _teams(self) -> list[np.ndarray | None]:
+        """Who runs together: all threads, or one warp after the other in the order that was asked for."""
+        if self._order is None:
+            return [None]
+        warp = np.arange(self.shape[1]) // 32
+        return [np.broadcast_to(warp == one, self.shape) for one in self._order]
+
+    def _run_first(self, team: Team, alone: bool) -> None:
+        """Run the group with the lowest place until it parts, waits, ends or reaches the next group."""
+        groups = team.groups
+        if len(groups) > 1:
+            groups.sort(key=lambda group: group.place)
+            while len(groups) > 1 and groups[0].place == groups[1].place:
+                groups[0].active = self._union(groups[0].active, groups.pop(1).active)
+        group = groups[0]
+        until = groups[1].place if len(groups) > 1 else len(self.program.steps)
+        active = group.active
+        # registers of threads that have ended may hold anything, so that a lone group need not spare them
+        alone = alone and len(groups) == 1 and not team.waiting
+        mask = None if alone else active
+        count = self.shape[0] * self.shape[1] if active is None else int(np.count_nonzero(self.whole(active)))
+        steps, place, registers = self.program.steps, group.place, self._registers
+        while place < len(steps):
+            step = steps[place]
+            self.thread_instructions += count
+            self._steps_left -= 1
+            if not self._steps_left:
+                raise Fault("endless", f"no end within {_STEP_LIMIT} steps", step.instruction)
+            if step.kind == "run":
+                self._run_step(step, active, mask)
+                if alone:
+                    for index in step.dead:
+                        registers[index] = None
+                place += 1
+            elif step.kind == "branch":
+                before, place = place, self._branch(step, group, groups, place)
+                if place < 0:
+                    return
+                if place <= before and len(groups) > 1:  # others may be waiting to meet this group further down
+                    group.place = place
+                    return
+            elif step.kind == "exit":
+                staying = self._exit(step, group)
+                if staying is None:
+                    groups.remove(group)
+                    return
+                group.place, group.active = place + 1, staying
+                return
+            else:
+                groups.remove(group)
+                self._arrive(step, group, team, place)
+                return
+            if place >= until:
+                group.place = place
+                return
+        raise Fault("endless", "the program runs past its end", steps[-1].instruction)
+
+    def _union(self, one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
+        return None if one is None or other is None else one | other
+
+    def _run_step(self, step: Step, active: np.ndarray | None, mask: np.ndarray | None) -> None:
+        assert step.run is not None
+        if step.guard < 0:
+            step.run(self, active, mask)
+            return
+        holds = self._guard(step)
+        if holds.all():
+            step.run(self, active, mask)
+            return
+        chosen = holds if active is None else active & holds
+        if chosen.any():
+            step.run(self, chosen, holds if mask is None else mask & holds)
+
+    def _guard(self, step: Step) -> np.ndarray:
+        holds = self.value(step.guard)
+        return ~holds if step.instruction.negated else holds
+
+    def _branch(self, step: Step, group: Group, groups: list[Group], place: int) -> int:
+        """Where the group goes on; -1 if it parts, and is in ``groups`` twice from then on."""
+        if step.guard < 0:
+            return step.target
+        holds = self._guard(step)
+        taken = holds if group.active is None else group.active & holds
+        left = ~holds if group.active is None else group.active & ~holds
+        if not left.any():
+            return step.target
+        if not taken.any():
+            return place + 1
+        groups.remove(group)
+        groups += [Group(place + 1, self.whole(left)), Group(step.target, self.whole(taken))]
+        return -1
+
+    def _exit(self, step: Step, group: Group) -> np.ndarray | None:
+        """The threads that stay; None if all end."""
+        if step.guard < 0:
+            return None
+        holds = self._guard(step)
+        staying = self.whole(~holds if group.active is None else group.active & ~holds)
+        return staying if staying.any() else None
+
+    # barriers
+
+    def _arrive(self, step: Step, group: Group, team: Team, place: int) -> None:
+        active = np.ones(self.shape, bool) if group.active is None else self.whole(group.active)
+        warps = self.by_warp(active)
+        parted = warps.any(-1) & (warps.sum(-1) < np.minimum(32, self.shape[1]))
+        if parted.any():
+            block, warp = (int(one) for one in np.argwhere(parted)[0])
+            lane = int(warps[block, warp].argmax())
+            told = f"{int(warps[block, warp].sum())} threads of a warp reach it without the others"
+            raise Fault("barrier", told, step.instruction, self.named(block, warp * 32 + lane))
+        team.waiting.append((step.instruction.operands[0], active, Group(place + 1, None)))
+        self._last_barrier: Instruction = step.instruction
+
+    def _release(self, teams: list[Team]) -> None:
+        """Let the blocks go on all of whose living threads wait at one barrier. Raises Fault if there is none."""
+        living = np.zeros(self.shape, bool)
+        for team in teams:
+            for _, active, _ in team.waiting:
+                living |= active
+        done = np.zeros(self.shape[0], bool)
+        for name in {name for team in teams for name, _, _ in team.waiting}:
+            there = np.zeros(self.shape, bool)
+            for team in teams:
+                for other, active, _ in team.waiting:
+                    if other == name:
+                        there |= active
+            done |= (there == living).all(1) & living.any(1)
+        if not done.any():
+            told = "some threads of a block wait here, and the others at another barrier"
+            raise Fault("barrier", told, self._last_barrier)
+        for team in teams:
+            waiting, team.waiting = team.waiting, []
+            for name, active, group in waiting:
+                if (left := active & ~done[:, None]).any():
+                    team.waiting.append((name, left, group))
+                if (going := active & done[:, None]).any():
+                    team.groups.append(Group(group.place, None if going.all() else going))
+        self._epoch = self._epoch + done[:, None].astype(I32)
+        self._everyone = None
+
+
+def _poison_of(dtype: np.dtype, word: int) -> np.ndarray:
+    if dtype.kind == "b":
+        return np.array([[bool(word & 1)]])
+    return np.array([[(word << 32 | word) & ((1 << 8 * dtype.itemsize) - 1)]], object).astype(dtype)
+
+
+def _special(threads: int, blocks: np.ndarray, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """The special registers. Blocks are one-dimensional, as Triton's always are."""
+    thread = np.arange(threads, dtype=U32)[None, :]
+    zero, one = np.zeros((1, 1), U32), np.ones((1, 1), U32)
+    found = {"%tid.x": thread, "%tid.y": zero, "%tid.z": zero, "%ntid.x": one * U32(threads), "%ntid.y": one}
+    found |= {"%ntid.z": one, "%laneid": thread % U32(32), "%warpid": thread // U32(32)}
+    for place, axis in enumerate("xyz"):
+        numbers = blocks[:, place : place + 1].astype(U32)
+        found[f"%ctaid.{axis}"] = numbers[:1] if (numbers == numbers[0]).all() else numbers
+        found[f"%nctaid.{axis}"] = one * U32(grid[place])
+    return found

@@ -1,0 +1,245 @@
+"""The global memory of a launch: its tensors, at addresses far apart, with a check of every access.
+
+Arrays of addresses, values and threads are flat here: one entry for each active thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+
+from verify.simulator.errors import Fault, Located
+
+U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
+I32, I64 = np.int32, np.int64
+WORDS = {1: U8, 2: U16, 4: U32, 8: U64}
+
+#: The distance between two tensors: an overrun of one never ends in another.
+_SPACING_BITS = 40
+#: Tensors keep their real alignment up to this many bytes.
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """The active threads of one instruction: the number of each one's block among those that run together, its number
+    within the block, and its number in the grid; ``epoch`` counts the barriers that its block has passed, and
+    ``warp_epoch`` those of its warp alone.
+    """
+
+    block: np.ndarray
+    thread: np.ndarray
+    number: np.ndarray
+    epoch: np.ndarray
+    warp_epoch: np.ndarray
+    per_block: int
+    coordinates: np.ndarray  #: [blocks, 3], of those that run together
+
+    def some(self, chosen: np.ndarray | slice) -> Threads:
+        """These entries."""
+        if isinstance(chosen, slice):
+            return self
+        parts = (self.block, self.thread, self.number, self.epoch, self.warp_epoch)
+        block, thread, number, epoch, warp_epoch = (one[chosen] for one in parts)
+        return Threads(block, thread, number, epoch, warp_epoch, self.per_block, self.coordinates)
+
+    def named(self, place: int) -> tuple[tuple[int, int, int], int]:
+        """Block and thread of one entry, for a message."""
+        x, y, z = (int(one) for one in self.coordinates[self.block[place]])
+        return (x, y, z), int(self.thread[place])
+
+
+class Buffer:
+    """The storage of a tensor, or a constant of the module.
+
+    ``elements`` marks the bytes that a launch may touch, None for all. ``shape``, ``strides`` and ``offset`` (all in
+    elements of ``element_bytes``) describe the view, for messages.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        content: np.ndarray,
+        *,
+        address: int = 0,
+        elements: np.ndarray | None = None,
+        constant: bool = False,
+        element_bytes: int = 1,
+        shape: tuple[int, ...] = (),
+        strides: tuple[int, ...] = (),
+        offset: int = 0,
+    ) -> None:
+        self.name, self.size, self.constant = name, len(content), constant
+        self.skew = address % _ALIGNMENT
+        self.base = 0
+        self.element_bytes, self._shape, self._strides, self._offset = element_bytes, shape, strides, offset
+        room = np.zeros(self.skew + self.size + 16, U8)
+        room[self.skew : self.skew + self.size] = content
+        self._room = room[: len(room) // 8 * 8]
+        self.words = {width: self._room.view(kind) for width, kind in WORDS.items()}
+        self._allowed: np.ndarray | None = None
+        if elements is not None:
+            self.restrict(elements)
+        #: The bytes that are stored as one: the width of the narrowest store into the buffer.
+        self.unit = 1
+        self._written: np.ndarray | None = None
+        self._writer = self._when = np.zeros(0, I64)
+
+    @property
+    def content(self) -> np.ndarray:
+        """The bytes as they are now."""
+        return self._room[self.skew : self.skew + self.size]
+
+    @property
+    def written(self) -> np.ndarray | None:
+        """Which bytes a thread stored; None if none did."""
+        if self._written is None:
+            return None
+        return np.repeat(self._written, self.unit)[self.skew : self.skew + self.size]
+
+    def restrict(self, elements: np.ndarray) -> None:
+        """Allow only these bytes, and those that an earlier call allowed."""
+        if self._allowed is not None:
+            elements = elements | (np.diff(self._allowed) > 0)
+        # how many bytes are allowed before each: one subtraction tells about an access of any width
+        self._allowed = np.concatenate([np.zeros(1, I32), np.cumsum(elements, dtype=I32)])
+
+    def described(self, byte: int) -> str:
+        """A byte of the storage by the index of its element in the view, if it belongs to one."""
+        number, within = divmod(byte, self.element_bytes)
+        rest, index = number - self._offset, [0] * len(self._shape)
+        order = sorted(range(len(self._shape)), key=lambda dim: -abs(self._strides[dim]))
+        for dim in order:
+            if self._shape[dim] > 1 and self._strides[dim] > 0 and rest >= 0:
+                index[dim] = min(rest // self._strides[dim], self._shape[dim] - 1)
+                rest -= index[dim] * self._strides[dim]
+        if rest == 0 and self._shape:
+            inside = f" + {within} bytes" if within else ""
+            return f"{self.name}[{', '.join(map(str, index))}]{inside}"
+        return f"byte {byte} of the storage of {self.name}, which has {self.size}"
+
+    def require_elements(self, start: np.ndarray, size: int, threads: Threads, what: str, by: Located) -> None:
+        """Raise Fault if an access of ``size`` bytes touches a byte between the elements."""
+        if self._allowed is None:
+            return
+        bad = self._allowed[start + size] - self._allowed[start] != size
+        if bad.any():
+            place = int(bad.argmax())
+            told = f"{what} {size} bytes at {self.described(int(start[place]))}"
+            raise Fault("elements", f"{told}, not all of which are elements of the view", by, threads.named(place))
+
+    def read(self, start: np.ndarray, width: int, count: int, threads: Threads, by: Located) -> list[np.ndarray]:
+        """``count`` values of ``width`` bytes from ``start`` on. Raises Fault."""
+        self.require_elements(start, width * count, threads, "reads", by)
+        if self._written is not None:
+            self._require_own(start, width * count, threads, by)
+        index = (start + self.skew) // width
+        words = self.words[width]
+        return [words[index + place] for place in range(count)]
+
+    def write(self, start: np.ndarray, values: list[np.ndarray], threads: Threads, by: Located) -> None:
+        """Store one value after the other from ``start`` on. Raises Fault, also for two threads that disagree."""
+        width = values[0].dtype.itemsize
+        if self.constant:
+            raise Fault("read_only", f"stores into {self.name}", by, threads.named(0))
+        self.require_elements(start, width * len(values), threads, "writes", by)
+        if self._written is None:
+            length = len(self._room) // self.unit
+            self._written = np.zeros(length, bool)
+            self._writer, self._when = np.full(length, -1, I64), np.zeros(length, I64)
+        words, first = self.words[width], (start + self.skew) // width
+        for place, value in enumerate(values):
+            index = first + place
+            units = [index * (width // self.unit) + part for part in range(width // self.unit)]
+            if self._written[units[0]].any():
+                doubtful = self._written[units[0]] & ~self._after(units[0], threads)
+                self._require_agreement(doubtful & (words[index] != value), start, threads, by)
+            words[index] = value
+            self._require_agreement(words[index] != value, start, threads, by)
+            for one in units:
+                self._written[one] = True
+                self._writer[one] = threads.number
+                self._when[one] = threads.epoch
+
+    def _after(self, unit: np.ndarray, threads: Threads) -> np.ndarray:
+        """Whether the last store into each unit came before: by the same thread, or a barrier of its block ago."""
+        writer = self._writer[unit]
+        same_block = writer // threads.per_block == threads.number // threads.per_block
+        return (writer == threads.number) | (same_block & (self._when[unit] < threads.epoch))
+
+    def _require_own(self, start: np.ndarray, size: int, threads: Threads, by: Located) -> None:
+        """Raise Fault if another thread wrote what is read and no barrier lies between."""
+        assert self._written is not None
+        for unit in range(0, size, self.unit):
+            at = (start + self.skew + unit) // self.unit
+            foreign = self._written[at] & ~self._after(at, threads)
+            if foreign.any():
+                place = int(foreign.argmax())
+                told = f"reads {self.described(int(start[place]))}, which another thread of this launch wrote"
+                raise Fault("race", told, by, threads.named(place))
+
+    def _require_agreement(self, differs: np.ndarray, start: np.ndarray, threads: Threads, by: Located) -> None:
+        if differs.any():
+            place = int(differs.argmax())
+            told = f"another thread stored another value to {self.described(int(start[place]))}"
+            raise Fault("conflict", told, by, threads.named(place))
+
+
+class GlobalMemory:
+    """The tensors of a launch, at made-up addresses."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Buffer] = []
+
+    def add(self, buffer: Buffer) -> int:
+        """The address of the first byte of the buffer, which is aligned as its storage is."""
+        self.buffers.append(buffer)
+        buffer.base = (len(self.buffers) << _SPACING_BITS) + buffer.skew
+        return buffer.base
+
+    def groups(
+        self, addresses: np.ndarray, size: int, threads: Threads, by: Located
+    ) -> list[tuple[Buffer, np.ndarray | slice]]:
+        """The buffers that accesses of ``size`` bytes are in, and which accesses those are. Raises Fault for one that
+        is in none, or is not aligned to its size.
+        """
+        lost = addresses & U64(size - 1)
+        if lost.any():
+            place = int((lost != 0).argmax())
+            told = f"an access of {size} bytes at {self._described(int(addresses[place]))}"
+            raise Fault("misaligned", told, by, threads.named(place))
+        low, high = int(addresses.min()), int(addresses.max())
+        one = self._holding(low)
+        if one is not None and low >= one.base and high + size <= one.base + one.size:
+            return [(one, slice(None))]
+        found: list[tuple[Buffer, np.ndarray | slice]] = []
+        numbers = addresses >> U64(_SPACING_BITS)
+        for number in np.unique(numbers):
+            chosen = np.flatnonzero(numbers == number)
+            within = addresses[chosen]
+            buffer = self._holding(int(within[0]))
+            if buffer is None:
+                self._outside(int(chosen[0]), addresses, size, threads, by)
+            bad = (within < U64(buffer.base)) | (within + U64(size) > U64(buffer.base + buffer.size))
+            if bad.any():
+                self._outside(int(chosen[bad.argmax()]), addresses, size, threads, by)
+            found.append((buffer, chosen))
+        return found
+
+    def _holding(self, address: int) -> Buffer | None:
+        number = (address >> _SPACING_BITS) - 1
+        return self.buffers[number] if 0 <= number < len(self.buffers) else None
+
+    def _described(self, address: int) -> str:
+        near = self._holding(address)
+        if near is None:
+            return f"address {address:#x}, which belongs to no tensor of the launch"
+        if near.base <= address < near.base + near.size:
+            return near.described(address - near.base)
+        return f"byte {address - near.base} of the storage of {near.name}, which has {near.size}"
+
+    def _outside(self, place: int, addresses: np.ndarray, size: int, threads: Threads, by: Located) -> NoReturn:
+        told = f"an access of {size} bytes at {self._described(int(addresses[place]))}"
+        raise Fault("bounds", told, by, threads.named(place))
