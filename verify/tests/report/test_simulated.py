@@ -218,7 +218,7 @@ def test_the_pages_show_simulated_evidence_by_shape_and_in_words(tmp_path: Path)
     assert "simulated: PTX for that GPU, executed without it" in told["index.html"]
     assert '<td class="simulated" data-v="SIMULATED" data-e="simulated">' in told["index.html"]
     assert "sm90: built -, simulated 0/2, hardware 0/6" in told["gpu/sm90.html"]
-    assert "<small>simulated, not run</small>" in told["gpu/sm90.html"]
+    assert "This is simulated evidence: the check has not run on sm90." in told["gpu/sm90.html"]
     assert "<td>simulated</td>" in told["runs.html"]
     check = (tmp_path / "site" / "check" / "p4.oracle.html").read_text("utf-8")
     assert "Passes on emulated; fails in the simulator for sm90; passes in the simulator for sm120." in check

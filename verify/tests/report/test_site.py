@@ -23,6 +23,7 @@ from verify.report.site.view import Bar, across, page_name
 from verify.tests import samples
 from verify.tests.browser import chromium
 from verify.tests.samples import (
+    HARD,
     REPOSITORY,
     checks,
     compiled,
@@ -34,6 +35,7 @@ from verify.tests.samples import (
     reading_s,
     record,
     result,
+    simulated,
     write_many,
 )
 
@@ -45,12 +47,14 @@ HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}"
 #: One page of every kind.
 PAGES = (
     "index.html", "runs.html", "catalogue.html", "resources.html", "latency.html", "faults.html",
-    "gpu/sm120.html", "gpu/emulated.html", "check/p4.oracle.html", "run/run-sm120-3.html",
+    "gpu/sm120.html", "gpu/sm121.html", "gpu/emulated.html", "check/p4.oracle.html", "run/run-sm120-3.html",
 )  # fmt: skip
 
 
 def records() -> list[Record]:
-    """A card that passes, one that fails and is hostile, one that is stale, one compiled, and a run without any."""
+    """A card that passes, one that fails and is hostile, one that is stale, one compiled, one simulated, and a run
+    without any.
+    """
     failed = result("p4.oracle.n33", "FAIL", message=HOSTILE, measurements=measured(3, 1, HOSTILE))
     drawn = result("p8.kernel.ms", curves=[curve(HOSTILE, [(0, 1), (1, 2)])], measurements=measured(2, 4))
     blocked = result("p1.nvcc.version", "BLOCKED", by=failed.id)
@@ -67,6 +71,7 @@ def records() -> list[Record]:
         newest.model_copy(update={"subject": other}),
         compiled("sm100"),
         compiled("sm88", gap="no assembler knows it"),
+        simulated("sm121", [result(HARD[0], evidence="simulated"), result(HARD[5], "FAIL", "simulated")]),
         record("emulated", passing("emulated"), day=4),
     ]
 
@@ -132,7 +137,8 @@ def test_every_page_is_there_and_every_link_leads_to_one(site: Path) -> None:
 def test_the_first_sentence_says_what_is_verified_and_what_is_not(site: Path, tmp_path: Path) -> None:
     assert (
         "<h1>1 of 12 GPUs verified on hardware (sm90); sm120 failed; the kernels compile for 1; "
-        "sm88 cannot be compiled for yet; every must-pass check passes without a GPU.</h1>"
+        "sm88 cannot be compiled for yet; simulated checks fail for sm121; "
+        "every must-pass check passes without a GPU.</h1>"
     ) in text(site, "index.html")
     assert "<h1>0 of 12 GPUs verified on hardware.</h1>" in text(made(tmp_path, []), "index.html")
 
