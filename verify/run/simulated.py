@@ -85,7 +85,7 @@ class Simulated:
 
     def _described(self, one: Launched) -> SimulatedKernel:
         if one.ptx_sha256 not in self._counted:
-            self._counted[one.ptx_sha256] = census(one.name, one.ptx, one.cubin)
+            self._counted[one.ptx_sha256] = census(one.ptx, one.cubin)
         counted, why_not = self._counted[one.ptx_sha256]
         return SimulatedKernel(
             kernel=one.name, ptx_sha256=one.ptx_sha256, launches=one.launches,

@@ -6,18 +6,19 @@ simulation did.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from verify.build.sass import Instruction as MachineInstruction
-from verify.build.sass import Program
 from verify.record.simulation import Census
 from verify.simulator.ptx import Instruction, parse
 
 _TOOL_LIMIT_S = 60
+#: One line of ``cuobjdump -sass``: an address, perhaps a guard, the opcode and its operands.
+_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.M)
 #: The family of an opcode, and how many operations one instruction is.
 _PTX = {"fma": "fma", "mul": "mul", "add": "add", "sub": "add"}
 _SASS: Mapping[str, tuple[str, int]] = {
@@ -32,36 +33,37 @@ def of_ptx(instructions: Iterable[Instruction]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for one in instructions:
         kind = one.modifiers[-1] if one.modifiers else ""
-        if one.base in _PTX and (kind.startswith(("f", "bf"))):
+        if one.base in _PTX and kind.startswith(("f", "bf")):
             counts[_PTX[one.base]] += 2 if kind.endswith("x2") else 1
     return dict(sorted(counts.items()))
 
 
-def of_sass(instructions: Iterable[MachineInstruction]) -> dict[str, int]:
-    """The operations that round in a kernel's machine code, by family."""
+def of_sass(text: str) -> dict[str, int]:
+    """The operations that round in a kernel's machine code, as cuobjdump prints it, by family."""
     counts: Counter[str] = Counter()
-    for one in instructions:
-        family, operations = _SASS.get(one.base, ("", 0))
-        moves = one.base == "HFMA2" and "RZ" in " ".join(one.operands[1:2])  # how ptxas loads a constant
-        converts = one.base == "HADD2" and ".F32" in one.opcode  # how it converts a half to a float
-        if family and not moves and not converts:
+    for opcode, operands in _LINE.findall(text):
+        base = opcode.partition(".")[0]
+        family, operations = _SASS.get(base, ("", 0))
+        loads_a_constant = base == "HFMA2" and operands.split(",")[1:2] == [" -RZ"]
+        converts_a_half = base == "HADD2" and ".F32" in opcode
+        if family and not loads_a_constant and not converts_a_half:
             counts[family] += operations
     return dict(sorted(counts.items()))
 
 
-def census(name: str, ptx: str, cubin: bytes) -> tuple[Census | None, str]:
+def census(ptx: str, cubin: bytes) -> tuple[Census | None, str]:
     """The counts of one kernel, or None and the reason why its machine code cannot be counted."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(file)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_LIMIT_S)
-            program = Program.parse(done.stdout, name)
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-            return None, f"its machine code cannot be read ({type(error).__name__})"
-    if not program.instructions:
+            done = subprocess.run(
+                [knobs.nvidia.cuobjdump.path, "-sass", str(file)], capture_output=True, text=True, timeout=_TOOL_LIMIT_S
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return None, f"cuobjdump does not run ({type(error).__name__})"
+    if not _LINE.search(done.stdout):
         return None, "cuobjdump does not know this architecture"
-    return Census(ptx=of_ptx(parse(ptx).instructions), sass=of_sass(program.instructions)), ""
+    return Census(ptx=of_ptx(parse(ptx).instructions), sass=of_sass(done.stdout)), ""

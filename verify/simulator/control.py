@@ -42,7 +42,7 @@ def _problem(sm: int) -> str:
         return str(error)
     import torch
 
-    from verify.build.control import add_kernel
+    from verify.simulator.kernels import add_kernel
 
     x, y = torch.arange(128, dtype=torch.float32), torch.full((128,), 0.5)
     out = torch.zeros(128)
