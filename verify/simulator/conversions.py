@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def _from_float(words: Modifiers, source: str, target: str) -> Operation:
 
     def read(a: np.ndarray) -> np.ndarray:
         a = floats.widened(a) if source == "bf16" else a
-        return floats.flushed(a) if ftz and source == "f32" else a
+        return floats.flushed(a) if ftz and a.dtype == F32 else a
 
     if target in _INTEGERS:
         to_integer = _TO_INTEGER[words.choice(_TO_INTEGER)]
@@ -84,7 +85,11 @@ def _from_float(words: Modifiers, source: str, target: str) -> Operation:
 def _same_or_wider(
     words: Modifiers, read: Callable[[np.ndarray], np.ndarray], origin: np.dtype, source: str, target: str
 ) -> Operation:
-    """A conversion without loss, perhaps with a rounding to an integer or a saturation to [0, 1]."""
+    """A conversion without loss, perhaps with a rounding to an integer or a saturation to [0, 1].
+
+    PTX leaves open which NaN it makes of one. From float16 to float32 it is the canonical one, as in NVIDIA's
+    ``cuda_fp16.hpp``; bfloat16 keeps its bits.
+    """
     name = words.choice(_TO_INTEGER, "") if source == target else ""
     saturates = words.flag("sat")
     words.end()
@@ -95,7 +100,8 @@ def _same_or_wider(
     def compute(a: np.ndarray) -> np.ndarray:
         value = read(a).astype(result)
         value = _TO_INTEGER[name](value) if name else value
-        return np.where(np.isnan(value), result.type(0), np.clip(value, 0, 1)) if saturates else value
+        value = floats.canonical(value) if (source, target) == ("f16", "f32") else value
+        return floats.saturated(value) if saturates else value
 
     return Operation(result, (origin,), compute)
 
@@ -137,7 +143,7 @@ def _to_tf32(words: Modifiers, source: str) -> Operation:
     def compute(a: np.ndarray) -> np.ndarray:
         bits = a.view(U32)
         even: np.ndarray = (bits >> U32(13)) & U32(1)
-        half = {"rna": U32(0x1000), "rn": even + U32(0xFFF), "rz": U32(0)}[rounding]
+        half: Any = {"rna": U32(0x1000), "rn": even + U32(0xFFF), "rz": U32(0)}[rounding]
         return np.where(np.isfinite(a), (bits + half) & U32(0xFFFFE000), np.where(np.isnan(a), U32(0x7FFFFFFF), bits))
 
     return Operation(np.dtype(U32), (np.dtype(F32),), compute)

@@ -42,19 +42,20 @@ def _with_flushing(compute: Callable[..., Any]) -> Callable[..., Any]:
 def _elementwise(words: Modifiers, kind: str, count: int, of: Callable[[str, str], Callable[..., Any]]) -> Operation:
     """An operation on elements of ``kind``, with rounding and flushing; ``of(element, rounding)`` computes it.
 
-    ``element`` is f16, bf16, f32 or f64; only f32 has roundings other than to nearest, flushing and saturation.
+    ``element`` is f16, bf16, f32 or f64; only f32 has roundings other than to nearest, and flushing. A packed one
+    does not saturate.
     """
     rounding, ftz, sat = words.choice(floats.ROUNDINGS, "rn"), words.flag("ftz"), words.flag("sat")
     words.end()
     element = kind.removesuffix("x2")
-    if element != "f32" and (rounding != "rn" or ftz or sat):
+    if (element != "f32" and (rounding != "rn" or ftz)) or (sat and kind != "f32"):
         raise Unsupported(words.opcode)
     compute = of(element, rounding)
     if ftz:
         compute = _with_flushing(compute)
     if sat:
         unbounded = compute
-        compute = lambda *x: np.where(np.isnan(y := unbounded(*x)), F32(0), np.clip(y, F32(0), F32(1)))  # noqa: E731
+        compute = lambda *x: floats.saturated(unbounded(*x))  # noqa: E731
     if not kind.endswith("x2"):
         return alike(kind, count, compute)
     part = dtype_of(element)
@@ -145,6 +146,7 @@ def _extremum(words: Modifiers, count: int, sign: int) -> Operation:
         return (integers.maximum if sign > 0 else integers.minimum)(words, count)
     kind, ftz, keeps_nan = words.kind("f16", "bf16", "f16x2", "bf16x2", "f32"), words.flag("ftz"), words.flag("NaN")
     words.end()
+    inputs = 3 if count == 3 and kind == "f32" else 2
 
     def of_two(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return floats.larger(a, b, sign=sign, keeps_nan=keeps_nan)
@@ -162,14 +164,14 @@ def _extremum(words: Modifiers, count: int, sign: int) -> Operation:
             raise Unsupported(words.opcode)
         compute = _with_flushing(compute)
     if not kind.endswith("x2"):
-        return alike(kind, count, compute)
+        return alike(kind, inputs, compute)
     part = dtype_of(element)
     packed = np.dtype(f"u{2 * part.itemsize}")
-    return Operation(packed, (packed,) * count, _split(part, compute))
+    return Operation(packed, (packed,) * inputs, _split(part, compute))
 
 
 def _sign(words: Modifiers, count: int, *, remove: bool) -> Operation:
-    """neg and abs: the sign bit alone, so a NaN keeps its other bits."""
+    """neg and abs: the sign bit alone, so a NaN keeps its other bits; PTX leaves open which NaN it becomes."""
     if not _is_float(words):
         return (integers.absolute if remove else integers.negated)(words, count)
     kind, ftz = words.kind(*_SIGNS), words.flag("ftz")
@@ -193,26 +195,27 @@ def _copied_sign(words: Modifiers, count: int) -> Operation:
     return alike(kind, 2, lambda a, b: np.copysign(b, a))
 
 
-def _approximate(name: str, exact: Callable[..., Any] | None = None) -> Maker:
+def _approximate(name: str, exact: Callable[..., Any] | None = None, inputs: int = 1) -> Maker:
     """An instruction with ``.approx``; ``exact`` is the same correctly rounded, where there is one."""
 
     def make(words: Modifiers, count: int) -> Operation:
         words.kind("f32")
+        ftz = name != "tanh" and words.flag("ftz")
         if exact is not None and words.flag("rn"):
-            ftz = words.flag("ftz")
             words.end()
             once = lambda *x: floats.canonical(exact(*x))  # noqa: E731
-            return alike("f32", count, _with_flushing(once) if ftz else once)
-        words.choice(("approx", "full") if name == "div" else ("approx",))
-        ftz = words.flag("ftz")
+            return alike("f32", inputs, _with_flushing(once) if ftz else once)
+        called = f"div.{words.choice(('approx', 'full'))}" if name == "div" else name
+        if name != "div":
+            words.choice(("approx",))
         words.end()
 
         def compute(mode: str, *values: np.ndarray) -> np.ndarray:
             if not ftz:
-                return floats.approximate(name, mode, *values)
-            return floats.flushed(floats.approximate(name, mode, *(floats.flushed(one) for one in values)))
+                return floats.approximate(called, mode, *values)
+            return floats.flushed(floats.approximate(called, mode, *(floats.flushed(one) for one in values)))
 
-        return alike("f32", count, compute, approximate=True)
+        return alike("f32", inputs, compute, approximate=True)
 
     return make
 
@@ -222,7 +225,7 @@ def _quotient(words: Modifiers, count: int) -> Operation:
         return integers.divided(words, count)
     if words.opcode in ("div.rn.f64",):
         return alike("f64", 2, np.divide)
-    return _approximate("div", np.divide)(words, count)
+    return _approximate("div", np.divide, 2)(words, count)
 
 
 MAKERS: Mapping[str, Maker] = {

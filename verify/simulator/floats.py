@@ -15,7 +15,8 @@ U16, U32, U64 = np.uint16, np.uint32, np.uint64
 F16, F32, F64 = np.float16, np.float32, np.float64
 
 _SMALLEST_NORMAL = F32(2.0**-126)
-#: Arithmetic in float32 makes this NaN of any other (PTX ISA 9.7.3).
+_LARGEST = np.finfo(F32).max
+#: Arithmetic in float32 makes this NaN of any other. PTX (9.7.3) leaves open which one; GPUs have no other.
 _NAN = U32(0x7FFFFFFF).view(F32)
 _NAN_16 = U16(0x7FFF)
 ROUNDINGS = ("rn", "rz", "rm", "rp")
@@ -25,6 +26,11 @@ def flushed(values: np.ndarray) -> np.ndarray:
     """``.ftz``: float32 with subnormal numbers replaced by zeros of the same sign."""
     tiny = np.abs(values) < _SMALLEST_NORMAL
     return np.where(tiny, np.copysign(F32(0), values), values) if tiny.any() else values
+
+
+def saturated(values: np.ndarray) -> np.ndarray:
+    """``.sat``: the range from 0 to 1. A NaN becomes +0, and so does -0, of which PTX says nothing."""
+    return np.where(values > 0, np.minimum(values, values.dtype.type(1)), values.dtype.type(0))
 
 
 def canonical(values: np.ndarray) -> np.ndarray:
@@ -141,10 +147,9 @@ def to_float16(values: np.ndarray, rounding: str = "rn") -> np.ndarray:
 
 def larger(a: np.ndarray, b: np.ndarray, *, sign: int, keeps_nan: bool) -> np.ndarray:
     """The maximum (``sign`` 1) or minimum (-1): -0 is below +0, and a NaN is dropped unless both are or ``.NaN``."""
-    if sign > 0:
-        found = np.maximum(a, b) if keeps_nan else np.fmax(a, b)
-    else:
-        found = np.minimum(a, b) if keeps_nan else np.fmin(a, b)
+    found = np.maximum(a, b) if sign > 0 else np.minimum(a, b)
+    if not keeps_nan:  # np.fmax keeps a signalling NaN, but not in every place of an array
+        found = np.where(np.isnan(a), b, np.where(np.isnan(b), a, found))
     zeros = (a == 0) & (b == 0)
     if zeros.any():
         negative = np.signbit(a) & np.signbit(b) if sign > 0 else np.signbit(a) | np.signbit(b)
@@ -174,15 +179,30 @@ def _reciprocal_root(x: np.ndarray) -> np.ndarray:
     return 1 / np.sqrt(x)
 
 
-#: The exact functions and the largest documented error, both of float64 arguments (PTX ISA 9.7.3.13 to 9.7.3.24).
-APPROXIMATIONS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]] = {
+def _tangent_error(x: np.ndarray) -> np.ndarray:
+    """tanh: 2^-11 of the result; subnormal numbers are passed through."""
+    return np.where(np.abs(x) < _SMALLEST_NORMAL, 0.0, np.abs(np.tanh(x)) * 2.0**-11)
+
+
+def _product_with_reciprocal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """div.approx: above 2^126 the reciprocal of the divisor is 0; below 2^-126 no error is documented."""
+    size = np.abs(b)
+    if ((size > 0) & (size < _SMALLEST_NORMAL)).any():
+        raise Unsupported("div.approx by a subnormal number, where no error is documented")
+    return a / np.where((size > 2.0**126) & np.isfinite(b), np.copysign(np.inf, b), b)
+
+
+#: The exact functions and the largest documented error, which is a number of float32 steps from the nearest result
+#: ("ulp"), or a function of the arguments. Both functions take float64 (PTX ISA 9.7.3.8 and 9.7.3.13 to 9.7.3.22).
+APPROXIMATIONS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray] | int]] = {
     "sqrt": (np.sqrt, _relative(2.0**-23, np.sqrt)),
     "rsqrt": (_reciprocal_root, _relative(2.0**-22.9, _reciprocal_root)),
-    "rcp": (np.reciprocal, _relative(2.0**-23, np.reciprocal)),
-    "div": (np.divide, _relative(2.0**-22, np.divide)),
-    "ex2": (np.exp2, _relative(2.0**-22, np.exp2)),
+    "rcp": (np.reciprocal, 1),
+    "div.approx": (_product_with_reciprocal, 2),
+    "div.full": (np.divide, 2),
+    "ex2": (np.exp2, 2),
     "lg2": (np.log2, _logarithm_error),
-    "tanh": (np.tanh, _relative(2.0**-11, np.tanh)),
+    "tanh": (np.tanh, _tangent_error),
     "sin": (np.sin, _periodic_error),
     "cos": (np.cos, _periodic_error),
 }
@@ -191,20 +211,29 @@ APPROXIMATIONS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndar
 def approximate(name: str, mode: str, *inputs: np.ndarray) -> np.ndarray:
     """An approximate instruction on float32 inputs in one of ``verify.record.simulation.MODES``.
 
-    Raises Unsupported for an input for which no error is documented.
+    The result for a zero, an infinity or a NaN is documented, and so is the same in every mode; so are an overflow to
+    infinity and an underflow to zero. Raises Unsupported for an input for which no error is documented.
     """
     exact, error = APPROXIMATIONS[name]
     wide = [one.astype(F64) for one in inputs]
     value = exact(*wide)
     near = value.astype(F32)
+    steps, bound = (error, 0.0) if isinstance(error, int) else (0, error(*wide))
     if mode == "nearest":
-        if name in ("sin", "cos"):
-            _periodic_error(wide[0])
         return canonical(near)
-    sign = 1 if mode == "highest" else -1
-    moves = np.isfinite(value) & (value != 0)
-    limit = np.where(moves, value + sign * np.where(moves, error(*wide), 0.0), value)
-    far = limit.astype(F32)
-    beyond = (far.astype(F64) > limit) if sign > 0 else (far.astype(F64) < limit)
-    inside = np.where(beyond, np.nextafter(far, F32(-sign * np.inf)), far)
-    return canonical(np.where(moves & np.isfinite(near), inside, near))
+    end = F32(np.inf if mode == "highest" else -np.inf)
+    settled = ~np.isfinite(near) | ((near == 0) & (steps > 0))
+    for one in inputs:
+        settled = settled | (one == 0) | ~np.isfinite(one)
+    if steps:
+        far = near
+        for _ in range(steps):
+            far = np.clip(np.nextafter(far, end), -_LARGEST, _LARGEST)
+        far = np.where(np.signbit(far) == np.signbit(near), far, np.copysign(F32(0), near))
+    else:
+        limit = value + np.copysign(bound, end)
+        far = limit.astype(F32)
+        beyond = far.astype(F64) > limit if end > 0 else far.astype(F64) < limit
+        inside = np.where(beyond, np.nextafter(far, -end), far)
+        far = np.maximum(inside, near) if end > 0 else np.minimum(inside, near)  # if no number is within
+    return canonical(np.where(settled, near, far))

@@ -17,13 +17,13 @@ _BITS = ("b16", "b32", "b64")
 _PREDICATE = np.dtype(bool)
 
 
-def _plain(compute: Callable[..., Any], kinds: tuple[str, ...] = INTEGERS) -> Maker:
+def _plain(compute: Callable[..., Any], kinds: tuple[str, ...] = INTEGERS, inputs: int = 2) -> Maker:
     """An operation without modifiers, on operands of one type."""
 
     def make(words: Modifiers, count: int) -> Operation:
         kind = words.kind(*kinds)
         words.end()
-        return alike(kind, count, compute)
+        return alike(kind, inputs, compute)
 
     return make
 
@@ -88,6 +88,7 @@ def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """What division towards zero leaves. By zero it gives the dividend here; PTX leaves the value open."""
     safe = np.where((b == 0) | (b == np.array(-1).astype(b.dtype)) & (b.dtype.kind == "i"), b.dtype.type(1), b)
     return np.where(b == 0, a, np.fmod(a, safe))
 
@@ -225,7 +226,9 @@ _COMPARISONS: Mapping[str, Callable[..., Any]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
-_UNORDERED = tuple(f"{name}u" for name in ("eq", "ne", "lt", "le", "gt", "ge"))
+_ORDERED = ("eq", "ne", "lt", "le", "gt", "ge")
+_UNORDERED = (*(f"{name}u" for name in _ORDERED), "num", "nan")
+_UNSIGNED = ("lo", "ls", "hi", "hs")
 _COMBINED = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
@@ -248,8 +251,9 @@ def _compared(words: Modifiers, count: int) -> Operation:
     """setp: a comparison, perhaps combined with a predicate."""
     kind = words.kind(*INTEGERS, *_BITS, "f16", "bf16", "f32", "f64")
     floating = kind in ("f16", "bf16", "f32", "f64")
-    names = [*_COMPARISONS, *((*_UNORDERED, "num", "nan") if floating else ())]
-    how, ftz = words.choice(names), words.flag("ftz")
+    names = ["eq", "ne"] if kind in _BITS else [*_ORDERED, *(_UNORDERED if floating else ())]
+    how = words.choice([*names, *(_UNSIGNED if kind.startswith("u") else ())])
+    ftz = kind == "f32" and words.flag("ftz")
     combined = words.choice(_COMBINED, "none")
     words.end()
     test = _floating_comparison(how) if floating else _COMPARISONS[how]
@@ -272,7 +276,7 @@ def _selected(words: Modifiers, count: int) -> Operation:
 
 def _address(words: Modifiers, count: int) -> Operation:
     """cvta: spaces have addresses of their own here, and a global address is a generic one."""
-    kind = words.kind("u64", "s64")
+    kind = words.kind("u64")
     words.flag("to")
     words.choice(("global",))
     words.end()
@@ -285,19 +289,19 @@ MAKERS: Mapping[str, Maker] = {
     "and": _plain(np.bitwise_and, (*_BITS, "pred")),
     "or": _plain(np.bitwise_or, (*_BITS, "pred")),
     "xor": _plain(np.bitwise_xor, (*_BITS, "pred")),
-    "not": _plain(np.invert, (*_BITS, "pred")),
+    "not": _plain(np.invert, (*_BITS, "pred"), 1),
     "shl": lambda words, count: _shift(words, count, left=True),
     "shr": lambda words, count: _shift(words, count, left=False),
     "shf": _funnel, "bfe": _extracted, "bfi": _inserted, "prmt": _permuted, "lop3": _looked_up,
     "popc": _counted(lambda a: _bits_of(a).sum(-1)), "clz": _counted(_leading_zeros),
-    "brev": _plain(_reversed, ("b32", "b64")),
+    "brev": _plain(_reversed, ("b32", "b64"), 1),
     "setp": _compared, "selp": _selected, "cvta": _address,
-    "mov": _plain(lambda a: a, (*INTEGERS, *_BITS, "f32", "f64", "pred")),
+    "mov": _plain(lambda a: a, (*INTEGERS, *_BITS, "f32", "f64", "pred"), 1),
 }  # fmt: skip
 
 #: Integer forms of opcodes that also have floating-point forms.
 divided = _plain(_divided)
-negated = _plain(np.negative, ("s16", "s32", "s64"))
-absolute = _plain(np.abs, ("s16", "s32", "s64"))
+negated = _plain(np.negative, ("s16", "s32", "s64"), 1)
+absolute = _plain(np.abs, ("s16", "s32", "s64"), 1)
 maximum = _plain(np.maximum)
 minimum = _plain(np.minimum)
