@@ -208,7 +208,7 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
         metavar="EXPR",
         help="a pytest marker expression (default: all; without a GPU: not slow)",
     )
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: a GPU if there is one")
+    run.add_argument("--device", metavar="D", help="auto (default: a GPU if there is one), cpu, cuda, or sim:sm120")
     run.add_argument("--expect", metavar="GPU", help="refuse to run on any other GPU (sm120, 120 or 12.0)")
     run.add_argument("--model", metavar="M", help="embedded (default), or a directory")
     run.add_argument("--subject", metavar="S", help=_SUBJECT)

@@ -131,6 +131,8 @@ def _absent(records: Sequence[tuple[str, Json]], checks: Sequence[Check]) -> Ite
 def _absent_from(group: Sequence[tuple[str, Json]], target: str, hard: Sequence[Check]) -> Iterator[Problem]:
     compilation, simulated = (group[0][1].get(part) for part in ("compilation", "simulation"))
     wanted = [one for one in hard if one.applies_to(target)]
+    if simulated:
+        wanted = [one for one in wanted if not one.spec.needs_gpu]
     if compilation:
         wanted = [] if compilation["gap"] else [one for one in wanted if one.phase == 3]
     elif simulated:

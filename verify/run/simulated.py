@@ -16,7 +16,7 @@ from verify.checks import CheckSpec
 from verify.record.simulation import MODES, UNSUPPORTED, Census, SimulatedKernel
 from verify.run import events
 from verify.run.recorder import CURVES, EVIDENCE, spec_of
-from verify.simulator.census import census
+from verify.simulator.census import kept_census
 from verify.simulator.errors import Unsupported
 
 if TYPE_CHECKING:
@@ -24,18 +24,13 @@ if TYPE_CHECKING:
 
 #: The phases whose checks launch kernels and need nothing else of a GPU.
 _PHASES = frozenset({3, 4, 5})
-#: Checks of phase 6 with short rounds on a tiny model.
-_SHORT_ROUNDS = frozenset({"p6.keep_set"})
 #: What a simulated run does not select, in one sentence.
-LEFT_OUT = (
-    "only checks whose kernels can be simulated are selected: phases 3 to 5 and short rounds of phase 6, without those "
-    "that measure a GPU's memory or time"
-)
+LEFT_OUT = "a simulated GPU has phases 3 to 5, without the checks that measure a GPU's own memory or time"
 
 
 def can_be_simulated(spec: CheckSpec) -> bool:
     """Whether a simulated run selects a check."""
-    return (spec.phase in _PHASES or spec.family in _SHORT_ROUNDS) and not spec.needs_gpu
+    return spec.phase in _PHASES and not spec.needs_gpu
 
 
 class Simulated:
@@ -85,7 +80,7 @@ class Simulated:
 
     def _described(self, one: Launched) -> SimulatedKernel:
         if one.ptx_sha256 not in self._counted:
-            self._counted[one.ptx_sha256] = census(one.ptx, one.cubin)
+            self._counted[one.ptx_sha256] = kept_census(one.ptx, one.cubin)
         counted, why_not = self._counted[one.ptx_sha256]
         return SimulatedKernel(
             kernel=one.name, ptx_sha256=one.ptx_sha256, launches=one.launches,

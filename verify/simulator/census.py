@@ -6,17 +6,22 @@ simulation did.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from verify.files import cache_folder, keep, kept_place
 from verify.record.simulation import Census
 from verify.simulator.ptx import Instruction, parse
 
 _TOOL_LIMIT_S = 60
+#: Part of the name of a kept census: another number when the counting changes.
+_FORM = 1
 #: One line of ``cuobjdump -sass``: an address, perhaps a guard, the opcode and its operands.
 _LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.M)
 #: The family of an opcode, and how many operations one instruction is.
@@ -67,3 +72,14 @@ def census(ptx: str, cubin: bytes) -> tuple[Census | None, str]:
     if not _LINE.search(done.stdout):
         return None, "cuobjdump does not know this architecture"
     return Census(ptx=of_ptx(parse(ptx).instructions), sass=of_sass(done.stdout)), ""
+
+
+def kept_census(ptx: str, cubin: bytes) -> tuple[Census | None, str]:
+    """``census``, kept in the cache of the machine: the disassembler takes longer than most simulations."""
+    place = kept_place(cache_folder() / "census", _FORM, hashlib.sha256(ptx.encode() + cubin).hexdigest())
+    with suppress(OSError, ValueError):  # missing or incomplete: count again
+        return Census.model_validate_json(place.read_bytes()), ""
+    found, why_not = census(ptx, cubin)
+    if found is not None:
+        keep(place, found.model_dump_json() + "\n")
+    return found, why_not

@@ -177,9 +177,15 @@ def compute(decoder: Decoder, instruction: Instruction) -> Run:
     gets = [decoder.read(text, dtype) for text, dtype in zip(sources, found.inputs, strict=True)]
     put, evaluate = decoder.write(target, found.result), found.compute
     if found.approximate:
-        return lambda machine, active, mask: put(
-            machine, evaluate(machine.approximated(), *[get(machine) for get in gets]), mask
-        )
+        one = found.inputs[0].type(1)
+
+        def approximate(machine: State, active: np.ndarray | None, mask: np.ndarray | None) -> None:
+            values = [get(machine) for get in gets]
+            if active is not None:  # the others may hold values for which no error is documented
+                values = [np.where(active, value, one) for value in values]
+            put(machine, evaluate(machine.approximated(), *values), mask)
+
+        return approximate
     if len(gets) == 2:
         first, second = gets
         return lambda machine, active, mask: put(machine, evaluate(first(machine), second(machine)), mask)

@@ -171,22 +171,16 @@ def _shuffle(decoder: Decoder, instruction: Instruction) -> Run:
     members = _warp_mask(sources[3])
     put = decoder.write(value_name, np.dtype(U32))
     put_predicate = decoder.write(predicate_name, np.dtype(bool)) if predicate_name else None
+    numbers = np.arange(decoder.kernel.threads)[None, :]
+    fixed = None
+    if all(re.fullmatch(r"\d+", one) for one in sources[1:3]):
+        fixed = _sources(how, numbers, *(np.array([[int(one)]]) for one in sources[1:3]))
 
     def run(machine: State, active: np.ndarray | None, mask: np.ndarray | None) -> None:
         _require_members(machine, active, members, instruction)
-        lane = (np.arange(machine.shape[1]) % 32).astype(I64)
-        distance, control = (one(machine).astype(I64) for one in (lane_of, clamp_of))
-        distance, clamp, segment = distance & 31, control & 31, control >> 8 & 31
-        first = lane & segment
-        last = first | (clamp & ~segment)
-        source = {"up": lane - distance, "down": lane + distance, "bfly": lane ^ distance}.get(how)
-        if source is None:
-            source = first | (distance & ~segment)
-        found = source >= last if how == "up" else source <= last
-        source = np.where(found, source, lane)
+        columns, found = fixed or _sources(how, numbers, lane_of(machine), clamp_of(machine))
         values = get(machine)
         if values.shape[1] > 1:
-            columns = np.arange(machine.shape[1]) - lane + source
             values = (
                 values[:, columns[0]]
                 if len(columns) == 1
@@ -197,6 +191,20 @@ def _shuffle(decoder: Decoder, instruction: Instruction) -> Run:
             put_predicate(machine, found, mask)
 
     return run
+
+
+def _sources(how: str, numbers: np.ndarray, distance: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which thread each takes its value from, and whether that lane is one that it may take from (else its own)."""
+    distance, control = distance.astype(I64) & 31, control.astype(I64)
+    clamp, segment = control & 31, control >> 8 & 31
+    lane = numbers % 32
+    first = lane & segment
+    last = first | (clamp & ~segment)
+    source = {"up": lane - distance, "down": lane + distance, "bfly": lane ^ distance}.get(how)
+    if source is None:
+        source = first | (distance & ~segment)
+    found = source >= last if how == "up" else source <= last
+    return numbers - lane + np.where(found, source, lane), found
 
 
 def _vote(decoder: Decoder, instruction: Instruction) -> Run:

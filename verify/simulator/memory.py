@@ -19,7 +19,7 @@ WORDS = {1: U8, 2: U16, 4: U32, 8: U64}
 #: The distance between two tensors: an overrun of one never ends in another.
 _SPACING_BITS = 40
 #: Tensors keep their real alignment up to this many bytes.
-_ALIGNMENT = 256
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +79,13 @@ class Buffer:
         room[self.skew : self.skew + self.size] = content
         self._room = room[: len(room) // 8 * 8]
         self.words = {width: self._room.view(kind) for width, kind in WORDS.items()}
-        self._allowed: np.ndarray | None = None
+        self.allowed: np.ndarray | None = None
         if elements is not None:
             self.restrict(elements)
         #: The bytes that are stored as one: the width of the narrowest store into the buffer.
         self.unit = 1
         self._written: np.ndarray | None = None
+        self._put: np.ndarray | None = None
         self._writer = self._when = np.zeros(0, I64)
 
     @property
@@ -93,18 +94,30 @@ class Buffer:
         return self._room[self.skew : self.skew + self.size]
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """Everything about the buffer but its bytes that an access or a message may depend on."""
+        view = (self.element_bytes, self._shape, self._strides, self._offset)
+        return (self.name, self.size, self.constant, self.skew, *view)
+
+    def put(self, at: np.ndarray, content: np.ndarray) -> None:
+        """Store bytes at these places, as another run did."""
+        self.content[at] = content
+        self._put = np.zeros(self.size, bool)
+        self._put[at] = True
+
+    @property
     def written(self) -> np.ndarray | None:
         """Which bytes a thread stored; None if none did."""
         if self._written is None:
-            return None
+            return self._put
         return np.repeat(self._written, self.unit)[self.skew : self.skew + self.size]
 
     def restrict(self, elements: np.ndarray) -> None:
         """Allow only these bytes, and those that an earlier call allowed."""
-        if self._allowed is not None:
-            elements = elements | (np.diff(self._allowed) > 0)
+        if self.allowed is not None:
+            elements = elements | (np.diff(self.allowed) > 0)
         # how many bytes are allowed before each: one subtraction tells about an access of any width
-        self._allowed = np.concatenate([np.zeros(1, I32), np.cumsum(elements, dtype=I32)])
+        self.allowed = np.concatenate([np.zeros(1, I32), np.cumsum(elements, dtype=I32)])
 
     def described(self, byte: int) -> str:
         """A byte of the storage by the index of its element in the view, if it belongs to one."""
@@ -122,9 +135,9 @@ class Buffer:
 
     def require_elements(self, start: np.ndarray, size: int, threads: Threads, what: str, by: Located) -> None:
         """Raise Fault if an access of ``size`` bytes touches a byte between the elements."""
-        if self._allowed is None:
+        if self.allowed is None:
             return
-        bad = self._allowed[start + size] - self._allowed[start] != size
+        bad = self.allowed[start + size] - self.allowed[start] != size
         if bad.any():
             place = int(bad.argmax())
             told = f"{what} {size} bytes at {self.described(int(start[place]))}"

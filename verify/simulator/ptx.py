@@ -6,6 +6,7 @@ Unsupported by name.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from math import prod
@@ -71,6 +72,14 @@ class Kernel:
     constants: dict[str, Variable] = field(default_factory=dict)
     shared: dict[str, Variable] = field(default_factory=dict)
     local: dict[str, Variable] = field(default_factory=dict)
+
+    @property
+    def code_sha256(self) -> str:
+        """The digest of what it computes: everything but its target, its lines and its comments."""
+        code = [(one.opcode, one.operands, one.guard, one.negated) for one in self.instructions]
+        memory = [sorted(one.items()) for one in (self.constants, self.shared, self.local)]
+        what = (self.threads, self.parameters, sorted(self.registers.items()), self.labels, memory, code)
+        return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
 _COMMENT = re.compile(r"//.*")
