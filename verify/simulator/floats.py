@@ -234,6 +234,5 @@ def approximate(name: str, mode: str, *inputs: np.ndarray) -> np.ndarray:
         limit = value + np.copysign(bound, end)
         far = limit.astype(F32)
         beyond = far.astype(F64) > limit if end > 0 else far.astype(F64) < limit
-        inside = np.where(beyond, np.nextafter(far, -end), far)
-        far = np.maximum(inside, near) if end > 0 else np.minimum(inside, near)  # if no number is within
+        far = np.where(beyond, np.nextafter(far, -end), far)
     return canonical(np.where(settled, near, far))

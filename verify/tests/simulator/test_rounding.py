@@ -138,7 +138,8 @@ def _wrong(opcode: str, count: int) -> list[str]:
     fused = opcode.startswith("fma")
     values = _operands(FORMATS[case.result], random) if fused else _conversion_inputs(case, random)
     # the first ones alone, since what is done to one number in an array may not be done where it is by itself
-    wrong = [told for row in islice(values, _ALONE) for told in differences(case, [row])]
+    alone = _ALONE if fused else _ALONE // 10
+    wrong = [told for row in islice(values, alone) for told in differences(case, [row])]
     for _ in range(0, count, _PART):
         wrong += differences(case, list(islice(values, min(count, _PART))))
     return wrong
