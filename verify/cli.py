@@ -23,14 +23,12 @@ _EXAMPLES = """\
 examples:
   python -m verify run                           every check that this machine can run
   python -m verify run --phases 1-4 --expect sm120
-  python -m verify run --phase 4 -m hard
   python -m verify run --resume RUN              continue an interrupted run
   python -m verify compile                       build every kernel for every GPU; needs no GPU
-  python -m verify compile --sm 120,121 --full
+  python -m verify simulate --sm 120             execute the compiled kernels of an sm120 without one
   python -m verify quality                       model quality under compression, compared with simple controls
   python -m verify selftest                      plant faults in the subject: does the suite catch them?
   python -m verify report                        one line per GPU
-  python -m verify report --all                  the matrix of every check on every GPU
   python -m verify report --gpu sm120 --format markdown
   python -m verify diff --since last-green       what got worse since the last green run
   python -m verify history --check p4.triton_oracle
@@ -47,8 +45,7 @@ exit codes: 0 success; 1 a HARD check failed; 2 interrupted, can be continued; 3
 
 _RUN_EXAMPLES = """\
 examples:
-  python -m verify run --phases 1,3-5
-  python -m verify run --subject ../another-checkout --device cpu
+  python -m verify run --phases 1,3-5 --device cpu
   python -m verify run --subject ../another-checkout --profile scorer
   python -m verify run -m 'hard and not slow' --out results
 """
@@ -65,7 +62,6 @@ _COMPILE_EXAMPLES = """\
 examples:
   python -m verify compile                       the default variants for every GPU from sm80 to sm121
   python -m verify compile --sm sm120            one GPU: the resources of every kernel
-  python -m verify compile --sm 80-90 --json
   python -m verify compile --subject ../another-checkout --kernels their_kernel
 
 exit codes: 0 everything was built, except for GPUs that the toolchain does not support; 1 a kernel was not built;
@@ -92,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     _add_run(verbs)
     _add_compile(verbs)
+    _add_simulate(verbs)
     _add_quality(verbs)
     _add_selftest(verbs)
     report = _add(verbs, "report", "the gate matrix of one GPU from the records, or one line per GPU")
@@ -250,6 +247,21 @@ def _compile(chosen: argparse.Namespace) -> int:
         return Exit.INTERRUPTED
 
 
+def _add_simulate(verbs: argparse._SubParsersAction) -> None:
+    verb = _add(verbs, "simulate", "execute the compiled kernels of phases 3 to 5 for every GPU; no GPU is needed")
+    verb.add_argument("--sm", metavar="GPUS", default="all", help="all (default), 80-121, 120,121, sm120 or 12.0")
+    verb.add_argument("--phases", metavar="P", help="3-5 (default), 4 or 3,5")
+    verb.add_argument("--subject", metavar="S", default="bundled", help=_SUBJECT)
+    verb.add_argument("--resume", metavar="RUN", help="first finish this interrupted run, then the others")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
+
+
+def _simulate(chosen: argparse.Namespace) -> int:
+    from verify.run.simulate import simulate
+
+    return simulate(**{name: value for name, value in vars(chosen).items() if name != "verb"})
+
+
 def _add_quality(verbs: argparse._SubParsersAction) -> None:
     verb = _add(
         verbs, "quality", "perplexity and needle recall, compared with controls at the same budget, over five seeds"
@@ -372,6 +384,7 @@ def _contract(chosen: argparse.Namespace) -> int:
 _VERBS = {
     "run": _run,
     "compile": _compile,
+    "simulate": _simulate,
     "quality": _quality,
     "selftest": _selftest,
     "report": _report,

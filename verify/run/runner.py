@@ -64,7 +64,12 @@ def run(request: RunRequest) -> int:
     """
     from rich.console import Console
 
-    console, root = Console(highlight=False), repository_root()
+    return carry_out(request, Console(highlight=False))[0]
+
+
+def carry_out(request: RunRequest, console: Console, *, brief: bool = False) -> tuple[int, Path | None]:
+    """The exit code of ``run``, and the directory of the run if there is one; ``brief`` leaves out the gate matrix."""
+    root, run_dir = repository_root(), None
     try:
         run_dir = _find_run(request.out, request.resume) if request.resume else _new_run(request, root, console)
         with events.lock(run_dir) as held:
@@ -74,10 +79,10 @@ def run(request: RunRequest) -> int:
                 _check_resumable(manifest, run_dir, root, console)
             with Interruption() as interruption:
                 finished = _run_phases(run_dir, root, manifest, interruption, held.fileno(), console)
-                return _conclude(run_dir, finished, request.strict_soft, console)
+                return _conclude(run_dir, finished, request.strict_soft, console, brief), run_dir
     except KeyboardInterrupt:  # while phases run, Interruption counts signals and none arrives here
         console.print("interrupted before the first check")
-        return Exit.INTERRUPTED
+        return Exit.INTERRUPTED, run_dir
 
 
 def exit_code(
@@ -356,7 +361,7 @@ def _earlier_durations(run_dir: Path, manifest: Manifest) -> dict[str, float] | 
     return None
 
 
-def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console) -> int:
+def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console, brief: bool) -> int:
     """Write the record, and only then print: the terminal may be gone."""
     from verify.report.verb import print_matrix
 
@@ -365,7 +370,8 @@ def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console
     code, told_deviations = deviating(record, events.read_manifest(run_dir), code)
     # a closed terminal may be why the run ended, and the record is written
     with suppress(OSError):
-        print_matrix(record, console)
+        if not brief:
+            print_matrix(record, console)
         lines = [f"record: {os.path.relpath(run_dir / events.RECORD)}"]
         lines += [told] if (told := unjudged(record, run_dir)) else []
         lines += told_deviations if finished else []

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from verify.simulator.driver import Launched, SimulatedGpu
 
 #: The phases whose checks launch kernels and need nothing else of a GPU.
-_PHASES = frozenset({3, 4, 5})
+PHASES = frozenset({3, 4, 5})
 #: What a simulated run does not select, in one sentence.
 LEFT_OUT = "a simulated GPU has phases 3 to 5, without the checks that measure a GPU's own memory or time"
 
 
 def can_be_simulated(spec: CheckSpec) -> bool:
     """Whether a simulated run selects a check."""
-    return spec.phase in _PHASES and not spec.needs_gpu
+    return spec.phase in PHASES and not spec.needs_gpu
 
 
 class Simulated:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 
 from verify.errors import ConfigurationError
+from verify.simulator.errors import NotAvailable
 
 #: Importing torch and Triton from a cold disk, and one compilation.
 _LIMIT_S = 240
 
 
 def require(sm: int) -> None:
-    """Raise ConfigurationError unless a simulated GPU of this SM runs the suite's own kernel; asked in a process of
+    """Raise NotAvailable unless a simulated GPU of this SM runs the suite's own kernel; asked in a process of
     its own.
     """
     command = [sys.executable, "-m", "verify.simulator.control", str(sm)]
@@ -27,7 +28,7 @@ def require(sm: int) -> None:
     lines = done.stdout.strip().splitlines()
     problem = json.loads(lines[-1])["problem"] if lines and not done.returncode else (done.stderr.strip() or "it died")
     if problem:
-        raise ConfigurationError(
+        raise NotAvailable(
             f"--device sim:sm{sm} is not available: {problem.splitlines()[-1]}; "
             f"`python -m verify compile --sm {sm}` says what this toolchain can build"
         )

@@ -184,7 +184,7 @@ def _memory(storage: torch.UntypedStorage) -> np.ndarray:
     size = storage.nbytes()
     if not size:
         return np.zeros(0, np.uint8)
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(storage.data_ptr()), np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(storage.data_ptr()))
 
 
 def _elements(tensor: torch.Tensor) -> np.ndarray:
@@ -257,7 +257,7 @@ def install(sm: int) -> SimulatedGpu:
     simulation = SimulatedGpu(sm)
     state = {"dry": False}
 
-    class Driver(DriverBase):  # type: ignore[misc]
+    class Driver(DriverBase):
         """The simulated GPU."""
 
         utils = _Utilities(sm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from verify.errors import Wrong
+from verify.errors import ConfigurationError, Wrong
 
 
 class Located(Protocol):
@@ -15,6 +15,10 @@ class Located(Protocol):
 
     @property
     def text(self) -> str: ...
+
+
+class NotAvailable(ConfigurationError):
+    """This machine's toolchain cannot build for a GPU, so that it cannot be simulated."""
 
 
 class Unsupported(Exception):

@@ -47,9 +47,9 @@ class KeptLaunches:
         digest = hashlib.sha256(repr((code, further)).encode())
         for one in buffers:
             digest.update(repr(one.identity).encode())
-            digest.update(one.content)
+            digest.update(one.content.tobytes())
             if one.allowed is not None:
-                digest.update(one.allowed)
+                digest.update(one.allowed.tobytes())
         name = digest.hexdigest()
         return self._folder / name[:2] / name[2:]
 
