@@ -1,0 +1,232 @@
+"""A run on a simulated GPU: what it selects, what its results are, and what a subject cannot hide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from verify.checks import CheckSpec
+from verify.errors import ConfigurationError
+from verify.run.request import RunRequest, parse_device, simulated_sm
+from verify.run.simulate import simulate
+from verify.run.simulated import can_be_simulated
+from verify.simulator.errors import NotAvailable
+from verify.tests.tree import Tree, make_tree
+
+_WORDS = {"claim": "It holds.", "reason": "It matters.", "remedy": "Mend it.", "gate": "soft", "cases": {"one": 1}}
+
+_KERNELS = """
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def double_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    tl.store(out_ptr + offsets, 2 * tl.load(x_ptr + offsets, mask=inside), mask=inside)
+
+
+@triton.jit
+def beyond_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, tl.load(x_ptr + offsets + 1))
+
+
+@triton.jit
+def fused_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.arange(0, BLOCK), tl.fma(x, x, x))
+
+
+@triton.jit
+def root_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, tl.rsqrt(tl.load(x_ptr + offsets)))
+
+
+def double(x):
+    out = torch.empty_like(x)
+    double_kernel[(triton.cdiv(x.numel(), 64),)](x, out, x.numel(), BLOCK=64)
+    return out
+
+
+def run(kernel, dtype=torch.float32):
+    x = torch.arange(1, 65).to(dtype)
+    out = torch.zeros_like(x)
+    kernel[(1,)](x, out, BLOCK=64)
+    return out
+
+
+def hides(kernel):
+    try:
+        run(kernel)
+    except Exception:
+        pass
+"""
+
+_PHASE = """
+SEEN = []
+
+
+@check("p4.runs", gate="hard", cases="one", **WORDS)
+def test_runs(case, measure):
+    import torch
+    from triattention.kernels import double
+
+    x = torch.arange(100.0)
+    measure("wrong elements", int((double(x) != 2 * x).sum()), 0)
+
+
+@check("p4.launches_nothing", gate="hard", cases="one", **WORDS)
+def test_launches_nothing(case):
+    pass
+
+
+@check("p4.reads_beyond", gate="hard", cases="one", **WORDS)
+def test_reads_beyond(case):
+    from triattention import kernels
+
+    kernels.run(kernels.beyond_kernel)
+
+
+@check("p4.hidden", gate="hard", cases="one", **WORDS)
+def test_hidden(case):
+    from triattention import kernels
+
+    kernels.hides(kernels.beyond_kernel)
+
+
+@check("p4.unknown", gate="hard", cases="one", **WORDS)
+def test_unknown(case):
+    import torch
+    from triattention import kernels
+
+    kernels.run(kernels.fused_kernel, torch.float64)
+
+
+@check("p4.every_rounding", gate="hard", cases="one", **WORDS)
+def test_every_rounding(case, measure):
+    from triattention import kernels
+
+    SEEN.append(kernels.run(kernels.root_kernel).double().sum().item())
+    measure("lowest sums", int(len(SEEN) > 1 and SEEN[-1] < SEEN[0]), 0)
+
+
+@check("p4.wants_a_gpu", gate="hard", cases="one", needs_gpu=True, **WORDS)
+def test_wants_a_gpu(case):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "sm"),
+    [
+        ("auto", "auto", None),
+        ("cpu", "cpu", None),
+        ("sim:sm120", "sim:sm120", 120),
+        ("sim:12.0", "sim:sm120", 120),
+        ("sim:SM_90", "sim:sm90", 90),
+    ],
+)
+def test_a_device_is_named(text: str, device: str, sm: int | None) -> None:
+    assert (parse_device(text), simulated_sm(parse_device(text))) == (device, sm)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("gpu", "device 'gpu' is unknown; use auto, cpu, cuda, or a simulated GPU such as sim:sm120"),
+        ("sim:emulated", "does not name a GPU"),
+        ("sim:sm75", "'sm75' is not a GPU architecture that this suite covers"),
+    ],
+)
+def test_another_device_is_refused(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=complaint):
+        RunRequest(device=text)
+
+
+def test_a_simulated_gpu_cannot_be_expected() -> None:
+    with pytest.raises(ConfigurationError, match="--device sim:sm90 and --expect sm90 contradict each other"):
+        RunRequest(device="sim:sm90", expect=90)
+
+
+@pytest.mark.parametrize(
+    ("family", "needs_gpu", "selected"),
+    [
+        ("p2.a", False, False),
+        ("p3.a", False, True),
+        ("p5.a", False, True),
+        ("p4.a", True, False),
+        ("p6.a", False, False),
+    ],
+)
+def test_checks_that_launch_kernels_and_need_no_card_are_selected(family: str, needs_gpu: bool, selected: bool) -> None:
+    assert can_be_simulated(CheckSpec(family=family, needs_gpu=needs_gpu, **_WORDS)) == selected
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """A run of the phase above on a simulated sm90."""
+    tree = make_tree(tmp_path_factory.mktemp("tree"))
+    (tree.root / "triattention" / "kernels.py").write_text(_KERNELS)
+    tree.write_phase(1, '@check("p1.first", gate="hard", cases="one", **WORDS)\ndef test_first(case): pass\n')
+    tree.write_phase(4, _PHASE)
+    ended = tree.pytest("phases", "--device", "sim:sm90")
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("check", "verdict", "evidence", "said"),
+    [
+        ("p4.runs.one", "PASS", "simulated", ""),
+        ("p4.launches_nothing.one", "PASS", "emulated", ""),
+        ("p4.reads_beyond.one", "FAIL", "emulated", "byte 256 of the storage of x_ptr, which has 256"),
+        ("p4.hidden.one", "FAIL", "emulated", "an access outside the tensors of the launch"),
+        ("p4.unknown.one", "SKIP", "simulated", "the simulator does not execute fma.rn.f64"),
+        (
+            "p4.every_rounding.one",
+            "FAIL",
+            "simulated",
+            "where approximate instructions give the lowest value that their error allows: lowest sums: measured 1",
+        ),
+    ],
+)
+def test_a_result_says_what_was_executed(simulated: Tree, check: str, verdict: str, evidence: str, said: str) -> None:
+    found = simulated.results()[check]
+    assert (found.verdict, found.evidence) == (verdict, evidence)
+    assert said in found.message
+
+
+def test_the_record_says_what_was_simulated(simulated: Tree) -> None:
+    record = simulated.records()[-1]
+    assert (record.target, record.environment.gpu, record.state) == ("sm90", None, "complete")
+    assert {result.id.partition(".")[0] for result in record.results} == {"p4"}
+    assert "p4.wants_a_gpu.one" not in simulated.results()
+    assert "--device sim:sm90" in record.results[0].repeat
+    known = record.simulation
+    assert known is not None
+    assert {kernel.kernel: kernel.launches for kernel in known.kernels} == {"double_kernel": 1, "root_kernel": 2}
+    assert all(kernel.census is not None and kernel.census.equal for kernel in known.kernels)
+    assert simulated.verify("check", str(simulated.root / "reports" / "runs" / record.run_id)).returncode == 0
+
+
+def test_a_gpu_that_the_toolchain_cannot_build_for_is_told_and_not_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def refuse(sm: int) -> None:
+        raise NotAvailable(f"--device sim:sm{sm} is not available: ptxas does not know it; build for another")
+
+    monkeypatch.setattr("verify.run.runner.require", refuse)
+    assert simulate("88,107", out=tmp_path) == 3
+    assert capsys.readouterr().out.splitlines() == [
+        f"sm{sm}: not simulated (--device sim:sm{sm} is not available: ptxas does not know it)" for sm in (88, 107)
+    ]
+
+
+def test_only_phases_that_launch_kernels_can_be_simulated() -> None:
+    with pytest.raises(ConfigurationError, match="--phases 6 cannot be simulated; use phases among 3-5"):
+        simulate("90", phases="6")
