@@ -102,18 +102,22 @@ class SimulatedGpu:
             ran, buffers = self._run(program, ptx, arguments, grid, shared_bytes)
         except Fault as error:
             self.faults.append(error)
+            self._count(name, ptx, cubin, 0)
             raise
         except Unsupported as error:
             self.unsupported.append(error)
             raise
         self.launches += 1
         self.depends_on_mode |= ran.depends_on_mode
-        kernel = self._launched.setdefault(ptx, Launched(name, ptx, cubin))
-        kernel.launches += 1
-        kernel.thread_instructions += ran.thread_instructions
+        self._count(name, ptx, cubin, ran.thread_instructions)
         for buffer, memory in buffers:
             if (written := buffer.written) is not None:
                 memory[written] = buffer.content[written]
+
+    def _count(self, name: str, ptx: str, cubin: bytes, thread_instructions: int) -> None:
+        kernel = self._launched.setdefault(ptx, Launched(name, ptx, cubin))
+        kernel.launches += 1
+        kernel.thread_instructions += thread_instructions
 
     def _program(self, ptx: str) -> Program:
         if ptx not in self._programs:

@@ -184,8 +184,8 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     [
         ("p4.runs.one", "PASS", "simulated", ""),
         ("p4.launches_nothing.one", "PASS", "emulated", ""),
-        ("p4.reads_beyond.one", "FAIL", "emulated", "byte 256 of the storage of x_ptr, which has 256"),
-        ("p4.hidden.one", "FAIL", "emulated", "an access outside the tensors of the launch"),
+        ("p4.reads_beyond.one", "FAIL", "simulated", "byte 256 of the storage of x_ptr, which has 256"),
+        ("p4.hidden.one", "FAIL", "simulated", "an access outside the tensors of the launch"),
         ("p4.unknown.one", "SKIP", "simulated", "the simulator does not execute fma.rn.f64"),
         (
             "p4.every_rounding.one",
@@ -209,7 +209,8 @@ def test_the_record_says_what_was_simulated(simulated: Tree) -> None:
     assert "--device sim:sm90" in record.results[0].repeat
     known = record.simulation
     assert known is not None
-    assert {kernel.kernel: kernel.launches for kernel in known.kernels} == {"double_kernel": 1, "root_kernel": 2}
+    launches = {"double_kernel": 1, "beyond_kernel": 2, "root_kernel": 2}
+    assert {kernel.kernel: kernel.launches for kernel in known.kernels} == launches
     assert all(kernel.census is not None and kernel.census.equal for kernel in known.kernels)
     assert simulated.verify("check", str(simulated.root / "reports" / "runs" / record.run_id)).returncode == 0
 
