@@ -119,6 +119,10 @@ class SimulatedGpu:
         kernel.launches += 1
         kernel.thread_instructions += thread_instructions
 
+    def programs(self) -> list[Program]:
+        """Every kernel that was launched, decoded."""
+        return [*self._programs.values()]
+
     def _program(self, ptx: str) -> Program:
         if ptx not in self._programs:
             self._programs[ptx] = Program(parse(ptx))
