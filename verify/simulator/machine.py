@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 
@@ -19,9 +20,6 @@ from verify.simulator.memory import GlobalMemory, Threads
 from verify.simulator.ptx import Instruction, Kernel
 
 U32, I32, I64 = np.uint32, np.int32, np.int64
-
-#: Steps of one set of blocks, after which a loop is taken to be endless.
-_STEP_LIMIT = 20_000_000
 
 
 class Program:
@@ -40,8 +38,9 @@ class Program:
 
 def _narrowest(kernel: Kernel, space: str) -> int:
     """The bytes of the narrowest access to a space, at most 4."""
-    words = (one.modifiers for one in kernel.instructions if space in one.modifiers)
-    return min([4, *(int(one[-1][1:]) // 8 for one in words if one[-1][1:].isdigit())])
+    names = {space, f"{space}__cta"}
+    kinds = (one.modifiers[-1] for one in kernel.instructions if names & {*one.modifiers})
+    return min([4, *(int(one[1:]) // 8 for one in kinds if one[1:].isdigit())])
 
 
 @dataclass(slots=True)
@@ -52,12 +51,25 @@ class Group:
     active: np.ndarray | None
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Threads that have arrived at a barrier; they go on at ``place``."""
+
+    barrier: Instruction
+    active: np.ndarray
+    place: int
+
+    @property
+    def name(self) -> str:
+        return self.barrier.operands[0]
+
+
 @dataclass(slots=True)
 class Team:
     """Warps that run until each of their threads waits or has ended, before another team does."""
 
     groups: list[Group]
-    waiting: list[tuple[str, np.ndarray, Group]] = field(default_factory=list)
+    waiting: list[Waiting] = field(default_factory=list)
 
 
 class Machine:
@@ -77,6 +89,7 @@ class Machine:
         poison: int,
         first_lane_wins: bool,
         warp_order: Sequence[int] | None,
+        step_limit: int,
     ) -> None:
         self.program, self.memory, self.parameters, self.constants = program, memory, parameters, constants
         self.shape = (len(blocks), program.kernel.threads)
@@ -99,7 +112,9 @@ class Machine:
         self._epoch = np.zeros(self.shape, I32)
         self._warp_epoch = np.zeros(self.shape, I32)
         self._everyone: Threads | None = None
-        self._steps_left = _STEP_LIMIT
+        #: Threads that have not ended.
+        self._living = np.ones(self.shape, bool)
+        self._step_limit = self._steps_left = step_limit
 
     # registers
 
@@ -176,6 +191,11 @@ class Machine:
         whole = np.pad(whole, ((0, 0), (0, missing))) if missing else whole
         return whole.reshape(self.shape[0], self.warps, 32)
 
+    @property
+    def living(self) -> np.ndarray:
+        """The threads that have not ended."""
+        return self._living
+
     # scheduling
 
     def run(self) -> None:
@@ -216,7 +236,9 @@ class Machine:
             self.thread_instructions += count
             self._steps_left -= 1
             if not self._steps_left:
-                raise Fault("endless", f"no end within {_STEP_LIMIT} steps", step.instruction)
+                place = int(np.ones(self.shape, bool).argmax() if active is None else self.whole(active).argmax())
+                found = self.named(*divmod(place, self.shape[1]))
+                raise Fault("endless", f"no end within {self._step_limit} steps", step.instruction, found)
             if step.kind == "run":
                 self._run_step(step, active, mask)
                 if alone:
@@ -283,52 +305,51 @@ class Machine:
 
     def _exit(self, step: Step, group: Group) -> np.ndarray | None:
         """The threads that stay; None if all end."""
-        if step.guard < 0:
-            return None
-        holds = self._guard(step)
-        staying = self.whole(~holds if group.active is None else group.active & ~holds)
+        ending = np.ones((1, 1), bool) if step.guard < 0 else self._guard(step)
+        ending = self.whole(ending if group.active is None else group.active & ending)
+        self._living = self._living & ~ending
+        staying = self.whole(~ending if group.active is None else group.active & ~ending)
         return staying if staying.any() else None
 
     # barriers
 
     def _arrive(self, step: Step, group: Group, team: Team, place: int) -> None:
         active = np.ones(self.shape, bool) if group.active is None else self.whole(group.active)
-        warps = self.by_warp(active)
-        parted = warps.any(-1) & (warps.sum(-1) < np.minimum(32, self.shape[1]))
+        warps, living = self.by_warp(active), self.by_warp(self._living)
+        parted = warps.any(-1) & (warps != living).any(-1)
         if parted.any():
             block, warp = (int(one) for one in np.argwhere(parted)[0])
             lane = int(warps[block, warp].argmax())
             told = f"{int(warps[block, warp].sum())} threads of a warp reach it without the others"
             raise Fault("barrier", told, step.instruction, self.named(block, warp * 32 + lane))
-        team.waiting.append((step.instruction.operands[0], active, Group(place + 1, None)))
-        self._last_barrier: Instruction = step.instruction
+        team.waiting.append(Waiting(step.instruction, active, place + 1))
 
     def _release(self, teams: list[Team]) -> None:
         """Let the blocks go on all of whose living threads wait at one barrier. Raises Fault if there is none."""
-        living = np.zeros(self.shape, bool)
-        for team in teams:
-            for _, active, _ in team.waiting:
-                living |= active
+        waiting = [one for team in teams for one in team.waiting]
         done = np.zeros(self.shape[0], bool)
-        for name in {name for team in teams for name, _, _ in team.waiting}:
-            there = np.zeros(self.shape, bool)
-            for team in teams:
-                for other, active, _ in team.waiting:
-                    if other == name:
-                        there |= active
-            done |= (there == living).all(1) & living.any(1)
+        for name in {one.name for one in waiting}:
+            there = np.logical_or.reduce([one.active for one in waiting if one.name == name])
+            done |= (there == self._living).all(1) & there.any(1)
         if not done.any():
-            told = "some threads of a block wait here, and the others at another barrier"
-            raise Fault("barrier", told, self._last_barrier)
+            self._require_one_barrier(waiting)
         for team in teams:
-            waiting, team.waiting = team.waiting, []
-            for name, active, group in waiting:
-                if (left := active & ~done[:, None]).any():
-                    team.waiting.append((name, left, group))
-                if (going := active & done[:, None]).any():
-                    team.groups.append(Group(group.place, None if going.all() else going))
+            arrived, team.waiting = team.waiting, []
+            for one in arrived:
+                if (left := one.active & ~done[:, None]).any():
+                    team.waiting.append(Waiting(one.barrier, left, one.place))
+                if (going := one.active & done[:, None]).any():
+                    team.groups.append(Group(one.place, None if going.all() else going))
         self._epoch = self._epoch + done[:, None].astype(I32)
         self._everyone = None
+
+    def _require_one_barrier(self, waiting: list[Waiting]) -> NoReturn:
+        """Raise Fault for the first block whose threads wait at several barriers."""
+        block = min(int(one.active.any(1).argmax()) for one in waiting)
+        first, *others = [one for one in waiting if one.active[block].any()]
+        other = next(one for one in others if one.name != first.name)
+        told = f"some threads wait here, and others at barrier {other.name} of {other.barrier.place}"
+        raise Fault("barrier", told, first.barrier, self.named(block, int(first.active[block].argmax())))
 
 
 def _poison_of(dtype: np.dtype, word: int) -> np.ndarray:
