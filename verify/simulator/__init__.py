@@ -4,8 +4,8 @@
 blocks, ``launch`` a grid, and ``driver`` takes the place of a GPU under Triton.
 """
 
-#: What undefined registers hold: a launch whose results depend on which word it is, is wrong.
-POISONS = (0xDEADBEEF, 0x7FC00BAD)
+#: What undefined registers hold: a launch whose results depend on which word it is, is wrong. They differ in every bit.
+POISONS = (0xDEADBEEF, 0x21524110)
 #: The seed of the order in which warps run one after another.
 ORDER_SEED = 1
 #: What a simulation does not execute, in words.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from verify.simulator.errors import Fault, Located
@@ -68,7 +70,7 @@ class SharedMemory:
             foreign = (writer != threads.thread) & (self._written_in[at] == threads.epoch)
             if foreign.any():
                 foreign &= ~((writer // 32 == warp) & (self._written_warp[at] < threads.warp_epoch))
-                self._require_order(foreign, writer, "reads", "wrote", start + offset, threads, by)
+                self._require_order(foreign, _by(writer, "wrote"), "reads", start + offset, threads, by)
             old = self._read_in[at] != threads.epoch
             if old.any():
                 self._readers[at[old]] = U64(0)
@@ -100,10 +102,10 @@ class SharedMemory:
             own_warp = (self._readers[at] & own != 0) & (reader != threads.thread)
             own_warp &= self._read_warp[at] == threads.warp_epoch
             read = changes & (self._read_in[at] == threads.epoch) & (other_warps | own_warp)
-            self._require_order(read, reader, "writes", "read", start + offset, threads, by)
+            self._require_order(read, self._by_readers(at), "writes", start + offset, threads, by)
             wrote = changes & (writer >= 0) & (writer != threads.thread) & (self._written_in[at] == threads.epoch)
             wrote &= ~((writer // 32 == warp) & (self._written_warp[at] < threads.warp_epoch))
-            self._require_order(wrote, writer, "writes", "wrote", start + offset, threads, by)
+            self._require_order(wrote, _by(writer, "wrote"), "writes", start + offset, threads, by)
             turn = self._turn
             self._written_by[at[turn]] = threads.thread[turn]
             self._written_in[at], self._written_warp[at] = threads.epoch, threads.warp_epoch
@@ -111,20 +113,33 @@ class SharedMemory:
             words[(index + place)[self._turn]] = value[self._turn]
             differs = words[index + place] != value
             if differs.any():
-                winner = self._written_by[(start + width * place) // self._part]
-                self._require_order(differs & (winner // 32 != warp), winner, "writes", "writes", start, threads, by)
+                here = start + width * place
+                winner = self._written_by[here // self._part]
+                self._require_order(
+                    differs & (winner // 32 != warp), _by(winner, "writes"), "writes", here, threads, by
+                )
                 self.left_open = True
 
+    def _by_readers(self, at: np.ndarray) -> Callable[[int], str]:
+        return lambda place: f"{self._readers_named(int(at[place]))} read"
+
     def _require_order(
-        self, races: np.ndarray, other: np.ndarray, does: str, did: str, start: np.ndarray, threads: Threads,
+        self, races: np.ndarray, other: Callable[[int], str], does: str, start: np.ndarray, threads: Threads,
         by: Located,
     ) -> None:  # fmt: skip
         if races.any():
             place = int(races.argmax())
-            told = (
-                f"it {does} byte {int(start[place] % self._stride)} of shared memory, which thread {other[place]} {did}"
-            )
+            told = f"it {does} byte {int(start[place] % self._stride)} of shared memory, which {other(place)}"
             raise Fault("race", told, by, threads.named(place))
+
+    def _readers_named(self, part: int) -> str:
+        """The warps that read a part since the last barrier of their block, for a message."""
+        warps = [warp for warp in range(64) if int(self._readers[part]) >> warp & 1]
+        return f"threads of warp{'s' * (len(warps) > 1)} {', '.join(map(str, warps))}"
+
+
+def _by(threads: np.ndarray, did: str) -> Callable[[int], str]:
+    return lambda place: f"thread {threads[place]} {did}"
 
 
 class LocalMemory:

@@ -41,6 +41,11 @@ class Step:
     writes: tuple[int, ...]
     dead: tuple[int, ...] = ()
 
+    @property
+    def meeting(self) -> bool:
+        """Whether the lanes of a warp must be there together."""
+        return self.kind == "barrier" or (self.kind == "run" and "sync" in self.instruction.modifiers)
+
 
 class Decoder:
     """Finds the operands of instructions. ``types`` has the type of each register, ``names`` its name."""
@@ -72,6 +77,8 @@ class Decoder:
                 run = effect(self, instruction)
         except Unsupported as error:
             raise Unsupported(error.what, instruction.line) from error
+        except (ValueError, IndexError, KeyError, TypeError) as error:  # operands of another number or form
+            raise Unsupported(instruction.text, instruction.line) from error
         reads = [*self._reads, *([guard] if guard >= 0 else [])]
         return Step(instruction, kind, run, guard, target, tuple(reads), tuple(self._writes))
 
@@ -215,12 +222,16 @@ def parts_of(text: str) -> list[str]:
 
 def _packed(decoder: Decoder, instruction: Instruction) -> Run:
     """mov between one register and the parts of it, the lowest first."""
-    if instruction.base != "mov" or len(instruction.modifiers) != 1 or len(instruction.operands) != 2:
+    if instruction.base != "mov":
+        raise Unsupported(instruction.opcode)
+    if len(instruction.modifiers) != 1 or len(instruction.operands) != 2:
         raise Unsupported(instruction.text)
     whole = dtype_of(instruction.modifiers[0])
     target, source = instruction.operands
     parts = parts_of(target if "{" in target else source)
     part = np.dtype(f"u{whole.itemsize // len(parts)}")
+    if len(parts) * part.itemsize != whole.itemsize or ("{" in target and "{" in source):
+        raise Unsupported(instruction.text)
     shifts = [whole.type(8 * part.itemsize * place) for place in range(len(parts))]
     if "{" in target:
         get = decoder.read(source, whole)

@@ -26,8 +26,8 @@ from verify.simulator import ORDER_SEED, POISONS
 from verify.simulator.errors import Fault, Unsupported
 from verify.simulator.kept import KeptLaunches
 from verify.simulator.launch import Ran, Settings, require_same, run_grid
-from verify.simulator.machine import Program
 from verify.simulator.memory import Buffer
+from verify.simulator.program import Program
 from verify.simulator.ptx import parse
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def install(sm: int) -> SimulatedGpu:
         from triton.runtime.driver import driver
     except ImportError as error:
         raise ConfigurationError(f"--device sim:sm{sm} needs Triton, which does not import ({error})") from error
-    if not isinstance(triton.jit(_nothing), triton.runtime.JITFunction):
+    if not isinstance(triton.language.sum, triton.runtime.JITFunction):  # made when Triton was imported
         raise ConfigurationError(f"--device sim:sm{sm} needs a process in which Triton does not interpret its kernels")
     simulation = SimulatedGpu(sm)
     state = {"dry": False}
@@ -320,10 +320,6 @@ def install(sm: int) -> SimulatedGpu:
     if knobs.runtime.interpret:  # newer than the import, so it has to be told
         vars(knobs.runtime)["interpret"] = False
     return simulation
-
-
-def _nothing() -> None:
-    pass
 
 
 class _Utilities:

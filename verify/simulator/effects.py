@@ -146,16 +146,28 @@ def _warp_mask(text: str) -> np.ndarray:
 
 
 def _require_members(machine: State, active: np.ndarray | None, members: np.ndarray, by: Instruction) -> None:
-    """Raise Fault unless in each warp either none or exactly the named lanes are active."""
+    """Raise Fault unless in each warp either none or exactly the named lanes that have not ended are active."""
     if active is None and members.all() and machine.shape[1] % 32 == 0:
         return
     warps = machine.by_warp(np.ones((1, 1), bool) if active is None else active)
-    there = np.arange(machine.warps * 32).reshape(machine.warps, 32) < machine.shape[1]
-    wrong = warps.any(-1, keepdims=True) & (warps != (members & there))
+    wrong = warps.any(-1, keepdims=True) & (warps != (members & machine.by_warp(machine.living)))
     if wrong.any():
         block, warp, lane = (int(one) for one in np.argwhere(wrong)[0])
         told = f"lane {lane} is " + ("not there" if members[lane] else "there and not in the member mask")
         raise Fault("shuffle", told, by, machine.named(block, warp * 32 + lane))
+
+
+def _require_sources(machine: State, active: np.ndarray | None, distance: np.ndarray, by: Instruction) -> None:
+    """Raise Fault if a lane takes its value from one that is not there, since it has ended."""
+    if active is None and machine.shape[1] % 32 == 0:
+        return
+    taking = np.pad(machine.whole(np.ones((1, 1), bool) if active is None else active), ((0, 0), (0, 32)))
+    columns = np.arange(machine.shape[1]) + machine.whole(distance)
+    wrong = taking[:, : machine.shape[1]] & ~np.take_along_axis(taking, columns, axis=1)
+    if wrong.any():
+        block, thread = (int(one) for one in np.argwhere(wrong)[0])
+        told = f"lane {thread % 32} takes the value of lane {int(columns[block, thread]) % 32}, which is not there"
+        raise Fault("shuffle", told, by, machine.named(block, thread))
 
 
 def _shuffle(decoder: Decoder, instruction: Instruction) -> Run:
@@ -179,6 +191,7 @@ def _shuffle(decoder: Decoder, instruction: Instruction) -> Run:
     def run(machine: State, active: np.ndarray | None, mask: np.ndarray | None) -> None:
         _require_members(machine, active, members, instruction)
         columns, found = fixed or _sources(how, numbers, lane_of(machine), clamp_of(machine))
+        _require_sources(machine, active, columns - numbers, instruction)
         values = get(machine)
         if values.shape[1] > 1:
             values = (
@@ -251,5 +264,5 @@ def _fence(decoder: Decoder, instruction: Instruction) -> Run:
 EFFECTS: Mapping[str, Effect] = {
     "ld": _load, "st": _store, "shfl": _shuffle, "vote": _vote, "bar.warp": _warp_barrier,
     "madc": _with_carry, "addc": _with_carry, "mad": _plain_or_carry, "add": _plain_or_carry,
-    "membar": _fence, "fence.acq_rel": _fence, "fence.sc": _fence,
+    "membar": _fence, "fence.acq_rel": _fence, "fence.sc": _fence, "fence.proxy.async": _fence,
 }  # fmt: skip

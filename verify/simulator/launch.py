@@ -9,12 +9,15 @@ import numpy as np
 
 from verify.simulator import POISONS
 from verify.simulator.errors import Fault
-from verify.simulator.machine import Machine, Program
+from verify.simulator.machine import Machine
 from verify.simulator.memory import Buffer, GlobalMemory
 from verify.simulator.operation import dtype_of
+from verify.simulator.program import Program
 
 #: Threads that run together: more than fit into the caches of a core are slower.
 _THREADS_TOGETHER = 16_384
+#: Steps of one set of blocks, after which a loop is taken to be endless.
+_STEP_LIMIT = 20_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +27,13 @@ class Settings:
     ``mode`` is how approximate instructions round (``MODES``); in the mode ``lowest`` the first of several threads of a
     warp that store to one place in one instruction also wins, otherwise the last. ``poison`` is the word in undefined
     registers, ``order_seed`` draws the order in which the warps of a block run; None runs them together.
+    ``step_limit`` is the number of steps of one set of blocks after which a loop is taken to be endless.
     """
 
     mode: str = "nearest"
     poison: int = POISONS[0]
     order_seed: int | None = None
+    step_limit: int = _STEP_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,7 @@ def run_grid(
             machine = Machine(
                 program, memory, parameters, constants, blocks[begin : begin + together], grid, shared,
                 mode=settings.mode, poison=settings.poison, first_lane_wins=settings.mode == "lowest",
-                warp_order=order,
+                warp_order=order, step_limit=settings.step_limit,
             )  # fmt: skip
             machine.run()
             instructions += machine.thread_instructions

@@ -8,40 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 
 from verify.simulator.block_memory import LocalMemory, SharedMemory
-from verify.simulator.decode import Decoder, Step, free_dead, local_bytes
-from verify.simulator.effects import EFFECTS
+from verify.simulator.decode import Step, local_bytes
 from verify.simulator.errors import Fault
 from verify.simulator.memory import GlobalMemory, Threads
-from verify.simulator.ptx import Instruction, Kernel
+from verify.simulator.program import Program
+from verify.simulator.ptx import Instruction
 
 U32, I32, I64 = np.uint32, np.int32, np.int64
-
-#: Steps of one set of blocks, after which a loop is taken to be endless.
-_STEP_LIMIT = 20_000_000
-
-
-class Program:
-    """A kernel, decoded. Raises Unsupported, before anything runs, for what is not executed here."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        decoder = Decoder(kernel)
-        self.steps = [decoder.decode(one, EFFECTS) for one in kernel.instructions]
-        self.types, self.names = decoder.types, decoder.names
-        self.static_shared_bytes = decoder.static_shared_bytes
-        free_dead(self.steps)
-        self.shared_part_bytes = _narrowest(kernel, "shared")
-        self.store_bytes = _narrowest(kernel, "global")
-
-
-def _narrowest(kernel: Kernel, space: str) -> int:
-    """The bytes of the narrowest access to a space, at most 4."""
-    words = (one.modifiers for one in kernel.instructions if space in one.modifiers)
-    return min([4, *(int(one[-1][1:]) // 8 for one in words if one[-1][1:].isdigit())])
 
 
 @dataclass(slots=True)
@@ -52,12 +30,25 @@ class Group:
     active: np.ndarray | None
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Threads that have arrived at a barrier; they go on at ``place``."""
+
+    barrier: Instruction
+    active: np.ndarray
+    place: int
+
+    @property
+    def name(self) -> str:
+        return self.barrier.operands[0]
+
+
 @dataclass(slots=True)
 class Team:
     """Warps that run until each of their threads waits or has ended, before another team does."""
 
     groups: list[Group]
-    waiting: list[tuple[str, np.ndarray, Group]] = field(default_factory=list)
+    waiting: list[Waiting] = field(default_factory=list)
 
 
 class Machine:
@@ -77,6 +68,7 @@ class Machine:
         poison: int,
         first_lane_wins: bool,
         warp_order: Sequence[int] | None,
+        step_limit: int,
     ) -> None:
         self.program, self.memory, self.parameters, self.constants = program, memory, parameters, constants
         self.shape = (len(blocks), program.kernel.threads)
@@ -99,7 +91,9 @@ class Machine:
         self._epoch = np.zeros(self.shape, I32)
         self._warp_epoch = np.zeros(self.shape, I32)
         self._everyone: Threads | None = None
-        self._steps_left = _STEP_LIMIT
+        #: Threads that have not ended.
+        self._living = np.ones(self.shape, bool)
+        self._step_limit = self._steps_left = step_limit
 
     # registers
 
@@ -176,6 +170,11 @@ class Machine:
         whole = np.pad(whole, ((0, 0), (0, missing))) if missing else whole
         return whole.reshape(self.shape[0], self.warps, 32)
 
+    @property
+    def living(self) -> np.ndarray:
+        """The threads that have not ended."""
+        return self._living
+
     # scheduling
 
     def run(self) -> None:
@@ -197,14 +196,16 @@ class Machine:
         return [np.broadcast_to(warp == one, self.shape) for one in self._order]
 
     def _run_first(self, team: Team, alone: bool) -> None:
-        """Run the group with the lowest place until it parts, waits, ends or reaches the next group."""
+        """Run the first group that can go on until it parts, waits, ends or reaches another group.
+
+        That is the one with the lowest place, unless it is at an instruction for which the lanes of a warp must meet,
+        and some of them, which may be in code that the compiler put further down, have yet to come.
+        """
         groups = team.groups
         if len(groups) > 1:
-            groups.sort(key=lambda group: group.place)
-            while len(groups) > 1 and groups[0].place == groups[1].place:
-                groups[0].active = self._union(groups[0].active, groups.pop(1).active)
-        group = groups[0]
-        until = groups[1].place if len(groups) > 1 else len(self.program.steps)
+            self._meet(groups)
+        group = next((one for one in groups if self._can_go_on(one, groups)), groups[0])
+        until = min((one.place for one in groups if one.place > group.place), default=len(self.program.steps))
         active = group.active
         # registers of threads that have ended may hold anything, so that a lone group need not spare them
         alone = alone and len(groups) == 1 and not team.waiting
@@ -213,10 +214,16 @@ class Machine:
         steps, place, registers = self.program.steps, group.place, self._registers
         while place < len(steps):
             step = steps[place]
+            if step.meeting and place != group.place:
+                group.place = place
+                if not self._can_go_on(group, groups):
+                    return
             self.thread_instructions += count
             self._steps_left -= 1
             if not self._steps_left:
-                raise Fault("endless", f"no end within {_STEP_LIMIT} steps", step.instruction)
+                place = int(np.ones(self.shape, bool).argmax() if active is None else self.whole(active).argmax())
+                found = self.named(*divmod(place, self.shape[1]))
+                raise Fault("endless", f"no end within {self._step_limit} steps", step.instruction, found)
             if step.kind == "run":
                 self._run_step(step, active, mask)
                 if alone:
@@ -245,6 +252,33 @@ class Machine:
                 group.place = place
                 return
         raise Fault("endless", "the program runs past its end", steps[-1].instruction)
+
+    def _meet(self, groups: list[Group]) -> None:
+        """Sort groups by their place, and make those at one place one group."""
+        groups.sort(key=lambda group: group.place)
+        place = 0
+        while place + 1 < len(groups):
+            if groups[place].place == groups[place + 1].place:
+                groups[place].active = self._union(groups[place].active, groups.pop(place + 1).active)
+            else:
+                place += 1
+
+    def _can_go_on(self, group: Group, groups: list[Group]) -> bool:
+        """Whether no lane that is missing for the instruction at which a group is may still come, or end."""
+        steps = self.program.steps
+        if len(groups) == 1 or group.active is None or not steps[group.place].meeting:
+            return True
+        warps = self.by_warp(group.active)
+        missing = warps.any(-1, keepdims=True) & ~warps & self.by_warp(self._living)
+        for other in groups:
+            if other.place != group.place and (missing & self.by_warp(self._active(other))).any():
+                ends = steps[other.place].kind == "exit" and steps[other.place].guard < 0
+                if ends or self.program.reaches(other.place, group.place):
+                    return False
+        return True
+
+    def _active(self, group: Group) -> np.ndarray:
+        return np.ones((1, 1), bool) if group.active is None else group.active
 
     def _union(self, one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
         return None if one is None or other is None else one | other
@@ -283,52 +317,51 @@ class Machine:
 
     def _exit(self, step: Step, group: Group) -> np.ndarray | None:
         """The threads that stay; None if all end."""
-        if step.guard < 0:
-            return None
-        holds = self._guard(step)
-        staying = self.whole(~holds if group.active is None else group.active & ~holds)
+        ending = np.ones((1, 1), bool) if step.guard < 0 else self._guard(step)
+        ending = self.whole(ending if group.active is None else group.active & ending)
+        self._living = self._living & ~ending
+        staying = self.whole(~ending if group.active is None else group.active & ~ending)
         return staying if staying.any() else None
 
     # barriers
 
     def _arrive(self, step: Step, group: Group, team: Team, place: int) -> None:
         active = np.ones(self.shape, bool) if group.active is None else self.whole(group.active)
-        warps = self.by_warp(active)
-        parted = warps.any(-1) & (warps.sum(-1) < np.minimum(32, self.shape[1]))
+        warps, living = self.by_warp(active), self.by_warp(self._living)
+        parted = warps.any(-1) & (warps != living).any(-1)
         if parted.any():
             block, warp = (int(one) for one in np.argwhere(parted)[0])
             lane = int(warps[block, warp].argmax())
             told = f"{int(warps[block, warp].sum())} threads of a warp reach it without the others"
             raise Fault("barrier", told, step.instruction, self.named(block, warp * 32 + lane))
-        team.waiting.append((step.instruction.operands[0], active, Group(place + 1, None)))
-        self._last_barrier: Instruction = step.instruction
+        team.waiting.append(Waiting(step.instruction, active, place + 1))
 
     def _release(self, teams: list[Team]) -> None:
         """Let the blocks go on all of whose living threads wait at one barrier. Raises Fault if there is none."""
-        living = np.zeros(self.shape, bool)
-        for team in teams:
-            for _, active, _ in team.waiting:
-                living |= active
+        waiting = [one for team in teams for one in team.waiting]
         done = np.zeros(self.shape[0], bool)
-        for name in {name for team in teams for name, _, _ in team.waiting}:
-            there = np.zeros(self.shape, bool)
-            for team in teams:
-                for other, active, _ in team.waiting:
-                    if other == name:
-                        there |= active
-            done |= (there == living).all(1) & living.any(1)
+        for name in {one.name for one in waiting}:
+            there = np.logical_or.reduce([one.active for one in waiting if one.name == name])
+            done |= (there == self._living).all(1) & there.any(1)
         if not done.any():
-            told = "some threads of a block wait here, and the others at another barrier"
-            raise Fault("barrier", told, self._last_barrier)
+            self._require_one_barrier(waiting)
         for team in teams:
-            waiting, team.waiting = team.waiting, []
-            for name, active, group in waiting:
-                if (left := active & ~done[:, None]).any():
-                    team.waiting.append((name, left, group))
-                if (going := active & done[:, None]).any():
-                    team.groups.append(Group(group.place, None if going.all() else going))
+            arrived, team.waiting = team.waiting, []
+            for one in arrived:
+                if (left := one.active & ~done[:, None]).any():
+                    team.waiting.append(Waiting(one.barrier, left, one.place))
+                if (going := one.active & done[:, None]).any():
+                    team.groups.append(Group(one.place, None if going.all() else going))
         self._epoch = self._epoch + done[:, None].astype(I32)
         self._everyone = None
+
+    def _require_one_barrier(self, waiting: list[Waiting]) -> NoReturn:
+        """Raise Fault for the first block whose threads wait at several barriers."""
+        block = min(int(one.active.any(1).argmax()) for one in waiting)
+        first, *others = [one for one in waiting if one.active[block].any()]
+        other = next(one for one in others if one.name != first.name)
+        told = f"some threads wait here, and others at barrier {other.name} of {other.barrier.place}"
+        raise Fault("barrier", told, first.barrier, self.named(block, int(first.active[block].argmax())))
 
 
 def _poison_of(dtype: np.dtype, word: int) -> np.ndarray:

@@ -16,7 +16,7 @@ U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 I32, I64 = np.int32, np.int64
 WORDS = {1: U8, 2: U16, 4: U32, 8: U64}
 
-#: The distance between two tensors: an overrun of one never ends in another.
+#: The distance between two tensors, each in the middle of its span: an overrun of one never ends in another's.
 _SPACING_BITS = 40
 #: Tensors keep their real alignment up to this many bytes.
 _ALIGNMENT = 64
@@ -163,14 +163,17 @@ class Buffer:
             self._written = np.zeros(length, bool)
             self._writer, self._when = np.full(length, -1, I64), np.zeros(length, I64)
         words, first = self.words[width], (start + self.skew) // width
+        parts, bits = width // self.unit, WORDS[self.unit]
         for place, value in enumerate(values):
             index = first + place
-            units = [index * (width // self.unit) + part for part in range(width // self.unit)]
-            if self._written[units[0]].any():
-                doubtful = self._written[units[0]] & ~self._after(units[0], threads)
-                self._require_agreement(doubtful & (words[index] != value), start, threads, by)
+            units = [index * parts + part for part in range(parts)]
+            for part, one in enumerate(units):
+                if self._written[one].any():
+                    doubtful = self._written[one] & ~self._after(one, threads)
+                    differs = self.words[self.unit][one] != np.ascontiguousarray(value).view(bits)[part::parts]
+                    self._require_agreement(doubtful & differs, start + width * place, threads, by)
             words[index] = value
-            self._require_agreement(words[index] != value, start, threads, by)
+            self._require_agreement(words[index] != value, start + width * place, threads, by)
             for one in units:
                 self._written[one] = True
                 self._writer[one] = threads.number
@@ -190,7 +193,7 @@ class Buffer:
             foreign = self._written[at] & ~self._after(at, threads)
             if foreign.any():
                 place = int(foreign.argmax())
-                told = f"reads {self.described(int(start[place]))}, which another thread of this launch wrote"
+                told = f"reads {self.described(int(start[place]) + unit)}, which another thread of this launch wrote"
                 raise Fault("race", told, by, threads.named(place))
 
     def _require_agreement(self, differs: np.ndarray, start: np.ndarray, threads: Threads, by: Located) -> None:
@@ -209,7 +212,7 @@ class GlobalMemory:
     def add(self, buffer: Buffer) -> int:
         """The address of the first byte of the buffer, which is aligned as its storage is."""
         self.buffers.append(buffer)
-        buffer.base = (len(self.buffers) << _SPACING_BITS) + buffer.skew
+        buffer.base = (2 * len(self.buffers) + 1 << _SPACING_BITS - 1) + buffer.skew
         return buffer.base
 
     def groups(

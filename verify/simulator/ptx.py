@@ -84,6 +84,7 @@ class Kernel:
 
 _COMMENT = re.compile(r"//.*")
 _SPACE = re.compile(r"\s+")
+_NAME = re.compile(r"[%\w$]+")
 _STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _LABEL = re.compile(r"([\w$%]+):(?!:)\s*")
 _ENTRY = re.compile(r"^(?:\.visible )?\.entry\s+(\w+)\s*\((.*?)\)\s*(.*?)\{", re.M | re.S)
@@ -95,6 +96,8 @@ _VARIABLE = re.compile(
 )
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"(?:.*?/)?([^"/]+)"(?:\s+"(?:.*?/)?([^"/]+)")?', re.M)
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:.*?inlined_at\s+(\d+)\s+(\d+))?")
+#: The comment behind one that was inlined: where it was called from, the kernel last.
+_CALLED = re.compile(r"\.loc\s.*//.*@\[ (?:[^\s\]]*/)?([^/:\s]+):(\d+)(?::\d+)?(?: \])+\s*$")
 #: Directives inside a kernel that change nothing that is computed.
 _IDLE = (".loc", ".pragma", ".file", ".section")
 
@@ -105,7 +108,7 @@ def parse(text: str) -> Kernel:
     if len(entries) != 1:
         raise Unsupported(f"a module with {len(entries)} entries")
     head = entries[0]
-    if re.search(r"^(?:\.visible |\.weak )?\.func\b", _COMMENT.sub("", text[: head.start()]), re.M):
+    if re.search(r"^\s*(?:\.\w+\s+)*\.func\b", _COMMENT.sub("", text), re.M):
         raise Unsupported("a function beside the kernel")
     kernel = Kernel(head[1], _directive(text, "target"), _directive(text, "version"), _threads(head[3]))
     kernel.parameters = [_parameter(one) for one in head[2].split(",") if one.strip()]
@@ -115,17 +118,17 @@ def parse(text: str) -> Kernel:
         if space == "shared":
             kernel.shared[name] = variable
         else:
-            values = [int(value, 0) for value in content.split(",")] if content else []
+            try:
+                values = [int(value, 0) for value in content.split(",")] if content else []
+            except ValueError as error:
+                raise Unsupported(f"the content of {name}") from error
             data = b"".join((value % (1 << 8 * width)).to_bytes(width, "little") for value in values)
             kernel.constants[name] = Variable(variable.alignment, variable.size, data.ljust(variable.size, b"\0"))
     _read_body(kernel, text, head.end())
-    if missing := [one.operands[-1] for one in kernel.instructions if _jumps_nowhere(one, kernel)]:
-        raise Unsupported(f"a branch to {missing[0]}")
+    for one in kernel.instructions:
+        if one.base == "bra" and (len(one.operands) != 1 or one.operands[0] not in kernel.labels):
+            raise Unsupported(f"{one.text} (a branch to no label)", one.line)
     return kernel
-
-
-def _jumps_nowhere(one: Instruction, kernel: Kernel) -> bool:
-    return one.base == "bra" and one.operands[-1] not in kernel.labels
 
 
 def _directive(text: str, name: str) -> str:
@@ -157,47 +160,63 @@ def _parameter(text: str) -> tuple[str, str]:
 def _read_body(kernel: Kernel, text: str, start: int) -> None:
     """Read registers, labels and instructions from ``start`` up to the brace that closes the kernel."""
     files = {number: name or path for number, path, name in _FILE.findall(text)}
-    depth, source, pending, begun = 1, "", "", 0
+    scopes: list[dict[str, str]] = [{}]
+    source, pending, begun = "", "", 0
     for number, raw in enumerate(text[start:].split("\n"), text[:start].count("\n") + 1):
         rest = _COMMENT.sub("", raw).strip()
-        if rest.startswith(_IDLE):  # they end with the line and not with a semicolon
-            if found := _LOC.match(rest):
+        if rest.partition(" ")[0].partition("\t")[0] in _IDLE:  # they end with the line, without a semicolon
+            if called := _CALLED.search(raw):
+                source = f"{called[1]}:{called[2]}"
+            elif found := _LOC.match(rest):
                 source = f"{files.get(found[3] or found[1], '?')}:{found[4] or found[2]}"
             continue
         while rest:
             if not pending and (found := _LABEL.match(rest)):
+                if found[1] in kernel.labels:
+                    raise Unsupported(f"the label {found[1]} in two places", number)
                 kernel.labels[found[1]] = len(kernel.instructions)
                 rest = rest[found.end() :]
             elif not pending and rest[0] in "{}":
-                depth += 1 if rest[0] == "{" else -1
-                if not depth:
+                if rest[0] == "{":
+                    scopes.append({**scopes[-1]})
+                elif not scopes[1:]:
                     return
+                else:
+                    scopes.pop()
                 rest = rest[1:].strip()
             else:
                 begun = begun if pending else number
                 part, end, rest = rest.partition(";")
                 pending, rest = f"{pending} {part}".strip(), rest.strip()
                 if end:
-                    _read_statement(kernel, _SPACE.sub(" ", pending), begun, source)
+                    _read_statement(kernel, _SPACE.sub(" ", pending), begun, source, scopes)
                     pending = ""
     raise Unsupported("a kernel whose closing brace is missing")
 
 
-def _read_statement(kernel: Kernel, text: str, line: int, source: str) -> None:
-    if text.startswith(".reg"):
-        kind, names = re.match(r"\.reg \.(\w+) (.*)", text).groups()  # type: ignore[union-attr]
-        for name in names.split(","):
-            kernel.registers[name.partition("<")[0].strip()] = kind
+def _read_statement(kernel: Kernel, text: str, line: int, source: str, scopes: list[dict[str, str]]) -> None:
+    """Read one statement. ``scopes`` has, for each open brace, the registers declared in it and their unique names."""
+    if found := re.fullmatch(r"\.reg \.(\w+) ([%\w$<>, ]+)", text):
+        for declared in found[2].split(","):
+            name = declared.partition("<")[0].strip()
+            if scopes[1:]:
+                scopes[-1][name] = name = f"{name}${len(kernel.registers)}"
+            if kernel.registers.setdefault(name, found[1]) != found[1]:
+                raise Unsupported(f"the register {name} of two types", line)
     elif found := re.match(r"\.local \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]", text):
         kernel.local[found[2]] = Variable(int(found[1]), int(found[3]))
+    elif text.startswith(".param"):
+        raise Unsupported("a call of a function", line)
     elif text.startswith("."):
         raise Unsupported(f"the directive {text.split()[0]}", line)
     else:
         found = _STATEMENT.match(text)
         if found is None:
             raise Unsupported(f"the statement {text!r}", line)
-        operands = _operands(found[4])
-        kernel.instructions.append(Instruction(found[3], operands, found[2] or "", found[1] == "!", line, text, source))
+        own = scopes[-1]
+        operands = _operands(_NAME.sub(lambda name: own.get(name[0], name[0]), found[4]) if own else found[4])
+        guard = own.get(found[2], found[2] or "")
+        kernel.instructions.append(Instruction(found[3], operands, guard, found[1] == "!", line, text, source))
 
 
 def _operands(text: str) -> tuple[str, ...]:

@@ -44,6 +44,9 @@ class State(Protocol):
 
     def by_warp(self, mask: np.ndarray) -> np.ndarray: ...
 
+    @property
+    def living(self) -> np.ndarray: ...
+
     def pass_warp_barrier(self, active: np.ndarray | None) -> None: ...
 
 
