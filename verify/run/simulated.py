@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from verify.checks import CheckSpec
+from verify.judge.problems import UNWRITTEN
 from verify.record.schema import Measurement
 from verify.record.simulation import MODES, UNSUPPORTED, Census, SimulatedKernel
 from verify.run import events
@@ -49,6 +50,7 @@ class Simulated:
 
     def __init__(self, simulation: SimulatedGpu, run_dir: Path) -> None:
         self._simulation, self._run_dir = simulation, run_dir
+        simulation.unwritten = (UNWRITTEN << 16) + UNWRITTEN  # with which verify/judge/guarded.py fills memory
         self._counted: dict[str, tuple[Census | None, str]] = {}
 
     @pytest.hookimpl(tryfirst=True)

@@ -64,6 +64,7 @@ class SimulatedGpu:
 
     ``mode`` is how approximate instructions round in the launches to come (``MODES``). ``launches`` counts the launches
     that were executed, ``faults`` and ``unsupported`` hold what was raised, since a subject may catch it;
+    ``unwritten`` is the word in memory that was allocated and never written, None where nobody fills it;
     ``depends_on_mode`` says whether a launch since the last ``begin`` might give other results in another mode.
     """
 
@@ -71,6 +72,7 @@ class SimulatedGpu:
     mode: str = MODES[0]
     launches: int = 0
     depends_on_mode: bool = False
+    unwritten: int | None = None
     faults: list[Fault] = field(default_factory=list)
     unsupported: list[Unsupported] = field(default_factory=list)
     _launched: dict[str, Launched] = field(default_factory=dict)
@@ -135,11 +137,11 @@ class SimulatedGpu:
         """One run, and others where the results might depend on what PTX leaves open."""
 
         def once(settings: Settings) -> tuple[Ran, list[tuple[Buffer, np.ndarray]]]:
-            buffers, values = _buffers(arguments)
+            buffers, values = _buffers(arguments, self.unwritten)
             ran = run_grid(program, [one for one, _ in buffers], values, grid, shared_bytes, settings)
             return ran, buffers
 
-        buffers, values = _buffers(arguments)
+        buffers, values = _buffers(arguments, self.unwritten)
         stored = [one for one, _ in buffers]
         reordering = ptx not in self._reordered and program.kernel.threads * prod(grid) <= _REORDERED_THREADS
         if reordering:
@@ -160,7 +162,7 @@ class SimulatedGpu:
 
 
 def _buffers(
-    arguments: Sequence[tuple[str, Any]],
+    arguments: Sequence[tuple[str, Any]], unwritten: int | None = None
 ) -> tuple[list[tuple[Buffer, np.ndarray]], list[int | float | tuple[int, int]]]:
     """The storages of the tensors among the arguments, each with its real memory, and the values to pass: numbers, or
     (number of the storage, offset in bytes).
@@ -180,7 +182,7 @@ def _buffers(
             memory = _memory(storage)
             buffer = Buffer(
                 name, memory, address=start, element_bytes=tensor.element_size(), shape=tuple(tensor.shape),
-                strides=tuple(tensor.stride()), offset=tensor.storage_offset(),
+                strides=tuple(tensor.stride()), offset=tensor.storage_offset(), unwritten=unwritten,
             )  # fmt: skip
             buffers.append((buffer, memory))
         buffers[known[start]][0].restrict(_elements(tensor))

@@ -55,7 +55,8 @@ class Buffer:
     """The storage of a tensor, or a constant of the module.
 
     ``elements`` marks the bytes that a launch may touch, None for all. ``shape``, ``strides`` and ``offset`` (all in
-    elements of ``element_bytes``) describe the view, for messages.
+    elements of ``element_bytes``) describe the view, for messages. An element of four bytes that holds ``unwritten``
+    was allocated and never written.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Buffer:
         shape: tuple[int, ...] = (),
         strides: tuple[int, ...] = (),
         offset: int = 0,
+        unwritten: int | None = None,
     ) -> None:
         self.name, self.size, self.constant = name, len(content), constant
         self.skew = address % _ALIGNMENT
@@ -86,6 +88,7 @@ class Buffer:
         self.unit = 1
         self._written: np.ndarray | None = None
         self._put: np.ndarray | None = None
+        self._unwritten = unwritten if element_bytes == 4 else None
         self._writer = self._when = np.zeros(0, I64)
 
     @property
@@ -97,7 +100,7 @@ class Buffer:
     def identity(self) -> tuple[object, ...]:
         """Everything about the buffer but its bytes that an access or a message may depend on."""
         view = (self.element_bytes, self._shape, self._strides, self._offset)
-        return (self.name, self.size, self.constant, self.skew, *view)
+        return (self.name, self.size, self.constant, self.skew, self._unwritten, *view)
 
     def put(self, at: np.ndarray, content: np.ndarray) -> None:
         """Store bytes at these places, as another run did."""
@@ -150,7 +153,15 @@ class Buffer:
             self._require_own(start, width * count, threads, by)
         index = (start + self.skew) // width
         words = self.words[width]
-        return [words[index + place] for place in range(count)]
+        found = [words[index + place] for place in range(count)]
+        if self._unwritten is not None and width == 4:
+            for number, values in enumerate(found):
+                bad = values == U32(self._unwritten)
+                if bad.any():
+                    place = int(bad.argmax())
+                    told = f"reads {self.described(int(start[place]) + width * number)}"
+                    raise Fault("uninitialised", told, by, threads.named(place))
+        return found
 
     def write(self, start: np.ndarray, values: list[np.ndarray], threads: Threads, by: Located) -> None:
         """Store one value after the other from ``start`` on. Raises Fault, also for two threads that disagree."""

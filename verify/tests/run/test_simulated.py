@@ -60,6 +60,12 @@ def run(kernel, dtype=torch.float32):
     return out
 
 
+def reads_unwritten():
+    x = torch.empty(64)
+    x[:60] = 1
+    double_kernel[(1,)](x, torch.empty(64), 64, BLOCK=64)
+
+
 def hides(kernel):
     try:
         run(kernel)
@@ -97,6 +103,14 @@ def test_hidden(case):
     from triattention import kernels
 
     kernels.hides(kernels.beyond_kernel)
+
+
+@check("p4.unwritten", gate="hard", cases="one", **WORDS)
+def test_unwritten(case):
+    from triattention import kernels
+    from verify.judge.guarded import call
+
+    call(kernels.reads_unwritten, {})
 
 
 @check("p4.unknown", gate="hard", cases="one", **WORDS)
@@ -186,6 +200,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Tree:
         ("p4.launches_nothing.one", "PASS", "emulated", ""),
         ("p4.reads_beyond.one", "FAIL", "simulated", "byte 256 of the storage of x_ptr, which has 256"),
         ("p4.hidden.one", "FAIL", "simulated", "an access outside the tensors of the launch"),
+        ("p4.unwritten.one", "FAIL", "simulated", "a read of memory that nobody wrote: reads x_ptr[60]"),
         ("p4.unknown.one", "SKIP", "simulated", "the simulator does not execute fma.rn.f64"),
         (
             "p4.every_rounding.one",
@@ -209,8 +224,8 @@ def test_the_record_says_what_was_simulated(simulated: Tree) -> None:
     assert "--device sim:sm90" in record.results[0].repeat
     known = record.simulation
     assert known is not None
-    launches = {"double_kernel": 1, "beyond_kernel": 2, "root_kernel": 2}
-    assert {kernel.kernel: kernel.launches for kernel in known.kernels} == launches
+    launches = [("beyond_kernel", 2), ("double_kernel", 1), ("double_kernel", 1), ("root_kernel", 2)]
+    assert sorted((kernel.kernel, kernel.launches) for kernel in known.kernels) == launches
     assert all(kernel.census is not None and kernel.census.equal for kernel in known.kernels)
     assert simulated.verify("check", str(simulated.root / "reports" / "runs" / record.run_id)).returncode == 0
 
