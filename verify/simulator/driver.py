@@ -133,7 +133,8 @@ class SimulatedGpu:
         if ran.read_undefined:
             _, again = once(Settings(self.mode, POISONS[1]))
             require_same(stored, [one for one, _ in again], "undefined", "depends on a register that was never written")
-        if ptx not in self._reordered and program.kernel.threads * int(np.prod(grid)) <= _REORDERED_THREADS:
+        reorder = not ran.order_left_open and ptx not in self._reordered
+        if reorder and program.kernel.threads * int(np.prod(grid)) <= _REORDERED_THREADS:
             self._reordered.add(ptx)
             _, again = once(Settings(self.mode, order_seed=ORDER_SEED))
             require_same(stored, [one for one, _ in again], "order", "differs when the warps run in another order")

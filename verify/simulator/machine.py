@@ -6,20 +6,28 @@ branch run in groups; the group with the lowest place in the program runs first,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 import numpy as np
 
+from verify.simulator import atomics
 from verify.simulator.block_memory import LocalMemory, SharedMemory
 from verify.simulator.decode import Decoder, Step, free_dead, local_bytes
 from verify.simulator.effects import EFFECTS
 from verify.simulator.errors import Fault
-from verify.simulator.memory import GlobalMemory, Threads
+from verify.simulator.memory import GlobalMemory
 from verify.simulator.ptx import Instruction, Kernel
+from verify.simulator.threads import Threads
 
 U32, I32, I64 = np.uint32, np.int32, np.int64
+_EFFECTS = {**EFFECTS, **atomics.EFFECTS}
+#: What orders the accesses of a thread around an atomic operation.
+_ORDERS = {"acquire", "release", "acq_rel"}
+#: How often threads go back in a loop while others wait, before those others run: what they wait for may be a lock.
+_PATIENCE = 200
 
 
 class Program:
@@ -28,10 +36,14 @@ class Program:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         decoder = Decoder(kernel)
-        self.steps = [decoder.decode(one, EFFECTS) for one in kernel.instructions]
+        self.steps = [decoder.decode(one, _EFFECTS) for one in kernel.instructions]
         self.types, self.names = decoder.types, decoder.names
         self.static_shared_bytes = decoder.static_shared_bytes
         free_dead(self.steps)
+        #: Whether blocks may order their accesses by atomic operations.
+        self.synchronises = any(
+            one.base in ("atom", "red") and _ORDERS & {*one.modifiers} for one in kernel.instructions
+        )
         self.shared_part_bytes = _narrowest(kernel, "shared")
         self.store_bytes = _narrowest(kernel, "global")
 
@@ -39,8 +51,8 @@ class Program:
 def _narrowest(kernel: Kernel, space: str) -> int:
     """The bytes of the narrowest access to a space, at most 4."""
     names = {space, f"{space}__cta"}
-    kinds = (one.modifiers[-1] for one in kernel.instructions if names & {*one.modifiers})
-    return min([4, *(int(one[1:]) // 8 for one in kinds if one[1:].isdigit())])
+    kinds = (re.match(r"[a-z]+(\d+)", one.modifiers[-1]) for one in kernel.instructions if names & {*one.modifiers})
+    return min([4, *(int(one[1]) // 8 for one in kinds if one)])
 
 
 @dataclass(slots=True)
@@ -70,6 +82,7 @@ class Team:
 
     groups: list[Group]
     waiting: list[Waiting] = field(default_factory=list)
+    rounds: int = 0
 
 
 class Machine:
@@ -98,6 +111,7 @@ class Machine:
         self.shared = SharedMemory(len(blocks), shared_bytes, program.shared_part_bytes, first_wins=first_lane_wins)
         self.local = LocalMemory(len(blocks) * program.kernel.threads, local_bytes(program.kernel))
         self.carry: np.ndarray = np.zeros((1, 1), bool)
+        self.backwards, self.order_left_open = first_lane_wins, False
         self.read_undefined = self.used_approximation = False
         self.thread_instructions = 0
         self._mode, self._order = mode, warp_order
@@ -223,8 +237,11 @@ class Machine:
             groups.sort(key=lambda group: group.place)
             while len(groups) > 1 and groups[0].place == groups[1].place:
                 groups[0].active = self._union(groups[0].active, groups.pop(1).active)
-        group = groups[0]
         until = groups[1].place if len(groups) > 1 else len(self.program.steps)
+        if team.rounds > _PATIENCE and self.program.synchronises:
+            groups.reverse()
+            team.rounds, until = 0, len(self.program.steps)
+        group = groups[0]
         active = group.active
         # registers of threads that have ended may hold anything, so that a lone group need not spare them
         alone = alone and len(groups) == 1 and not team.waiting
@@ -251,6 +268,7 @@ class Machine:
                     return
                 if place <= before and len(groups) > 1:  # others may be waiting to meet this group further down
                     group.place = place
+                    team.rounds += 1
                     return
             elif step.kind == "exit":
                 staying = self._exit(step, group)
