@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from verify.simulator.errors import Fault, Located
-from verify.simulator.memory import WORDS, Threads
+from verify.simulator.memory import WORDS
+from verify.simulator.threads import Changes, Threads
 
 U8, U64, I32, I64 = np.uint8, np.uint64, np.int32, np.int64
 
@@ -41,6 +42,7 @@ class SharedMemory:
         self._written_in, self._written_warp = np.full(parts, -1, I32), np.full(parts, -1, I32)
         self._read_in, self._read_warp = np.full(parts, -1, I32), np.full(parts, -1, I32)
         self._read_by, self._readers = np.full(parts, -1, I32), np.zeros(parts, U64)
+        self._changes: Changes | None = None  #: by atomic operations
 
     def starts(self, addresses: np.ndarray, size: int, threads: Threads, by: Located) -> np.ndarray:
         """Where accesses of ``size`` bytes begin. Raises Fault outside the block's memory, or where not aligned."""
@@ -62,15 +64,13 @@ class SharedMemory:
         bit = U64(1) << warp.astype(U64)
         for offset in range(0, width * count, self._part):
             at = (start + offset) // self._part
+            self._require_written(at, start + offset, threads, by)
             writer = self._written_by[at]
-            if (writer < 0).any():
-                place = int((writer < 0).argmax())
-                told = f"reads byte {int(start[place] % self._stride) + offset} of shared memory"
-                raise Fault("uninitialised", told, by, threads.named(place))
             foreign = (writer != threads.thread) & (self._written_in[at] == threads.epoch)
             if foreign.any():
                 foreign &= ~((writer // 32 == warp) & (self._written_warp[at] < threads.warp_epoch))
                 self._require_order(foreign, _by(writer, "wrote"), "reads", start + offset, threads, by)
+            self._require_unchanged(at, "reads", start + offset, threads, by)
             old = self._read_in[at] != threads.epoch
             if old.any():
                 self._readers[at[old]] = U64(0)
@@ -94,18 +94,10 @@ class SharedMemory:
         for place, value in enumerate(values):
             changes |= words[index + place] != value
         warp = threads.thread // 32
-        own = U64(1) << warp.astype(U64)
         for offset in range(0, width * len(values), self._part):
             at = (start + offset) // self._part
-            reader, writer = self._read_by[at], self._written_by[at]
-            other_warps = (self._readers[at] & ~own) != 0
-            own_warp = (self._readers[at] & own != 0) & (reader != threads.thread)
-            own_warp &= self._read_warp[at] == threads.warp_epoch
-            read = changes & (self._read_in[at] == threads.epoch) & (other_warps | own_warp)
-            self._require_order(read, self._by_readers(at), "writes", start + offset, threads, by)
-            wrote = changes & (writer >= 0) & (writer != threads.thread) & (self._written_in[at] == threads.epoch)
-            wrote &= ~((writer // 32 == warp) & (self._written_warp[at] < threads.warp_epoch))
-            self._require_order(wrote, _by(writer, "wrote"), "writes", start + offset, threads, by)
+            self._require_free(at, changes, "writes", start + offset, threads, by)
+            self._require_unchanged(at, "writes", start + offset, threads, by)
             turn = self._turn
             self._written_by[at[turn]] = threads.thread[turn]
             self._written_in[at], self._written_warp[at] = threads.epoch, threads.warp_epoch
@@ -122,6 +114,50 @@ class SharedMemory:
 
     def _by_readers(self, at: np.ndarray) -> Callable[[int], str]:
         return lambda place: f"{self._readers_named(int(at[place]))} read"
+
+    def change(self, start: np.ndarray, width: int, threads: Threads, by: Located) -> tuple[np.ndarray, bool]:
+        """The places in ``words`` of values that atomic operations change, and whether several threads change one of
+        them with no order between. Raises Fault.
+        """
+        if self._changes is None:
+            self._changes = Changes(len(self._written_by))
+        several = False
+        for offset in range(0, width, self._part):
+            at = (start + offset) // self._part
+            self._require_written(at, start + offset, threads, by)
+            self._require_free(at, np.ones(len(at), bool), "changes", start + offset, threads, by)
+            several |= self._changes.note(at, threads)
+        return start // width, several
+
+    def _require_written(self, at: np.ndarray, start: np.ndarray, threads: Threads, by: Located) -> None:
+        unwritten = self._written_by[at] < 0
+        if unwritten.any():
+            place = int(unwritten.argmax())
+            told = f"reads byte {int(start[place] % self._stride)} of shared memory"
+            raise Fault("uninitialised", told, by, threads.named(place))
+
+    def _require_free(
+        self, at: np.ndarray, changing: np.ndarray, does: str, start: np.ndarray, threads: Threads, by: Located
+    ) -> None:
+        """Raise Fault if another thread read or wrote what is changed and no barrier lies between."""
+        reader, writer = self._read_by[at], self._written_by[at]
+        warp = threads.thread // 32
+        own = U64(1) << warp.astype(U64)
+        other_warps = (self._readers[at] & ~own) != 0
+        own_warp = (self._readers[at] & own != 0) & (reader != threads.thread)
+        own_warp &= self._read_warp[at] == threads.warp_epoch
+        read = changing & (self._read_in[at] == threads.epoch) & (other_warps | own_warp)
+        self._require_order(read, self._by_readers(at), does, start, threads, by)
+        wrote = changing & (writer >= 0) & (writer != threads.thread) & (self._written_in[at] == threads.epoch)
+        wrote &= ~((writer // 32 == warp) & (self._written_warp[at] < threads.warp_epoch))
+        self._require_order(wrote, _by(writer, "wrote"), does, start, threads, by)
+
+    def _require_unchanged(self, at: np.ndarray, does: str, start: np.ndarray, threads: Threads, by: Located) -> None:
+        """Raise Fault if another thread changed this by an atomic operation and no barrier lies between."""
+        if self._changes is not None:
+            foreign = ~self._changes.before(at, threads)
+            told = "another thread changed by an atomic operation"
+            self._require_order(foreign, lambda place: told, does, start, threads, by)
 
     def _require_order(
         self, races: np.ndarray, other: Callable[[int], str], does: str, start: np.ndarray, threads: Threads,

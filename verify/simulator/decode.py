@@ -54,6 +54,8 @@ class Decoder:
         self.kernel = kernel
         self.types: list[np.dtype] = []
         self.names: list[str] = []
+        #: Registers that some instruction reads; complete once every instruction is decoded.
+        self.ever_read: set[int] = set()
         self._index: dict[str, int] = {}
         self._reads: list[int] = []
         self._writes: list[int] = []
@@ -80,6 +82,7 @@ class Decoder:
         except (ValueError, IndexError, KeyError, TypeError) as error:  # operands of another number or form
             raise Unsupported(instruction.text, instruction.line) from error
         reads = [*self._reads, *([guard] if guard >= 0 else [])]
+        self.ever_read.update(reads)
         return Step(instruction, kind, run, guard, target, tuple(reads), tuple(self._writes))
 
     def _require_whole_block(self, instruction: Instruction) -> None:

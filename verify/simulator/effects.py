@@ -137,7 +137,7 @@ def _plain_or_carry(decoder: Decoder, instruction: Instruction) -> Run:
     return (_with_carry if "cc" in instruction.modifiers else compute)(decoder, instruction)
 
 
-def _warp_mask(text: str) -> np.ndarray:
+def warp_mask(text: str) -> np.ndarray:
     """The lanes that a member mask names. Raises Unsupported unless it is a number."""
     if not re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", text):
         raise Unsupported(f"the member mask {text}")
@@ -145,7 +145,7 @@ def _warp_mask(text: str) -> np.ndarray:
     return np.array([number >> lane & 1 for lane in range(32)], bool)
 
 
-def _require_members(machine: State, active: np.ndarray | None, members: np.ndarray, by: Instruction) -> None:
+def require_members(machine: State, active: np.ndarray | None, members: np.ndarray, by: Instruction) -> None:
     """Raise Fault unless in each warp either none or exactly the named lanes that have not ended are active."""
     if active is None and members.all() and machine.shape[1] % 32 == 0:
         return
@@ -180,7 +180,7 @@ def _shuffle(decoder: Decoder, instruction: Instruction) -> Run:
     target, *sources = instruction.operands
     value_name, _, predicate_name = target.partition("|")
     get, lane_of, clamp_of = (decoder.read(text, np.dtype(U32)) for text in sources[:3])
-    members = _warp_mask(sources[3])
+    members = warp_mask(sources[3])
     put = decoder.write(value_name, np.dtype(U32))
     put_predicate = decoder.write(predicate_name, np.dtype(bool)) if predicate_name else None
     numbers = np.arange(decoder.kernel.threads)[None, :]
@@ -189,7 +189,7 @@ def _shuffle(decoder: Decoder, instruction: Instruction) -> Run:
         fixed = _sources(how, numbers, *(np.array([[int(one)]]) for one in sources[1:3]))
 
     def run(machine: State, active: np.ndarray | None, mask: np.ndarray | None) -> None:
-        _require_members(machine, active, members, instruction)
+        require_members(machine, active, members, instruction)
         columns, found = fixed or _sources(how, numbers, lane_of(machine), clamp_of(machine))
         _require_sources(machine, active, columns - numbers, instruction)
         values = get(machine)
@@ -228,11 +228,11 @@ def _vote(decoder: Decoder, instruction: Instruction) -> Run:
     how = words.choice(("ballot",) if kind == "b32" else ("all", "any", "uni"))
     words.end()
     target, source, member = instruction.operands
-    get, members = decoder.read(source, np.dtype(bool)), _warp_mask(member)
+    get, members = decoder.read(source, np.dtype(bool)), warp_mask(member)
     put = decoder.write(target, dtype_of(kind))
 
     def run(machine: State, active: np.ndarray | None, mask: np.ndarray | None) -> None:
-        _require_members(machine, active, members, instruction)
+        require_members(machine, active, members, instruction)
         taking = machine.by_warp(np.ones((1, 1), bool) if active is None else active)
         holds = machine.by_warp(get(machine)) & taking
         if how == "ballot":
@@ -246,10 +246,10 @@ def _vote(decoder: Decoder, instruction: Instruction) -> Run:
 
 
 def _warp_barrier(decoder: Decoder, instruction: Instruction) -> Run:
-    members = _warp_mask(instruction.operands[0])
+    members = warp_mask(instruction.operands[0])
 
     def run(machine: State, active: np.ndarray | None, mask: np.ndarray | None) -> None:
-        _require_members(machine, active, members, instruction)
+        require_members(machine, active, members, instruction)
         machine.pass_warp_barrier(active)
 
     return run

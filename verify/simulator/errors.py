@@ -62,7 +62,7 @@ KINDS = {
     "conflict": "two threads store different values to one address",
     "read_only": "a store into constant memory",
     "uninitialised": "a read of memory that nobody wrote",
-    "race": "two threads access one place of shared memory with no barrier between",
+    "race": "two threads access one place in memory with no barrier between",
     "barrier": "a barrier that not all threads reach",
     "shuffle": "an exchange with threads that are not there",
     "undefined": "a result that depends on an undefined register",

@@ -12,6 +12,7 @@ import shutil
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import astuple
 from functools import cache
 from pathlib import Path
 
@@ -60,8 +61,8 @@ class KeptLaunches:
                 for number, one in enumerate(buffers):
                     if f"at{number}" in kept:
                         one.put(kept[f"at{number}"], kept[f"bytes{number}"])
-                instructions, undefined, depends = (int(value) for value in kept["ran"])
-            return Ran(instructions, bool(undefined), bool(depends))
+                instructions, *flags = (int(value) for value in kept["ran"])
+            return Ran(instructions, *map(bool, flags))
         return None
 
     def write(self, place: Path, ran: Ran, buffers: Sequence[Buffer]) -> None:
@@ -71,7 +72,7 @@ class KeptLaunches:
             if (written := one.written) is not None:
                 at = np.flatnonzero(written)
                 parts |= {f"at{number}": at, f"bytes{number}": one.content[at]}
-        parts["ran"] = np.array([ran.thread_instructions, ran.read_undefined, ran.depends_on_mode], np.int64)
+        parts["ran"] = np.array(astuple(ran), np.int64)
         stream = io.BytesIO()
         np.savez_compressed(stream, **parts)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
         with suppress(OSError):

@@ -25,7 +25,8 @@ class Settings:
     """How one run of a launch resolves what PTX leaves open.
 
     ``mode`` is how approximate instructions round (``MODES``); in the mode ``lowest`` the first of several threads of a
-    warp that store to one place in one instruction also wins, otherwise the last. ``poison`` is the word in undefined
+    warp that store to one place in one instruction also wins, otherwise the last, and atomic operations of one
+    instruction run in the reversed order of the threads. ``poison`` is the word in undefined
     registers, ``order_seed`` draws the order in which the warps of a block run; None runs them together.
     ``step_limit`` is the number of steps of one set of blocks after which a loop is taken to be endless.
     """
@@ -39,12 +40,13 @@ class Settings:
 @dataclass(frozen=True, slots=True)
 class Ran:
     """What one run of a launch did: how many instructions all threads executed, whether its results rest on undefined
-    registers, and whether they depend on the mode.
+    registers, whether they depend on the mode, and whether on the order of atomic operations, which PTX leaves open.
     """
 
     thread_instructions: int
     read_undefined: bool
     depends_on_mode: bool
+    order_left_open: bool
 
 
 def run_grid(
@@ -63,7 +65,7 @@ def run_grid(
     memory = GlobalMemory()
     bases = []
     for buffer in buffers:
-        buffer.unit = min(program.store_bytes, buffer.element_bytes)
+        buffer.unit, buffer.synchronised = min(program.store_bytes, buffer.element_bytes), program.synchronises
         bases.append(memory.add(buffer))
     constants = {
         name: np.array(
@@ -79,7 +81,7 @@ def run_grid(
     if settings.order_seed is not None:
         order = np.random.default_rng(settings.order_seed).permutation(-(-program.kernel.threads // 32)).tolist()
     shared = program.static_shared_bytes + shared_bytes
-    instructions, undefined, open_ = 0, False, False
+    instructions, undefined, open_, order_open = 0, False, False, False
     with np.errstate(all="ignore"):
         for begin in range(0, len(blocks), together):
             machine = Machine(
@@ -90,8 +92,9 @@ def run_grid(
             machine.run()
             instructions += machine.thread_instructions
             undefined |= machine.read_undefined
-            open_ |= machine.used_approximation or machine.shared.left_open
-    return Ran(instructions, undefined, open_)
+            order_open |= machine.order_left_open
+            open_ |= machine.used_approximation or machine.shared.left_open or machine.order_left_open
+    return Ran(instructions, undefined, open_, order_open)
 
 
 def _parameters(program: Program, arguments: Sequence[int | float]) -> dict[str, np.ndarray]:

@@ -15,11 +15,14 @@ import numpy as np
 from verify.simulator.block_memory import LocalMemory, SharedMemory
 from verify.simulator.decode import Step, local_bytes
 from verify.simulator.errors import Fault
-from verify.simulator.memory import GlobalMemory, Threads
+from verify.simulator.memory import GlobalMemory
 from verify.simulator.program import Program
 from verify.simulator.ptx import Instruction
+from verify.simulator.threads import Threads
 
 U32, I32, I64 = np.uint32, np.int32, np.int64
+#: How often threads go back in a loop while others wait, before those others run: what they wait for may be a lock.
+_PATIENCE = 200
 
 
 @dataclass(slots=True)
@@ -49,6 +52,7 @@ class Team:
 
     groups: list[Group]
     waiting: list[Waiting] = field(default_factory=list)
+    rounds: int = 0
 
 
 class Machine:
@@ -77,6 +81,7 @@ class Machine:
         self.shared = SharedMemory(len(blocks), shared_bytes, program.shared_part_bytes, first_wins=first_lane_wins)
         self.local = LocalMemory(len(blocks) * program.kernel.threads, local_bytes(program.kernel))
         self.carry: np.ndarray = np.zeros((1, 1), bool)
+        self.backwards, self.order_left_open = first_lane_wins, False
         self.read_undefined = self.used_approximation = False
         self.thread_instructions = 0
         self._mode, self._order = mode, warp_order
@@ -206,6 +211,9 @@ class Machine:
             self._meet(groups)
         group = next((one for one in groups if self._can_go_on(one, groups)), groups[0])
         until = min((one.place for one in groups if one.place > group.place), default=len(self.program.steps))
+        if team.rounds > _PATIENCE and self.program.synchronises:  # what they wait for may be a lock that another holds
+            team.rounds, group = 0, groups[-1]
+            until = len(self.program.steps)
         active = group.active
         # registers of threads that have ended may hold anything, so that a lone group need not spare them
         alone = alone and len(groups) == 1 and not team.waiting
@@ -236,6 +244,7 @@ class Machine:
                     return
                 if place <= before and len(groups) > 1:  # others may be waiting to meet this group further down
                     group.place = place
+                    team.rounds += 1
                     return
             elif step.kind == "exit":
                 staying = self._exit(step, group)

@@ -5,12 +5,12 @@ Arrays of addresses, values and threads are flat here: one entry for each active
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
 
-from verify.simulator.errors import Fault, Located
+from verify.simulator.errors import Fault, Located, Unsupported
+from verify.simulator.threads import Changes, Threads
 
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 I32, I64 = np.int32, np.int64
@@ -20,35 +20,6 @@ WORDS = {1: U8, 2: U16, 4: U32, 8: U64}
 _SPACING_BITS = 40
 #: Tensors keep their real alignment up to this many bytes.
 _ALIGNMENT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Threads:
-    """The active threads of one instruction: the number of each one's block among those that run together, its number
-    within the block, and its number in the grid; ``epoch`` counts the barriers that its block has passed, and
-    ``warp_epoch`` those of its warp alone.
-    """
-
-    block: np.ndarray
-    thread: np.ndarray
-    number: np.ndarray
-    epoch: np.ndarray
-    warp_epoch: np.ndarray
-    per_block: int
-    coordinates: np.ndarray  #: [blocks, 3], of those that run together
-
-    def some(self, chosen: np.ndarray | slice) -> Threads:
-        """These entries."""
-        if isinstance(chosen, slice):
-            return self
-        parts = (self.block, self.thread, self.number, self.epoch, self.warp_epoch)
-        block, thread, number, epoch, warp_epoch = (one[chosen] for one in parts)
-        return Threads(block, thread, number, epoch, warp_epoch, self.per_block, self.coordinates)
-
-    def named(self, place: int) -> tuple[tuple[int, int, int], int]:
-        """Block and thread of one entry, for a message."""
-        x, y, z = (int(one) for one in self.coordinates[self.block[place]])
-        return (x, y, z), int(self.thread[place])
 
 
 class Buffer:
@@ -89,7 +60,11 @@ class Buffer:
         self._written: np.ndarray | None = None
         self._put: np.ndarray | None = None
         self._unwritten = unwritten if element_bytes == 4 else None
-        self._writer = self._when = np.zeros(0, I64)
+        self._writer = self._when = self._warp_when = np.zeros(0, I64)
+        #: Changes by atomic operations; None if there was none.
+        self._changes: Changes | None = None
+        #: Whether blocks may order their accesses by atomic operations, which is not followed here.
+        self.synchronised = False
 
     @property
     def content(self) -> np.ndarray:
@@ -150,7 +125,7 @@ class Buffer:
         """``count`` values of ``width`` bytes from ``start`` on. Raises Fault."""
         self.require_elements(start, width * count, threads, "reads", by)
         if self._written is not None:
-            self._require_own(start, width * count, threads, by)
+            self._require_own(start, width * count, threads, "reads", by)
         index = (start + self.skew) // width
         words = self.words[width]
         found = [words[index + place] for place in range(count)]
@@ -169,10 +144,10 @@ class Buffer:
         if self.constant:
             raise Fault("read_only", f"stores into {self.name}", by, threads.named(0))
         self.require_elements(start, width * len(values), threads, "writes", by)
-        if self._written is None:
-            length = len(self._room) // self.unit
-            self._written = np.zeros(length, bool)
-            self._writer, self._when = np.full(length, -1, I64), np.zeros(length, I64)
+        self._note_stores()
+        assert self._written is not None
+        if self._changes is not None:
+            self._require_unchanged(self._changes, start, width * len(values), threads, "writes", by)
         words, first = self.words[width], (start + self.skew) // width
         parts, bits = width // self.unit, WORDS[self.unit]
         for place, value in enumerate(values):
@@ -182,30 +157,94 @@ class Buffer:
                 if self._written[one].any():
                     doubtful = self._written[one] & ~self._after(one, threads)
                     differs = self.words[self.unit][one] != np.ascontiguousarray(value).view(bits)[part::parts]
+                    far = self._writer[one] // threads.per_block != threads.number // threads.per_block
+                    if self.synchronised and (doubtful & differs & far).any():
+                        raise Unsupported("the order of blocks by atomic operations")
                     self._require_agreement(doubtful & differs, start + width * place, threads, by)
             words[index] = value
             self._require_agreement(words[index] != value, start + width * place, threads, by)
             for one in units:
                 self._written[one] = True
                 self._writer[one] = threads.number
-                self._when[one] = threads.epoch
+                self._when[one], self._warp_when[one] = threads.epoch, threads.warp_epoch
+
+    def _note_stores(self) -> None:
+        if self._written is None:
+            length = len(self._room) // self.unit
+            self._written = np.zeros(length, bool)
+            self._writer = np.full(length, -1, I64)
+            self._when, self._warp_when = np.zeros(length, I64), np.zeros(length, I64)
+
+    def change(self, start: np.ndarray, width: int, threads: Threads, by: Located) -> tuple[np.ndarray, bool]:
+        """The places in ``words`` of values that atomic operations change, and whether several threads change one of
+        them with no order between. Raises Fault, also where another thread stores or reads.
+        """
+        if self.constant:
+            raise Fault("read_only", f"changes {self.name}", by, threads.named(0))
+        self.require_elements(start, width, threads, "changes", by)
+        self._note_stores()
+        assert self._written is not None
+        if self._changes is None:
+            self._changes = Changes(len(self._written))
+        self._require_own(start, width, threads, "changes", by, by_atomics=False)
+        several = False
+        for unit in range(0, width, self.unit):
+            at = (start + self.skew + unit) // self.unit
+            several |= self._changes.note(at, threads)
+            self._written[at] = True
+        return (start + self.skew) // width, several
 
     def _after(self, unit: np.ndarray, threads: Threads) -> np.ndarray:
-        """Whether the last store into each unit came before: by the same thread, or a barrier of its block ago."""
+        """Whether the last store into each unit came before: by the same thread, or a barrier of its block or warp ago.
+
+        A writer of -1 is an atomic operation.
+        """
         writer = self._writer[unit]
         same_block = writer // threads.per_block == threads.number // threads.per_block
-        return (writer == threads.number) | (same_block & (self._when[unit] < threads.epoch))
+        same_warp = same_block & (writer // 32 == threads.number // 32)
+        return (
+            (writer == threads.number)
+            | (writer < 0)
+            | (same_block & (self._when[unit] < threads.epoch))
+            | (same_warp & (self._warp_when[unit] < threads.warp_epoch))
+        )
 
-    def _require_own(self, start: np.ndarray, size: int, threads: Threads, by: Located) -> None:
-        """Raise Fault if another thread wrote what is read and no barrier lies between."""
+    def _require_own(
+        self, start: np.ndarray, size: int, threads: Threads, does: str, by: Located, *, by_atomics: bool = True
+    ) -> None:
+        """Raise Fault if another thread wrote what is used and no barrier lies between."""
         assert self._written is not None
         for unit in range(0, size, self.unit):
             at = (start + self.skew + unit) // self.unit
             foreign = self._written[at] & ~self._after(at, threads)
-            if foreign.any():
-                place = int(foreign.argmax())
-                told = f"reads {self.described(int(start[place]) + unit)}, which another thread of this launch wrote"
-                raise Fault("race", told, by, threads.named(place))
+            near = self._writer[at] // threads.per_block == threads.number // threads.per_block
+            self._require_none(foreign, near | (not by_atomics), does, "wrote", start + unit, threads, by)
+        if by_atomics and self._changes is not None:
+            self._require_unchanged(self._changes, start, size, threads, does, by)
+
+    def _require_unchanged(
+        self, changes: Changes, start: np.ndarray, size: int, threads: Threads, does: str, by: Located
+    ) -> None:
+        """Raise Fault if another thread changed what is used by an atomic operation and no barrier lies between."""
+        for unit in range(0, size, self.unit):
+            at = (start + self.skew + unit) // self.unit
+            did = "changed by an atomic operation"
+            self._require_none(
+                ~changes.before(at, threads), changes.within(at, threads), does, did, start + unit, threads, by
+            )
+
+    def _require_none(
+        self, foreign: np.ndarray, near: np.ndarray, does: str, did: str, start: np.ndarray, threads: Threads,
+        by: Located,
+    ) -> None:  # fmt: skip
+        """Raise Fault if there is a foreign access; ``near`` are those of a thread's own block."""
+        if not foreign.any():
+            return
+        if self.synchronised and not (foreign & near).any():
+            raise Unsupported("the order of blocks by atomic operations")
+        place = int(foreign.argmax())
+        told = f"{does} {self.described(int(start[place]))}, which another thread of this launch {did}"
+        raise Fault("race", told, by, threads.named(place))
 
     def _require_agreement(self, differs: np.ndarray, start: np.ndarray, threads: Threads, by: Located) -> None:
         if differs.any():

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
+from verify.simulator import atomics
 from verify.simulator.decode import Decoder, free_dead
 from verify.simulator.effects import EFFECTS
 from verify.simulator.ptx import Kernel
+
+_EFFECTS = {**EFFECTS, **atomics.EFFECTS}
+#: What orders the accesses of a thread around an atomic operation.
+_ORDERS = {"acquire", "release", "acq_rel"}
 
 
 class Program:
@@ -15,10 +22,14 @@ class Program:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         decoder = Decoder(kernel)
-        self.steps = [decoder.decode(one, EFFECTS) for one in kernel.instructions]
+        self.steps = [decoder.decode(one, _EFFECTS) for one in kernel.instructions]
         self.types, self.names = decoder.types, decoder.names
         self.static_shared_bytes = decoder.static_shared_bytes
         free_dead(self.steps)
+        #: Whether blocks may order their accesses by atomic operations.
+        self.synchronises = any(
+            one.base in ("atom", "red") and _ORDERS & {*one.modifiers} for one in kernel.instructions
+        )
         begins = {0, *kernel.labels.values()}
         begins |= {place + 1 for place, step in enumerate(self.steps) if step.kind in ("branch", "exit")}
         self._block_of = np.cumsum([place in begins for place in range(len(self.steps))]).tolist()
@@ -57,5 +68,5 @@ class Program:
 def _narrowest(kernel: Kernel, space: str) -> int:
     """The bytes of the narrowest access to a space, at most 4."""
     names = {space, f"{space}__cta"}
-    kinds = (one.modifiers[-1] for one in kernel.instructions if names & {*one.modifiers})
-    return min([4, *(int(one[1:]) // 8 for one in kinds if one[1:].isdigit())])
+    kinds = (re.match(r"[a-z]+(\d+)", one.modifiers[-1]) for one in kernel.instructions if names & {*one.modifiers})
+    return min([4, *(int(one[1]) // 8 for one in kinds if one)])

@@ -8,12 +8,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from verify.simulator.block_memory import LocalMemory, SharedMemory
-from verify.simulator.memory import GlobalMemory, Threads
+from verify.simulator.memory import GlobalMemory
+from verify.simulator.threads import Threads
 
 
 class State(Protocol):
     """The blocks that run together. Values are arrays that broadcast to ``shape``, [blocks, threads]; ``carry`` is the
-    flag of the instructions that carry.
+    flag of the instructions that carry. Atomic operations of one instruction run in the order of the threads, or
+    ``backwards``; ``order_left_open`` notes that the results depend on it.
     """
 
     shape: tuple[int, int]
@@ -25,6 +27,8 @@ class State(Protocol):
     shared: SharedMemory
     local: LocalMemory
     carry: np.ndarray
+    backwards: bool
+    order_left_open: bool
 
     def value(self, index: int) -> np.ndarray: ...
 

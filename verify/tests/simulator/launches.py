@@ -307,6 +307,132 @@ def case_modes_and_what_was_executed(gpu: SimulatedGpu) -> None:
 
 
 @triton.jit
+def _loops(x, out, n, B: tl.constexpr):
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    v = tl.load(x + i)
+    total = tl.zeros((B,), tl.int32)
+    for k in range(n):
+        if k % 3 == tl.program_id(0) % 3:
+            total += v * k
+    while tl.max(total, 0) > 100:
+        total = total // 2
+    tl.store(out + i, total)
+
+
+def case_loops(gpu: SimulatedGpu) -> None:
+    x = torch.randint(-9, 9, (512,), dtype=torch.int32)
+    out = torch.zeros_like(x)
+    _loops[(4,)](x, out, 11, 128)
+    for block in range(4):
+        v = x[128 * block : 128 * block + 128]
+        total = v * sum(k for k in range(11) if k % 3 == block % 3)
+        while total.max() > 100:
+            total = torch.div(total, 2, rounding_mode="trunc")
+        assert torch.equal(out[128 * block : 128 * block + 128], total)
+
+
+@triton.jit
+def _atomics(x, totals, bits, counts, B: tl.constexpr):
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    v = tl.load(x + i)
+    tl.atomic_add(totals + v % 4, v)
+    tl.atomic_max(bits + 0 + 0 * i, v)
+    tl.atomic_min(bits + 1 + 0 * i, v)
+    tl.atomic_or(bits + 2 + 0 * i, v)
+    tl.atomic_xor(bits + 3 + 0 * i, v)
+    tl.atomic_and(bits + 4 + 0 * i, v)
+    tl.atomic_add(counts, 1)
+
+
+def case_atomic_operations(gpu: SimulatedGpu) -> None:
+    x = torch.randint(0, 1 << 30, (512,), dtype=torch.int32)
+    totals, counts = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    bits = torch.tensor([0, 1 << 30, 0, 0, -1], dtype=torch.int32)
+    _atomics[(4,)](x, totals, bits, counts, 128)
+    values = x.numpy()
+    assert totals.tolist() == [int(values[values % 4 == one].sum(dtype="i4")) for one in range(4)]
+    found = [
+        values.max(),
+        values.min(),
+        *(one.reduce(values) for one in (np.bitwise_or, np.bitwise_xor, np.bitwise_and)),
+    ]
+    assert bits.tolist() == [int(one) for one in found]
+    assert counts.tolist() == [4]
+    assert not gpu.depends_on_mode
+
+
+@triton.jit
+def _sums(x, total, B: tl.constexpr):
+    tl.atomic_add(total, tl.sum(tl.load(x + tl.program_id(0) * B + tl.arange(0, B)), 0))
+
+
+def case_a_sum_whose_order_is_left_open(gpu: SimulatedGpu) -> None:
+    x = torch.randn(64, 128)
+    results = {}
+    for mode in ("nearest", "lowest"):
+        gpu.begin(mode)
+        results[mode] = torch.zeros(1)
+        _sums[(64,)](x, results[mode], 128)
+        assert gpu.depends_on_mode
+        assert abs(results[mode].item() - x.double().sum().item()) < 1e-3
+    assert results["nearest"] != results["lowest"]
+
+
+@triton.jit
+def _tickets(counter, out):
+    tl.store(out + tl.atomic_add(counter, 1, sem="relaxed"), tl.program_id(0))
+
+
+def case_tickets(gpu: SimulatedGpu) -> None:
+    """Which block gets which ticket is left open, and so is no fault."""
+    out, counter = torch.zeros(50, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    _tickets[(50,)](counter, out)
+    assert sorted(out.tolist()) == [*range(50)]
+    assert gpu.depends_on_mode
+
+
+@triton.jit
+def _locked(lock, total, x):
+    value = tl.load(x + tl.program_id(0))
+    while tl.atomic_cas(lock, 0, 1) == 1:
+        pass
+    tl.atomic_add(total, value)
+    tl.atomic_xchg(lock, 0)
+
+
+def case_a_lock(gpu: SimulatedGpu) -> None:
+    x = torch.arange(8, dtype=torch.int32)
+    lock, total = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    _locked[(8,)](lock, total, x)
+    assert (lock.item(), total.item()) == (0, 28)
+
+
+@triton.jit
+def _counts(x, out, B: tl.constexpr, N: tl.constexpr):
+    tl.store(out + tl.arange(0, N), tl.histogram(tl.load(x + tl.arange(0, B)), N))
+
+
+def case_a_histogram(gpu: SimulatedGpu) -> None:
+    for warps in (1, 4):
+        x, out = torch.randint(0, 32, (512,), dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+        _counts[(1,)](x, out, 512, 32, num_warps=warps)
+        assert torch.equal(out.long(), torch.bincount(x, minlength=32))
+
+
+@triton.jit
+def _mixed(x, out, B: tl.constexpr):
+    i = tl.arange(0, B)
+    tl.store(x + i % 2, 0)
+    tl.atomic_add(x + i % 2, i)
+
+
+def case_a_store_next_to_atomic_operations_is_a_race(gpu: SimulatedGpu) -> None:
+    with _raised(Fault) as found:
+        _mixed[(2,)](torch.ones(2, dtype=torch.int32), torch.zeros(1), 128)
+    assert found[0].kind == "race"
+
+
+@triton.jit
 def _unordered(x, out, B: tl.constexpr):
     i = tl.arange(0, B)
     tl.store(out + (i * 0), i)
