@@ -375,7 +375,7 @@ def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console
         lines = [f"record: {os.path.relpath(run_dir / events.RECORD)}"]
         lines += [told] if (told := unjudged(record, run_dir)) else []
         lines += told_deviations if finished else []
-        if not finished:
+        if not finished and not brief:
             lines.append(f"interrupted; resume with: python -m verify run --resume {_resume_name(run_dir)}")
         console.print("\n".join(lines), markup=False, soft_wrap=True)
     return code if finished else Exit.INTERRUPTED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -68,9 +70,13 @@ def simulate(
             ended.append(Ended(gpus.pop(0), Exit.OK, gap=str(error)))
             continue
         if code == Exit.INTERRUPTED:
-            left = ",".join(one.target for one in gpus)
-            again = f" --resume {run_dir.name}" if run_dir is not None else ""
-            console.print(f"go on with: python -m verify simulate --sm {left}{again}", markup=False, soft_wrap=True)
+            words = ["--sm", ",".join(one.target for one in gpus)]
+            words += ["--resume", run_dir.name] if run_dir is not None else []
+            words += ["--phases", phases] if phases else []
+            words += ["--subject", subject] if subject != "bundled" else []
+            words += ["--out", os.path.relpath(out)] if out != default_out() else []
+            told = f"interrupted; go on with: python -m verify simulate {shlex.join(words)}"
+            console.print(told, markup=False, soft_wrap=True)
             return code
         record = read_record(run_dir / events.RECORD) if run_dir is not None else None
         if resume is not None and record is not None:
