@@ -243,6 +243,16 @@ def test_a_gpu_that_the_toolchain_cannot_build_for_is_told_and_not_counted(
     ]
 
 
+def test_an_interrupted_simulation_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("verify.run.simulate.carry_out", lambda *_, **__: (2, tmp_path / "RUN"))
+    monkeypatch.chdir(tmp_path)
+    assert simulate("89-100", phases="4", subject="installed", out=tmp_path) == 2
+    words = "--sm sm89,sm90,sm100 --resume RUN --phases 4 --subject installed --out ."
+    assert capsys.readouterr().out == f"interrupted; go on with: python -m verify simulate {words}\n"
+
+
 def test_only_phases_that_launch_kernels_can_be_simulated() -> None:
     with pytest.raises(ConfigurationError, match="--phases 6 cannot be simulated; use phases among 3-5"):
         simulate("90", phases="6")
