@@ -70,12 +70,11 @@ def simulate(
             ended.append(Ended(gpus.pop(0), Exit.OK, gap=str(error)))
             continue
         if code == Exit.INTERRUPTED:
-            words = ["--sm", ",".join(one.target for one in gpus)]
-            words += ["--resume", run_dir.name] if run_dir is not None else []
-            words += ["--phases", phases] if phases else []
-            words += ["--subject", subject] if subject != "bundled" else []
-            words += ["--out", os.path.relpath(out)] if out != default_out() else []
-            told = f"interrupted; go on with: python -m verify simulate {shlex.join(words)}"
+            again = {"--sm": ",".join(one.target for one in gpus), "--resume": run_dir and run_dir.name}
+            again |= {"--phases": phases, "--subject": None if subject == "bundled" else subject}
+            again |= {"--out": None if out == default_out() else os.path.relpath(out)}
+            words = shlex.join(word for option, value in again.items() if value for word in (option, value))
+            told = f"interrupted; go on with: python -m verify simulate {words}"
             console.print(told, markup=False, soft_wrap=True)
             return code
         record = read_record(run_dir / events.RECORD) if run_dir is not None else None
