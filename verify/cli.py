@@ -291,6 +291,7 @@ def _add_selftest(verbs: argparse._SubParsersAction) -> None:
         help="run every check of these phases (default: all) against each fault, not only those that claim it",
     )  # fmt: skip
     verb.add_argument("--subject", metavar="S", default="bundled", help="bundled (default), or a checkout")
+    verb.add_argument("--device", default="cpu", help="cpu (default), or a simulated GPU such as sim:sm90")
     verb.add_argument("--jobs", type=int, metavar="N", help="faults tried in parallel (default: one per processor)")
     verb.add_argument(
         "--out", type=Path, metavar="FILE", help="default: reports/selftest, unless --only or --sample is given"
@@ -306,7 +307,7 @@ def _selftest(chosen: argparse.Namespace) -> int:
     from verify.selftest import verb
 
     full = None if chosen.full is None else parse_phases(chosen.full)
-    choice = verb.Choice(tuple(chosen.only), chosen.sample, full, chosen.seed)
+    choice = verb.Choice(tuple(chosen.only), chosen.sample, full, chosen.seed, chosen.device)
     return verb.selftest(choice, chosen.subject, chosen.jobs, chosen.format, chosen.out)
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Generator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,9 @@ def pytest_configure(config: pytest.Config) -> None:
             from verify.simulator.driver import install
 
             session.gpu = install(session.simulated)
+            if session.manifest is not None and (mutation := session.manifest.mutation):
+                note = partial(events.append_mutated, session.run_dir, mutation.fault)
+                session.gpu.alter = mutation.alteration(note)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from error
     watched = config.getoption("run_dir") or config.getoption("scratch") or config.option.collectonly

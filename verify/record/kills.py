@@ -19,10 +19,15 @@ FOLDER = REPORTS / "selftest"
 
 
 class Outcome(StrEnum):
-    """Whether a check caught a fault. NOT_RUN: it was skipped or blocked, or it fails without the fault too."""
+    """Whether a check caught a fault. NOT_RUN: it was skipped or blocked, or it fails without the fault too.
+
+    A change that is not a mistake is HARMLESS if the check passes, and a FALSE_ALARM if it does not.
+    """
 
     KILLED = "killed"
+    FALSE_ALARM = "false alarm"
     SURVIVED = "survived"
+    HARMLESS = "harmless"
     NOT_RUN = "not run"
 
 
@@ -36,7 +41,8 @@ class Cell(Strict):
 
 
 class Row(Strict):
-    """One fault, with a cell for each check that ran against it.
+    """One fault, with a cell for each check that ran against it; or a change that is not a mistake: a ``right`` one, or
+    one that is ``equivalent`` for the reason given there.
 
     If a check caught it, the checks that passed and do not claim to catch it are only counted, in ``passed``.
     """
@@ -46,6 +52,12 @@ class Row(Strict):
     cells: list[Cell]
     duration_s: float = Field(ge=0)
     passed: int = 0
+    right: bool = False
+    equivalent: str = ""
+
+    @property
+    def harmless(self) -> bool:
+        return self.right or bool(self.equivalent)
 
     def without_bystanders(self, claims: Set[str]) -> Row:
         """The same row, with the cells that passed and are not in ``claims`` only counted; unchanged if not caught."""
@@ -57,10 +69,7 @@ class Row(Strict):
     @property
     def outcome(self) -> Outcome:
         outcomes = {cell.outcome for cell in self.cells}
-        for outcome in (Outcome.KILLED, Outcome.SURVIVED):
-            if outcome in outcomes:
-                return outcome
-        return Outcome.NOT_RUN
+        return next((outcome for outcome in Outcome if outcome in outcomes), Outcome.NOT_RUN)
 
     @property
     def killers(self) -> list[Cell]:
@@ -76,9 +85,13 @@ class Row(Strict):
 
 
 class Matrix(Strict):
-    """The rows of one selftest; ``idle`` are the families of checks that killed nothing in it."""
+    """The rows of one selftest; ``idle`` are the families of checks that killed nothing in it.
+
+    The faults were tried on ``device``, those of compiled code on a simulated GPU.
+    """
 
     schema_version: Literal[1] = 1
+    device: str = "cpu"
     time_utc: str
     subject: SubjectInfo
     instrument_sha256: Sha256
@@ -87,6 +100,11 @@ class Matrix(Strict):
     seed: int
     rows: list[Row]
     idle: list[str]
+
+    @property
+    def mistakes(self) -> list[Row]:
+        """The rows of what must be caught."""
+        return [row for row in self.rows if not row.harmless]
 
     def of(self, outcome: Outcome | str) -> list[Row]:
         return [row for row in self.rows if row.outcome == outcome]

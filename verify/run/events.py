@@ -36,14 +36,15 @@ _FIELDS = {
     "grounds": {"names"},
     "trail": {"id", "failed", "passed"},
     "launched": {"kernels"},
+    "mutated": {"fault", "kernel"},
 }
 
 
 def create(run_dir: Path, manifest: Manifest) -> None:
-    """Create the run's directory with its manifest and a record without results."""
+    """Create the run's directory with its manifest and, unless it mutates code, a record without results."""
     run_dir.mkdir(parents=True)
     write_atomic(run_dir / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-    compose(run_dir, "running")
+    update(run_dir, manifest)
 
 
 def read_manifest(run_dir: Path) -> Manifest:
@@ -109,6 +110,16 @@ def append_trail(run_dir: Path, result: CheckResult, calls: Sequence[Mapping[str
 def append_launched(run_dir: Path, kernels: Sequence[SimulatedKernel]) -> None:
     """Append what a simulated check executed, by kernel."""
     append(run_dir, {"event": "launched", "kernels": [one.model_dump() for one in kernels]})
+
+
+def append_mutated(run_dir: Path, fault: str, kernel: str) -> None:
+    """Append that a fault was planted in the compiled code of a kernel. No record can be made of the run after it."""
+    append(run_dir, {"event": "mutated", "fault": fault, "kernel": kernel})
+
+
+def read_mutated(run_dir: Path) -> list[str]:
+    """The kernels in whose compiled code a fault was planted. Raises ConfigurationError for a damaged file."""
+    return [event["kernel"] for event in read_events(run_dir) if event["event"] == "mutated"]
 
 
 def _simulation(manifest: Manifest, happened: Iterable[dict[str, Any]]) -> Simulation | None:
@@ -244,13 +255,21 @@ def blocker(needs: tuple[str, ...], results: dict[str, CheckResult]) -> str | No
     return None
 
 
+def update(run_dir: Path, manifest: Manifest) -> None:
+    """Bring ``record.json`` up to date while the run goes on; a run that mutates code has none."""
+    if manifest.mutation is None:
+        compose(run_dir, "running")
+
+
 def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"]) -> Record:
     """Write ``record.json`` from the manifest and the events so far, atomically, and return it.
 
-    Results are in the order of the selection.
+    Results are in the order of the selection. Raises ConfigurationError for a run that mutates code, or did.
     """
     manifest = read_manifest(run_dir)
     happened = read_events(run_dir)
+    if manifest.mutation or any(event["event"] == "mutated" for event in happened):
+        raise ConfigurationError(f"run {manifest.run_id} mutates compiled code, so it makes no record; start a new run")
     found = _results(happened)
     results, rests_on = _grounded(
         [check for check in manifest.selected if check.id in found], found, happened, manifest

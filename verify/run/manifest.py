@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from verify.architectures import parse_target
 from verify.checks import Gate, derive_seed
@@ -20,6 +20,7 @@ from verify.record.deviations import Entry, known
 from verify.record.digest import instrument_of
 from verify.record.grounds import Checkout
 from verify.record.schema import CheckResult, Deviation, Environment, Evidence, Sha256, SubjectInfo, Verdict
+from verify.run.mutation import Mutation
 from verify.subject.subject import Subject
 
 
@@ -80,7 +81,7 @@ def _facts(environment: Environment) -> dict[str, object]:
 
 
 class Manifest(Surroundings):
-    """One run on one target, frozen."""
+    """One run on one target, frozen. A run with a ``mutation`` makes no record (``events.compose``)."""
 
     run_id: str
     time_utc: str
@@ -91,6 +92,13 @@ class Manifest(Surroundings):
     selection: str
     selected: tuple[Selected, ...]
     deviations: tuple[Entry, ...] = ()
+    mutation: Mutation | None = None
+
+    @model_validator(mode="after")
+    def _mutated_in_a_simulation(self) -> Manifest:
+        if self.mutation and not self.device.startswith("sim:"):
+            raise ValueError("only the code of a simulated GPU can be mutated")
+        return self
 
     @property
     def model_id(self) -> str:
@@ -178,6 +186,7 @@ def freeze(
     selection: str,
     selected: tuple[Selected, ...],
     deviations: tuple[Entry, ...] = (),
+    mutation: Mutation | None = None,
 ) -> Manifest:
     """A manifest with a new run id."""
     return Manifest(
@@ -191,6 +200,7 @@ def freeze(
         selection=selection,
         selected=selected,
         deviations=deviations,
+        mutation=mutation,
     )
 
 

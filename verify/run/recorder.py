@@ -224,7 +224,7 @@ class Recorder:
         events.append_result(self.run_dir, result)
         self._note(spec.phase, file)
         if result.verdict in FAILING:
-            events.compose(self.run_dir, "running")
+            events.update(self.run_dir, self.manifest)
         return handled
 
     def _note(self, phase: int, file: str) -> None:
@@ -243,7 +243,7 @@ class Recorder:
             return
         if self.runner is None:
             events.append_machine(self.run_dir, self._phase, "end", processors.state())
-        events.compose(self.run_dir, "running")
+        events.update(self.run_dir, self.manifest)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:

@@ -15,10 +15,12 @@ from verify.checks import Check
 from verify.errors import ConfigurationError
 from verify.record.schema import Verdict
 from verify.record.strict import Strict
+from verify.run.mutation import Mutation, PtxEdit
 
 #: From the arithmetic to the conclusions; each is the name of a file under ``faults/``.
 LAYERS = (
-    "kernel", "scoring", "ranking", "statistics", "selection", "trigger", "hf", "vllm", "cli", "record", "report",
+    "kernel", "ptx", "scoring", "ranking", "statistics", "selection", "trigger", "hf", "vllm", "cli", "record",
+    "report",
 )  # fmt: skip
 
 FAULTS, WRAPPERS = (Path(__file__).with_name(name) for name in ("faults", "wrappers"))
@@ -26,10 +28,15 @@ FAULTS, WRAPPERS = (Path(__file__).with_name(name) for name in ("faults", "wrapp
 _END = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.ABSENT, Verdict.REFUSED})
 
 
+#: The device that mutations of compiled code are tried on, whatever the others are tried on.
+PTX_DEVICE = "sim:sm90"
+
+
 class _File(Strict):
-    """One file of faults before validation: ``[[fault]]`` tables, and nothing else."""
+    """One file of faults before validation: ``[[fault]]`` and ``[[right]]`` tables, and nothing else."""
 
     fault: list[dict[str, Any]] = Field(default_factory=list)
+    right: list[dict[str, Any]] = Field(default_factory=list)
 
 
 class Edit(Strict):
@@ -85,19 +92,31 @@ class Fault(Strict):
 
     ``kills`` are ids or families of checks, or names in ``records.JUDGES`` for tampered records. A fault is caught when
     one of them ends in one of ``verdicts`` with a message that matches the pattern ``says``. It is planted by edits of
-    the ``bundled`` or the ``plain`` subject, by a ``wrapper`` around any subject, or in ``records``.
+    the ``bundled`` or the ``plain`` subject, by a ``wrapper`` around any subject, in ``records``, or in the compiled
+    code (``ptx``) of the ``subjects``.
+
+    ``unseen`` names the input that would show a fault that no check catches yet. It counts as not caught.
+
+    Two kinds of change are not mistakes: a ``right`` one, which keeps what the code promises, and one that is
+    ``equivalent`` for the reason given there. They have ``passes`` instead of ``kills``: checks that must still pass.
     """
 
     layer: str
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     what: str = Field(min_length=1)
-    kills: tuple[str, ...] = Field(min_length=1)
+    kills: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
     says: str = ""
+    right: bool = False
+    equivalent: str = ""
+    unseen: str = ""
     verdicts: frozenset[Verdict] = frozenset({Verdict.FAIL})
     bundled: tuple[Edit, ...] = ()
     plain: tuple[Edit, ...] = ()
     wrapper: Wrapper | None = None
     records: tuple[Tampered, ...] = ()
+    ptx: tuple[PtxEdit, ...] = ()
+    subjects: frozenset[Literal["bundled", "plain"]] = frozenset({"bundled"})
 
     @property
     def id(self) -> str:
@@ -105,9 +124,11 @@ class Fault(Strict):
 
     @model_validator(mode="after")
     def _planted_in_one_way(self) -> Fault:
-        ways = [bool(self.bundled or self.plain), self.wrapper is not None, bool(self.records)]
+        ways = [bool(self.bundled or self.plain), self.wrapper is not None, bool(self.records), bool(self.ptx)]
         if sum(ways) != 1:
-            raise ValueError("plant it by edits, by a wrapper or in records, and in one way only")
+            raise ValueError("plant it by edits, by a wrapper, in records or in ptx, and in one way only")
+        if (bool(self.kills), bool(self.passes)) != (not self.harmless, self.harmless):
+            raise ValueError("a mistake has kills; what is right or equivalent has passes instead")
         if not self.verdicts <= _END:
             raise ValueError(f"verdicts may be {', '.join(sorted(_END))}")
         try:
@@ -116,25 +137,34 @@ class Fault(Strict):
             raise ValueError(f"says is not a regular expression ({error})") from error
         return self
 
+    @property
+    def harmless(self) -> bool:
+        return self.right or bool(self.equivalent)
+
+    @property
+    def mutation(self) -> Mutation | None:
+        """What is planted in compiled code; None for a fault of another kind."""
+        return Mutation(fault=self.id, edits=self.ptx) if self.ptx else None
+
     def edits_of(self, subject: str) -> tuple[Edit, ...]:
         """The edits for the subject of that name; none if the fault cannot be planted in it."""
         return {"bundled": self.bundled, "plain": self.plain}.get(subject, ())
 
     def fits(self, subject: str) -> bool:
-        return bool(self.edits_of(subject) or self.wrapper or self.records)
+        return bool(self.edits_of(subject) or self.wrapper or self.records or (self.ptx and subject in self.subjects))
 
     def claimed(self, checks: Iterable[Check]) -> list[Check]:
-        """The checks that claim to catch it. Raises ConfigurationError if ``kills`` names something that is not a
-        check.
+        """The checks that claim to catch it, or that must pass. Raises ConfigurationError if one of the names is not
+        that of a check.
         """
-        checks = list(checks)
-        for claim in self.kills:
+        checks, named = list(checks), self.kills or self.passes
+        for claim in named:
             if not any(claim in (check.id, check.spec.family) for check in checks):
                 raise ConfigurationError(
                     f"fault {self.id} names {claim}, which is not a check; "
                     f"name another in {FAULTS.name}/{self.layer}.toml"
                 )
-        return [check for check in checks if {check.id, check.spec.family} & {*self.kills}]
+        return [check for check in checks if {check.id, check.spec.family} & {*named}]
 
 
 @cache
@@ -163,7 +193,8 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return _File.model_validate(tomllib.loads(path.read_text("utf-8"))).fault
+        file = _File.model_validate(tomllib.loads(path.read_text("utf-8")))
+        return [*file.fault, *({"right": True, **entry} for entry in file.right)]
     except ValidationError as error:
         raise _wrong(path.name, error) from error
     except ValueError as error:  # not UTF-8, or not TOML

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 #: Terminals at least this wide show what was planted.
 _WIDE = 140
 
-_STYLE = {Outcome.KILLED: "green", Outcome.SURVIVED: "bold red", Outcome.NOT_RUN: "yellow"}
+_STYLE = {
+    Outcome.KILLED: "green", Outcome.HARMLESS: "green", Outcome.NOT_RUN: "yellow", Outcome.SURVIVED: "bold red",
+    Outcome.FALSE_ALARM: "bold red",
+}  # fmt: skip
 
 
 class Progress:
@@ -53,7 +56,7 @@ class Progress:
     def finished(self, row: Row) -> None:
         self._tried += 1
         self._bar.update(self._task, advance=1)
-        if row.outcome is not Outcome.KILLED:
+        if row.outcome not in (Outcome.KILLED, Outcome.HARMLESS):
             told = "; ".join(f"{cell.check} {cell.verdict}" for cell in row.cells)
             self.note(f"  {row.outcome} {row.id}: {told}")
 
@@ -114,11 +117,19 @@ def _killers(row: Row) -> str:
 
 
 def _sentences(matrix: Matrix) -> list[str]:
-    killed, survived, unrun = (matrix.of(outcome) for outcome in Outcome)
-    total = len(matrix.rows)
-    lines = [f"{len(killed)} of {count(total, 'planted fault')} caught in {matrix.subject.source}."]
-    lines += [f"NOT CAUGHT {row.id}: {row.what} ({_killers(row)})" for row in survived]
-    lines += [f"not tried {row.id}: {_killers(row)}" for row in unrun]
+    total = len(matrix.mistakes)
+    lines = [f"{len(matrix.of(Outcome.KILLED))} of {count(total, 'planted fault')} caught in {matrix.subject.source}."]
+    if right := [row for row in matrix.rows if row.right]:
+        unharmed = sum(row.outcome is Outcome.HARMLESS for row in right)
+        lines.append(f"{unharmed} of {count(len(right), 'right change')} passed every check.")
+    lines += [f"equivalent {row.id}: {row.what} {row.equivalent}" for row in matrix.rows if row.equivalent]
+    unseen = {fault.id: f" No check has {fault.unseen}." for fault in load_faults() if fault.unseen}
+    lines += [
+        f"NOT CAUGHT {row.id}: {row.what} ({_killers(row)}){unseen.get(row.id, '')}"
+        for row in matrix.of(Outcome.SURVIVED)
+    ]
+    lines += [f"FALSE ALARM {row.id}: {row.what} ({_killers(row)})" for row in matrix.of(Outcome.FALSE_ALARM)]
+    lines += [f"not tried {row.id}: {_killers(row)}" for row in matrix.of(Outcome.NOT_RUN)]
     lines += [f"false claim: {claim} does not catch {fault}" for fault, claim in false_claims(matrix)]
     if matrix.selection == "everything" and matrix.idle:
         lines.append(f"Checks that caught no fault, or met none: {', '.join(matrix.idle)}.")

@@ -23,10 +23,13 @@ from verify.machine.processors import cores
 from verify.record.kills import FOLDER, Matrix, Outcome, Row, write
 from verify.record.schema import Verdict
 from verify.run.manifest import survey, utc_now
+from verify.run.request import parse_device, simulated_sm
 from verify.run.runner import Interruption
-from verify.selftest.faults import LAYERS, Fault, load_faults
+from verify.run.simulated import can_be_simulated
+from verify.selftest.faults import LAYERS, PTX_DEVICE, Fault, load_faults
 from verify.selftest.plant import subject_key
 from verify.selftest.trial import Bench, Interrupted
+from verify.simulator.control import require
 from verify.subject.find import find_subject
 
 _MODEL = "embedded"
@@ -43,12 +46,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice:
-    """The request. ``full`` are the phases whose checks run against every fault; None runs those that claim it."""
+    """The request. ``full`` are the phases whose checks run against every fault; None runs those that claim it.
+
+    ``device`` is ``cpu``, or a simulated GPU. Raises ConfigurationError for any other.
+    """
 
     only: Sequence[str] = ()
     sample: int | None = None
     full: Sequence[int] | None = None
     seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if parse_device(self.device) in ("auto", "cuda"):
+            raise ConfigurationError(
+                f"--device {self.device} does not fit: faults are tried on cpu, or on a simulated GPU such as sim:sm90"
+            )
 
     @property
     def words(self) -> str:
@@ -56,7 +69,14 @@ class Choice:
         words = list(chain.from_iterable(("--only", name) for name in self.only))
         words += ["--sample", str(self.sample), "--seed", str(self.seed)] if self.sample is not None else []
         words += ["--full", ",".join(map(str, self.full))] if self.full is not None else []
+        words += ["--device", self.device] if self.device != "cpu" else []
         return shlex.join(words) or "everything"
+
+    @property
+    def suffix(self) -> str:
+        """What the name of the matrix says about the request."""
+        sm = simulated_sm(self.device)
+        return (f".sm{sm}" if sm else "") + (".full" if self.full is not None else "")
 
     @property
     def partial(self) -> bool:
@@ -80,16 +100,19 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
     subject = find_subject(subject_name, root)
     if not (subject.name == "bundled" or subject.source.startswith("checkout:")):
         raise ConfigurationError(f"--subject {subject_name} cannot be copied; give bundled, or the path of a checkout")
-    faults = chosen(choice, [fault for fault in load_faults() if fault.fits(subject_key(subject))])
     checks = list(catalogue())
+    faults = chosen(choice, [fault for fault in load_faults() if fault.fits(subject_key(subject))])
+    faults = _on_the_device(choice, faults, checks)
     plan = [(fault, _checks_for(fault, choice, checks)) for fault in faults]
-    path = out or root / FOLDER / f"{subject_key(subject)}{'.full' if choice.full is not None else ''}.json"
+    path = out or root / FOLDER / f"{subject_key(subject)}{choice.suffix}.json"
     kept = out is not None or not choice.partial
     if kept:
         require_writable(path.parent)
     prepare("cpu", _MODEL)
     with Interruption() as interruption:
-        bench = Bench(root, subject, survey("cpu", subject, root), _MODEL, 0, interruption.count)
+        bench = Bench(root, subject, survey("cpu", subject, root), _MODEL, 0, interruption.count, choice.device)
+        for sm in sorted({sm for fault in faults if (sm := simulated_sm(bench.device_of(fault)))}):
+            require(sm)
         try:
             rows = _tried(bench, plan, jobs or len(cores()))
         except Interrupted:
@@ -103,8 +126,8 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
         rows = [row.without_bystanders(claimed) for row, claimed in zip(rows, claims, strict=True)]
     matrix = Matrix(
         time_utc=utc_now(), subject=bench.surroundings.subject_info,
-        instrument_sha256=bench.surroundings.instrument_sha256, versions=bench.versions,
-        selection=choice.words, seed=choice.seed, rows=rows, idle=_idle(rows, checks),
+        instrument_sha256=bench.surroundings.instrument_sha256, versions=bench.versions, device=choice.device,
+        selection=choice.words, seed=choice.seed, rows=rows, idle=_idle(choice, rows, checks),
     )  # fmt: skip
     if kept:
         write(matrix, path)
@@ -113,10 +136,27 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
 
 
 def _uncaught(row: Row) -> bool:
-    """Whether nothing caught the fault, although not all of its checks are skipped here."""
+    """Whether nothing caught the fault, although not all of its checks are skipped here; or whether something objected
+    to what is not a fault.
+    """
     if row.outcome is Outcome.NOT_RUN:
-        return any(not cell.verdict.startswith(Verdict.SKIP) for cell in row.cells)
-    return row.outcome is Outcome.SURVIVED
+        return any(cell.verdict != f"{Verdict.SKIP} without the fault" for cell in row.cells)
+    return row.outcome in (Outcome.SURVIVED, Outcome.FALSE_ALARM)
+
+
+def _on_the_device(choice: Choice, faults: Sequence[Fault], checks: Sequence[Check]) -> list[Fault]:
+    """Those of the faults that have a check which runs on the device: on a CPU all of them.
+
+    Raises ConfigurationError if there is none.
+    """
+    if simulated_sm(choice.device) is None:
+        return [*faults]
+    found = [
+        fault for fault in faults if not fault.records and any(can_be_simulated(c.spec) for c in fault.claimed(checks))
+    ]
+    if not found:
+        raise ConfigurationError(f"no check of these faults can run on {choice.device}; choose others, or --device cpu")
+    return found
 
 
 def chosen(choice: Choice, faults: Sequence[Fault]) -> list[Fault]:
@@ -156,21 +196,25 @@ def _checks_for(fault: Fault, choice: Choice, checks: Sequence[Check]) -> list[C
     claimed = fault.claimed(checks)
     if choice.full is None:
         return claimed
-    return [check for check in checks if check in claimed or (check.phase in choice.full and _in_a_run(check))]
+    device = PTX_DEVICE if fault.ptx else choice.device
+    more = {check.id for check in checks if check.phase in choice.full and _runs_on(device, check)}
+    return [check for check in checks if check in claimed or check.id in more]
 
 
-def _in_a_run(check: Check) -> bool:
-    """Whether a run on a CPU includes the check: it needs no GPU, and it is not slow."""
+def _runs_on(device: str, check: Check) -> bool:
+    """Whether a run on a CPU or on a simulated GPU includes the check: it needs no GPU, and it is not slow."""
+    if simulated_sm(device) is not None and not can_be_simulated(check.spec):
+        return False
     file, _, test = check.node.partition("::")
     function = getattr(importlib.import_module(f"phases.{Path(file).stem}"), test.partition("[")[0])
     slow = any(mark.name == "slow" for mark in getattr(function, "pytestmark", ()))
     return check.applies_to("emulated") and not slow
 
 
-def _idle(rows: Iterable[Row], checks: Iterable[Check]) -> list[str]:
-    """The families of checks in a run on a CPU that killed nothing."""
+def _idle(choice: Choice, rows: Iterable[Row], checks: Iterable[Check]) -> list[str]:
+    """The families of checks in a run on the device that killed nothing."""
     killed = {cell.check.rpartition(".")[0] for row in rows for cell in row.killers}
-    families = dict.fromkeys(check.spec.family for check in checks if _in_a_run(check))
+    families = dict.fromkeys(check.spec.family for check in checks if _runs_on(choice.device, check))
     return [family for family in families if family not in killed]
 
 
@@ -178,15 +222,20 @@ def _tried(bench: Bench, plan: Sequence[tuple[Fault, list[Check]]], jobs: int) -
     """A row for each fault, in the order of the plan; first each check is run without a fault."""
     from verify.selftest.terminal import Progress
 
-    needed = list({check.id: check for _, checks in plan for check in checks}.values())
-    parts = [[check for check in needed if check.phase == phase] for phase in sorted({c.phase for c in needed})]
+    needed = {(bench.device_of(fault), check.id): check for fault, checks in plan for check in checks}
+    split: dict[tuple[str, int], list[Check]] = {}
+    for (device, _), check in sorted(needed.items(), key=lambda one: one[1].phase):
+        split.setdefault((device, check.phase), []).append(check)
     begun = time.monotonic()
     with Progress(len(plan)) as progress:
         progress.doing(f"running {len(needed)} checks without a fault")
-        found = _side_by_side(bench.baseline, [(part,) for part in parts], jobs, [_alone(part) for part in parts])
-        baseline = {name: verdict for part in found for name, verdict in part.items()}
+        parts = [(part, device) for (device, _), part in split.items()]
+        found = _side_by_side(bench.baseline, parts, jobs, [_alone(part) for part, _ in parts])
+        baseline: dict[str, dict[str, Verdict]] = {}
+        for (_, device), verdicts in zip(parts, found, strict=True):
+            baseline.setdefault(device, {}).update(verdicts)
         progress.doing(f"planting {len(plan)} faults")
-        calls = [(fault, checks, baseline) for fault, checks in plan]
+        calls = [(fault, checks, baseline.get(bench.device_of(fault), {})) for fault, checks in plan]
         rows = _side_by_side(bench.row, calls, jobs, [_alone(checks) for _, checks in plan], progress.finished)
     progress.note(f"{time.monotonic() - begun:.0f} s")
     return rows

@@ -66,6 +66,7 @@ class SimulatedGpu:
     that were executed, ``faults`` and ``unsupported`` hold what was raised, since a subject may catch it;
     ``unwritten`` is the word in memory that was allocated and never written, None where nobody fills it;
     ``depends_on_mode`` says whether a launch since the last ``begin`` might give other results in another mode.
+    ``alter``, if set, returns the PTX to execute instead of what was compiled, from the kernel's name and PTX.
     """
 
     sm: int
@@ -73,6 +74,7 @@ class SimulatedGpu:
     launches: int = 0
     depends_on_mode: bool = False
     unwritten: int | None = None
+    alter: Callable[[str, str], str] | None = None
     faults: list[Fault] = field(default_factory=list)
     unsupported: list[Unsupported] = field(default_factory=list)
     _launched: dict[str, Launched] = field(default_factory=dict)
@@ -99,6 +101,8 @@ class SimulatedGpu:
 
         Raises Fault for what no kernel may do, Unsupported before anything runs for what is not executed here.
         """
+        if self.alter is not None:
+            ptx = self.alter(name, ptx)
         try:
             program = self._program(ptx)
             ran, buffers = self._run(program, ptx, arguments, grid, shared_bytes)

@@ -229,7 +229,7 @@ def test_a_run_shows_its_logs_and_how_to_repeat_a_failure(site: Path) -> None:
 
 def test_faults_name_what_killed_them_and_survivors_stand_out(site: Path, tmp_path: Path) -> None:
     told = text(site, "faults.html")
-    assert "1 of 2 mistakes planted in a subject or in a record were caught; " in told
+    assert "1 of 2 mistakes planted in a subject, in compiled code or in a record were caught; " in told
     assert ", with another version of the suite." in told
     assert "<td>p4.oracle (2)</td>" in told
     assert '<span class="v fail">survived</span>' in told

@@ -125,7 +125,7 @@ def test_the_record_that_is_tampered_with_is_good_itself(target: str) -> None:
         ("kernel.toml", b"[[faults]]", "kernel.toml: faults: Extra inputs are not permitted"),
         ("kernel.toml", b"fault =", "kernel.toml is not TOML"),
         ("kernel.toml", b"fault = '\xff'", "kernel.toml is not TOML"),
-        ("kernels.toml", b"", "kernels.toml does not belong to a layer; name it after one: kernel, scoring"),
+        ("kernels.toml", b"", "kernels.toml does not belong to a layer; name it after one: kernel, ptx, scoring"),
         ("kernel.toml", b"[[fault]]\nname = 'a'", "kernel.toml, a: what: Field required"),
         (
             "kernel.toml",
