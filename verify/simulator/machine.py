@@ -13,8 +13,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from verify.simulator import atomics
+from verify.simulator import asynchronous, atomics, tensor_cores
 from verify.simulator.block_memory import LocalMemory, SharedMemory
+from verify.simulator.copies import Copies
 from verify.simulator.decode import Decoder, Step, free_dead, local_bytes
 from verify.simulator.effects import EFFECTS
 from verify.simulator.errors import Fault
@@ -23,7 +24,7 @@ from verify.simulator.ptx import Instruction, Kernel
 from verify.simulator.threads import Threads
 
 U32, I32, I64 = np.uint32, np.int32, np.int64
-_EFFECTS = {**EFFECTS, **atomics.EFFECTS}
+_EFFECTS = {**EFFECTS, **atomics.EFFECTS, **asynchronous.EFFECTS, **tensor_cores.EFFECTS}
 #: What orders the accesses of a thread around an atomic operation.
 _ORDERS = {"acquire", "release", "acq_rel"}
 #: How often threads go back in a loop while others wait, before those others run: what they wait for may be a lock.
@@ -109,6 +110,7 @@ class Machine:
         self.warps = -(-self.shape[1] // 32)
         self.special: Mapping[str, np.ndarray] = _special(program.kernel.threads, blocks, grid)
         self.shared = SharedMemory(len(blocks), shared_bytes, program.shared_part_bytes, first_wins=first_lane_wins)
+        self.copies = Copies(self.shape[0] * self.shape[1])
         self.local = LocalMemory(len(blocks) * program.kernel.threads, local_bytes(program.kernel))
         self.carry: np.ndarray = np.zeros((1, 1), bool)
         self.backwards, self.order_left_open = first_lane_wins, False
