@@ -109,8 +109,8 @@ def _store_matrices(decoder: Decoder, instruction: Instruction) -> Run:
             values = machine.flat(one(machine), active).reshape(-1, 32)
             for half in (0, 1):
                 content[:, matrix, _GROUP, 2 * _IN_GROUP + half] = (values >> U32(16 * half)).astype(U16)
-        content = (content.swapaxes(2, 3) if transposed else content).reshape(-1, 8)
-        columns = [np.ascontiguousarray(content[:, place]) for place in range(8)]
+        rows_of_8 = (content.swapaxes(2, 3) if transposed else content).reshape(-1, 8)
+        columns = [np.ascontiguousarray(rows_of_8[:, column]) for column in range(8)]
         machine.shared.write(start, columns, _holders(threads), instruction)
 
     return run
@@ -209,10 +209,10 @@ def sums(addends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         exact &= left == 0
     whole, rest = floats.exact_sum(total, error)
     total, error = np.where(error == 0, total, whole), np.where(error == 0, 0.0, rest)  # which keeps -0
-    for place in zip(*np.nonzero(~exact & np.isfinite(total)), strict=True):  # errors that do not add exactly
-        values = addends[place].tolist()
-        total[place] = fsum(values)
-        error[place] = fsum([*values, -total[place]])
+    for doubtful in zip(*np.nonzero(~exact & np.isfinite(total)), strict=True):  # errors that do not add exactly
+        values = addends[doubtful].tolist()
+        total[doubtful] = fsum(values)
+        error[doubtful] = fsum([*values, -total[doubtful]])
     total = floats.to_odd(total, error)
     size = np.abs(addends).sum(-1) * (1 + 2.0**-10)
     finite = np.isfinite(size)
