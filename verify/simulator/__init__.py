@@ -1,7 +1,8 @@
 """A functional simulator of the PTX that Triton compiles, and a Triton driver on top of it.
 
-``ptx`` reads the text, ``opcodes`` knows what an opcode computes and ``effects`` what else one does, ``machine`` runs
-blocks, ``launch`` a grid, and ``driver`` takes the place of a GPU under Triton.
+``ptx`` reads the text, ``opcodes`` knows what an opcode computes, and ``effects``, ``atomics``, ``asynchronous`` and
+``tensor_cores`` what else one does. ``machine`` runs blocks, ``launch`` a grid, and ``driver`` takes the place of a GPU
+under Triton.
 """
 
 #: What undefined registers hold: a launch whose results depend on which word it is, is wrong. They differ in every bit.

@@ -43,6 +43,7 @@ class SharedMemory:
         self._read_in, self._read_warp = np.full(parts, -1, I32), np.full(parts, -1, I32)
         self._read_by, self._readers = np.full(parts, -1, I32), np.zeros(parts, U64)
         self._changes: Changes | None = None  #: by atomic operations
+        self._copier: np.ndarray | None = None  #: the thread whose asynchronous copy is under way, -1 without one
 
     def starts(self, addresses: np.ndarray, size: int, threads: Threads, by: Located) -> np.ndarray:
         """Where accesses of ``size`` bytes begin. Raises Fault outside the block's memory, or where not aligned."""
@@ -64,6 +65,7 @@ class SharedMemory:
         bit = U64(1) << warp.astype(U64)
         for offset in range(0, width * count, self._part):
             at = (start + offset) // self._part
+            self._require_settled(at, "reads", start + offset, threads, by)
             self._require_written(at, start + offset, threads, by)
             writer = self._written_by[at]
             foreign = (writer != threads.thread) & (self._written_in[at] == threads.epoch)
@@ -96,6 +98,7 @@ class SharedMemory:
         warp = threads.thread // 32
         for offset in range(0, width * len(values), self._part):
             at = (start + offset) // self._part
+            self._require_settled(at, "writes", start + offset, threads, by)
             self._require_free(at, changes, "writes", start + offset, threads, by)
             self._require_unchanged(at, "writes", start + offset, threads, by)
             turn = self._turn
@@ -124,10 +127,42 @@ class SharedMemory:
         several = False
         for offset in range(0, width, self._part):
             at = (start + offset) // self._part
+            self._require_settled(at, "changes", start + offset, threads, by)
             self._require_written(at, start + offset, threads, by)
             self._require_free(at, np.ones(len(at), bool), "changes", start + offset, threads, by)
             several |= self._changes.note(at, threads)
         return start // width, several
+
+    def begin_copy(self, start: np.ndarray, width: int, threads: Threads, by: Located) -> None:
+        """Reserve places for asynchronous copies of ``width`` bytes. Raises Fault."""
+        if self._copier is None:
+            self._copier = np.full(len(self._written_by), -1, I32)
+        for offset in range(0, width, self._part):
+            at = (start + offset) // self._part
+            self._require_settled(at, "copies to", start + offset, threads, by)
+            self._require_free(at, np.ones(len(at), bool), "copies to", start + offset, threads, by)
+            self._require_unchanged(at, "copies to", start + offset, threads, by)
+            self._copier[at] = threads.thread
+            other = self._copier[at] != threads.thread
+            self._require_order(other, _by(self._copier[at], "copies to"), "copies to", start + offset, threads, by)
+
+    def finish_copy(self, start: np.ndarray, content: np.ndarray, threads: Threads) -> None:
+        """Let bytes arrive, [copies, bytes]; from now on they count as stored by these threads."""
+        assert self._copier is not None
+        words = np.ascontiguousarray(content).view(WORDS[4])
+        for place in range(words.shape[1]):
+            self.words[4][start // 4 + place] = words[:, place]
+        for offset in range(0, content.shape[1], self._part):
+            at = (start + offset) // self._part
+            self._copier[at] = -1
+            self._written_by[at] = threads.thread
+            self._written_in[at], self._written_warp[at] = threads.epoch, threads.warp_epoch
+
+    def _require_settled(self, at: np.ndarray, does: str, start: np.ndarray, threads: Threads, by: Located) -> None:
+        """Raise Fault where a copy is under way."""
+        if self._copier is not None:
+            copier = self._copier[at]
+            self._require_order(copier >= 0, _by(copier, "is still copying to"), does, start, threads, by)
 
     def _require_written(self, at: np.ndarray, start: np.ndarray, threads: Threads, by: Located) -> None:
         unwritten = self._written_by[at] < 0

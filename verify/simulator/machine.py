@@ -13,6 +13,7 @@ from typing import NoReturn
 import numpy as np
 
 from verify.simulator.block_memory import LocalMemory, SharedMemory
+from verify.simulator.copies import Copies
 from verify.simulator.decode import Step, local_bytes
 from verify.simulator.errors import Fault
 from verify.simulator.memory import GlobalMemory
@@ -79,6 +80,7 @@ class Machine:
         self.warps = -(-self.shape[1] // 32)
         self.special: Mapping[str, np.ndarray] = _special(program.kernel.threads, blocks, grid)
         self.shared = SharedMemory(len(blocks), shared_bytes, program.shared_part_bytes, first_wins=first_lane_wins)
+        self.copies = Copies(self.shape[0] * self.shape[1])
         self.local = LocalMemory(len(blocks) * program.kernel.threads, local_bytes(program.kernel))
         self.carry: np.ndarray = np.zeros((1, 1), bool)
         self.backwards, self.order_left_open = first_lane_wins, False

@@ -6,12 +6,12 @@ import re
 
 import numpy as np
 
-from verify.simulator import atomics
+from verify.simulator import asynchronous, atomics, tensor_cores
 from verify.simulator.decode import Decoder, free_dead
 from verify.simulator.effects import EFFECTS
 from verify.simulator.ptx import Kernel
 
-_EFFECTS = {**EFFECTS, **atomics.EFFECTS}
+_EFFECTS = {**EFFECTS, **atomics.EFFECTS, **asynchronous.EFFECTS, **tensor_cores.EFFECTS}
 #: What orders the accesses of a thread around an atomic operation.
 _ORDERS = {"acquire", "release", "acq_rel"}
 

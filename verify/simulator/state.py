@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from verify.simulator.block_memory import LocalMemory, SharedMemory
+from verify.simulator.copies import Copies
 from verify.simulator.memory import GlobalMemory
 from verify.simulator.threads import Threads
 
@@ -26,6 +27,7 @@ class State(Protocol):
     memory: GlobalMemory
     shared: SharedMemory
     local: LocalMemory
+    copies: Copies
     carry: np.ndarray
     backwards: bool
     order_left_open: bool

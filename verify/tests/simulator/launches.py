@@ -307,6 +307,31 @@ def case_modes_and_what_was_executed(gpu: SimulatedGpu) -> None:
 
 
 @triton.jit
+def _reductions(x, out, R: tl.constexpr, C: tl.constexpr):
+    r, c = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    v = tl.load(x + r * C + c)
+    tl.store(out + tl.arange(0, R), tl.max(v, 1))
+    tl.store(out + R + tl.arange(0, R), tl.argmin(v, 1).to(v.dtype))
+    tl.store(out + 2 * R + tl.arange(0, C), tl.min(v, 0))
+    tl.store(out + 2 * R + C + c + r * C, tl.cumsum(v, 1))
+    tl.store(out + 2 * R + C + R * C + c + r * C, tl.trans(tl.sort(v)).reshape(R, C))
+    tl.store(out + 2 * R + C + 2 * R * C + c + r * C, tl.flip(v, 1))
+
+
+def case_reductions_scans_and_sorts(gpu: SimulatedGpu) -> None:
+    for kind, warps in ((torch.float32, 4), (torch.int32, 2), (torch.int64, 8), (torch.int16, 1)):
+        x = torch.randperm(16 * 64).reshape(16, 64).sub(500)
+        x = (x % 30 if kind == torch.int16 else x).to(kind)
+        out = torch.zeros(32 + 64 + 3 * 1024, dtype=kind)
+        _reductions[(1,)](x, out, 16, 64, num_warps=warps)
+        wanted = [
+            x.max(1).values, torch.from_numpy(x.numpy().argmin(1)).to(kind), x.min(0).values,
+            x.double().cumsum(1).to(kind).ravel(), x.sort(1).values.T.ravel(), x.flip(1).ravel(),
+        ]  # fmt: skip
+        assert torch.equal(out, torch.cat(wanted)), kind
+
+
+@triton.jit
 def _loops(x, out, n, B: tl.constexpr):
     i = tl.program_id(0) * B + tl.arange(0, B)
     v = tl.load(x + i)
@@ -453,10 +478,12 @@ def case_a_simulated_gpu_says_what_it_is(gpu: SimulatedGpu) -> None:
     assert driver.utils.get_device_properties(0)["warpSize"] == 32
 
 
-def main(sm: int, cases: dict[str, Callable[[SimulatedGpu], None]]) -> None:
-    """Run the cases and print {name: what went wrong, or nothing}."""
-    gpu, told = install(sm), {}
+def main(cases: dict[str, Callable[[SimulatedGpu], None]]) -> None:
+    """Run the cases that the command line names after the SM, or all, and print {name: what went wrong, or nothing}."""
+    gpu, told = install(int(sys.argv[1])), {}
     for name, case in cases.items():
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue
         gpu.begin("nearest")
         try:
             case(gpu)
@@ -467,4 +494,4 @@ def main(sm: int, cases: dict[str, Callable[[SimulatedGpu], None]]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), {name: one for name, one in globals().items() if name.startswith("case_")})
+    main({name: one for name, one in globals().items() if name.startswith("case_")})

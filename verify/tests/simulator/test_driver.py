@@ -29,9 +29,9 @@ def _environment() -> dict[str, str]:
 
 
 @cache
-def told(module: str, sm: int) -> dict[str, str]:
-    """What went wrong with each case of a module on a simulated GPU."""
-    command = [sys.executable, "-m", f"verify.tests.simulator.{module}", str(sm)]
+def told(module: str, sm: int, *some: str) -> dict[str, str]:
+    """What went wrong with each case of a module, or with some, on a simulated GPU."""
+    command = [sys.executable, "-m", f"verify.tests.simulator.{module}", str(sm), *some]
     done = subprocess.run(command, cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, timeout=_LIMIT_S)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
