@@ -223,7 +223,7 @@ def test_a_mutation_is_killed_and_leaves_no_record(
     monkeypatch.setattr(trial.tempfile, "TemporaryDirectory", kept)
     row = _tried(bench, _named("no_barrier"))
     assert (row.outcome, row.caught_by) == (Outcome.KILLED, ["p4.triton_oracle.n33"])
-    assert "two threads access one place of memory" in row.killers[0].message
+    assert "two threads access one place in memory" in row.killers[0].message
     run = tmp_path / "run"
     assert events.read_mutated(run) == ["score_kernel"]
     assert events.read_results(run).keys() == {"p4.triton_oracle.n33"}
