@@ -28,7 +28,7 @@ examples:
   python -m verify simulate --sm 120             execute the compiled kernels of an sm120 without one
   python -m verify quality                       model quality under compression, compared with simple controls
   python -m verify selftest                      plant faults in the subject: does the suite catch them?
-  python -m verify report                        one line per GPU
+  python -m verify report --gpu sm120            one GPU; without --gpu a line for each
   python -m verify diff --since last-green       what got worse since the last green run
   python -m verify history --check p4.triton_oracle
   python -m verify check reports/runs/RUN        is the record sound, with nothing missing
