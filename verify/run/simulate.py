@@ -46,8 +46,8 @@ def simulate(
 ) -> int:
     """Run the checks on each GPU that ``sm`` names, with a record for each, and return the exit code.
 
-    ``resume`` is an interrupted run, which is finished first. A GPU for which the toolchain cannot build is told and
-    does not count. 0 nothing failed, 1 a HARD check failed on one of the GPUs, 2 interrupted, 3 the machine is at fault
+    ``resume`` names an interrupted run to finish first. A GPU that the toolchain cannot build for is listed, and does
+    not count. 0 nothing failed, 1 a HARD check failed on one of the GPUs, 2 interrupted, 3 the machine is at fault
     or none of the GPUs can be simulated. Raises ConfigurationError if the request cannot be carried out.
     """
     from rich.console import Console

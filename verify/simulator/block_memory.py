@@ -23,7 +23,7 @@ class SharedMemory:
 
     Two accesses of one part, at least one of them a store, are a race unless they are one thread's, or a barrier of
     the block or, within a warp, of the warp lies between. ``part_bytes`` is the width of the narrowest access in the
-    program, so that neighbours within a word are told apart.
+    program, so that two threads at neighbours within one word do not race.
 
     Where several threads of one warp store different values to one place in one instruction, PTX leaves open which is
     kept: here that of the last thread or, if ``first_wins``, of the first; ``left_open`` notes that it happened.
@@ -236,7 +236,7 @@ class LocalMemory:
         return (threads.block * threads.per_block + threads.thread) * self._size + within
 
     def read(self, start: np.ndarray, width: int, count: int, threads: Threads, by: Located) -> list[np.ndarray]:
-        """``count`` values of ``width`` bytes from ``start`` on. Raises Fault if the thread wrote some not."""
+        """``count`` values of ``width`` bytes from ``start`` on. Raises Fault if it did not write them all."""
         for byte in range(width * count):
             unwritten = ~self._written[start + byte]
             if unwritten.any():

@@ -150,8 +150,7 @@ class SimulatedGpu:
         reordering = ptx not in self._reordered and program.kernel.threads * prod(grid) <= _REORDERED_THREADS
         if reordering:
             self._reordered.add(ptx)
-        code = program.kernel.code_sha256
-        place = self._kept.place(code, stored, values, grid, shared_bytes, self.mode, reordering)
+        place = self._kept.place(program.code_sha256, stored, values, grid, shared_bytes, self.mode, reordering)
         if (kept := self._kept.read(place, stored)) is not None:
             return kept, buffers
         ran = run_grid(program, stored, values, grid, shared_bytes, Settings(self.mode))
@@ -166,7 +165,7 @@ class SimulatedGpu:
 
 
 def _buffers(
-    arguments: Sequence[tuple[str, Any]], unwritten: int | None = None
+    arguments: Sequence[tuple[str, Any]], unwritten: int | None
 ) -> tuple[list[tuple[Buffer, np.ndarray]], list[int | float | tuple[int, int]]]:
     """The storages of the tensors among the arguments, each with its real memory, and the values to pass: numbers, or
     (number of the storage, offset in bytes).

@@ -20,7 +20,7 @@ class Program:
     """A kernel, decoded. Raises Unsupported, before anything runs, for what is not executed here."""
 
     def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
+        self.kernel, self.code_sha256 = kernel, kernel.code_sha256  # a launch asks for it each time
         decoder = Decoder(kernel)
         self.steps = [decoder.decode(one, _EFFECTS) for one in kernel.instructions]
         self.types, self.names = decoder.types, decoder.names

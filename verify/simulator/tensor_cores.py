@@ -65,6 +65,16 @@ def _holders(threads: Threads) -> Threads:
     return replace(threads, thread=threads.thread + shift, number=threads.number + shift)
 
 
+def _places(
+    machine: State, active: np.ndarray | None, count: int, get: Get, by: Instruction
+) -> tuple[np.ndarray, Threads]:
+    """Where in shared memory the rows of ``count`` matrices begin, and which threads hold them. Raises Fault."""
+    require_members(machine, active, _EVERY_LANE, by)
+    rows = _rows(machine, active, count)
+    threads = machine.threads(rows)
+    return machine.shared.starts(machine.flat(get(machine), rows), 16, threads, by), _holders(threads)
+
+
 def _load_matrices(decoder: Decoder, instruction: Instruction) -> Run:
     """ldmatrix: lane 8 m + r names row r of matrix m, and each lane gets two neighbours of one row."""
     count, transposed = _matrices(instruction)
@@ -75,13 +85,8 @@ def _load_matrices(decoder: Decoder, instruction: Instruction) -> Run:
     get = decoder.address(place)
 
     def run(machine: State, active: np.ndarray | None, mask: np.ndarray | None) -> None:
-        require_members(machine, active, _EVERY_LANE, instruction)
-        rows = _rows(machine, active, count)
-        threads = machine.threads(rows)
-        start = machine.shared.starts(machine.flat(get(machine), rows), 16, threads, instruction)
-        found = np.stack(machine.shared.read(start, 2, 8, _holders(threads), instruction), axis=1).reshape(
-            -1, count, 8, 8
-        )
+        start, holders = _places(machine, active, count, get, instruction)
+        found = np.stack(machine.shared.read(start, 2, 8, holders, instruction), axis=1).reshape(-1, count, 8, 8)
         found = found.swapaxes(2, 3) if transposed else found
         for matrix, put in enumerate(puts):
             low, high = (found[:, matrix, _GROUP, 2 * _IN_GROUP + half].astype(U32) for half in (0, 1))
@@ -100,10 +105,7 @@ def _store_matrices(decoder: Decoder, instruction: Instruction) -> Run:
     get = decoder.address(place)
 
     def run(machine: State, active: np.ndarray | None, mask: np.ndarray | None) -> None:
-        require_members(machine, active, _EVERY_LANE, instruction)
-        rows = _rows(machine, active, count)
-        threads = machine.threads(rows)
-        start = machine.shared.starts(machine.flat(get(machine), rows), 16, threads, instruction)
+        start, holders = _places(machine, active, count, get, instruction)
         content = np.zeros((len(start) // (8 * count), count, 8, 8), U16)
         for matrix, one in enumerate(gets):
             values = machine.flat(one(machine), active).reshape(-1, 32)
@@ -111,7 +113,7 @@ def _store_matrices(decoder: Decoder, instruction: Instruction) -> Run:
                 content[:, matrix, _GROUP, 2 * _IN_GROUP + half] = (values >> U32(16 * half)).astype(U16)
         rows_of_8 = (content.swapaxes(2, 3) if transposed else content).reshape(-1, 8)
         columns = [np.ascontiguousarray(rows_of_8[:, column]) for column in range(8)]
-        machine.shared.write(start, columns, _holders(threads), instruction)
+        machine.shared.write(start, columns, holders, instruction)
 
     return run
 
