@@ -10,10 +10,10 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from verify import Measure, check, skip
+from verify import Measure, check
 from verify.judge import oracle
 from verify.judge.problems import Problem, Shape, make
-from verify.judge.scoring import PATHS, Scorer, draws, scorers
+from verify.judge.scoring import PATHS, Scorer, draws
 from verify.judge.tolerance import accuracy, budget_b, key_rounding, worst
 from verify.subject.subject import Subject
 
@@ -347,39 +347,3 @@ def test_not_finite(case: tuple[str, float], subject: Subject, device: str, seed
             scores[:, :, bad] = oracle.scores(good.case)[:, :, bad]
             found = accuracy(scores, good.case)
             measure("error of the others", *found.class_b, where=f"{scorer.where(shape)}, {found.where}")
-
-
-#: Two strides exceed 2^31 elements, one does not, so only the product of index and stride overflows.
-_FAR = 2**30 + 64
-
-
-@check(
-    "p4.large", **_FAMILY, needs_gpu=True,
-    cases={f"{path}-{axis}": (path, number) for path in PATHS for axis, number in _AXES.items()},
-    claim="Keys more than 2^31 elements after the first are scored correctly, along each axis.",
-    reason="The cache of a long context or a large batch is that large; a 32-bit index wraps and reads other keys.",
-    tolerance="Class B.",
-    remedy="Compute addresses in int64: cast the index before multiplying it by a stride.",
-)  # fmt: skip
-def test_large_indices(case: tuple[str, int], subject: Subject, device: str, seed: int, measure: Measure) -> None:
-    import torch
-
-    path, axis = case
-    shape = Shape(b=3, h=3, n=3, t=64, d=64, offsets=(1.0, 2.0, 4.0))
-    strides = [9 * 64, 3 * 64, 64, 1]
-    strides[axis] = _FAR
-    # an index that wraps reads 2^31 elements before the first key, still inside the buffer
-    elements = 2**31 + 2 * _FAR + 2**16
-    needed, free = 2 * elements, torch.cuda.mem_get_info()[0]
-    if free < needed + 2**30:
-        skip("VRAM", f"the keys span {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
-    problem = make(shape, seed, device)
-    buffer = torch.empty(elements, dtype=torch.bfloat16, device=device).untyped_storage()
-    # not a view of a tensor, which the comparison would copy: there is no memory for a second one
-    far = torch.empty(0, dtype=torch.bfloat16, device=device).set_(buffer, 2**31, problem.keys.shape, strides)
-    far.copy_(problem.keys)
-    assert torch.equal(far, problem.keys), "torch itself cannot index that far on this device"
-    for scorer in scorers(subject, path, device):
-        scorer.judged_first(problem, measure)
-        found = accuracy(scorer(replace(problem, keys=far)), problem.case)
-        measure("error", *found.class_b, where=f"{scorer.where(shape)}, {found.where}")

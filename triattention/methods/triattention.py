@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -166,13 +167,14 @@ class TriAttention(Compression):
         check_inputs(view.keys[0], {"q_abs_mean": self.q_abs_mean[0]}, self.omega, self.style, self.q_pass_mean[0])
         join = group_mean if config.layer_perhead_aggregation == "mean" else group_max
         cos, sin = phases(view.seen, self.offsets, self.omega)
+        use_triton = _launches(self.device)
         for layer, keys in enumerate(view.keys):
             weights = fold(
                 self.q_mean_real[layer], self.q_mean_imag[layer], self.q_abs_mean[layer], self.freq_weight, cos, sin,
                 aggregation=config.score_aggregation, disable_mlr=config.disable_mlr, disable_trig=config.disable_trig,
                 q_pass=self.q_pass_mean[layer],
             )  # fmt: skip
-            scores = score(keys, weights, self.style)
+            scores = score(keys, weights, self.style, use_triton=use_triton)
             if config.normalize_scores:
                 scores = z_score(scores, view.region)
             yield join(scores, keys.shape[1])
@@ -205,6 +207,19 @@ class TriAttention(Compression):
         if self.mode == "per_layer_per_head":
             return kept.view(len(keys), -1, kept.shape[-1])
         return kept[0] if self.mode == "union" else kept
+
+
+@cache
+def _launches(device: torch.device) -> bool:
+    """Whether Triton launches kernels on a device: any GPU, or that of its active driver, which may be the CPU."""
+    if device.type == "cuda":
+        return True
+    try:
+        from triton.runtime.driver import driver
+
+        return driver.active.get_active_torch_device().type == device.type
+    except (ImportError, RuntimeError):  # no Triton, or no driver
+        return False
 
 
 def _read(config: TriAttentionConfig) -> statistics.Statistics:

@@ -34,7 +34,16 @@ PACKAGE = "triattention"
 NEUTRAL = frozenset(
     f"verify/{name}"
     for name in (
-        *("__init__.py", "__main__.py", "cli.py", "plugin.py", "session.py", "explain.py", "sensitivity.py"),
+        *(
+            "__init__.py",
+            "__main__.py",
+            "arguments.py",
+            "cli.py",
+            "plugin.py",
+            "session.py",
+            "explain.py",
+            "sensitivity.py",
+        ),
         *("files.py", "heartbeat.py", "machine/processors.py"),
         *("build/verb.py", "build/records.py", "build/terminal.py"),
         *("record/__init__.py", "record/archive.py", "record/checker.py", "record/digest.py", "record/follow/"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Generator, Mapping
@@ -116,7 +117,9 @@ def ending_of(
     if isinstance(error, InfraError):
         return Ending(Verdict.INFRA, localise(str(error), root, own))
     where = _place(excinfo, root)
-    if isinstance(error, pytest.fail.Exception) and _passed_through(excinfo.tb, "pytest_timeout"):
+    place = raised_in(error, subject, (root / "phases", _SUITE))
+    stopped = isinstance(error, pytest.fail.Exception) and _passed_through(excinfo.tb, "pytest_timeout")
+    if stopped or (_waited(error) and not place):
         return Ending(Verdict.TIMEOUT, localise(f"{where}{error}", root, own))
     failed = isinstance(error, Wrong) or (when == "call" and isinstance(error, AssertionError | pytest.fail.Exception))
     if isinstance(error, SubjectLacks):
@@ -125,7 +128,6 @@ def ending_of(
         return Ending(Verdict.SKIP, localise(str(error), root, own), code="PKG_MISSING")
     if isinstance(error, Refused):
         return Ending(Verdict.REFUSED, localise(str(error), root, own), aspect=error.aspect)
-    place = raised_in(error, subject, (root / "phases", _SUITE))
     if failed and not place:
         # pytest appends the truncated values of the assertion to the message
         said = str(error).rpartition("\nassert ")[0] or str(error)
@@ -141,6 +143,11 @@ def ending_of(
         )
     step = "" if when == "call" else f"{when}: "
     return Ending(Verdict.ERROR, localise(f"{where}{step}{excinfo.typename}: {error}", root, own))
+
+
+def _waited(error: BaseException) -> bool:
+    """Whether a check ended because a process that it waited for took too long."""
+    return any(isinstance(one, TimeoutError | subprocess.TimeoutExpired) for one in (error, error.__cause__))
 
 
 def _passed_through(traceback: TracebackType | None, module: str) -> bool:

@@ -1,4 +1,4 @@
-"""``python -m verify simulate``: the checks of phases 3 to 5 on one simulated GPU after the other."""
+"""``python -m verify simulate``: the checks that launch kernels, on one simulated GPU after the other."""
 
 from __future__ import annotations
 

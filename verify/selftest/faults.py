@@ -95,8 +95,6 @@ class Fault(Strict):
     the ``bundled`` or the ``plain`` subject, by a ``wrapper`` around any subject, in ``records``, or in the compiled
     code (``ptx``) of the ``subjects``.
 
-    ``unseen`` names the input that would show a fault that no check catches yet. It counts as not caught.
-
     Two kinds of change are not mistakes: a ``right`` one, which keeps what the code promises, and one that is
     ``equivalent`` for the reason given there. They have ``passes`` instead of ``kills``: checks that must still pass.
     """
@@ -109,7 +107,6 @@ class Fault(Strict):
     says: str = ""
     right: bool = False
     equivalent: str = ""
-    unseen: str = ""
     verdicts: frozenset[Verdict] = frozenset({Verdict.FAIL})
     bundled: tuple[Edit, ...] = ()
     plain: tuple[Edit, ...] = ()
@@ -168,6 +165,16 @@ class Fault(Strict):
 
 
 @cache
+def mutation_of(fault: str) -> Mutation:
+    """The mutation of a fault in compiled code, by its id. Raises ConfigurationError if it is none."""
+    found = next((one.mutation for one in load_faults() if one.id == fault and one.mutation), None)
+    if found is None:
+        raise ConfigurationError(
+            f"{fault!r} is no fault in compiled code; name one of {FAULTS / 'ptx.toml'}, such as ptx.root_dropped"
+        )
+    return found
+
+
 def load_faults(folder: Path = FAULTS) -> tuple[Fault, ...]:
     """Every fault, layer by layer in the order of the files.
 

@@ -123,11 +123,7 @@ def _sentences(matrix: Matrix) -> list[str]:
         unharmed = sum(row.outcome is Outcome.HARMLESS for row in right)
         lines.append(f"{unharmed} of {count(len(right), 'right change')} passed every check.")
     lines += [f"equivalent {row.id}: {row.what} {row.equivalent}" for row in matrix.rows if row.equivalent]
-    unseen = {fault.id: f" No check has {fault.unseen}." for fault in load_faults() if fault.unseen}
-    lines += [
-        f"NOT CAUGHT {row.id}: {row.what} ({_killers(row)}){unseen.get(row.id, '')}"
-        for row in matrix.of(Outcome.SURVIVED)
-    ]
+    lines += [f"NOT CAUGHT {row.id}: {row.what} ({_killers(row)})" for row in matrix.of(Outcome.SURVIVED)]
     lines += [f"FALSE ALARM {row.id}: {row.what} ({_killers(row)})" for row in matrix.of(Outcome.FALSE_ALARM)]
     lines += [f"not tried {row.id}: {_killers(row)}" for row in matrix.of(Outcome.NOT_RUN)]
     lines += [f"false claim: {claim} does not catch {fault}" for fault, claim in false_claims(matrix)]

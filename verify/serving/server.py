@@ -80,9 +80,9 @@ class Server:
 
     ``env`` is the complete base environment; variables that keep the server offline and, on a ``cpu``, small are added.
     On a CPU it has a thread for each core if it is ``alone``, else OMP_NUM_THREADS of ``env`` or 1, because the threads
-    of servers that share a few cores wait for each other. ``log`` gets everything that is printed. Raises
-    AssertionError, with the end of the log, for a server that is not healthy within START_LIMIT_S, or that leaves a
-    process behind.
+    of servers that share a few cores wait for each other. ``log`` gets everything that is printed. Raises TimeoutError
+    for a server that is not healthy within START_LIMIT_S, AssertionError for one that leaves a process behind, each
+    with the end of the log.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Server:
             )  # fmt: skip
 
     def await_health(self) -> None:
-        """Wait until the launched server answers. Raises AssertionError, with the end of the log, if it does not, and
+        """Wait until the launched server answers. Raises TimeoutError, with the end of the log, if it does not, and
         Wrong if it has ended.
         """
         import httpx
@@ -135,15 +135,10 @@ class Server:
                     return
             except httpx.TransportError:  # not listening yet
                 pass
-            assert time.monotonic() < until, self._told(f"was not healthy within {START_LIMIT_S:g} s")
+            if time.monotonic() >= until:
+                raise TimeoutError(self._told(f"was not healthy within {START_LIMIT_S:g} s"))
             time.sleep(_POLL_S)
         raise Wrong(self._told(f"ended with exit code {self._process.returncode} before it was healthy"), self._cause())
-
-    def _await_end(self, limit_s: float) -> int:
-        try:
-            return self._process.wait(limit_s)
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError(self._told(f"did not end within {limit_s:g} s")) from error
 
     def _told(self, what: str) -> str:
         return f"the server {what}; {self.log.name} ends: {telling(self.text())}"
@@ -202,7 +197,8 @@ class Server:
                 response.read()
             self._check(response)
             for line in response.iter_lines():
-                assert time.monotonic() < until, f"{path} did not end its stream within {_REQUEST_LIMIT_S:g} s"
+                if time.monotonic() >= until:
+                    raise TimeoutError(f"{path} did not end its stream within {_REQUEST_LIMIT_S:g} s")
                 if line.startswith("data: ") and line != "data: [DONE]":
                     yield json.loads(line.removeprefix("data: "))
 
@@ -222,14 +218,14 @@ class Server:
         return sum(process.memory_info().rss for process in self._processes())
 
     def idle(self, limit_s: float = 30.0) -> dict[str, float]:
-        """The metrics once no request is running or waiting. Raises AssertionError if that takes longer."""
+        """The metrics once no request is running or waiting. Raises TimeoutError if that takes longer."""
         until = time.monotonic() + limit_s
         while time.monotonic() < until:
             metrics = self.metrics()
             if not metrics["vllm:num_requests_running"] and not metrics["vllm:num_requests_waiting"]:
                 return metrics
             time.sleep(_POLL_S)
-        raise AssertionError(f"requests are still running or waiting {limit_s:g} s after the last answer")
+        raise TimeoutError(f"requests are still running or waiting {limit_s:g} s after the last answer")
 
     def _answer(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         with self._client() as client:
@@ -239,7 +235,9 @@ class Server:
 
     @contextmanager
     def _client(self) -> Iterator[Any]:
-        """A client of the server. Raises Wrong, with the end of the log, if nothing answers any more."""
+        """A client of the server. Raises Wrong, with the end of the log, if nothing answers any more, TimeoutError if
+        an answer takes longer than _REQUEST_LIMIT_S: the server may be wrong, or its machine busy.
+        """
         import httpx
 
         place = f"http://{_HOST}:{self._port}"
@@ -247,6 +245,8 @@ class Server:
             # ignore the user's proxy: nothing here leaves the machine
             with httpx.Client(base_url=place, timeout=_REQUEST_LIMIT_S, trust_env=False) as client:
                 yield client
+        except httpx.TimeoutException as error:
+            raise TimeoutError(self._told(f"did not answer within {_REQUEST_LIMIT_S:g} s")) from error
         except httpx.TransportError as error:
             raise Wrong(self._told(f"does not answer ({type(error).__name__}: {error})"), self._cause()) from error
 
@@ -263,22 +263,6 @@ class Server:
         if not response.is_server_error:
             raise AssertionError(f"the server {told}")
         raise Wrong(self._told(told), self._cause())
-
-
-def refused(
-    location: str, env: Mapping[str, str], log: Path, *flags: str, device: str = "cpu", limit_s: float = START_LIMIT_S
-) -> tuple[int, str]:
-    """Exit code and log of a server that is expected to end by itself.
-
-    Raises AssertionError, with the end of the log, if it still runs after ``limit_s``.
-    """
-    server = Server(location, env, log, *flags, device=device)
-    server.launch()
-    try:
-        code = server._await_end(limit_s)
-    finally:
-        server.stop()
-    return code, server.text()
 
 
 def telling(log: str) -> str:

@@ -10,4 +10,4 @@ POISONS = (0xDEADBEEF, 0x21524110)
 #: The seed of the order in which warps run one after another.
 ORDER_SEED = 1
 #: What a simulation does not execute, in words.
-NOT_EXECUTED = ("ptxas's machine code", "the card")
+NOT_EXECUTED = ("ptxas's machine code", "the card", "an autotuner's timings")

@@ -7,7 +7,6 @@ memory.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,9 +28,10 @@ from verify.simulator.launch import Ran, Settings, require_same, run_grid
 from verify.simulator.memory import Buffer
 from verify.simulator.program import Program
 from verify.simulator.ptx import parse
+from verify.simulator.storages import buffers_of
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 #: A launch whose blocks have at most this many threads in all is also run with its warps in another order, once for
 #: each kernel.
@@ -66,7 +66,8 @@ class SimulatedGpu:
     that were executed, ``faults`` and ``unsupported`` hold what was raised, since a subject may catch it;
     ``unwritten`` is the word in memory that was allocated and never written, None where nobody fills it;
     ``depends_on_mode`` says whether a launch since the last ``begin`` might give other results in another mode.
-    ``alter``, if set, returns the PTX to execute instead of what was compiled, from the kernel's name and PTX.
+    ``alter``, if set, returns the PTX to execute instead of what was compiled, from the kernel's name and PTX;
+    ``watch`` is given each kernel before its first launch, by name, and no launch is then answered from a kept one.
     """
 
     sm: int
@@ -75,6 +76,7 @@ class SimulatedGpu:
     depends_on_mode: bool = False
     unwritten: int | None = None
     alter: Callable[[str, str], str] | None = None
+    watch: Callable[[str, Program], None] | None = None
     faults: list[Fault] = field(default_factory=list)
     unsupported: list[Unsupported] = field(default_factory=list)
     _launched: dict[str, Launched] = field(default_factory=dict)
@@ -104,7 +106,7 @@ class SimulatedGpu:
         if self.alter is not None:
             ptx = self.alter(name, ptx)
         try:
-            program = self._program(ptx)
+            program = self._program(name, ptx)
             ran, buffers = self._run(program, ptx, arguments, grid, shared_bytes)
         except Fault as error:
             self.faults.append(error)
@@ -129,9 +131,11 @@ class SimulatedGpu:
         """Every kernel that was launched, decoded."""
         return [*self._programs.values()]
 
-    def _program(self, ptx: str) -> Program:
+    def _program(self, name: str, ptx: str) -> Program:
         if ptx not in self._programs:
-            self._programs[ptx] = Program(parse(ptx))
+            self._programs[ptx] = program = Program(parse(ptx))
+            if self.watch is not None:
+                self.watch(name, program)
         return self._programs[ptx]
 
     def _run(
@@ -141,12 +145,14 @@ class SimulatedGpu:
         """One run, and others where the results might depend on what PTX leaves open."""
 
         def once(settings: Settings) -> tuple[Ran, list[tuple[Buffer, np.ndarray]]]:
-            buffers, values = _buffers(arguments, self.unwritten)
+            buffers, values = buffers_of(arguments, self.unwritten)
             ran = run_grid(program, [one for one, _ in buffers], values, grid, shared_bytes, settings)
             return ran, buffers
 
-        buffers, values = _buffers(arguments, self.unwritten)
+        buffers, values = buffers_of(arguments, self.unwritten)
         stored = [one for one, _ in buffers]
+        if self.watch is not None:
+            return run_grid(program, stored, values, grid, shared_bytes, Settings(self.mode)), buffers
         reordering = ptx not in self._reordered and program.kernel.threads * prod(grid) <= _REORDERED_THREADS
         if reordering:
             self._reordered.add(ptx)
@@ -162,51 +168,6 @@ class SimulatedGpu:
             require_same(stored, [one for one, _ in again], "order", "differs when the warps run in another order")
         self._kept.write(place, ran, stored)
         return ran, buffers
-
-
-def _buffers(
-    arguments: Sequence[tuple[str, Any]], unwritten: int | None
-) -> tuple[list[tuple[Buffer, np.ndarray]], list[int | float | tuple[int, int]]]:
-    """The storages of the tensors among the arguments, each with its real memory, and the values to pass: numbers, or
-    (number of the storage, offset in bytes).
-    """
-    buffers: list[tuple[Buffer, np.ndarray]] = []
-    known: dict[int, int] = {}
-    values: list[int | float | tuple[int, int]] = []
-    for name, value in arguments:
-        if not hasattr(value, "data_ptr"):
-            values.append(value if isinstance(value, float) else int(value))
-            continue
-        tensor = getattr(value, "base", value) if not hasattr(value, "untyped_storage") else value
-        storage = tensor.untyped_storage()
-        start = storage.data_ptr()
-        if start not in known:
-            known[start] = len(buffers)
-            memory = _memory(storage)
-            buffer = Buffer(
-                name, memory, address=start, element_bytes=tensor.element_size(), shape=tuple(tensor.shape),
-                strides=tuple(tensor.stride()), offset=tensor.storage_offset(), unwritten=unwritten,
-            )  # fmt: skip
-            buffers.append((buffer, memory))
-        buffers[known[start]][0].restrict(_elements(tensor))
-        values.append((known[start], value.data_ptr() - start))
-    return buffers, values
-
-
-def _memory(storage: torch.UntypedStorage) -> np.ndarray:
-    size = storage.nbytes()
-    if not size:
-        return np.zeros(0, np.uint8)
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(storage.data_ptr()))
-
-
-def _elements(tensor: torch.Tensor) -> np.ndarray:
-    """Which bytes of its storage are elements of a view. NumPy marks them, since a check may watch torch's calls."""
-    width, size = tensor.element_size(), tensor.untyped_storage().nbytes()
-    marks = np.zeros(-(-size // width), bool)
-    strides = tuple(tensor.stride())
-    np.lib.stride_tricks.as_strided(marks[tensor.storage_offset() :], tuple(tensor.shape), strides)[...] = True
-    return np.repeat(marks, width)[:size]
 
 
 class _Launcher:

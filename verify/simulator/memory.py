@@ -5,6 +5,7 @@ Arrays of addresses, values and threads are flat here: one entry for each active
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import NoReturn
 
 import numpy as np
@@ -27,7 +28,8 @@ class Buffer:
 
     ``elements`` marks the bytes that a launch may touch, None for all. ``shape``, ``strides`` and ``offset`` (all in
     elements of ``element_bytes``) describe the view, for messages. An element of four bytes that holds ``unwritten``
-    was allocated and never written.
+    was allocated and never written. If only parts of a storage of ``storage_bytes`` are held, ``begin``, a multiple of
+    _ALIGNMENT, is the first byte of this one, and ``part_of`` is the part that begins at 0.
     """
 
     def __init__(
@@ -43,8 +45,13 @@ class Buffer:
         strides: tuple[int, ...] = (),
         offset: int = 0,
         unwritten: int | None = None,
+        begin: int = 0,
+        storage_bytes: int | None = None,
+        part_of: Buffer | None = None,
     ) -> None:
         self.name, self.size, self.constant = name, len(content), constant
+        self.begin, self.part_of = begin, part_of
+        self._storage_bytes = len(content) if storage_bytes is None else storage_bytes
         self.skew = address % _ALIGNMENT
         self.base = 0
         self.element_bytes, self._shape, self._strides, self._offset = element_bytes, shape, strides, offset
@@ -75,7 +82,7 @@ class Buffer:
     def identity(self) -> tuple[object, ...]:
         """Everything about the buffer but its bytes that an access or a message may depend on."""
         view = (self.element_bytes, self._shape, self._strides, self._offset)
-        return (self.name, self.size, self.constant, self.skew, self._unwritten, *view)
+        return (self.name, self.size, self.begin, self.constant, self.skew, self._unwritten, *view)
 
     def put(self, at: np.ndarray, content: np.ndarray) -> None:
         """Store bytes at these places, as another run did."""
@@ -98,7 +105,8 @@ class Buffer:
         self.allowed = np.concatenate([np.zeros(1, I32), np.cumsum(elements, dtype=I32)])
 
     def described(self, byte: int) -> str:
-        """A byte of the storage by the index of its element in the view, if it belongs to one."""
+        """A byte that is held by the index of its element in the view, if it belongs to one."""
+        byte += self.begin
         number, within = divmod(byte, self.element_bytes)
         rest, index = number - self._offset, [0] * len(self._shape)
         order = sorted(range(len(self._shape)), key=lambda dim: -abs(self._strides[dim]))
@@ -109,7 +117,11 @@ class Buffer:
         if rest == 0 and self._shape:
             inside = f" + {within} bytes" if within else ""
             return f"{self.name}[{', '.join(map(str, index))}]{inside}"
-        return f"byte {byte} of the storage of {self.name}, which has {self.size}"
+        return self.told(byte)
+
+    def told(self, byte: int) -> str:
+        """A byte of the storage, or beyond it, in words."""
+        return f"byte {byte} of the storage of {self.name}, which has {self._storage_bytes}"
 
     def require_elements(self, start: np.ndarray, size: int, threads: Threads, what: str, by: Located) -> None:
         """Raise Fault if an access of ``size`` bytes touches a byte between the elements."""
@@ -257,12 +269,20 @@ class GlobalMemory:
     """The tensors of a launch, at made-up addresses."""
 
     def __init__(self) -> None:
+        #: In the order of their addresses, which ``_starts`` has.
         self.buffers: list[Buffer] = []
+        self._starts: list[int] = []
+        self._spans = 0
 
     def add(self, buffer: Buffer) -> int:
         """The address of the first byte of the buffer, which is aligned as its storage is."""
+        if (first := buffer.part_of) is not None:
+            buffer.base = first.base + buffer.begin
+        else:
+            self._spans += 1
+            buffer.base = (2 * self._spans + 1 << _SPACING_BITS - 1) + buffer.skew
         self.buffers.append(buffer)
-        buffer.base = (2 * len(self.buffers) + 1 << _SPACING_BITS - 1) + buffer.skew
+        self._starts.append(buffer.base)
         return buffer.base
 
     def groups(
@@ -277,34 +297,33 @@ class GlobalMemory:
             told = f"an access of {size} bytes at {self._described(int(addresses[place]))}"
             raise Fault("misaligned", told, by, threads.named(place))
         low, high = int(addresses.min()), int(addresses.max())
-        one = self._holding(low)
-        if one is not None and low >= one.base and high + size <= one.base + one.size:
+        one = self._before(low)
+        if one is not None and high + size <= one.base + one.size:
             return [(one, slice(None))]
         found: list[tuple[Buffer, np.ndarray | slice]] = []
-        numbers = addresses >> U64(_SPACING_BITS)
+        numbers = np.searchsorted(np.array(self._starts, U64), addresses, "right") - 1
         for number in np.unique(numbers):
             chosen = np.flatnonzero(numbers == number)
-            within = addresses[chosen]
-            buffer = self._holding(int(within[0]))
-            if buffer is None:
-                self._outside(int(chosen[0]), addresses, size, threads, by)
-            bad = (within < U64(buffer.base)) | (within + U64(size) > U64(buffer.base + buffer.size))
-            if bad.any():
-                self._outside(int(chosen[bad.argmax()]), addresses, size, threads, by)
+            buffer = self.buffers[number]
+            bad = addresses[chosen] + U64(size) > U64(buffer.base + buffer.size)
+            if number < 0 or bad.any():
+                self._outside(int(chosen[0 if number < 0 else bad.argmax()]), addresses, size, threads, by)
             found.append((buffer, chosen))
         return found
 
-    def _holding(self, address: int) -> Buffer | None:
-        number = (address >> _SPACING_BITS) - 1
-        return self.buffers[number] if 0 <= number < len(self.buffers) else None
+    def _before(self, address: int) -> Buffer | None:
+        """The last buffer that begins at or before an address."""
+        number = bisect_right(self._starts, address) - 1
+        return self.buffers[number] if number >= 0 else None
 
     def _described(self, address: int) -> str:
-        near = self._holding(address)
-        if near is None:
-            return f"address {address:#x}, which belongs to no tensor of the launch"
-        if near.base <= address < near.base + near.size:
+        near = self._before(address)
+        if near is not None and address < near.base + near.size:
             return near.described(address - near.base)
-        return f"byte {address - near.base} of the storage of {near.name}, which has {near.size}"
+        for one in self.buffers:
+            if one.base >> _SPACING_BITS == address >> _SPACING_BITS:
+                return one.told(address - one.base + one.begin)
+        return f"address {address:#x}, which belongs to no tensor of the launch"
 
     def _outside(self, place: int, addresses: np.ndarray, size: int, threads: Threads, by: Located) -> NoReturn:
         told = f"an access of {size} bytes at {self._described(int(addresses[place]))}"

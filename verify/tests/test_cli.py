@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from verify.cli import parser
+from verify.arguments import parser
 from verify.errors import ConfigurationError
 from verify.run.request import RunRequest, request_of
 from verify.tests import samples

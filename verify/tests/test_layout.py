@@ -22,7 +22,7 @@ _BESIDE = {"tests", "examples", "wrappers"}
 #: The one way back up: the catalogue of checks is what ``phases/`` declares.
 _CATALOGUE = ("verify.checks", "phases")
 
-_DOORS = {"__main__", "cli", "explain", "fixtures", "plugin", "sensitivity", "session"}
+_DOORS = {"__main__", "arguments", "cli", "explain", "fixtures", "plugin", "sensitivity", "session"}
 _LONG, _TOO_LONG = 300, 400
 _ALLOWED = re.compile(r"^\| `(\w+)/` \|[^|]*\|([^|]*)\|$", re.MULTILINE)
 

@@ -15,7 +15,7 @@ from verify.run.events import read_events
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 _HEADER = """
-import os, signal, time
+import os, signal, subprocess, time
 from pathlib import Path
 import pytest
 from verify import check, skip
@@ -91,6 +91,7 @@ def make_tree(root: Path) -> Tree:
     with (root / "conftest.py").open("a") as conftest:
         conftest.write(_NEVER_BUSY)
     subject = '__version__ = "9.9"\nimport json\ndef parse(text): return json.loads(text)\ndef call(back): back()\n'
+    subject += 'def late(): raise TimeoutError("the subject gave up")\n'
     for package, text in (("phases", ""), ("triattention", subject)):
         (root / package).mkdir()
         (root / package / "__init__.py").write_text(text)

@@ -175,6 +175,8 @@ def test_a_simulated_gpu_cannot_be_expected() -> None:
         ("p5.a", False, True),
         ("p4.a", True, False),
         ("p6.a", False, False),
+        ("p6.rope", False, True),
+        ("p7.a", False, False),
     ],
 )
 def test_checks_that_launch_kernels_and_need_no_card_are_selected(family: str, needs_gpu: bool, selected: bool) -> None:
@@ -254,5 +256,5 @@ def test_an_interrupted_simulation_says_how_to_go_on(
 
 
 def test_only_phases_that_launch_kernels_can_be_simulated() -> None:
-    with pytest.raises(ConfigurationError, match="--phases 6 cannot be simulated; use phases among 3-5"):
-        simulate("90", phases="6")
+    with pytest.raises(ConfigurationError, match="--phases 7 cannot be simulated; use phases among 3-6"):
+        simulate("90", phases="7")

@@ -243,7 +243,7 @@ def test_an_edit_that_applies_nowhere_is_an_error_of_the_fault(bench: Bench) -> 
 
 
 def test_a_check_that_needs_a_gpu_is_not_tried_on_a_simulated_one(bench: Bench) -> None:
-    fault = _named("offsets_in_32_bits")
+    fault = _named("offsets_in_32_bits").model_copy(update={"kills": ("p4.sanitizer",)})
     checks = fault.claimed(catalogue())
     baseline = bench.baseline(checks, "sim:sm90")
     assert {*baseline.values()} == {Verdict.SKIP}

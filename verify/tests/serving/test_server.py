@@ -13,7 +13,7 @@ import pytest
 
 from verify.errors import Wrong
 from verify.serving import server as server_module
-from verify.serving.server import Server, refused, telling
+from verify.serving.server import Server, telling
 
 pytestmark = pytest.mark.skipif(find_spec("httpx") is None or find_spec("psutil") is None, reason="vLLM brings them")
 
@@ -45,6 +45,8 @@ class Handler(BaseHTTPRequestHandler):
             print("(EngineCore pid=1) ERROR EngineCore encountered a fatal error.")
             print("(EngineCore pid=1) ERROR TypeError: schedule() takes 1 argument", flush=True)
             os._exit(0)
+        if asked.get("prompt") == "slow":
+            time.sleep(2)
         if asked.get("max_tokens") == 0:
             self.send_response(400)
             self.end_headers()
@@ -133,18 +135,13 @@ def test_a_server_that_is_gone_is_a_failure_with_the_error_of_its_engine(env: di
             assert caught.value.cause == "the server's engine died: TypeError: schedule() takes 1 argument"
 
 
-def test_one_that_should_have_refused_is_an_error(env: dict[str, str], tmp_path: Path) -> None:
-    code, log = refused("m", env, tmp_path / "log", "broken")
-    assert (code, "no such thing" in log) == (1, True)
-    with pytest.raises(AssertionError, match="the server did not end within 1 s"):
-        refused("m", env, tmp_path / "log", limit_s=1)
-
-
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_refuses_a_model_that_is_not_there(tmp_path: Path) -> None:
-    code, log = refused(str(tmp_path / "none"), {**os.environ, "ENABLE_TRIATTENTION": "0"}, tmp_path / "log")
-    assert code == 1
-    assert str(tmp_path / "none") in telling(log)
+def test_a_server_that_takes_too_long_is_told_apart_from_one_that_is_wrong(
+    env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Server("m", env, tmp_path / "log") as server:
+        monkeypatch.setattr(server_module, "_REQUEST_LIMIT_S", 0.3)
+        with pytest.raises(TimeoutError, match=r"the server did not answer within 0.3 s; log ends: "):
+            server.complete("slow", 1)
 
 
 def test_telling_lines_are_no_frames_and_no_progress() -> None:

@@ -1,0 +1,168 @@
+"""``python -m verify simulate --trace``: the first source line at which two runs of one kernel hold different values.
+
+The runs differ in their architecture, in their compiler (a trace that was written before), or in one planted fault.
+Each is a process of its own, because a process has one simulated GPU.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from verify.architectures import parse_targets
+from verify.errors import ConfigurationError, Exit, SubjectLacks
+from verify.files import repository_root
+from verify.report.matrix import count
+from verify.run.mutation import Mutation
+from verify.simulator.control import require
+from verify.simulator.errors import Fault, Unsupported
+from verify.simulator.trace import Trace, differences, read_trace
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from verify.judge.problems import Shape
+    from verify.simulator.program import Program
+
+_LIMIT_S = 600.0
+#: How many lines of the table are printed; the first one matters.
+_LINES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What one process traces, and where it writes the result."""
+
+    sm: int
+    kernel: str
+    subject: str
+    mutation: Mutation | None
+    path: Path
+
+    @property
+    def about(self) -> str:
+        from verify.machine.environment import version_of
+
+        changed = f" with {self.mutation.fault}" if self.mutation else ""
+        return f"sm{self.sm}{changed} (Triton {version_of('triton')})"
+
+
+def trace(
+    kernel: str, *, sm: str, subject: str, out: Path, against: Path | None = None, mutation: Mutation | None = None
+) -> int:
+    """Trace the kernel on the GPUs that ``sm`` names, or on one and compare it with the trace ``against``, or with the
+    same after ``mutation``. Returns the exit code: 0, whatever differs.
+
+    Raises ConfigurationError if the request cannot be carried out.
+    """
+    from rich.console import Console
+
+    gpus = list(parse_targets(sm))
+    others = (against is not None) + (mutation is not None)
+    if others > 1 or len(gpus) != 2 - others:
+        raise ConfigurationError(
+            f"--trace compares two runs, and --sm {sm} names {count(len(gpus), 'GPU')}; name two GPUs, or one and "
+            "--against TRACE, or one and --fault ID"
+        )
+    before = None if against is None else read_trace(against)
+    for gpu in gpus:
+        require(gpu.sm)
+    changes = [None, mutation] if mutation else [None] * len(gpus)
+    name = f"trace-{kernel}-{{}}.npz"
+    places = [out / name.format(gpu.target) for gpu in gpus] + [out / name.format("fault")][: len(changes) - len(gpus)]
+    gpus = [gpus[0], *gpus[1:], *gpus[: len(changes) - len(gpus)]]
+    wanted = [
+        _Run(gpu.sm, kernel, subject, change, path)
+        for gpu, change, path in zip(gpus, changes, places, strict=True)
+    ]  # fmt: skip
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        problems = [*pool.map(_traced, wanted, timeout=_LIMIT_S)]
+    if problem := next(filter(None, problems), None):
+        raise ConfigurationError(problem)
+    found = ([before] if before else []) + [read_trace(one.path) for one in wanted]
+    console = Console(highlight=False)
+    for one in wanted:
+        console.print(f"{one.about}: {one.path}", markup=False, soft_wrap=True)
+    _tell(kernel, found, repository_root(), subject, console)
+    return Exit.OK
+
+
+def _tell(kernel: str, found: list[tuple[str, Trace]], root: Path, subject: str, console: Console) -> None:
+    (first, one), (second, other) = found
+    differ = [*differences(one, other)]
+    if not differ:
+        lines = len({line for line, _ in one.values})
+        told = f"{kernel}: {first} and {second} hold the same values at {count(lines, 'line')} of the source"
+        console.print(told, markup=False, soft_wrap=True)
+        return
+    line = differ[0].place[0]
+    told = f"{kernel}: {first} and {second} first hold different values at {line}"
+    console.print(f"{told}: {_text_of(line, root, subject)}".rstrip(": "), markup=False, soft_wrap=True)
+    for each in differ[:_LINES]:
+        (line, kind), (value, instead) = each.place, each.pair
+        told = " and ".join(f"{len(only)} of {total}" for only, total in zip(each.only, each.counts, strict=True))
+        console.print(f"  {line} {kind}: {told} differ, such as {value} and {instead}", markup=False, soft_wrap=True)
+    if len(differ) > _LINES:
+        console.print(f"  and {count(len(differ) - _LINES, 'further place')}", markup=False)
+
+
+def _text_of(line: str, root: Path, subject: str) -> str:
+    """The text of a line of the subject's source; empty if no file of that name has one."""
+    from verify.subject.find import find_subject
+
+    name, _, number = line.rpartition(":")
+    for path in sorted(find_subject(subject, root).folder.rglob(name)):
+        lines = path.read_text("utf-8").splitlines()
+        if 0 < int(number) <= len(lines):
+            return lines[int(number) - 1].strip()
+    return ""
+
+
+def _shapes() -> list[Shape]:
+    from verify.judge.problems import Shape
+
+    usual = Shape(n=65, t=64, offsets=(1.0, 2.0, 4.0))
+    return [
+        replace(usual, dtype=dtype, aggregation=aggregation)
+        for dtype in ("bfloat16", "float32")
+        for aggregation in ("mean", "max")
+    ]
+
+
+def _traced(run: _Run) -> str:
+    """Trace one run in this process, which is new. Returns a problem in words, empty if there is none."""
+    from verify.checks import DEFAULT_SEED
+    from verify.judge.problems import make
+    from verify.judge.scoring import scorers
+    from verify.simulator.driver import install
+    from verify.subject.find import find_subject
+
+    try:
+        simulation = install(run.sm)
+        found, names = Trace(), set()
+        changed: list[str] = []
+
+        def watch(name: str, program: Program) -> None:
+            names.add(name)
+            if name == run.kernel:
+                found.watch(program)
+
+        simulation.watch = watch
+        if run.mutation is not None:
+            simulation.alter = run.mutation.alteration(changed.append)
+        subject = find_subject(run.subject, repository_root())
+        subject.activate()
+        for scorer in scorers(subject, "triton", "cpu"):
+            for shape in _shapes():
+                scorer(make(scorer.offers.fit(shape, ()), DEFAULT_SEED, "cpu"))
+    except (ConfigurationError, SubjectLacks, Fault, Unsupported) as error:
+        return str(error)
+    if run.kernel not in names:
+        return f"the subject launches no kernel {run.kernel!r}; --trace takes {', '.join(sorted(names)) or 'none'}"
+    if run.mutation is not None and run.kernel not in changed:
+        return f"{run.mutation.fault} changes nothing in {run.kernel} on sm{run.sm}; name another fault"
+    found.write(run.path, run.about)
+    return ""
