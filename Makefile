@@ -11,10 +11,12 @@ PYTEST := $(VENV_PYTHON) -m pytest -m "not slow"
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' Makefile | expand -t 16
 
-# Without ARGS, which are options of `verify run`, the kernels are first built for every GPU.
+# Without ARGS, which are options of `verify run`, the kernels are first built for every GPU, and without a GPU also executed.
+EXECUTE := nvidia-smi -L > /dev/null 2>&1 || $(VENV_PYTHON) -m verify simulate -m brief
 verify: setup  ## set up, build for every GPU, verify this machine: make verify ARGS="--phase 4" only verifies
-	@built=0; $(if $(ARGS),:,$(VENV_PYTHON) -m verify compile) || built=$$?; \
-	    $(VENV_PYTHON) -m verify run $(ARGS) && exit $$built
+	@before=0; $(if $(ARGS),:,$(VENV_PYTHON) -m verify compile) || before=$$?; \
+	    $(if $(ARGS),:,$(EXECUTE)) || before=$$?; \
+	    $(VENV_PYTHON) -m verify run $(ARGS) && exit $$before
 
 # Without ARGS: the checks as `verify` runs them, with soft failures fatal, and then the other tests. Each process runs one
 # test file at a time, so that the file's set-up happens once.

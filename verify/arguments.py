@@ -39,6 +39,7 @@ exit codes: 0 success; 1 a HARD check failed; 2 interrupted, can be continued; 3
 _SIMULATE_EXAMPLES = """\
 examples:
   python -m verify simulate --sm sm120           one GPU: the phases that a simulation has, and a record
+  python -m verify simulate -m brief             every GPU, the variants of the scoring kernel only
   python -m verify simulate --trace score_kernel --sm sm80,sm120
 
 exit codes: 0 nothing failed, or the trace was made; 1 a HARD check failed; 2 interrupted, the last line says how to
@@ -212,7 +213,9 @@ def _add_simulate(verbs: argparse._SubParsersAction) -> None:
     verb.epilog, verb.formatter_class = _SIMULATE_EXAMPLES, argparse.RawDescriptionHelpFormatter
     verb.add_argument("--sm", metavar="GPUS", default="all", help="all (default), 80-121, 120,121, sm120 or 12.0")
     verb.add_argument("--phases", metavar="P", help="3-6 (default), 4 or 3,5")
+    verb.add_argument("-m", dest="expression", metavar="EXPR", help="a pytest marker expression, such as brief or hard")
     verb.add_argument("--subject", metavar="S", default="bundled", help=_SUBJECT)
+    verb.add_argument("--jobs", type=int, metavar="N", help="GPUs at a time (default: one per processor)")
     verb.add_argument("--resume", metavar="RUN", help="first finish this interrupted run, then the others")
     verb.add_argument("--trace", metavar="KERNEL", help="the first source line at which two runs hold other values")
     verb.add_argument("--against", type=Path, metavar="TRACE", help="with --trace: the other run, an earlier trace")

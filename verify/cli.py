@@ -68,9 +68,13 @@ def _simulate(chosen: argparse.Namespace) -> int:
         )
     if chosen.against is not None or chosen.fault is not None:
         raise ConfigurationError("--against and --fault say what a trace is compared with; add --trace KERNEL")
+    from verify.machine.processors import cores
     from verify.run.simulate import simulate
 
-    return simulate(chosen.sm, phases=chosen.phases, subject=chosen.subject, resume=chosen.resume, out=chosen.out)
+    return simulate(
+        chosen.sm, phases=chosen.phases, expression=chosen.expression, subject=chosen.subject, resume=chosen.resume,
+        jobs=len(cores()) if chosen.jobs is None else chosen.jobs, out=chosen.out,
+    )  # fmt: skip
 
 
 def _quality(chosen: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ from verify.run.manifest import Manifest, freeze, survey
 from verify.run.probe import Probe
 from verify.run.recorder import Recorder, id_of, in_phases, selected, spec_of
 from verify.run.request import parse_device, parse_expect, parse_phases, simulated_sm
-from verify.run.simulated import LEFT_OUT, Simulated, can_be_simulated
+from verify.run.simulated import BRIEF, LEFT_OUT, Simulated, can_be_simulated
 from verify.session import SESSION, Session
 from verify.simulator.control import require
 from verify.subject.deviations import read_deviations
@@ -157,6 +157,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("scratch"):  # its parent sets a limit, for many seeds or a slow tool
         for item in checks:
             item.add_marker(pytest.mark.timeout(spec_of(item).timeout_s))
+    for item in checks:
+        if id_of(item) in BRIEF:
+            item.add_marker(pytest.mark.brief)
     wanted = {id_of(item) for item in checks if spec_of(item).phase in session.phases}
     if session.simulated:
         wanted &= {id_of(item) for item in checks if can_be_simulated(spec_of(item))}

@@ -71,7 +71,7 @@ def carry_out(request: RunRequest, console: Console, *, brief: bool = False) -> 
     """The exit code of ``run``, and the directory of the run if there is one; ``brief`` leaves out the gate matrix."""
     root, run_dir = repository_root(), None
     try:
-        run_dir = _find_run(request.out, request.resume) if request.resume else _new_run(request, root, console)
+        run_dir = _find_run(request.out, request.resume) if request.resume else _new_run(request, root, console, brief)
         with events.lock(run_dir) as held:
             manifest = events.read_manifest(run_dir)
             if request.resume:
@@ -146,7 +146,7 @@ class Interruption:
         self._count += 1
 
 
-def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
+def _new_run(request: RunRequest, root: Path, console: Console, brief: bool) -> Path:
     """Check everything that could prevent the run, then create its directory."""
     subject = find_subject(request.subject, root)
     subject = replace(subject, profile=request.profile or subject.profile)
@@ -180,7 +180,7 @@ def _new_run(request: RunRequest, root: Path, console: Console) -> Path:
         console.print(f"note: {sentence}", markup=False, soft_wrap=True)
     where = f"{manifest.target}, simulated" if simulated else manifest.target
     console.print(f"run {manifest.run_id}: {len(manifest.selected)} checks on {where}", markup=False)
-    if simulated:
+    if simulated and not brief:
         console.print(f"note: {LEFT_OUT}", markup=False, soft_wrap=True)
     return run_dir
 

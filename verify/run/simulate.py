@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import multiprocessing
 import os
 import shlex
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +22,7 @@ from verify.record.simulation import UNSUPPORTED
 from verify.run import events
 from verify.run.request import RunRequest, parse_phases
 from verify.run.runner import carry_out
-from verify.run.simulated import PHASES
+from verify.run.simulated import LEFT_OUT, PHASES
 from verify.simulator.errors import NotAvailable
 
 if TYPE_CHECKING:
@@ -27,28 +31,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How one GPU ended: the exit code of its run, its record, and why it could not be simulated (empty if it was)."""
+    """How one GPU ended: the exit code of its run, its record, and why it could not be simulated (empty if it was).
+
+    ``run`` is the id of its run, if there is one.
+    """
 
     gpu: Architecture
     code: int
     record: Record | None = None
     seconds: float = 0.0
     gap: str = ""
+    run: str = ""
 
 
 def simulate(
     sm: str,
     *,
     phases: str | None = None,
+    expression: str | None = None,
     subject: str = "bundled",
     resume: str | None = None,
+    jobs: int = 1,
     out: Path | None = None,
 ) -> int:
     """Run the checks on each GPU that ``sm`` names, with a record for each, and return the exit code.
 
-    ``resume`` names an interrupted run to finish first. A GPU that the toolchain cannot build for is listed, and does
-    not count. 0 nothing failed, 1 a HARD check failed on one of the GPUs, 2 interrupted, 3 the machine is at fault
-    or none of the GPUs can be simulated. Raises ConfigurationError if the request cannot be carried out.
+    ``expression`` is a pytest marker expression. ``resume`` names an interrupted run to finish first. ``jobs`` GPUs are
+    simulated at a time. A GPU that the toolchain cannot build for is listed, and does not count. 0 nothing failed, 1 a
+    HARD check failed on one of the GPUs, 2 interrupted, 3 the machine is at fault or none of the GPUs can be simulated.
+    Raises ConfigurationError if the request cannot be carried out.
     """
     from rich.console import Console
 
@@ -56,38 +67,103 @@ def simulate(
     chosen = parse_phases(phases) if phases else tuple(sorted(PHASES))
     if not PHASES.issuperset(chosen):
         raise ConfigurationError(f"--phases {phases} cannot be simulated; use phases among {min(PHASES)}-{max(PHASES)}")
+    if jobs < 1:
+        raise ConfigurationError(f"--jobs {jobs} must be at least 1")
+    requests = {
+        gpu: RunRequest(phases=chosen, expression=expression, device=f"sim:{gpu.target}", subject=subject, out=out)
+        for gpu in gpus
+    }
+    console.print(f"note: {LEFT_OUT}", markup=False, soft_wrap=True)
     ended: list[Ended] = []
-    while gpus:
-        gpu = gpus[0]
-        if resume is not None:
-            request = RunRequest(resume=resume, out=out)
-        else:
-            request = RunRequest(phases=chosen, device=f"sim:{gpu.target}", subject=subject, out=out)
-        begun = time.monotonic()
-        try:
-            code, run_dir = carry_out(request, console, brief=True)
-        except NotAvailable as error:
-            ended.append(Ended(gpus.pop(0), Exit.OK, gap=str(error)))
-            continue
-        if code == Exit.INTERRUPTED:
-            again = {"--sm": ",".join(one.target for one in gpus), "--resume": run_dir and run_dir.name}
-            again |= {"--phases": phases, "--subject": None if subject == "bundled" else subject}
-            again |= {"--out": None if out == default_out() else os.path.relpath(out)}
-            words = shlex.join(word for option, value in again.items() if value for word in (option, value))
-            told = f"interrupted; go on with: python -m verify simulate {words}"
-            console.print(told, markup=False, soft_wrap=True)
-            return code
-        record = read_record(run_dir / events.RECORD) if run_dir is not None else None
-        if resume is not None and record is not None:
-            gpu = next((one for one in gpus if one.target == record.target), gpu)
-        resume = None
-        gpus.remove(gpu)
-        ended.append(Ended(gpu, code, record, time.monotonic() - begun))
+    if resume is not None:
+        ended.append(_one(gpus[0], RunRequest(resume=resume, out=out), console))
+        requests.pop(ended[0].gpu, None)
+    if not any(one.code == Exit.INTERRUPTED for one in ended):
+        ended += _each(requests, min(jobs, len(requests)), console)
+    if interrupted := [one for one in ended if one.code == Exit.INTERRUPTED]:
+        finished = {one.gpu for one in ended if one.code != Exit.INTERRUPTED}
+        again = {"--sm": ",".join(gpu.target for gpu in gpus if gpu not in finished), "--phases": phases}
+        again |= {"-m": expression, "--subject": None if subject == "bundled" else subject}
+        again |= {"--out": None if out == default_out() else os.path.relpath(out)}
+        _tell_how_to_go_on(interrupted, again, console)
+        return Exit.INTERRUPTED
     return _conclude(ended, console)
+
+
+def _one(gpu: Architecture, request: RunRequest, console: Console) -> Ended:
+    """Simulate one GPU, or the one of a run that is resumed."""
+    begun = time.monotonic()
+    try:
+        code, run_dir = carry_out(request, console, brief=True)
+    except NotAvailable as error:
+        return Ended(gpu, Exit.OK, gap=str(error))
+    run = run_dir.name if run_dir is not None else ""
+    if code == Exit.INTERRUPTED:
+        return Ended(gpu, code, run=run)
+    record = read_record(run_dir / events.RECORD) if run_dir is not None else None
+    if request.resume is not None and record is not None:
+        (gpu,) = parse_targets(record.target)
+    return Ended(gpu, code, record, time.monotonic() - begun, run=run)
+
+
+def _each(requests: Mapping[Architecture, RunRequest], jobs: int, console: Console) -> Iterator[Ended]:
+    """Simulate the GPUs, ``jobs`` at a time, in processes of their own if there are several; the lines of each then
+    begin with its name. An interrupted one is the last of its process.
+    """
+    if jobs <= 1:
+        for gpu, request in requests.items():
+            yield (one := _one(gpu, request, console))
+            if one.code == Exit.INTERRUPTED:
+                return
+        return
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    waiting = [pool.submit(_one_beside_others, gpu, request) for gpu, request in requests.items()]
+    try:
+        for finished in as_completed(waiting):
+            yield finished.result()
+    except KeyboardInterrupt:  # which the processes got as well: they end as soon as their record is written
+        pool.shutdown(cancel_futures=True)
+        yield from (one.result() for one in waiting if one.done() and not one.cancelled() and not one.exception())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _one_beside_others(gpu: Architecture, request: RunRequest) -> Ended:
+    from rich.console import Console
+
+    return _one(gpu, request, Console(file=_Prefixed(f"{gpu.target}: "), highlight=False))
+
+
+class _Prefixed(io.StringIO):
+    """Standard output, with a prefix before each line."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix, self._begun = prefix, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            print(f"{self._prefix}{line}", flush=True)
+        return len(text)
+
+
+def _tell_how_to_go_on(interrupted: list[Ended], options: Mapping[str, str | None], console: Console) -> None:
+    """``simulate`` resumes one run; others that were interrupted beside it are resumed by ``run``."""
+    first, *others = interrupted
+    targets = (options["--sm"] or "").split(",")
+    left = {**options, "--sm": ",".join(one for one in targets if one not in {other.gpu.target for other in others})}
+    commands = [f"run --resume {one.run}" for one in others if one.run]
+    given = {"--sm": left.pop("--sm"), "--resume": first.run, **left}
+    words = shlex.join(word for option, value in given.items() if value for word in (option, value))
+    commands.append(f"simulate {words}")
+    told = " && ".join(f"python -m verify {one}" for one in commands)
+    console.print(f"interrupted; go on with: {told}", markup=False, soft_wrap=True)
 
 
 def _conclude(ended: list[Ended], console: Console) -> int:
     """Print every failure and a line for each GPU, and return the worst exit code."""
+    ended.sort(key=lambda one: one.gpu.sm)
     for one in ended:
         for result in one.record.results if one.record else ():
             if result.verdict in FAILING or result.code == UNSUPPORTED:

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 PHASES = frozenset({3, 4, 5, 6})
 #: The checks of phase 6 among them: a few rounds of tiny models.
 _ROUNDS = frozenset({"p6.rope", "p6.bfloat16"})
+#: What ``-m brief`` selects: some must-pass checks, which between them launch every kind of variant of the scoring
+#: kernel: head dims, layouts, types and strides of the keys, mean and maximum.
+BRIEF = frozenset(
+    f"p4.triton_oracle.{case}"
+    for case in (
+        *("n33", "d64", "d96", "d256", "d128-interleaved", "d256-interleaved", "float16", "float32"),
+        *("max-d64", "max-d128", "max-interleaved", "transposed", "spread", "spread-interleaved", "offsets17-max"),
+    )
+)
 #: What a simulated run does not select, in one sentence.
 LEFT_OUT = (
     "a simulated GPU has phases 3 to 5, without the checks that measure a GPU's own time, and a few rounds of phase 6"

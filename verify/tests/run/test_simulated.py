@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from verify.checks import CheckSpec
-from verify.errors import ConfigurationError
+from verify.architectures import find
+from verify.checks import CheckSpec, catalogue
+from verify.errors import ConfigurationError, Exit
 from verify.run.request import RunRequest, parse_device, simulated_sm
-from verify.run.simulate import simulate
-from verify.run.simulated import can_be_simulated
+from verify.run.simulate import Ended, _tell_how_to_go_on, simulate
+from verify.run.simulated import BRIEF, can_be_simulated
 from verify.simulator.errors import NotAvailable
 from verify.tests.tree import Tree, make_tree
 
@@ -240,7 +241,7 @@ def test_a_gpu_that_the_toolchain_cannot_build_for_is_told_and_not_counted(
 
     monkeypatch.setattr("verify.run.runner.require", refuse)
     assert simulate("88,107", out=tmp_path) == 3
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().out.splitlines()[1:] == [
         f"sm{sm}: not simulated (--device sim:sm{sm} is not available: ptxas does not know it)" for sm in (88, 107)
     ]
 
@@ -252,7 +253,22 @@ def test_an_interrupted_simulation_says_how_to_go_on(
     monkeypatch.chdir(tmp_path)
     assert simulate("89-100", phases="4", subject="installed", out=tmp_path) == 2
     words = "--sm sm89,sm90,sm100 --resume RUN --phases 4 --subject installed --out ."
-    assert capsys.readouterr().out == f"interrupted; go on with: python -m verify simulate {words}\n"
+    assert capsys.readouterr().out.splitlines()[1:] == [f"interrupted; go on with: python -m verify simulate {words}"]
+
+
+def test_runs_that_were_interrupted_beside_each_other_are_all_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    ended = [Ended(find(sm), Exit.INTERRUPTED, run=run) for sm, run in ((90, "ONE"), (100, "OTHER"))]
+    options = {"--sm": "sm90,sm100,sm120", "--phases": None, "-m": "hard", "--subject": None, "--out": None}
+    _tell_how_to_go_on(ended, options, Console())
+    told = " ".join(capsys.readouterr().out.split())
+    simulate_again = "python -m verify simulate --sm sm90,sm120 --resume ONE -m hard"
+    assert told == f"interrupted; go on with: python -m verify run --resume OTHER && {simulate_again}"
+
+
+def test_the_brief_checks_are_checks() -> None:
+    assert {check.id for check in catalogue()} >= BRIEF
 
 
 def test_only_phases_that_launch_kernels_can_be_simulated() -> None:
