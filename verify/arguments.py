@@ -23,7 +23,7 @@ examples:
   python -m verify quality                       model quality under compression, compared with simple controls
   python -m verify selftest                      plant faults in the subject: does the suite catch them?
   python -m verify report --gpu sm120            one GPU; without --gpu a line for each
-  python -m verify diff --since last-green       what got worse since the last green run
+  python -m verify diff --since last-green       on every target, what got worse since its last green run
   python -m verify history --check p4.triton_oracle
   python -m verify check reports/runs/RUN        is the record sound, with nothing missing
   python -m verify report --format html          HTML pages; start at reports/site/index.html
@@ -107,12 +107,16 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--attestation", dest="form", action="store_const", const="attestation", help="in-toto, v0.1")
     export.add_argument("record", metavar="RECORD", help="a file, the directory of a run, or a run's id")
     export.add_argument("--out", metavar="FILE", type=Path, help="default: stdout")
-    diff = _add(verbs, "diff", "what changed between two runs: exit 1 if a HARD check got worse, else 0")
+    diff = _add(
+        verbs, "diff", "what changed between two runs, or on every target: exit 1 if a HARD check got worse, else 0"
+    )
     diff.add_argument("runs", metavar="RUN", nargs="*", help="the earlier and the later run: ids, files or directories")
     diff.add_argument(
-        "--since", choices=("last-green",), help="compare the newest run, or RUN, with the last green one"
+        "--since",
+        choices=("last-green",),
+        help="compare the newest run of every target, or RUN, with the last green one of the same selection",
     )
-    diff.add_argument("--gpu", metavar="GPU", help="with --since: compare the newest run of this target")
+    diff.add_argument("--gpu", metavar="GPU", help="with --since: only the newest run of this target")
     diff.add_argument("--json", action="store_true", help="print every change as JSON")
     _add_records(diff)
     history = _add(verbs, "history", "how verdicts and headroom changed from run to run")

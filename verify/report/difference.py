@@ -1,20 +1,21 @@
-"""``python -m verify diff``: what changed between two runs, and whether a HARD check got worse."""
+"""``python -m verify diff``: what changed between two runs, or on every target since its last green run."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from verify.architectures import Target, parse_target
+from verify.architectures import known_targets, parse_target
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.record.archive import locate, newest_first
 from verify.record.index import Index, Point, open_index
 from verify.record.schema import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
-from verify.record.verdict import TargetVerdict, assess, describe_subject, must_pass, profile_of
+from verify.report.changes import Change, Compared, as_object, ordered, print_pair, print_targets
+from verify.report.comparable import BAD, Course, courses, missed, verdicts_of
 from verify.report.documents import dumps
 from verify.report.matrix import KNOWN, count
 
@@ -24,26 +25,10 @@ _FACTOR, _SECONDS = 1.5, 1.0
 #: With at least this many earlier runs, the noise is this many robust standard deviations, and at least this share.
 _ENOUGH, _DEVIATIONS, _LEAST = 5, 4.0, 0.05
 
-#: How many lines of one kind are printed; the rest is only counted.
-_TOLD = 20
+#: The kinds of change of a check that fails, or that now passes, which a flaky check has by chance.
+_TURNS = {"newly failing", "still failing", "newly passing"}
 
-#: The kinds of change, worst first.
-KINDS = ("newly failing", "changed", "removed", "tighter", "slower", "newly passing", "added")
-
-_GREEN = (TargetVerdict.EMULATED_PASS, TargetVerdict.VERIFIED, TargetVerdict.CONFORMS)
-
-_BAD = FAILING | {Verdict.BLOCKED}
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A change of one check; ``worse`` decides the exit code."""
-
-    kind: str
-    id: str
-    gate: str
-    told: str
-    worse: bool = False
+_History = Callable[[str, str], Iterable[Point]]
 
 
 def diff(
@@ -55,57 +40,117 @@ def diff(
     *,
     as_json: bool,
 ) -> int:
-    """Print what changed between two runs, without ``names`` those of one subject; 1 if a HARD check got worse, else 0.
+    """Print what changed between two runs of one subject, or on every target; 1 if a HARD check got worse, else 0.
 
-    ``names`` are two runs, or, if ``since`` is ``last-green``, none or the later one. Raises ConfigurationError if a
-    run does not exist or there is no earlier green run.
+    ``names`` are two runs, or, if ``since`` is ``last-green``, none or the later one. With ``since``, but neither
+    ``names`` nor ``gpu``, it is about every target, and a HARD check that did not run is worse too. Raises
+    ConfigurationError if there is no record, a run does not exist, or there is no comparable earlier green run.
     """
+    checks = list(catalogue())
     with open_index(folders, subject) as index:
-        before, after = _chosen(index, names, since, gpu)
-        changes = list(compare(before, after, index.points))
+        if since is not None and not names and gpu is None:
+            return _print_every_target(index, checks, as_json=as_json)
+        before, after, changes = _between(index, names, since, gpu, checks)
     if as_json:
-        print(
-            dumps({"before": before.run_id, "after": after.run_id, "changes": [asdict(one) for one in changes]}), end=""
-        )
+        told = {"before": before.run_id, "after": after.run_id, "changes": [asdict(one) for one in ordered(changes)]}
+        print(dumps(told), end="")
     else:
-        _print(before, after, changes)
+        print_pair(before, after, changes)
     return Exit.FAILED if any(one.worse for one in changes) else Exit.OK
 
 
-def compare(before: Record, after: Record, history: Callable[[str, str], Iterable[Point]]) -> Iterator[Change]:
+def _print_every_target(index: Index, checks: Sequence[Check], *, as_json: bool) -> int:
+    if not index.heads:
+        raise ConfigurationError("there is no run to compare; make one first: python -m verify run")
+    found = [runs for target in known_targets() for runs in _on_target(index, target.target, checks)]
+    if as_json:
+        print(dumps([as_object(runs) for runs in found]), end="")
+    else:
+        print_targets(found)
+    return Exit.FAILED if any(one.worse for runs in found for one in runs) else Exit.OK
+
+
+def _on_target(index: Index, target: str, checks: Sequence[Check]) -> list[list[Compared]]:
+    """The newest runs on a target, each with what changed in it, by the kind of evidence."""
+    points = index.points(None, target)
+    verdicts = verdicts_of(points)
+    known, history = {check.id for check in checks}, _history(points)
+    found: dict[str, list[Compared]] = {}
+    for course, passed in courses(index, target, verdicts):
+        head, changes = course.newest, []
+        green = course.last_green(checks)
+        if before := green or next(iter(course.earlier), None):
+            after, old = _record(index, head.run_id), _record(index, before.run_id)
+            changed = _with_course(compare(old, after, history, known), course, after)
+            changes = [one for one in changed if one.id not in passed]
+        if why := missed(head, index.heads.values()):
+            hard = any(one.gate == "hard" and one.id in course.expected - passed for one in points)
+            changes.append(Change("did not run", target, "hard" if hard else "soft", why, hard))
+        found.setdefault(head.kind, []).append(Compared(head, before, green is not None, course.alone, changes))
+    return [*found.values()]
+
+
+def compare(before: Record, after: Record, history: _History, known: Container[str] | None = None) -> Iterator[Change]:
     """Every change between two records; ``history`` returns the results of a check on a target.
 
-    A HARD check got worse if it newly failed or was blocked, if it no longer passes, or if it passed and is absent from
-    a run of the same selection.
+    A HARD check got worse if it newly failed or was blocked, if it no longer passes, or if it passed or failed and has
+    no result in a run of the same selection. A check without a result that is not in ``known``, the ids of the
+    catalogue, is gone, which is not worse.
     """
     old, new = ({one.id: one for one in record.telling} for record in (before, after))
     same_selection = before.selection == after.selection
     for name in old.keys() - new.keys():
-        lost = old[name].verdict is Verdict.PASS and same_selection and old[name].gate == "hard"
-        yield Change("removed", name, old[name].gate, f"{_words(old[name])}, now no result", lost)
-    for name, now in new.items():
-        if (was := old.get(name)) is None:
-            yield Change("added", name, now.gate, _words(now), now.gate == "hard" and now.verdict in _BAD)
-        elif was.verdict != now.verdict or was.evidence != now.evidence:
-            yield _other_verdict(was, now)
+        was = old[name]
+        if known is not None and name not in known:
+            yield Change("gone", name, was.gate, f"{_words(was)}, now no longer a check")
         else:
-            yield from _other_numbers(was, now, before, after, history)
+            lost = was.verdict in FAILING | {Verdict.PASS} and same_selection and was.gate == "hard"
+            yield Change("did not run", name, was.gate, f"{_words(was)}, now no result", lost)
+    for name, now in new.items():
+        if (earlier := old.get(name)) is None:
+            yield Change("added", name, now.gate, _words(now), now.gate == "hard" and now.verdict in BAD)
+        elif earlier.verdict != now.verdict or earlier.evidence != now.evidence:
+            yield _other_verdict(earlier, now)
+        else:
+            if now.verdict in BAD:
+                yield Change("still failing", name, now.gate, _with_message(_words(now), now))
+            yield from _other_numbers(earlier, now, before, after, history)
+
+
+def _with_course(changes: Iterable[Change], course: Course, after: Record) -> list[Change]:
+    """The changes in ``after``, with the kinds that only the runs before it show: still failing, and flaky."""
+    found, flaky = [], course.flaky()
+    for one in changes:
+        if one.id in flaky and one.kind in _TURNS:
+            found.append(replace(one, kind="flaky", told=f"{one.told}; {_turned(flaky.pop(one.id))}"))
+        elif one.kind == "newly failing" and (run_id := course.failed_before(one.id)):
+            found.append(replace(one, kind="still failing", told=f"{one.told}; it did not pass in {run_id} either"))
+        else:
+            found.append(one)
+    return [
+        *found,
+        *(Change("flaky", one.id, one.gate, _turned(flaky[one.id])) for one in after.telling if one.id in flaky),
+    ]
+
+
+def _turned(verdicts: str) -> str:
+    return f"{verdicts} in the last runs of this subject"
 
 
 def _other_verdict(was: CheckResult, now: CheckResult) -> Change:
-    if now.verdict in _BAD and was.verdict not in _BAD:
+    if now.verdict in BAD and was.verdict not in BAD:
         kind = "newly failing"
     elif now.verdict is Verdict.PASS and was.verdict is not Verdict.PASS:
         kind = "newly passing"
     else:
         kind = "changed"
-    told = f"{_words(was)}, now {_words(now)}" + (f": {now.message}" if now.message else "")
+    told = _with_message(f"{_words(was)}, now {_words(now)}", now)
     lost = was.verdict is Verdict.PASS and now.verdict is not Verdict.PASS
     return Change(kind, now.id, now.gate, told, now.gate == "hard" and (kind == "newly failing" or lost))
 
 
 def _other_numbers(
-    was: CheckResult, now: CheckResult, before: Record, after: Record, history: Callable[[str, str], Iterable[Point]]
+    was: CheckResult, now: CheckResult, before: Record, after: Record, history: _History
 ) -> Iterator[Change]:
     """Measurements that use more of their allowance, and durations that grew, by more than the noise."""
     past = [
@@ -156,16 +201,42 @@ def _words(result: CheckResult) -> str:
     return " ".join(filter(None, (*parts, result.evidence)))
 
 
-def _chosen(index: Index, names: Sequence[str], since: str | None, gpu: str | None) -> tuple[Record, Record]:
+def _with_message(words: str, result: CheckResult) -> str:
+    return f"{words}: {result.message}" if result.message else words
+
+
+def _history(points: Iterable[Point]) -> _History:
+    """The results of one target, as ``compare`` asks for them."""
+    found: dict[str, list[Point]] = {}
+    for one in points:
+        found.setdefault(one.id, []).append(one)
+    return lambda check_id, _: found.get(check_id, ())
+
+
+def _between(
+    index: Index, names: Sequence[str], since: str | None, gpu: str | None, checks: Sequence[Check]
+) -> tuple[Record, Record, list[Change]]:
+    known = {check.id for check in checks}
     if since is None:
         if len(names) != 2 or gpu is not None:
             raise ConfigurationError("diff compares two runs: give both, or --since last-green, optionally with --gpu")
         before, after = (_record(index, name) for name in names)
-        return before, after
+        return before, after, [*compare(before, after, index.points, known)]
     if len(names) > 1:
         raise ConfigurationError("--since last-green takes at most one run; drop the other one")
     after = _record(index, names[0]) if names else _newest(index, gpu)
-    return _last_green(index, after), after
+    index = index.about(after.subject)
+    points = index.points(None, after.target)
+    verdicts = verdicts_of(points) | {after.run_id: {one.id: one.verdict for one in after.telling}}
+    course = Course.of(after, index.heads.values(), verdicts)
+    if (green := course.last_green(checks)) is None:
+        raise ConfigurationError(
+            f"there is no green run on {after.target} before {after.run_id} that it can be compared with "
+            f"({course.alone or 'none of the comparable ones is green'}); compare it with another run: "
+            f"python -m verify diff RUN {after.run_id}"
+        )
+    before = _record(index, green.run_id)
+    return before, after, _with_course(compare(before, after, _history(points), known), course, after)
 
 
 def _record(index: Index, name: str) -> Record:
@@ -183,51 +254,3 @@ def _newest(index: Index, gpu: str | None) -> Record:
     if not runs:
         raise ConfigurationError(f"there is no run{f' on {target}' if target else ''} to compare; make one first")
     return _record(index, newest_first(runs)[0].run_id)
-
-
-def _last_green(index: Index, after: Record) -> Record:
-    """The newest run before ``after`` that alone verifies its target, or passes every must-pass check on a CPU."""
-    checks, target = list(catalogue()), parse_target(after.target)
-    index = index.about(after.subject)
-    earlier = newest_first([after, *(head for head in index.heads.values() if head.target == after.target)])
-    for head in earlier[earlier.index(after) + 1 :]:
-        if head.run_id != after.run_id and head.on_target and (found := _green(index, head, target, checks)):
-            return found
-    raise ConfigurationError(
-        f"there is no green run on {after.target} before {after.run_id}; compare with another run: "
-        f"python -m verify diff RUN {after.run_id}"
-    )
-
-
-def _green(index: Index, head: Record, target: Target, checks: Sequence[Check]) -> Record | None:
-    full = profile_of(head.subject) == "full"
-    if full and not {one.id for one in must_pass(checks, target)} <= index.passed(head.run_id):
-        return None
-    record = _record(index, head.run_id)
-    return record if assess(target, [record], checks).verdict in _GREEN else None
-
-
-def _print(before: Record, after: Record, changes: Sequence[Change]) -> None:
-    from rich.text import Text
-
-    from verify.report.terminal import PipeConsole
-
-    console = PipeConsole()
-    for word, record in (("from", before), ("to  ", after)):
-        facts = (record.target, record.time_utc, describe_subject(record.subject), count(len(record.results), "result"))
-        console.print(Text.assemble((f"{word} {record.run_id}", "bold"), f"  {', '.join(facts)}"), soft_wrap=True)
-    for kind in KINDS:
-        found = sorted((one for one in changes if one.kind == kind), key=lambda one: (one.gate != "hard", one.id))
-        if not found:
-            continue
-        console.print()
-        console.print(Text(f"{kind} ({len(found)})", style="bold"))
-        for one in found[:_TOLD]:
-            style = "bold red" if one.worse else "green" if kind == "newly passing" else "yellow"
-            console.print(Text.assemble((f"  {one.gate.upper()} ", style), one.id, f"  {one.told}"), soft_wrap=True)
-        if len(found) > _TOLD:
-            console.print(f"  and {len(found) - _TOLD} more; --json lists them all")
-    console.print()
-    worse = sum(one.worse for one in changes)
-    verdict = f"{count(worse, 'HARD check')} got worse." if worse else "No HARD check got worse."
-    console.print(Text(verdict, style="bold red" if worse else "bold"))

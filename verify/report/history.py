@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +15,11 @@ from verify.record.archive import newest_first
 from verify.record.curves import MOST_CURVES, Curve
 from verify.record.grounds import BUNDLED
 from verify.record.index import Point, open_index
+from verify.record.schema import Verdict
 from verify.record.verdict import describe_subject
+from verify.report.comparable import BAD
 from verify.report.documents import dumps
-from verify.report.looks import SHAPES, place
+from verify.report.looks import SHAPES, line_of, place
 from verify.report.matrix import LETTERS, WORST_FIRST, count
 from verify.report.plots import text_plot
 
@@ -24,13 +27,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 #: How many runs a line shows, and how many results are listed one by one.
-_SHOWN, _LAST = 24, 12
+_SHOWN, _LAST = 20, 12
 
 #: The top of a plot: failures far outside the bound would flatten everything else.
 _MOST = 2.0
 
 #: From none of the allowance used to all of it.
 _BARS = "▁▂▃▄▅▆▇█"
+
+#: The letter of a run without a result.
+_NOTHING = "·"
 
 
 def history(
@@ -51,7 +57,7 @@ def history(
         points = index.points(check, target)
         known = sorted({one.id for one in index.points()}) if not points and check is not None else ()
         newest = newest_first(index.heads.values())
-    if not points:
+    if not points and (check or target or not newest):
         near = difflib.get_close_matches(check or "", known, n=3, cutoff=0.4)
         what = f"of {check!r}" if check else "of a check"
         hint = f"; the nearest are {', '.join(near)}" if near else ""
@@ -66,37 +72,50 @@ def history(
     console = PipeConsole()
     if newest and newest[0].subject.source != BUNDLED:
         console.print(f"Subject: {describe_subject(newest[0].subject)}.\n", markup=False)
-    _print(points, check, target, console)
+    _print(points, check, target, {head.run_id: line_of(head) for head in reversed(newest)}, console)
     return 0
 
 
-def _print(points: Sequence[Point], check: str | None, target: str | None, console: Console) -> None:
+def _print(
+    points: Sequence[Point], check: str | None, target: str | None, lines: Mapping[str, str], console: Console
+) -> None:
+    """The table; ``lines`` has the target of every run, oldest first, as a line names it."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    by_family = target is not None and check is None
+    by_family, every = target is not None and check is None, target is None and check is None
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("check" if by_family else "target", overflow="fold")
     table.add_column("runs", justify="right")
     table.add_column("verdicts", no_wrap=True)
     table.add_column("used", no_wrap=True)
     table.add_column("last", justify="right", no_wrap=True)
-    groups: dict[str, list[Point]] = {}
+    table.add_column("counts", overflow="fold")
+    groups: dict[str, dict[str, list[Point]]] = {}
+    for run_id, name in lines.items() if every else ():
+        groups.setdefault(name, {})[run_id] = []
     for one in points:
-        name = one.id.rpartition(".")[0] if by_family else one.target
-        groups.setdefault(place(name, one.evidence), []).append(one)
-    for name, members in groups.items():
         # for a target only its HARD checks, unless one check is asked for
-        told = members if by_family or check else [one for one in members if one.gate == "hard"]
-        runs = _by_run(told)[-_SHOWN:]
+        if every and one.gate != "hard":
+            continue
+        name = place(one.id.rpartition(".")[0], one.evidence) if by_family else lines[one.run_id]
+        groups.setdefault(name, {}).setdefault(one.run_id, []).append(one)
+    for name, members in groups.items():
+        runs = [*members.values()][-_SHOWN:]
         shares = [_largest(run) for run in runs]
         last = "-" if not shares or shares[-1] is None else f"{shares[-1]:.0%}" if shares[-1] < 10 else ">1000%"
-        total = str(len({one.run_id for one in members}))
-        table.add_row(Text(name), total, Text("".join(map(_letter, runs))), _sparkline(shares), last)
+        letters = Text("".join(map(_letter, runs)))
+        table.add_row(Text(name), str(len(members)), letters, _sparkline(shares), last, _counts(runs[-1]))
     console.print(table)
     console.print()
-    console.print("verdicts: the worst of each run, oldest first; used: share of the allowance, █ at or over the bound")
+    console.print(
+        "verdicts: of each run the worst failure, else P if a check passed, oldest first; "
+        "used: share of the allowance, █ at or over the bound; counts: the verdicts of the last run",
+        soft_wrap=True,
+    )
+    if every:
+        console.print("Only HARD checks are shown; · is a run without any.")
     if check is not None:
         _print_runs(points, console)
 
@@ -149,7 +168,17 @@ def _by_run(points: Iterable[Point]) -> list[list[Point]]:
 
 
 def _letter(run: Sequence[Point]) -> str:
-    return LETTERS[min((one.verdict for one in run), key=WORST_FIRST.index)]
+    """The worst failure; without one, a pass; without that, the worst of what says nothing. A dot without results."""
+    verdicts = sorted({one.verdict for one in run}, key=WORST_FIRST.index)
+    if not verdicts:
+        return _NOTHING
+    return LETTERS[verdicts[0] if verdicts[0] in BAD or Verdict.PASS not in verdicts else Verdict.PASS]
+
+
+def _counts(run: Sequence[Point]) -> str:
+    """How many of the results of a run have each verdict, the most frequent first: ``408P 16S 1R``."""
+    found = Counter(LETTERS[one.verdict] for one in run)
+    return " ".join(f"{number}{letter}" for letter, number in found.most_common()) or _NOTHING
 
 
 def _largest(run: Sequence[Point]) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from verify.record.schema import EVIDENCE, Evidence, Verdict
+from verify.record.schema import EVIDENCE, Evidence, Record, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +45,8 @@ BY_WORD: Mapping[str, Evidence] = MappingProxyType(
 def place(target: str, evidence: Evidence) -> str:
     """The target of a result, as a name for what is listed by target: what was simulated is listed apart."""
     return f"{target} {evidence}" if evidence == "simulated" else target
+
+
+def line_of(run: Record) -> str:
+    """The target of a run, as a name where whole runs are listed: with the evidence of what did not run on it."""
+    return run.target if run.on_target else f"{run.target} {run.kind}"

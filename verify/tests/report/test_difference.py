@@ -11,7 +11,7 @@ from verify import cli
 from verify.record.index import Point
 from verify.record.schema import Record
 from verify.report.difference import Change, compare
-from verify.tests.samples import measured, passing, record, result, write
+from verify.tests.samples import compiled, measured, passing, record, result, write
 
 
 def changes(before: Record, after: Record, past: list[Point] = ()) -> dict[str, Change]:
@@ -43,11 +43,19 @@ def test_a_verdict_that_changed_is_told_and_a_hard_one_that_fell_is_worse(was, n
 def test_a_hard_check_that_is_absent_is_worse_where_the_same_was_asked_for() -> None:
     whole, part = run(*passing()), passing()[1:]
     (found,) = changes(whole, run(*part)).values()
-    assert (found.kind, found.worse) == ("removed", True)
+    assert (found.kind, found.worse) == ("did not run", True)
     (found,) = changes(whole, run(*part, selection="--phases 4")).values()
-    assert (found.kind, found.worse) == ("removed", False)
+    assert (found.kind, found.worse) == ("did not run", False)
     (found,) = changes(run(*part), whole).values()
     assert (found.kind, found.worse) == ("added", False)
+
+
+def test_what_fails_in_both_runs_is_still_failing_and_what_the_suite_dropped_is_gone() -> None:
+    failing = run(result("p4.oracle.n1", "FAIL"))
+    (found,) = changes(failing, failing).values()
+    assert (found.kind, found.worse) == ("still failing", False)
+    (found,) = compare(failing, run(), lambda name, target: [], {"p4.oracle.n33"})
+    assert (found.kind, found.worse) == ("gone", False)
 
 
 def of_share(share: float, duration_s: float = 1.0) -> Record:
@@ -121,7 +129,7 @@ def test_since_last_green_finds_the_last_run_that_verified_its_target(
 ) -> None:
     assert verb(tree, "diff", "--since", "last-green", "--gpu", "sm120") == 1
     assert "from run-sm120-3" in capsys.readouterr().out
-    assert verb(tree, "diff", "--since", "last-green") == 3
+    assert verb(tree, "diff", "--since", "last-green", "--gpu", "sm90") == 3
     assert "there is no green run on sm90 before run-sm90-5" in capsys.readouterr().err
 
 
@@ -153,3 +161,29 @@ def test_history_shows_targets_families_and_the_course_of_a_check(tree: Path, ca
     assert "measured / allowed" in out
     assert verb(tree, "history", "--check", "p4.oracle.n1", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)) == 4
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "letter", "counts"),
+    [
+        (["PASS", "PASS", "SKIP", "ABSENT", "REFUSED"], "P", "2P 1S 1A 1R"),
+        (["SKIP", "SKIP", "ABSENT"], "A", "2S 1A"),
+        (["PASS", "PASS", "FAIL", "SKIP"], "F", "2P 1F 1S"),
+        (["PASS", "BLOCKED"], "B", "1P 1B"),
+    ],
+)
+def test_a_skip_does_not_hide_what_passed_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, verdicts: list[str], letter: str, counts: str
+) -> None:
+    monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path / "cache"))
+    told = [result(f"p4.oracle.n{n}", verdict, gate="hard") for n, verdict in enumerate(verdicts)]
+    write(record("sm120", told, day=2), tmp_path, "evidence")
+    write(record("sm120", [result("p8.kernel.ms")], day=1), tmp_path, "evidence")
+    write(compiled("sm120", [result("p3.scoring.n1", evidence="compiled", gate="hard")]), tmp_path, "evidence")
+    write(compiled("sm88", gap="no toolchain"), tmp_path, "evidence")
+    assert verb(tmp_path, "history") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # the run of day 1 has no HARD check
+    assert ["sm120", "2", f"·{letter}", "-", *counts.split()] in lines
+    assert ["sm120", "compiled", "1", "P", "-", "1P"] in lines
+    assert ["sm88", "compiled", "1", "·", "-", "·"] in lines
