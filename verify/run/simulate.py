@@ -6,10 +6,11 @@ import io
 import multiprocessing
 import os
 import shlex
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,7 +109,7 @@ def _one(gpu: Architecture, request: RunRequest, console: Console) -> Ended:
 
 def _each(requests: Mapping[Architecture, RunRequest], jobs: int, console: Console) -> Iterator[Ended]:
     """Simulate the GPUs, ``jobs`` at a time, in processes of their own if there are several; the lines of each then
-    begin with its name. An interrupted one is the last of its process.
+    begin with its name. After an interruption no further one begins.
     """
     if jobs <= 1:
         for gpu, request in requests.items():
@@ -116,16 +117,27 @@ def _each(requests: Mapping[Architecture, RunRequest], jobs: int, console: Conso
             if one.code == Exit.INTERRUPTED:
                 return
         return
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    waiting = [pool.submit(_one_beside_others, gpu, request) for gpu, request in requests.items()]
-    try:
-        for finished in as_completed(waiting):
-            yield finished.result()
-    except KeyboardInterrupt:  # which the processes got as well: they end as soon as their record is written
-        pool.shutdown(cancel_futures=True)
-        yield from (one.result() for one in waiting if one.done() and not one.cancelled() and not one.exception())
-    finally:
-        pool.shutdown(cancel_futures=True)
+    stopped = threading.Event()
+
+    def one_of(gpu: Architecture, request: RunRequest) -> Ended | None:
+        if stopped.is_set():
+            return None
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            one = process.submit(_one_beside_others, gpu, request).result()
+        if one.code == Exit.INTERRUPTED:
+            stopped.set()  # before this thread takes the next GPU
+        return one
+
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(one_of, gpu, request) for gpu, request in requests.items()]
+        try:
+            wait(waiting, return_when=FIRST_EXCEPTION)
+        except KeyboardInterrupt:  # which the processes got as well: each ends as soon as its record is written
+            pass
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+    yield from filter(None, (each.result() for each in waiting if not each.cancelled()))
 
 
 def _one_beside_others(gpu: Architecture, request: RunRequest) -> Ended:
@@ -153,7 +165,8 @@ def _tell_how_to_go_on(interrupted: list[Ended], options: Mapping[str, str | Non
     first, *others = interrupted
     targets = (options["--sm"] or "").split(",")
     left = {**options, "--sm": ",".join(one for one in targets if one not in {other.gpu.target for other in others})}
-    commands = [f"run --resume {one.run}" for one in others if one.run]
+    place = shlex.join(["--out", out]) if (out := options["--out"]) else ""
+    commands = [f"run --resume {one.run} {place}".rstrip() for one in others if one.run]
     given = {"--sm": left.pop("--sm"), "--resume": first.run, **left}
     words = shlex.join(word for option, value in given.items() if value for word in (option, value))
     commands.append(f"simulate {words}")

@@ -260,11 +260,11 @@ def test_runs_that_were_interrupted_beside_each_other_are_all_resumed(capsys: py
     from rich.console import Console
 
     ended = [Ended(find(sm), Exit.INTERRUPTED, run=run) for sm, run in ((90, "ONE"), (100, "OTHER"))]
-    options = {"--sm": "sm90,sm100,sm120", "--phases": None, "-m": "hard", "--subject": None, "--out": None}
+    options = {"--sm": "sm90,sm100,sm120", "--phases": None, "-m": "hard", "--subject": None, "--out": "a b"}
     _tell_how_to_go_on(ended, options, Console())
     told = " ".join(capsys.readouterr().out.split())
-    simulate_again = "python -m verify simulate --sm sm90,sm120 --resume ONE -m hard"
-    assert told == f"interrupted; go on with: python -m verify run --resume OTHER && {simulate_again}"
+    simulate_again = "python -m verify simulate --sm sm90,sm120 --resume ONE -m hard --out 'a b'"
+    assert told == f"interrupted; go on with: python -m verify run --resume OTHER --out 'a b' && {simulate_again}"
 
 
 def test_the_brief_checks_are_checks() -> None:
