@@ -61,11 +61,12 @@ def _simulate(chosen: argparse.Namespace) -> int:
         from verify.run.trace import trace
         from verify.selftest.faults import mutation_of
 
-        change = None if chosen.fault is None else mutation_of(chosen.fault)
-        out = chosen.out or default_out()
-        return trace(
-            chosen.trace, sm=chosen.sm, subject=chosen.subject, out=out, against=chosen.against, mutation=change
-        )
+        others = {"--phases": chosen.phases, "-m": chosen.expression, "--resume": chosen.resume, "--jobs": chosen.jobs}
+        if given := [option for option, value in others.items() if value is not None]:
+            raise ConfigurationError(f"--trace runs no checks; drop {', '.join(given)}")
+        change, out = None if chosen.fault is None else mutation_of(chosen.fault), chosen.out or default_out()
+        runs = {"sm": chosen.sm, "against": chosen.against, "mutation": change}
+        return trace(chosen.trace, subject=chosen.subject, out=out, **runs)
     if chosen.against is not None or chosen.fault is not None:
         raise ConfigurationError("--against and --fault say what a trace is compared with; add --trace KERNEL")
     from verify.machine.processors import cores

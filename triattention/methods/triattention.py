@@ -211,9 +211,11 @@ class TriAttention(Compression):
 
 @cache
 def _launches(device: torch.device) -> bool:
-    """Whether Triton launches kernels on a device: any GPU, or that of its active driver, which may be the CPU."""
-    if device.type == "cuda":
-        return True
+    """Whether the kernel takes keys on a device: on a GPU, or where TRITON_INTERPRET=1 says that they may be elsewhere
+    and Triton has an active driver for that device, which then compiles the kernel instead of interpreting it.
+    """
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") != "1":
+        return device.type == "cuda"
     try:
         from triton.runtime.driver import driver
 

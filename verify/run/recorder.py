@@ -117,9 +117,10 @@ def ending_of(
     if isinstance(error, InfraError):
         return Ending(Verdict.INFRA, localise(str(error), root, own))
     where = _place(excinfo, root)
-    place = raised_in(error, subject, (root / "phases", _SUITE))
+    suite = (root / "phases", _SUITE)
+    place = raised_in(error, subject, suite)
     stopped = isinstance(error, pytest.fail.Exception) and _passed_through(excinfo.tb, "pytest_timeout")
-    if stopped or (_waited(error) and not place):
+    if stopped or (not place and _waited(error, subject, suite)):
         return Ending(Verdict.TIMEOUT, localise(f"{where}{error}", root, own))
     failed = isinstance(error, Wrong) or (when == "call" and isinstance(error, AssertionError | pytest.fail.Exception))
     if isinstance(error, SubjectLacks):
@@ -145,9 +146,12 @@ def ending_of(
     return Ending(Verdict.ERROR, localise(f"{where}{step}{excinfo.typename}: {error}", root, own))
 
 
-def _waited(error: BaseException) -> bool:
-    """Whether a check ended because a process that it waited for took too long."""
-    return any(isinstance(one, TimeoutError | subprocess.TimeoutExpired) for one in (error, error.__cause__))
+def _waited(error: BaseException, subject: Subject, suite: tuple[Path, ...]) -> bool:
+    """Whether a check ended because a process that the suite waited for took too long."""
+    return any(
+        isinstance(one, TimeoutError | subprocess.TimeoutExpired) and not raised_in(one, subject, suite)
+        for one in (error, error.__cause__)
+    )
 
 
 def _passed_through(traceback: TracebackType | None, module: str) -> bool:

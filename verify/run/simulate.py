@@ -9,8 +9,9 @@ import shlex
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,14 +80,14 @@ def simulate(
     if resume is not None:
         ended.append(_one(gpus[0], RunRequest(resume=resume, out=out), console))
         requests.pop(ended[0].gpu, None)
-    if not any(one.code == Exit.INTERRUPTED for one in ended):
-        ended += _each(requests, min(jobs, len(requests)), console)
-    if interrupted := [one for one in ended if one.code == Exit.INTERRUPTED]:
-        finished = {one.gpu for one in ended if one.code != Exit.INTERRUPTED}
-        again = {"--sm": ",".join(gpu.target for gpu in gpus if gpu not in finished), "--phases": phases}
-        again |= {"-m": expression, "--subject": None if subject == "bundled" else subject}
+    interrupted = any(one.code == Exit.INTERRUPTED for one in ended)
+    if not interrupted and requests:
+        more, interrupted = _each(requests, min(jobs, len(requests)), console)
+        ended += more
+    if interrupted:
+        again = {"--phases": phases, "-m": expression, "--subject": None if subject == "bundled" else subject}
         again |= {"--out": None if out == default_out() else os.path.relpath(out)}
-        _tell_how_to_go_on(interrupted, again, console)
+        _tell_how_to_go_on(gpus, ended, again, console)
         return Exit.INTERRUPTED
     return _conclude(ended, console)
 
@@ -107,37 +108,48 @@ def _one(gpu: Architecture, request: RunRequest, console: Console) -> Ended:
     return Ended(gpu, code, record, time.monotonic() - begun, run=run)
 
 
-def _each(requests: Mapping[Architecture, RunRequest], jobs: int, console: Console) -> Iterator[Ended]:
+def _each(requests: Mapping[Architecture, RunRequest], jobs: int, console: Console) -> tuple[list[Ended], bool]:
     """Simulate the GPUs, ``jobs`` at a time, in processes of their own if there are several; the lines of each then
-    begin with its name. After an interruption no further one begins.
+    begin with its name. Returns how they ended, and whether the user interrupted: then no further one begins.
     """
+    ended: list[Ended] = []
     if jobs <= 1:
         for gpu, request in requests.items():
-            yield (one := _one(gpu, request, console))
-            if one.code == Exit.INTERRUPTED:
-                return
-        return
+            ended.append(_one(gpu, request, console))
+            if ended[-1].code == Exit.INTERRUPTED:
+                return ended, True
+        return ended, False
     stopped = threading.Event()
 
     def one_of(gpu: Architecture, request: RunRequest) -> Ended | None:
         if stopped.is_set():
             return None
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            one = process.submit(_one_beside_others, gpu, request).result()
+        try:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                one = process.submit(_one_beside_others, gpu, request).result()
+        except KeyboardInterrupt:  # of the other process, before its run began
+            one = Ended(gpu, Exit.INTERRUPTED)
+        except BrokenProcessPool:
+            return Ended(gpu, Exit.CANNOT, gap="its process ended without an answer, perhaps for want of memory")
         if one.code == Exit.INTERRUPTED:
             stopped.set()  # before this thread takes the next GPU
         return one
 
+    interrupted = False
     with ThreadPoolExecutor(jobs) as pool:
         waiting = [pool.submit(one_of, gpu, request) for gpu, request in requests.items()]
         try:
             wait(waiting, return_when=FIRST_EXCEPTION)
         except KeyboardInterrupt:  # which the processes got as well: each ends as soon as its record is written
-            pass
+            interrupted = True
         finally:
             stopped.set()
             pool.shutdown(cancel_futures=True)
-    yield from filter(None, (each.result() for each in waiting if not each.cancelled()))
+    found = [one for each in waiting if not each.cancelled() and (one := each.result()) is not None]
+    interrupted |= any(one.code == Exit.INTERRUPTED for one in found)
+    if interrupted:  # a process that just began dies of it
+        found = [one for one in found if one.code != Exit.CANNOT or one.record is not None]
+    return found, interrupted
 
 
 def _one_beside_others(gpu: Architecture, request: RunRequest) -> Ended:
@@ -160,17 +172,18 @@ class _Prefixed(io.StringIO):
         return len(text)
 
 
-def _tell_how_to_go_on(interrupted: list[Ended], options: Mapping[str, str | None], console: Console) -> None:
-    """``simulate`` resumes one run; others that were interrupted beside it are resumed by ``run``."""
-    first, *others = interrupted
-    targets = (options["--sm"] or "").split(",")
-    left = {**options, "--sm": ",".join(one for one in targets if one not in {other.gpu.target for other in others})}
+def _tell_how_to_go_on(
+    gpus: Sequence[Architecture], ended: Sequence[Ended], options: Mapping[str, str | None], console: Console
+) -> None:
+    """``simulate`` resumes one run, and does what was not begun; other interrupted runs are resumed by ``run``."""
+    begun = [one for one in ended if one.code == Exit.INTERRUPTED and one.run]
+    finished = {one.gpu for one in ended if one.code != Exit.INTERRUPTED} | {one.gpu for one in begun[1:]}
     place = shlex.join(["--out", out]) if (out := options["--out"]) else ""
-    commands = [f"run --resume {one.run} {place}".rstrip() for one in others if one.run]
-    given = {"--sm": left.pop("--sm"), "--resume": first.run, **left}
+    commands = [f"python -m verify run --resume {one.run} {place}".rstrip() for one in begun[1:]]
+    given: dict[str, str | None] = {"--sm": ",".join(gpu.target for gpu in gpus if gpu not in finished)}
+    given |= {"--resume": begun[0].run if begun else None, **options}
     words = shlex.join(word for option, value in given.items() if value for word in (option, value))
-    commands.append(f"simulate {words}")
-    told = " && ".join(f"python -m verify {one}" for one in commands)
+    told = "; ".join([*commands, f"python -m verify simulate {words}"])
     console.print(f"interrupted; go on with: {told}", markup=False, soft_wrap=True)
 
 
@@ -186,7 +199,7 @@ def _conclude(ended: list[Ended], console: Console) -> int:
     simulated = [one for one in ended if one.record is not None]
     if not simulated:
         return Exit.CANNOT
-    codes = {one.code for one in simulated}
+    codes = {one.code for one in ended}
     return next((code for code in (Exit.FAILED, Exit.CANNOT) if code in codes), Exit.OK)
 
 

@@ -38,9 +38,7 @@ BRIEF = frozenset(
     )
 )
 #: What a simulated run does not select, in one sentence.
-LEFT_OUT = (
-    "a simulated GPU has phases 3 to 5, without the checks that measure a GPU's own time, and a few rounds of phase 6"
-)
+LEFT_OUT = "a simulated GPU has phases 3 to 5, but for what needs a card or its tools, and a few rounds of phase 6"
 
 
 def can_be_simulated(spec: CheckSpec) -> bool:

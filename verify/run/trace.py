@@ -7,18 +7,22 @@ Each is a process of its own, because a process has one simulated GPU.
 from __future__ import annotations
 
 import multiprocessing
+import signal
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verify.architectures import parse_targets
-from verify.errors import ConfigurationError, Exit, SubjectLacks
+from verify.errors import ConfigurationError, Exit
 from verify.files import repository_root
+from verify.machine.environment import version_of
 from verify.report.matrix import count
 from verify.run.mutation import Mutation
 from verify.simulator.control import require
-from verify.simulator.errors import Fault, Unsupported
+from verify.simulator.errors import Fault
 from verify.simulator.trace import Trace, differences, read_trace
 
 if TYPE_CHECKING:
@@ -27,27 +31,31 @@ if TYPE_CHECKING:
     from verify.judge.problems import Shape
     from verify.simulator.program import Program
 
-_LIMIT_S = 600.0
+#: How long one run may take, in seconds.
+_LIMIT_S = 600
 #: How many lines of the table are printed; the first one matters.
 _LINES = 12
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What one process traces, and where it writes the result."""
+    """What one process traces."""
 
     sm: int
     kernel: str
     subject: str
     mutation: Mutation | None
-    path: Path
 
     @property
     def about(self) -> str:
-        from verify.machine.environment import version_of
-
         changed = f" with {self.mutation.fault}" if self.mutation else ""
         return f"sm{self.sm}{changed} (Triton {version_of('triton')})"
+
+    def place(self, out: Path) -> Path:
+        """The file that the trace is written to."""
+        words = ["trace", self.kernel, f"sm{self.sm}", f"triton-{version_of('triton')}"]
+        words += [self.mutation.fault] if self.mutation else []
+        return out / f"{'-'.join(words)}.npz"
 
 
 def trace(
@@ -67,27 +75,36 @@ def trace(
             f"--trace compares two runs, and --sm {sm} names {count(len(gpus), 'GPU')}; name two GPUs, or one and "
             "--against TRACE, or one and --fault ID"
         )
-    before = None if against is None else read_trace(against)
+    found = [] if against is None else [read_trace(against)]
     for gpu in gpus:
         require(gpu.sm)
-    changes = [None, mutation] if mutation else [None] * len(gpus)
-    name = f"trace-{kernel}-{{}}.npz"
-    places = [out / name.format(gpu.target) for gpu in gpus] + [out / name.format("fault")][: len(changes) - len(gpus)]
-    gpus = [gpus[0], *gpus[1:], *gpus[: len(changes) - len(gpus)]]
-    wanted = [
-        _Run(gpu.sm, kernel, subject, change, path)
-        for gpu, change, path in zip(gpus, changes, places, strict=True)
-    ]  # fmt: skip
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        problems = [*pool.map(_traced, wanted, timeout=_LIMIT_S)]
-    if problem := next(filter(None, problems), None):
-        raise ConfigurationError(problem)
-    found = ([before] if before else []) + [read_trace(one.path) for one in wanted]
+    runs = [_Run(gpu.sm, kernel, subject, None) for gpu in gpus]
+    if mutation is not None:
+        runs.append(replace(runs[0], mutation=mutation))
+    if against is not None and against.resolve() == runs[0].place(out).resolve():
+        raise ConfigurationError(f"{against} is the trace that this run would write; name another folder by --out")
     console = Console(highlight=False)
-    for one in wanted:
-        console.print(f"{one.about}: {one.path}", markup=False, soft_wrap=True)
+    for one, (problem, finding) in zip(runs, _in_processes(runs, out), strict=True):
+        if problem:
+            raise ConfigurationError(problem)
+        console.print(f"{one.about}: {one.place(out)}", markup=False, soft_wrap=True)
+        if finding:
+            console.print(f"{one.about} ended there: {finding}", markup=False, soft_wrap=True)
+        found.append(read_trace(one.place(out)))
     _tell(kernel, found, repository_root(), subject, console)
     return Exit.OK
+
+
+def _in_processes(runs: Sequence[_Run], out: Path) -> list[tuple[str, str]]:
+    """What ``_traced`` returns for each run. Raises ConfigurationError for a process that ends without an answer."""
+    with ProcessPoolExecutor(len(runs), multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        try:
+            return [*pool.map(_traced, runs, (one.place(out) for one in runs))]
+        except BrokenProcessPool as error:
+            raise ConfigurationError(
+                f"a traced process ended without an answer, for want of memory or because it took over {_LIMIT_S} s; "
+                "try again"
+            ) from error
 
 
 def _tell(kernel: str, found: list[tuple[str, Trace]], root: Path, subject: str, console: Console) -> None:
@@ -132,37 +149,43 @@ def _shapes() -> list[Shape]:
     ]
 
 
-def _traced(run: _Run) -> str:
-    """Trace one run in this process, which is new. Returns a problem in words, empty if there is none."""
+def _traced(run: _Run, path: Path) -> tuple[str, str]:
+    """Trace one run in this process, which is new, and write the trace. Returns a problem in words, empty if there is
+    none, and the finding that ended the run, if one did: then the trace has what was before.
+    """
     from verify.checks import DEFAULT_SEED
     from verify.judge.problems import make
     from verify.judge.scoring import scorers
     from verify.simulator.driver import install
     from verify.subject.find import find_subject
 
+    signal.alarm(_LIMIT_S)  # a process that hangs is ended by it
+    found, names, finding = Trace(), set(), ""
+    changed: list[str] = []
+
+    def watch(name: str, program: Program) -> None:
+        names.add(name)
+        if name == run.kernel:
+            found.watch(program)
+
     try:
         simulation = install(run.sm)
-        found, names = Trace(), set()
-        changed: list[str] = []
-
-        def watch(name: str, program: Program) -> None:
-            names.add(name)
-            if name == run.kernel:
-                found.watch(program)
-
         simulation.watch = watch
         if run.mutation is not None:
             simulation.alter = run.mutation.alteration(changed.append)
         subject = find_subject(run.subject, repository_root())
         subject.activate()
         for scorer in scorers(subject, "triton", "cpu"):
-            for shape in _shapes():
-                scorer(make(scorer.offers.fit(shape, ()), DEFAULT_SEED, "cpu"))
-    except (ConfigurationError, SubjectLacks, Fault, Unsupported) as error:
-        return str(error)
+            for attempt in scorer.offers.several(_shapes()):
+                with attempt as taken:
+                    scorer(make(taken, DEFAULT_SEED, "cpu"))
+    except Fault as error:
+        finding = str(error)
+    except Exception as error:  # a subject may crash in any way
+        return f"{run.about} cannot be traced: {type(error).__name__}: {error}", ""
     if run.kernel not in names:
-        return f"the subject launches no kernel {run.kernel!r}; --trace takes {', '.join(sorted(names)) or 'none'}"
+        return f"the subject launches no kernel {run.kernel!r}; --trace takes {', '.join(sorted(names)) or 'none'}", ""
     if run.mutation is not None and run.kernel not in changed:
-        return f"{run.mutation.fault} changes nothing in {run.kernel} on sm{run.sm}; name another fault"
-    found.write(run.path, run.about)
-    return ""
+        return f"{run.mutation.fault} changes nothing in {run.kernel} on sm{run.sm}; name another fault", ""
+    found.write(path, run.about)
+    return "", finding

@@ -164,7 +164,6 @@ class Fault(Strict):
         return [check for check in checks if {check.id, check.spec.family} & {*named}]
 
 
-@cache
 def mutation_of(fault: str) -> Mutation:
     """The mutation of a fault in compiled code, by its id. Raises ConfigurationError if it is none."""
     found = next((one.mutation for one in load_faults() if one.id == fault and one.mutation), None)
@@ -175,6 +174,7 @@ def mutation_of(fault: str) -> Mutation:
     return found
 
 
+@cache
 def load_faults(folder: Path = FAULTS) -> tuple[Fault, ...]:
     """Every fault, layer by layer in the order of the files.
 

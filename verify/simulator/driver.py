@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +29,6 @@ from verify.simulator.memory import Buffer
 from verify.simulator.program import Program
 from verify.simulator.ptx import parse
 from verify.simulator.storages import buffers_of
-
-if TYPE_CHECKING:
-    pass
 
 #: A launch whose blocks have at most this many threads in all is also run with its warps in another order, once for
 #: each kernel.

@@ -51,7 +51,7 @@ class Buffer:
     ) -> None:
         self.name, self.size, self.constant = name, len(content), constant
         self.begin, self.part_of = begin, part_of
-        self._storage_bytes = len(content) if storage_bytes is None else storage_bytes
+        self.storage_bytes = len(content) if storage_bytes is None else storage_bytes
         self.skew = address % _ALIGNMENT
         self.base = 0
         self.element_bytes, self._shape, self._strides, self._offset = element_bytes, shape, strides, offset
@@ -121,7 +121,7 @@ class Buffer:
 
     def told(self, byte: int) -> str:
         """A byte of the storage, or beyond it, in words."""
-        return f"byte {byte} of the storage of {self.name}, which has {self._storage_bytes}"
+        return f"byte {byte} of the storage of {self.name}, which has {self.storage_bytes}"
 
     def require_elements(self, start: np.ndarray, size: int, threads: Threads, what: str, by: Located) -> None:
         """Raise Fault if an access of ``size`` bytes touches a byte between the elements."""
@@ -302,12 +302,14 @@ class GlobalMemory:
             return [(one, slice(None))]
         found: list[tuple[Buffer, np.ndarray | slice]] = []
         numbers = np.searchsorted(np.array(self._starts, U64), addresses, "right") - 1
+        if low < (self._starts[0] if self._starts else high + 1):
+            self._outside(int(addresses.argmin()), addresses, size, threads, by)
         for number in np.unique(numbers):
             chosen = np.flatnonzero(numbers == number)
             buffer = self.buffers[number]
             bad = addresses[chosen] + U64(size) > U64(buffer.base + buffer.size)
-            if number < 0 or bad.any():
-                self._outside(int(chosen[0 if number < 0 else bad.argmax()]), addresses, size, threads, by)
+            if bad.any():
+                self._outside(int(chosen[bad.argmax()]), addresses, size, threads, by)
             found.append((buffer, chosen))
         return found
 
@@ -316,15 +318,25 @@ class GlobalMemory:
         number = bisect_right(self._starts, address) - 1
         return self.buffers[number] if number >= 0 else None
 
-    def _described(self, address: int) -> str:
-        near = self._before(address)
-        if near is not None and address < near.base + near.size:
-            return near.described(address - near.base)
+    def _near(self, address: int) -> tuple[Buffer, int] | None:
+        """The first part of the storage that is at, or near, an address, and the byte of the storage."""
         for one in self.buffers:
             if one.base >> _SPACING_BITS == address >> _SPACING_BITS:
-                return one.told(address - one.base + one.begin)
+                return one, address - one.base
+        return None
+
+    def _described(self, address: int) -> str:
+        held = self._before(address)
+        if held is not None and address < held.base + held.size:
+            return held.described(address - held.base)
+        if near := self._near(address):
+            return near[0].told(near[1])
         return f"address {address:#x}, which belongs to no tensor of the launch"
 
     def _outside(self, place: int, addresses: np.ndarray, size: int, threads: Threads, by: Located) -> NoReturn:
-        told = f"an access of {size} bytes at {self._described(int(addresses[place]))}"
+        address = int(addresses[place])
+        told = f"an access of {size} bytes at {self._described(address)}"
+        near = self._near(address)
+        if near is not None and 0 <= near[1] <= near[0].storage_bytes - size:  # between the parts that are held
+            raise Fault("elements", f"{told}, which are not elements of the view", by, threads.named(place))
         raise Fault("bounds", told, by, threads.named(place))

@@ -66,16 +66,21 @@ class Trace:
 def read_trace(path: Path) -> tuple[str, Trace]:
     """What ``Trace.write`` wrote. Raises ConfigurationError for another file."""
     try:
-        with np.load(path, allow_pickle=False) as found:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.lib.npyio.NpzFile):
+            raise ValueError("it has one array")
+        with found:
             parts = {name: found[name] for name in found.files}
         about = str(parts.pop("about"))
-        return about, Trace({_place(name): bits for name, bits in parts.items()})
+        return about, Trace({_place(name, bits): bits for name, bits in parts.items()})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigurationError(f"{path} is not a trace that this suite wrote ({error}); make it again") from error
 
 
-def _place(name: str) -> Place:
+def _place(name: str, bits: np.ndarray) -> Place:
     line, _, kind = name.rpartition(_SEPARATOR)
+    if not line or bits.ndim != 1 or bits.dtype.kind != "u":
+        raise ValueError(f"{name} is no line with its values")
     return line, kind
 
 

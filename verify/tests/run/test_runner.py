@@ -63,12 +63,17 @@ def test_raises(case, subject):
 @check("p2.late", gate="hard", cases="python", timeout_s=0.5, **WORDS)
 def test_late(case): time.sleep(60)
 
-@check("p2.waits", gate="soft", cases={name: name for name in ("answer", "command", "subject")}, **WORDS)
+@check("p2.waits", gate="soft", cases={name: name for name in ("answer", "command", "subject", "told")}, **WORDS)
 def test_waits(case, subject):
     if case == "answer":
         raise TimeoutError("no answer within 1 s")
     if case == "subject":
         subject.attribute("", "late")()
+    if case == "told":
+        try:
+            subject.attribute("", "late")()
+        except TimeoutError as error:
+            raise AssertionError("the subject raised") from error
     try:
         subprocess.run(["sleep", "60"], timeout=0.1)
     except subprocess.TimeoutExpired as error:
@@ -146,6 +151,7 @@ def results(tree: Tree, output: str) -> dict[str, CheckResult]:
         ("p2.waits.answer", "TIMEOUT", None),
         ("p2.waits.command", "TIMEOUT", None),
         ("p2.waits.subject", "FAIL", None),
+        ("p2.waits.told", "FAIL", None),
         ("p3.before.one", "PASS", None),
         ("p3.aborts.one", "CRASH", None),
         ("p3.after.one", "BLOCKED", "p3.aborts.one"),

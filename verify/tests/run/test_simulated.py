@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from verify.architectures import find
+from verify.architectures import Architecture, find
 from verify.checks import CheckSpec, catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.run.request import RunRequest, parse_device, simulated_sm
@@ -259,12 +261,44 @@ def test_an_interrupted_simulation_says_how_to_go_on(
 def test_runs_that_were_interrupted_beside_each_other_are_all_resumed(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    ended = [Ended(find(sm), Exit.INTERRUPTED, run=run) for sm, run in ((90, "ONE"), (100, "OTHER"))]
-    options = {"--sm": "sm90,sm100,sm120", "--phases": None, "-m": "hard", "--subject": None, "--out": "a b"}
-    _tell_how_to_go_on(ended, options, Console())
+    gpus = [find(sm) for sm in (80, 86, 90, 100, 120)]
+    runs = {80: (0, "GREEN"), 86: (2, ""), 90: (2, "ONE"), 100: (2, "OTHER")}
+    ended = [Ended(find(sm), code, run=run) for sm, (code, run) in runs.items()]
+    options = {"--phases": None, "-m": "hard", "--subject": None, "--out": "a b"}
+    _tell_how_to_go_on(gpus, ended, options, Console())
     told = " ".join(capsys.readouterr().out.split())
-    simulate_again = "python -m verify simulate --sm sm90,sm120 --resume ONE -m hard --out 'a b'"
-    assert told == f"interrupted; go on with: python -m verify run --resume OTHER --out 'a b' && {simulate_again}"
+    simulate_again = "python -m verify simulate --sm sm86,sm90,sm120 --resume ONE -m hard --out 'a b'"
+    assert told == f"interrupted; go on with: python -m verify run --resume OTHER --out 'a b'; {simulate_again}"
+
+
+def _dies(*_: object) -> Ended:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def _answers(gpu: Architecture, request: RunRequest) -> Ended:
+    return Ended(gpu, Exit.OK, gap="a test")
+
+
+def test_a_process_that_dies_is_the_machine_s_fault_and_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("verify.run.simulate._one_beside_others", _dies)
+    assert simulate("80,90", jobs=2, out=tmp_path) == 3
+    words = "not simulated (its process ended without an answer, perhaps for want of memory)"
+    assert capsys.readouterr().out.splitlines()[1:] == [f"sm80: {words}", f"sm90: {words}"]
+
+
+def test_an_interruption_that_only_the_parent_gets_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("verify.run.simulate._one_beside_others", _answers)
+    monkeypatch.setattr("verify.run.simulate.wait", interrupt)
+    assert simulate("80,86,89,90,100", jobs=2, out=tmp_path) == 2
+    assert "go on with: python -m verify simulate --sm " in capsys.readouterr().out
 
 
 def test_the_brief_checks_are_checks() -> None:

@@ -9,10 +9,15 @@ import pytest
 
 from verify import cli
 from verify.errors import ConfigurationError
+from verify.machine.environment import version_of
 from verify.run.trace import trace
 from verify.simulator.trace import differences, read_trace
 
 KERNEL = "score_kernel"
+
+
+def _file(target: str, more: str = "") -> str:
+    return f"trace-{KERNEL}-{target}-triton-{version_of('triton')}{more}.npz"
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +31,13 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_fault_is_found_at_its_line(traced: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["simulate", "--trace", KERNEL, "--sm", "sm80", "--out", str(traced)]
-    assert cli.main([*options, "--against", str(traced / f"trace-{KERNEL}-fault.npz")]) == 0
+    assert cli.main([*options, "--against", str(traced / _file("sm90", "-ptx.root_dropped"))]) == 0
     told = capsys.readouterr().out
     first = (
         r"score_kernel: sm90 with ptx\.root_dropped \(Triton .*\) and sm80 \(Triton .*\) first hold different values at"
     )
     assert re.search(rf"{first} kernels\.py:\d+: b_abs = tl\.sqrt\(b_re \* b_re \+ b_im \* b_im\)\n", told), told
-    one, other = (read_trace(traced / f"trace-{KERNEL}-{name}.npz") for name in ("sm80", "sm90"))
+    one, other = (read_trace(traced / _file(name)) for name in ("sm80", "sm90"))
     assert not [*differences(one[1], other[1])]
 
 
@@ -56,8 +61,15 @@ def test_a_kernel_that_is_not_launched_is_named_with_those_that_are(tmp_path: Pa
         trace("absent", sm="80,90", subject="bundled", out=tmp_path)
 
 
+def test_the_trace_that_is_compared_is_not_overwritten(traced: Path) -> None:
+    with pytest.raises(ConfigurationError, match="is the trace that this run would write; name another"):
+        trace(KERNEL, sm="90", subject="bundled", out=traced, against=traced / _file("sm90"))
+
+
 def test_options_of_a_trace_need_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["simulate", "--fault", "ptx.root_dropped"]) == 3
     assert "--against and --fault say what a trace is compared with; add --trace KERNEL" in capsys.readouterr().err
     assert cli.main(["simulate", "--trace", KERNEL, "--sm", "90", "--fault", "ptx.none"]) == 3
     assert "'ptx.none' is no fault in compiled code; name one of" in capsys.readouterr().err
+    assert cli.main(["simulate", "--trace", KERNEL, "--sm", "90", "--phases", "4", "--jobs", "2"]) == 3
+    assert "--trace runs no checks; drop --phases, --jobs" in capsys.readouterr().err

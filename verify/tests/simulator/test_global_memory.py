@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from verify.simulator.errors import Fault
-from verify.simulator.launch import require_same
+from verify.simulator.launch import Settings, require_same, run_grid
 from verify.simulator.memory import Buffer
-from verify.tests.simulator.small import POINTER, START, fault, run, tensor
+from verify.simulator.program import Program
+from verify.simulator.ptx import parse
+from verify.tests.simulator.small import POINTER, START, fault, module, run, tensor
 
 #: Loads the element at a distance from the thread's own.
 _LOAD = "ld.global.b32 %r10, [%rd5+{}];"
@@ -34,6 +36,12 @@ def test_the_line_of_ptx_is_the_one_that_an_editor_shows() -> None:
     found = fault("\tld.global.b32 %r10, [%rd5+4];", [tensor(range(32))])
     line = next(number for number, one in enumerate(module(body).split("\n"), 1) if "%rd5+4" in one)
     assert f"PTX line {line} (small.py:5)" in str(found)
+
+
+def test_an_access_in_a_launch_without_tensors_is_found() -> None:
+    program = Program(parse(module(START + "\tld.global.b32 %r10, [%rd1];\n\tret;")))
+    with pytest.raises(Fault, match="address 0x0, which belongs to no tensor of the launch"):
+        run_grid(program, [], [0, 0, 0], (1, 1, 1), 0, Settings())
 
 
 def test_an_access_of_no_tensor_is_found() -> None:

@@ -46,9 +46,9 @@ def test_each_part_is_read_at_its_own_distance_and_written_there(far: torch.Tens
     ("byte", "kind", "told"),
     [
         (36, "elements", "reads 4 bytes at byte 36 of the storage of keys, which has 8589934848"),
-        (4096, "bounds", "byte 4096 of the storage of keys, which has 8589934848"),
+        (4096, "elements", "byte 4096 of the storage of keys, which has 8589934848"),
         (4 * _FAR + 36, "elements", "byte 4294967332 of the storage of keys"),
-        (8 * _FAR - 4, "bounds", "byte 8589934588 of the storage of keys"),
+        (8 * _FAR - 4, "elements", "byte 8589934588 of the storage of keys"),
         (8 * _FAR + 256, "bounds", "byte 8589934848 of the storage of keys, which has 8589934848"),
         (-4, "bounds", "byte -4 of the storage of keys"),
     ],

@@ -97,3 +97,7 @@ def test_another_file_is_refused(content: bytes, tmp_path: Path) -> None:
         read_trace(tmp_path / "x.npz")
     with pytest.raises(ConfigurationError, match="is not a trace"):
         read_trace(tmp_path / "absent.npz")
+    for name, parts in {"one.npy": None, "two.npz": {"about": "x", "line": [1]}, "three.npz": {"other": [1]}}.items():
+        np.save(tmp_path / name, [1]) if parts is None else np.savez(tmp_path / name, **parts)
+        with pytest.raises(ConfigurationError, match="is not a trace"):
+            read_trace(tmp_path / name)
