@@ -74,8 +74,8 @@ def _results(target: str, verdicts: dict[str, str], said: str) -> Iterable[Check
 
 
 def nights() -> list[Record]:
-    """Seven nights on six GPUs and without one; sm90 did not run in the third. In the last, a check newly fails on sm120,
-    twelve crash on sm100, a SOFT check fails on sm89, and sm121 did not run.
+    """Seven nights on six GPUs and without one; sm90 did not run in the third. In the last, one check newly fails on
+    sm120, twelve crash on sm100, a SOFT check fails on sm89, and sm121 did not run.
     """
     found = [
         night(target, day)

@@ -16,7 +16,7 @@ from verify.record.simulation import EVERY_SKIP_CODE
 from verify.record.verdict import describe_subject, subject_option
 from verify.report.looks import LOOKS
 from verify.report.matrix import bound, count, headroom
-from verify.report.sentences import built, simulated, simulated_words
+from verify.report.sentences import built, simulated, simulated_words, soft_failures
 from verify.report.site.view import Bar, known_in, page_name, title_of
 
 
@@ -53,6 +53,7 @@ class Frame:
             "built": built,
             "simulated": simulated,
             "simulated_words": simulated_words,
+            "soft_failures": soft_failures,
             "count": count,
             "newest": self.newest,
             "records": self.records,
