@@ -15,6 +15,7 @@ from verify.record.index import open_index
 from verify.record.schema import CheckResult, Record, write_record
 from verify.record.verdict import assess
 from verify.report.site.build import CHARTED, Site, build
+from verify.report.site.news import latest
 from verify.tests.samples import checks, measured, record, result
 
 #: The cases of the checks of the nights, by family; every family but the last is HARD.
@@ -107,9 +108,9 @@ def site_of(
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TRIATTENTION_CACHE", str(folder / "cache"))
         with open_index([kept]) as index:
-            files, points = index.files(), index.points(last=CHARTED)
+            files, points, news = index.files(), index.points(last=CHARTED), latest(index, known)
     assessments = [assess(target, found, known) for target in known_targets()]
-    return Site(assessments, newest_first(found), files, points, unreadable, known, homes, folder / "selftest")
+    return Site(assessments, newest_first(found), files, points, news, unreadable, known, homes, folder / "selftest")
 
 
 def nightly_site(folder: Path) -> Path:

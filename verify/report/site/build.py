@@ -30,6 +30,7 @@ from verify.record.verdict import Assessment, fill_command, missing_by_phase
 from verify.report.looks import place
 from verify.report.sentences import compiled_words, headline, simulated_words, tally
 from verify.report.site import charts
+from verify.report.site.news import NIGHTS, News, changed, incomparable, red
 from verify.report.site.page import Frame
 from verify.report.site.runs import Notes, Past, write_runs
 from verify.report.site.view import Column, across, lines
@@ -38,6 +39,9 @@ _STATIC = Path(__file__).parent / "static"
 
 #: The history in the chart of a check's page: how many of the newest records, of how many of the tightest targets.
 CHARTED, _TIGHTEST = 12, 5
+
+#: How many families of a target are named in a line on top of the matrix; the rest is only counted.
+_TOLD_ITEMS = 4
 
 #: The worker processes, of 170 MiB each, and how many runs are worth one: it takes half a second to start.
 _PROCESSES, _WORTH = 2, 50
@@ -49,13 +53,14 @@ class Site:
 
     ``heads`` are the records without results, newest first, and ``files`` the files of the full records. ``homes`` are
     the folders in which runs may have left logs. ``points`` are the results of the newest records of each target,
-    oldest first, for the charts of headroom.
+    oldest first, for the charts of headroom. ``news`` are by target.
     """
 
     assessments: Sequence[Assessment]
     heads: Sequence[Record]
     files: Sequence[Path]
     points: Sequence[Point]
+    news: Mapping[str, News]
     unreadable: Sequence[str]
     checks: Sequence[Check]
     homes: Sequence[Path]
@@ -65,7 +70,8 @@ class Site:
     def columns(self) -> list[Column]:
         """Every target; of a subject other than the bundled one those of which there is a record."""
         every = bool(not self.heads or self.heads[0].subject.source == BUNDLED)
-        return [Column(one) for one in self.assessments if every or one.used or one.stale]
+        shown = [one for one in self.assessments if every or one.used or one.stale]
+        return [Column(one, self.news.get(one.target.target)) for one in shown]
 
     @cached_property
     def families(self) -> dict[str, CheckSpec]:
@@ -161,6 +167,10 @@ def _matrix(site: Site) -> dict[str, Any]:
         "marks": marks,
         "words": sorted({mark.word for mark in shown}),
         "versions": _versions(site.columns),
+        "news": {"Red": red(column.assessment for column in site.columns), **changed(site.news.values())},
+        "told_items": _TOLD_ITEMS,
+        "nights": NIGHTS,
+        "incomparable": incomparable(site.news.values()),
     }
 
 

@@ -16,6 +16,7 @@ from verify.record.simulation import UNSUPPORTED
 from verify.record.verdict import Assessment
 from verify.report.looks import BY_WORD
 from verify.report.matrix import KNOWN, Row, bound, headroom, listed, rows, stale_of
+from verify.report.site.news import News
 
 STALE = "STALE"
 
@@ -68,6 +69,7 @@ class Column:
     """One target of the matrix."""
 
     assessment: Assessment
+    news: News | None = None
 
     @property
     def target(self) -> Target:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from verify.tests.sites import nightly_site
+from verify.report.site.build import build
+from verify.tests.sites import night, nightly_checks, nightly_site, site_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -42,7 +43,78 @@ def test_soft_failures_are_counted_in_the_heading_and_in_each_column(page: Page,
         "4 of 12 GPUs verified on hardware (sm80, sm89, sm90 and sm121); sm100 and sm120 failed; "
         "SOFT checks fail on sm89 (1); every must-pass check passes without a GPU."
     )
-    line = page.locator(".matrix thead tr", has_text="SOFT failures").locator("td").all_text_contents()
+    line = page.locator(".matrix tr.sum", has_text="SOFT failures").locator("td").all_text_contents()
     names = page.locator(".matrix thead th[scope=col] a").all_text_contents()
     counted = dict(zip(names, line, strict=True))
     assert [counted[name] for name in ("sm80", "sm86", "sm89", "sm120")] == ["0", "-", "1", "0"]
+
+
+def told(page: Page) -> dict[str, list[str]]:
+    """What the first screen says under each heading, and whether all of it is in the window."""
+    box = page.locator(".news")
+    place = box.bounding_box()
+    assert place is not None
+    assert place["y"] + place["height"] < page.viewport_size["height"]
+    found = {}
+    for heading, content in zip(box.locator("dt").all(), box.locator("dd").all(), strict=True):
+        lines = content.locator("p").all_text_contents() or [content.text_content()]
+        found[heading.text_content()] = [" ".join(line.split()) for line in lines]
+    return found
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_first_screen_says_what_is_red_what_is_new_and_what_did_not_run(page: Page, site: Path, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto((site / "index.html").as_uri())
+    assert told(page) == {
+        "Red": ["sm100 p3.scoring: 12 checks CRASH", "sm120 p4.oracle.n33: FAIL", "sm89 p7.soft_stream.one: SOFT FAIL"],
+        "New since the last green run": [
+            "sm100 p3.scoring: 12 checks PASS hardware, now CRASH hardware (last green run 2026-11-06)",
+            "sm120 p4.oracle.n33: PASS hardware, now FAIL hardware (last green run 2026-11-06)",
+            "sm89 p7.soft_stream.one: SOFT PASS hardware, now FAIL hardware (last green run 2026-11-06)",
+        ],
+        "Did not run": ["sm121 its newest run is of 2026-11-06, and sm90 has one of 2026-11-07"],
+    }
+    page.get_by_text("Show only these rows").click()
+    page.wait_for_function("document.querySelector('[name=verdict]').value === 'red'")
+    assert rows(page) == ["p3.scoring", "p4.oracle", "p7.soft_stream"]
+
+
+def test_every_column_has_the_day_of_its_newest_run_its_age_and_its_nights(page: Page, site: Path) -> None:
+    page.goto((site / "index.html").as_uri())
+    names = page.locator(".matrix thead th[scope=col] a").all_text_contents()
+    ages = dict(zip(names, page.locator(".matrix thead .ages td").all_text_contents(), strict=True))
+    assert [ages[name] for name in ("sm80", "sm86", "sm121")] == ["2026-11-07", "-", "2026-11-061 day old"]
+    before = "2026-10-25 to 2026-10-31: did not run"
+    for words in (
+        f"sm80, the last 14 nights. {before}; 2026-11-01 to 2026-11-07: everything passed",
+        f"sm89, the last 14 nights. {before}; 2026-11-01 to 2026-11-06: everything passed; "
+        "2026-11-07: 1 SOFT check failed",
+        f"sm90, the last 14 nights. {before}; 2026-11-01 to 2026-11-02: everything passed; "
+        "2026-11-03: did not run; 2026-11-04 to 2026-11-07: everything passed",
+        f"sm100, the last 14 nights. {before}; 2026-11-01 to 2026-11-06: everything passed; "
+        "2026-11-07: 12 HARD checks failed",
+        f"sm121, the last 14 nights. {before}; 2026-11-01 to 2026-11-06: everything passed; 2026-11-07: did not run",
+    ):
+        strip = page.get_by_role("img", name=words, exact=True)
+        assert strip.locator("i").count() == 14, words
+        column = strip.evaluate("one => one.closest('td').cellIndex")
+        assert page.locator(".matrix thead tr:first-child > *").nth(column).locator("a").text_content() in words
+    page.goto((site / "gpu/sm121.html").as_uri())
+    assert page.locator(".facts dd", has_text="2026-11-06, 1 day old").locator(".strip i.gap").count() == 8
+
+
+def test_what_fails_for_longer_is_not_new(tmp_path: Path) -> None:
+    bad = {"p4.oracle.n1": "FAIL"}
+    found = [night("sm80", 1), night("sm80", 2, verdicts=bad), night("sm80", 3, verdicts=bad)]
+    found += [night("sm90", 3), night("sm120", 3, verdicts=bad)]
+    found.append(night("sm80", 3, verdicts={"p4.oracle.n1": "SKIP"}, run_id="again", time_utc="2026-11-03T08:00:00Z"))
+    build(site_of(tmp_path, found[:-1], known=nightly_checks()), tmp_path / "site")
+    page = " ".join((tmp_path / "site" / "index.html").read_text().split())
+    assert (
+        "<dt>New since the last green run</dt><dd> nothing <small>no earlier run to compare with: sm90, sm120" in page
+    )
+    assert '<dt>Failing for longer</dt><dd> <p><a href="gpu/sm80.html">sm80</a>' in page
+    news = site_of(tmp_path, found, known=nightly_checks()).news["sm80"]
+    assert [one.tone for one in news.nights[-3:]] == ["pass", "fail", "part"]
+    assert news.nights[-1].told == "some must-pass checks without a result"
