@@ -15,9 +15,9 @@ from verify.record.schema import Record
 from verify.record.simulation import EVERY_SKIP_CODE
 from verify.record.verdict import describe_subject, subject_option
 from verify.report.looks import LOOKS
-from verify.report.matrix import bound, count, headroom
+from verify.report.matrix import bound, count, headroom, tightest
 from verify.report.sentences import built, simulated, simulated_words, soft_failures
-from verify.report.site.view import Bar, known_in, page_name, title_of
+from verify.report.site.view import known_in, page_name, title_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Frame:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters |= {"page": page_name, "bound": bound, "headroom": headroom, "bar": Bar.of}
+        environment.filters |= {"page": page_name, "bound": bound, "headroom": headroom, "tightest": tightest}
         environment.globals |= {
             "phases": PHASES,
             "skip_codes": EVERY_SKIP_CODE,

@@ -15,7 +15,7 @@ from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Rec
 from verify.record.simulation import UNSUPPORTED
 from verify.record.verdict import Assessment
 from verify.report.looks import BY_WORD
-from verify.report.matrix import KNOWN, Row, bound, headroom, listed, rows, stale_of
+from verify.report.matrix import KNOWN, Row, bound, headroom, listed, room, rows, stale_of, tightest, told
 from verify.report.site.news import News
 
 STALE = "STALE"
@@ -118,7 +118,7 @@ class Column:
         if len(row.cells) > 1 and "/" in row.verdict:
             note = row.verdict.split()[-1]
         else:
-            note = headroom(row.tightest) if row.tightest else ""
+            note = headroom(row.tightest) if row.tightest and room(row.tightest) is not None else ""
         code = next((cell.result.code for cell in row.cells if cell.result and cell.result.code), "")
         detail = ""
         if row.worst == Verdict.SKIP:
@@ -132,22 +132,24 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A measurement on a log scale, in percent of the width; the allowed value is at ``_LIMIT`` of the width."""
+    """A measurement on a log scale, in percent of the width; the allowed value is at ``_LIMIT`` of the width. One that
+    is within its bound by design has no ``width``.
+    """
 
     text: str
     headroom: str
-    width: int
+    width: int | None
     over: bool
 
     @classmethod
     def of(cls, one: Measurement) -> Bar:
-        share = one.measured / one.allowed if one.allowed else math.inf if one.measured else 0.0
-        if math.isnan(share):
+        left = room(one)
+        if left is None:
+            width = None if one.within else 100
+        elif math.isnan(left):
             width = 100
-        elif share <= 0:
-            width = 0
         else:
-            place = 1 + math.log10(share) / _DECADES if math.isfinite(share) else math.inf
+            place = 1 - math.log10(left) / _DECADES if left else math.inf
             width = round(100 * min(max(_LIMIT * place, 0.01), 1))
         return cls(bound(one), headroom(one), width, not one.within)
 
@@ -170,7 +172,7 @@ class Line:
     @property
     def told(self) -> list[str]:
         """Each measurement in a sentence."""
-        return [one.told for one in self.result.measurements]
+        return [told(one) for one in self.result.measurements]
 
     @property
     def start(self) -> tuple[str | bool, ...]:
@@ -187,9 +189,9 @@ def lines(results: Iterable[CheckResult], families: Container[str], column: Colu
         shape = "none" if result.verdict in (Verdict.SKIP, Verdict.BLOCKED) else result.evidence
         counts = column.of_check(result.id) if column else None
         word = counts.word if counts else str(result.verdict)
-        tightest = result.tightest
+        one = tightest(result.measurements)
         known = result.id.rpartition(".")[0] in families
-        found.append(Line(result, word, shape, tone_of(word, shape), known, Bar.of(tightest) if tightest else None))
+        found.append(Line(result, word, shape, tone_of(word, shape), known, Bar.of(one) if one else None))
     return found
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console
 
+from verify.architectures import parse_target
+from verify.record.verdict import assess
 from verify.report.site.build import build
+from verify.report.terminal import print_report
 from verify.tests.sites import night, nightly_checks, nightly_site, site_of
 
 if TYPE_CHECKING:
@@ -118,3 +124,31 @@ def test_what_fails_for_longer_is_not_new(tmp_path: Path) -> None:
     news = site_of(tmp_path, found, known=nightly_checks()).news["sm80"]
     assert [one.tone for one in news.nights[-3:]] == ["pass", "fail", "part"]
     assert news.nights[-1].told == "some must-pass checks without a result"
+
+
+def test_what_is_met_by_design_has_no_figure_on_any_page(page: Page, site: Path) -> None:
+    for file in site.rglob("*.html"):
+        words = re.sub(r"<svg.*?</svg>", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.search(r"-\d+x|\binf\b|\bexact\b", words), file.name
+    page.goto((site / "run/run-sm80-7.html").as_uri())
+    for name, shown in (
+        ("p4.keep_set.random", "-2.2e+07 / 1.0e-09"),
+        ("p5.tables.same", "0 / any"),
+        ("p4.oracle.n1", "3.0e-07 / 1.0e-06"),
+    ):
+        row = page.locator(f"[id='{name}']")
+        assert row.locator("td.n").first.text_content() == shown
+        figure = row.locator(".bars .n").text_content()
+        assert (figure, row.locator(".bar").count()) == (("3.3x", 1) if name == "p4.oracle.n1" else ("-", 0))
+    page.goto((site / "index.html").as_uri())
+    cells = page.locator(".matrix .rows tr", has_text="p4.keep_set").locator("td small")
+    assert cells.all_text_contents() == []
+
+
+def test_what_is_met_by_design_has_no_figure_in_the_terminal() -> None:
+    console = Console(width=120, file=io.StringIO(), color_system=None)
+    print_report(assess(parse_target("sm80"), [night("sm80", 7)], nightly_checks()), console)
+    lines = {words[0]: words for line in console.file.getvalue().splitlines() if (words := line.split())}
+    assert lines["p4.keep_set"][-4:] == ["-2.2e+07", "/", "1.0e-09", "-"]
+    assert lines["p5.tables"][-4:] == ["0", "/", "any", "-"]
+    assert lines["p4.oracle"][-1] == "3.3x"

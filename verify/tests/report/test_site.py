@@ -222,9 +222,10 @@ def test_latency_that_nobody_measures_is_said_to_be_absent(tmp_path: Path) -> No
 
 
 def test_a_bar_ends_at_what_is_allowed() -> None:
-    widths = [Bar.of(measured(value, 1)[0]).width for value in (0, 1e-9, 0.01, 1, 2, float("inf"), float("nan"))]
-    assert widths == [0, 1, 40, 80, 86, 100, 100]
-    assert [Bar.of(measured(value, 0)[0]).over for value in (0, 1)] == [False, True]
+    widths = [Bar.of(measured(value, 1)[0]).width for value in (1e-9, 0.01, 1, 2, float("inf"), float("nan"))]
+    assert widths == [1, 40, 80, 86, 100, 100]
+    none = [Bar.of(measured(value, 0)[0]) for value in (0, 1)]
+    assert [(one.width, one.over) for one in none] == [(None, False), (100, True)]
 
 
 def test_a_run_id_cannot_leave_its_folder(tmp_path: Path) -> None:
