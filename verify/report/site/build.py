@@ -33,7 +33,7 @@ from verify.report.site import charts
 from verify.report.site.news import NIGHTS, News, changed, incomparable, red
 from verify.report.site.page import Frame
 from verify.report.site.runs import Notes, Past, write_runs
-from verify.report.site.view import Column, across, lines
+from verify.report.site.view import Column, across, failures, lines
 
 _STATIC = Path(__file__).parent / "static"
 
@@ -211,7 +211,7 @@ def _gpu(column: Column, site: Site) -> dict[str, Any]:
         "claims": site.claims,
         "lines": lines(results, site.families, column),
         "absent": _absent(column, site),
-        "failed": [cell for cell in assessment.cells if cell.failed or cell.warns],
+        "failed": failures(assessment),
         "missing": missing_by_phase(assessment),
         "fill": fill_command(assessment) if assessment.missing else "",
         "compiled": compiled_words(assessment.compilation) if assessment.compilation else "",
@@ -233,6 +233,10 @@ def _absent(column: Column, site: Site) -> list[tuple[CheckSpec, int]]:
 def _check(family: str, site: Site, noted: Mapping[str, Sequence[Past]]) -> dict[str, Any]:
     checks = [check for check in site.checks if check.spec.family == family]
     cases = [(check, {column.name: column.of_check(check.id) for column in site.columns}) for check in checks]
+    alone: dict[str, list[Check]] = {}
+    for check, marks in cases if len(cases) > 1 else ():
+        if _fails(marks):
+            alone.setdefault(across(marks), []).append(check)
     past = noted.get(family, ())
     curved = next((one.result for one in past if one.result.curves), None)
     return {
@@ -240,7 +244,7 @@ def _check(family: str, site: Site, noted: Mapping[str, Sequence[Past]]) -> dict
         "node": checks[0].node.partition("[")[0],
         "cases": cases,
         "sentence": across({column.name: column.of_family(family) for column in site.columns}),
-        "alone": [(check, across(marks)) for check, marks in cases if len(cases) > 1 and _fails(marks)],
+        "alone": alone,
         "past": past,
         "curved": curved,
         "plot": charts.plot(curved.curves) if curved else "",

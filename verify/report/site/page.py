@@ -10,7 +10,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from verify.checks import PHASES
-from verify.record.findings import next_step
 from verify.record.schema import Record
 from verify.record.simulation import EVERY_SKIP_CODE
 from verify.record.verdict import describe_subject, subject_option
@@ -49,7 +48,6 @@ class Frame:
             "subject_option": subject_option(self.newest.subject) if self.newest else "",
             "title_of": title_of,
             "known_in": known_in,
-            "next_step": next_step,
             "built": built,
             "simulated": simulated,
             "simulated_words": simulated_words,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from verify.architectures import Architecture, Target
-from verify.record.findings import title
+from verify.record.cells import Cell
+from verify.record.findings import next_step, title
 from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Record, Verdict
 from verify.record.simulation import UNSUPPORTED
 from verify.record.verdict import Assessment
@@ -164,6 +165,7 @@ class Line:
     tone: str
     known: bool
     bar: Bar | None
+    like: str = ""  #: the check of the same family above it that has the same message
 
     @property
     def phase(self) -> int:
@@ -185,14 +187,43 @@ class Line:
 def lines(results: Iterable[CheckResult], families: Container[str], column: Column | None = None) -> list[Line]:
     """The rows of ``results``, with the verdicts for the target of ``column`` if given."""
     found = []
+    first: dict[tuple[str, str], str] = {}
     for result in results:
         shape = "none" if result.verdict in (Verdict.SKIP, Verdict.BLOCKED) else result.evidence
         counts = column.of_check(result.id) if column else None
         word = counts.word if counts else str(result.verdict)
         one = tightest(result.measurements)
-        known = result.id.rpartition(".")[0] in families
-        found.append(Line(result, word, shape, tone_of(word, shape), known, Bar.of(one) if one else None))
+        family = result.id.rpartition(".")[0]
+        like = first.setdefault((family, result.said), result.id) if result.message else ""
+        bar = Bar.of(one) if one else None
+        found.append(
+            Line(result, word, shape, tone_of(word, shape), family in families, bar, "" if like == result.id else like)
+        )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Failing checks of a target of which the same is said: the ``name`` that they share, and what to do."""
+
+    name: str
+    cells: Sequence[Cell]
+    step: str
+
+
+def failures(assessment: Assessment) -> list[Failure]:
+    """The failures on a target; those of one family with the same words are one."""
+    groups: dict[tuple[object, ...], list[Cell]] = {}
+    for cell in assessment.cells:
+        if cell.failed or cell.warns:
+            result, spec = cell.outcome, cell.check.spec
+            known = str(result.deviation or "")
+            same = (spec.family, result.verdict, result.evidence, result.said, known, next_step(result, spec.remedy))
+            groups.setdefault(same, []).append(cell)
+    return [
+        Failure(members[0].check.id if len(members) == 1 else members[0].check.spec.family, members, str(same[-1]))
+        for same, members in groups.items()
+    ]
 
 
 def across(marks: Mapping[str, Mark | None]) -> str:

@@ -14,7 +14,7 @@ from verify.architectures import parse_target
 from verify.record.verdict import assess
 from verify.report.site.build import build
 from verify.report.terminal import print_report
-from verify.tests.sites import night, nightly_checks, nightly_site, site_of
+from verify.tests.sites import CASES, night, nightly_checks, nightly_site, site_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -152,3 +152,25 @@ def test_what_is_met_by_design_has_no_figure_in_the_terminal() -> None:
     assert lines["p4.keep_set"][-4:] == ["-2.2e+07", "/", "1.0e-09", "-"]
     assert lines["p5.tables"][-4:] == ["0", "/", "any", "-"]
     assert lines["p4.oracle"][-1] == "3.3x"
+
+
+def test_what_is_said_of_several_cases_is_said_once(page: Page, site: Path) -> None:
+    cases = ", ".join(CASES["p3.scoring"])
+    page.goto((site / "check/p3.scoring.html").as_uri())
+    assert page.locator(".verdict-line").all_text_contents() == [
+        "Fails only on sm100; passes on sm80, sm89, sm90, sm120, sm121 and emulated.",
+        f"Cases {cases}.",
+    ]
+    page.goto((site / "check/p4.oracle.html").as_uri())
+    assert page.locator(".verdict-line").all_text_contents()[1:] == ["Case n33."]
+    said = "the process died of signal 11 while the kernel ran"
+    for name in ("gpu/sm100.html", "run/run-sm100-7.html"):
+        page.goto((site / name).as_uri())
+        assert page.locator(".results .message").all_text_contents() == [said]
+        assert page.locator(".results .more", has_text="Same message as p3.scoring.d8").count() == 11
+        page.get_by_label("Find").fill("signal 11")
+        assert page.locator(".results tbody tr:visible th[scope=row]").count() == 12
+    page.goto((site / "gpu/sm100.html").as_uri())
+    failures = page.locator(".failure:has(.message)")
+    assert failures.locator("h3").all_text_contents() == ["p3.scoring CRASH HARD"]
+    assert failures.locator(".ids").text_content() == f"12 cases: {cases}"

@@ -145,7 +145,7 @@ def test_the_matrix_tells_evidence_and_how_each_cell_ended(site: Path) -> None:
 def test_a_check_that_fails_on_one_gpu_only_says_so(site: Path) -> None:
     told = text(site, "check/p4.oracle.html")
     assert "Fails only on sm120; passes on sm90 and emulated." in told
-    assert "<code>p4.oracle.n33</code>: Fails only on sm120; passes on sm90 and emulated." in told
+    assert 'Case <a href="#p4.oracle.n33"><code>n33</code></a>.</p>' in told
     assert across({}) == "No target has a valid result."
 
 
