@@ -113,7 +113,7 @@ def site_of(
     return Site(assessments, newest_first(found), files, points, news, unreadable, known, homes, folder / "selftest")
 
 
-def nightly_site(folder: Path) -> Path:
-    """The pages of the seven nights."""
-    build(site_of(folder, nights(), known=nightly_checks()), folder / "site")
+def nightly_site(folder: Path, found: Sequence[Record] = ()) -> Path:
+    """The pages of records of the checks of the nights; by default those of the seven nights."""
+    build(site_of(folder, found or nights(), known=nightly_checks()), folder / "site")
     return folder / "site"

@@ -25,7 +25,7 @@ from verify.record import kills
 from verify.record.digest import instrument_sha256
 from verify.record.grounds import BUNDLED
 from verify.record.index import Point
-from verify.record.schema import Record
+from verify.record.schema import FAILING, Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
 from verify.report.looks import place
 from verify.report.sentences import compiled_words, headline, simulated_words, tally
@@ -148,7 +148,10 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     notes = Notes()
     for some in runs:
         notes.add(some.result())
-    yield "runs.html", page("runs.html", runs=[(head, notes.counts[head.run_id]) for head in site.heads])
+    yield (
+        "runs.html",
+        page("runs.html", runs=[(head, notes.counts[head.run_id]) for head in site.heads], failing=FAILING),
+    )
     yield "latency.html", page("latency.html", **_latency(site, notes))
     for family in site.families:
         trend = trends[family].result() if family in trends else ""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from verify.architectures import parse_target
+from verify.architectures import known_targets, parse_target
 from verify.record.verdict import assess
 from verify.report.site.build import build
 from verify.report.terminal import print_report
-from verify.tests.sites import CASES, night, nightly_checks, nightly_site, site_of
+from verify.tests.samples import compiled, simulated
+from verify.tests.sites import CASES, CRASHED, night, nightly_checks, nightly_site, site_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -23,6 +24,19 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return nightly_site(tmp_path_factory.mktemp("nights"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages of a run on every target, with long names, and of what was compiled for some."""
+    folder = tmp_path_factory.mktemp("wide")
+    bad = dict.fromkeys(CRASHED, "CRASH")
+    found = [
+        night(one.target, 7, verdicts=bad, said="/a/path" * 60, run_id=f"20261107T000000Z-{one.target}-nightly-06c7")
+        for one in known_targets()
+    ]
+    found += [compiled("sm90"), compiled("sm88", gap="no assembler knows it"), simulated("sm121", [])]
+    return nightly_site(folder, found)
 
 
 def rows(page: Page) -> list[str]:
@@ -174,3 +188,24 @@ def test_what_is_said_of_several_cases_is_said_once(page: Page, site: Path) -> N
     failures = page.locator(".failure:has(.message)")
     assert failures.locator("h3").all_text_contents() == ["p3.scoring CRASH HARD"]
     assert failures.locator(".ids").text_content() == f"12 cases: {cases}"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_page_is_wider_than_its_window(page: Page, site: Path, wide: Path, width: int, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 844})
+    found = []
+    for place in (site, wide):
+        kinds = [sorted(place.glob(kind)) for kind in ("*.html", "gpu/*.html", "check/*.html", "run/*.html")]
+        assert all(kinds)
+        for file in (*kinds[0], *(file for some in kinds[1:] for file in some[-4:])):
+            page.goto(file.as_uri())
+            if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+                found.append(f"{file.parent.name}/{file.name}")
+    assert found == []
+
+
+def test_runs_with_failures_stand_out(page: Page, site: Path) -> None:
+    page.goto((site / "runs.html").as_uri())
+    assert page.locator("tbody .v.fail").all_text_contents() == ["1 FAIL", "1 FAIL", "12 CRASH"]
