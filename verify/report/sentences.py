@@ -138,3 +138,12 @@ def headline(assessments: Sequence[Assessment]) -> str:
     told += _of_simulations(gpus)
     told += [_EMULATED[one.verdict] for one in assessments if one.used and one.verdict in _EMULATED]
     return "; ".join(told) + "."
+
+
+def in_short(assessments: Sequence[Assessment]) -> str:
+    """The verdict on all targets in a few words: where it failed or, if nowhere, how many GPUs are verified."""
+    for verdict in (TargetVerdict.FAILED, TargetVerdict.EMULATED_FAIL, TargetVerdict.INFRA):
+        if names := [one.target.target for one in assessments if one.verdict is verdict]:
+            return f"{verdict} {', '.join(names)}"
+    gpus = [one for one in assessments if one.target is not EMULATED]
+    return f"{sum(one.verdict is TargetVerdict.VERIFIED for one in gpus)} of {len(gpus)} VERIFIED"

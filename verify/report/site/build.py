@@ -25,10 +25,10 @@ from verify.record import kills
 from verify.record.digest import instrument_sha256
 from verify.record.grounds import BUNDLED
 from verify.record.index import Point
-from verify.record.schema import FAILING, Record
+from verify.record.schema import Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
 from verify.report.looks import place
-from verify.report.sentences import compiled_words, headline, simulated_words, tally
+from verify.report.sentences import compiled_words, headline, in_short, simulated_words, tally
 from verify.report.site import charts
 from verify.report.site.news import NIGHTS, News, changed, incomparable, red
 from verify.report.site.page import Frame
@@ -138,7 +138,8 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     trends = {
         family: beside.submit(charts.over_time, trend, "headroom", log=True) for family, trend in _trends(site).items()
     }
-    page = frame.renderer(columns=site.columns, families=site.families, headline=headline(site.assessments))
+    common = {"headline": headline(site.assessments), "in_short": in_short(site.assessments)}
+    page = frame.renderer(columns=site.columns, families=site.families, **common)
     yield "index.html", page("matrix.html", **_matrix(site))
     yield "catalogue.html", page("catalogue.html", by_phase=_by_phase(site), ids=_ids(site))
     yield "resources.html", page("resources.html", **_resources(site))
@@ -150,7 +151,7 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
         notes.add(some.result())
     yield (
         "runs.html",
-        page("runs.html", runs=[(head, notes.counts[head.run_id]) for head in site.heads], failing=FAILING),
+        page("runs.html", runs=[(head, notes.counts[head.run_id]) for head in site.heads]),
     )
     yield "latency.html", page("latency.html", **_latency(site, notes))
     for family in site.families:

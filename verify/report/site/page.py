@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from verify.checks import PHASES
-from verify.record.schema import Record
+from verify.record.schema import FAILING, Record
 from verify.record.simulation import EVERY_SKIP_CODE
 from verify.record.verdict import describe_subject, subject_option
 from verify.report.looks import LOOKS
@@ -44,6 +44,7 @@ class Frame:
             "phases": PHASES,
             "skip_codes": EVERY_SKIP_CODE,
             "looks": LOOKS,
+            "failing": FAILING,
             "describe_subject": describe_subject,
             "subject_option": subject_option(self.newest.subject) if self.newest else "",
             "title_of": title_of,

@@ -209,3 +209,22 @@ def test_no_page_is_wider_than_its_window(page: Page, site: Path, wide: Path, wi
 def test_runs_with_failures_stand_out(page: Page, site: Path) -> None:
     page.goto((site / "runs.html").as_uri())
     assert page.locator("tbody .v.fail").all_text_contents() == ["1 FAIL", "1 FAIL", "12 CRASH"]
+
+
+def test_the_title_of_every_page_begins_with_the_verdict(page: Page, site: Path, tmp_path: Path) -> None:
+    every = "FAILED sm100, sm120"
+    for name, words in (
+        *((f"{name}.html", every) for name in ("index", "runs", "catalogue", "resources", "latency", "faults")),
+        ("gpu/sm89.html", "VERIFIED · sm89"),
+        ("gpu/emulated.html", "EMULATED PASS · emulated"),
+        ("check/p3.scoring.html", "Fails only on sm100 · p3.scoring"),
+        ("check/p1.torch_sees.html", "Passes on sm80, sm89, sm90, sm100, sm120, sm121 and emulated · p1.torch_sees"),
+        ("run/run-sm100-7.html", "12 CRASH · run-sm100-7"),
+        ("run/run-sm80-7.html", "22 PASS · run-sm80-7"),
+    ):
+        page.goto((site / name).as_uri())
+        assert page.title().startswith(f"{words} · "), page.title()
+        assert page.title().endswith(" · TriAttention verification")
+    good = [night("sm80", 1), night("sm90", 1)]
+    page.goto((nightly_site(tmp_path, good) / "index.html").as_uri())
+    assert page.title() == "2 of 12 VERIFIED · Matrix · TriAttention verification"
