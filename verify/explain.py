@@ -18,7 +18,7 @@ from verify.record.archive import load, newest_first
 from verify.record.grounds import BUNDLED
 from verify.record.schema import CheckResult, Record
 from verify.report.documents import dumps, markdown_table
-from verify.report.matrix import PLAN_TABLE, bound, count, headroom
+from verify.report.matrix import PLAN_TABLE, bound, count, headroom, room, tightest
 from verify.selftest import caught_by, load_faults
 from verify.sensitivity import recorded_limits
 
@@ -252,8 +252,9 @@ def _print_results(ids: Sequence[str], records: Sequence[Record], console: Conso
         return
     table = Table.grid(padding=(0, 2, 0, 0))
     for record, result in found[:_LAST]:
-        tight = result.tightest
-        number = f"{tight.name} {bound(tight)}, headroom {headroom(tight)}" if tight else ""
+        tight = tightest(result.measurements)
+        number = f"{tight.name} {bound(tight)}" if tight else ""
+        number += f", headroom {headroom(tight)}" if tight and room(tight) is not None else ""
         words = " ".join(filter(None, [result.verdict, result.code, result.by and f"by {result.by}"]))
         whose = "" if record.subject.source == BUNDLED else record.subject.source
         told = (Text(result.id), Text(number), Text(whose))

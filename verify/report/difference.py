@@ -62,7 +62,8 @@ def diff(
 def _print_every_target(index: Index, checks: Sequence[Check], *, as_json: bool) -> int:
     if not index.heads:
         raise ConfigurationError("there is no run to compare; make one first: python -m verify run")
-    found = [runs for target in known_targets() for runs in _on_target(index, target.target, checks)]
+    names = [target.target for target in known_targets()]
+    found = [runs for name in names for runs in on_target(index, name, checks, index.points(None, name))]
     if as_json:
         print(dumps([as_object(runs) for runs in found]), end="")
     else:
@@ -70,9 +71,8 @@ def _print_every_target(index: Index, checks: Sequence[Check], *, as_json: bool)
     return Exit.FAILED if any(one.worse for runs in found for one in runs) else Exit.OK
 
 
-def _on_target(index: Index, target: str, checks: Sequence[Check]) -> list[list[Compared]]:
-    """The newest runs on a target, each with what changed in it, by the kind of evidence."""
-    points = index.points(None, target)
+def on_target(index: Index, target: str, checks: Sequence[Check], points: Sequence[Point]) -> list[list[Compared]]:
+    """The newest runs on a target, each with what changed in it, by kind of evidence; ``points`` are its results."""
     verdicts = verdicts_of(points)
     known, history = {check.id for check in checks}, _history(points)
     found: dict[str, list[Compared]] = {}

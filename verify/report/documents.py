@@ -16,7 +16,7 @@ from verify.record.cells import Cell
 from verify.record.findings import title
 from verify.record.schema import CheckResult, Finding, Measurement, Record
 from verify.record.verdict import Assessment, describe_subject, fill_command, missing_by_phase
-from verify.report.matrix import LEGEND, VERSIONS, Row, bound, count, grid, headroom, rows, versions
+from verify.report.matrix import LEGEND, VERSIONS, Row, bound, count, grid, headroom, room, rows, tightest, versions
 from verify.report.plots import mermaid, value_rows
 from verify.report.sentences import built, headline, known_without_it, simulated
 
@@ -270,13 +270,13 @@ def _check(cell: Cell) -> dict[str, Any]:
         "run_id": cell.run_id,
         "message": result.message if result else "",
         "deviation": result.deviation.model_dump(mode="json") if result and result.deviation else None,
-        "tightest": _measurement(result.tightest) if result else None,
+        "tightest": _measurement(tightest(result.measurements)) if result else None,
         "curves": [curve.model_dump() for curve in result.curves] if result else [],
     }
 
 
 def _measurement(measurement: Measurement | None) -> dict[str, Any] | None:
-    return measurement.model_dump() | {"headroom": measurement.headroom} if measurement else None
+    return measurement.model_dump() | {"headroom": room(measurement)} if measurement else None
 
 
 def _finite(value: Any) -> Any:

@@ -15,6 +15,7 @@ from verify.record.archive import locate
 from verify.record.schema import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
 from verify.record.verdict import Assessment, TargetVerdict, assess_record
 from verify.report.looks import place
+from verify.report.matrix import room
 
 #: https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
 _STATEMENT, _PREDICATE = "https://in-toto.io/Statement/v1", "https://in-toto.io/attestation/test-result/v0.1"
@@ -188,7 +189,8 @@ def _case(result: CheckResult, target: str):
     told += [("known deviation", str(result.deviation))] if result.deviation else []
     for one in result.measurements:
         words = f"measured {one.measured:g}, allowed {one.allowed:g} {one.unit}".strip()
-        told.append((one.name, f"{words}, headroom {one.headroom:.3g}" + (f" at {one.where}" if one.where else "")))
+        words += "" if (left := room(one)) is None else f", headroom {left:.3g}"
+        told.append((one.name, words + (f" at {one.where}" if one.where else "")))
     properties = Properties()
     for name, value in told:
         properties.add_property(Property(_clean(name), _clean(value)))

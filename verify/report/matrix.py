@@ -82,8 +82,7 @@ class Row:
     @property
     def tightest(self) -> Measurement | None:
         """The measurement with the least headroom among the row's checks."""
-        found = [cell.result.tightest for cell in self.cells if cell.result and cell.result.tightest]
-        return min(found, key=lambda m: -math.inf if math.isnan(m.headroom) else m.headroom, default=None)
+        return tightest(one for cell in self.cells if cell.result for one in cell.result.measurements)
 
 
 def rows(cells: Iterable[Cell]) -> list[Row]:
@@ -184,24 +183,52 @@ def by_phase(folded: Sequence[Row]) -> dict[int, list[Row]]:
     return phases
 
 
+def room(measurement: Measurement) -> float | None:
+    """The headroom; None where it would be no figure: nothing was measured, nothing is allowed, or everything is."""
+    if measurement.measured <= 0 or measurement.allowed <= 0 or measurement.allowed == math.inf:
+        return None
+    return measurement.headroom
+
+
+def tightest(measurements: Iterable[Measurement]) -> Measurement | None:
+    """The measurement with the least headroom, NaN first; one that has no headroom only if there is no other, or if it
+    is outside its bound.
+    """
+    return min(measurements, key=_rank, default=None)
+
+
+def _rank(one: Measurement) -> tuple[int, float]:
+    found = room(one)
+    if found is None:
+        return (3 if one.within else 1), 0
+    return (0, 0) if math.isnan(found) else (2 if one.within else 1, found)
+
+
+def told(measurement: Measurement) -> str:
+    """A measurement in a sentence, as in a failure message; without a limit that is none."""
+    if measurement.allowed != math.inf:
+        return measurement.told
+    words = f"{measurement.name}: measured {_short(measurement.measured)} {measurement.unit}".strip()
+    return f"{words}, no limit{measurement.where and f' at {measurement.where}'}"
+
+
 def bound(measurement: Measurement | None) -> str:
-    """``measured / allowed`` in at most 17 characters, with the unit if it fits."""
+    """``measured / allowed`` in about 17 characters, with the unit if it fits."""
     if measurement is None:
         return "-"
-    pair = f"{_short(measurement.measured)} / {_short(measurement.allowed)}"
+    allowed = "any" if measurement.allowed == math.inf else _short(measurement.allowed)
+    pair = f"{_short(measurement.measured)} / {allowed}"
     with_unit = f"{pair} {measurement.unit}".strip()
     return with_unit if len(with_unit) <= 17 else pair
 
 
 def headroom(measurement: Measurement | None) -> str:
-    """How many times the measured value fits into what is allowed."""
-    if measurement is None:
+    """How many times the measured value fits into what is allowed; ``-`` if that would be no figure."""
+    value = None if measurement is None else room(measurement)
+    if value is None:
         return "-"
-    value = measurement.headroom
     if math.isnan(value):
         return "nan"
-    if math.isinf(value):
-        return "exact" if measurement.measured == 0 else str(value)
     return f"{value:.1f}x" if value < 100 else f"{value:.0f}x" if value < 1e5 else f"{value:.0e}x"
 
 
@@ -242,8 +269,10 @@ def _plan_order(plan: str | None) -> tuple[bool, int]:
 
 
 def _short(value: float) -> str:
-    if math.isnan(value) or math.isinf(value):
-        return str(value)
+    if math.isinf(value):
+        return "infinity" if value > 0 else "-infinity"
+    if math.isnan(value):
+        return "nan"
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.3g}" if 0.01 <= abs(value) < 1e5 else f"{value:.1e}"

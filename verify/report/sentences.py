@@ -92,6 +92,11 @@ def known_without_it(assessment: Assessment) -> list[str]:
     return [tally(assessment), *told] if told else []
 
 
+def soft_failures(assessment: Assessment) -> int:
+    """How many SOFT checks failed on a target: warnings, which its verdict does not show."""
+    return sum(cell.failed and cell.check.spec.gate == "soft" for cell in assessment.cells)
+
+
 def _of_simulations(gpus: Sequence[Assessment]) -> list[str]:
     """For which GPUs every check passes in the simulator, and for which any fails there; empty without simulations."""
     found = {
@@ -112,8 +117,8 @@ _EMULATED = {
 
 
 def headline(assessments: Sequence[Assessment]) -> str:
-    """In one sentence: how many GPUs are verified, failed or only compile, what was simulated, and how the run without
-    a GPU ended.
+    """In one sentence: how many GPUs are verified, failed or only compile, where SOFT checks fail, what was simulated,
+    and how the run without a GPU ended.
     """
     gpus = [one for one in assessments if one.target is not EMULATED]
     named: dict[TargetVerdict, list[str]] = {}
@@ -123,6 +128,8 @@ def headline(assessments: Sequence[Assessment]) -> str:
     told = [f"{len(verified)} of {len(gpus)} GPUs verified on hardware{f' ({listed(verified)})' if verified else ''}"]
     for verdict, words in ((TargetVerdict.FAILED, "failed"), (TargetVerdict.INFRA, "could not be judged")):
         told += [f"{listed(named[verdict])} {words}"] if verdict in named else []
+    warned = [(one.target.target, number) for one in assessments if (number := soft_failures(one))]
+    told += [f"SOFT checks fail on {listed([f'{name} ({number})' for name, number in warned])}"] if warned else []
     known = [(one.target.target, one.compilation) for one in gpus if one.compilation is not None]
     if compiled := sum(_compiles(one) for _, one in known):
         told.append(f"the kernels compile for {compiled}")
@@ -131,3 +138,12 @@ def headline(assessments: Sequence[Assessment]) -> str:
     told += _of_simulations(gpus)
     told += [_EMULATED[one.verdict] for one in assessments if one.used and one.verdict in _EMULATED]
     return "; ".join(told) + "."
+
+
+def in_short(assessments: Sequence[Assessment]) -> str:
+    """The verdict on all targets in a few words: where it failed or, if nowhere, how many GPUs are verified."""
+    for verdict in (TargetVerdict.FAILED, TargetVerdict.EMULATED_FAIL, TargetVerdict.INFRA):
+        if names := [one.target.target for one in assessments if one.verdict is verdict]:
+            return f"{verdict} {', '.join(names)}"
+    gpus = [one for one in assessments if one.target is not EMULATED]
+    return f"{sum(one.verdict is TargetVerdict.VERIFIED for one in gpus)} of {len(gpus)} VERIFIED"

@@ -112,6 +112,7 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None, subje
     from rich.console import Console
 
     from verify.report.site.build import CHARTED, Site, build
+    from verify.report.site.news import latest
 
     if gpu is not None:
         raise ConfigurationError(f"--format html makes the pages of every target; drop --gpu {gpu}")
@@ -126,8 +127,9 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None, subje
     ):
         assessments = [assess(target, index.records(target), checks, index.checkout) for target in known_targets()]
         heads = newest_first(index.heads.values())
-        points, faults = index.points(last=CHARTED), reports / "selftest"
-        pages = build(Site(assessments, heads, index.files(), points, index.unreadable, checks, homes, faults), site)
+        news, points = latest(index, checks), index.points(last=CHARTED)
+        files, faults = index.files(), reports / "selftest"
+        pages = build(Site(assessments, heads, files, points, news, index.unreadable, checks, homes, faults), site)
     print(f"{site / 'index.html'}: {count(pages, 'page')} from {count(len(heads), 'record')}")
     return _told(index.unreadable)
 

@@ -28,16 +28,20 @@ from verify.record.index import Point
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
 from verify.report.looks import place
-from verify.report.sentences import compiled_words, headline, simulated_words, tally
+from verify.report.sentences import compiled_words, headline, in_short, simulated_words, tally
 from verify.report.site import charts
+from verify.report.site.news import NIGHTS, News, changed, incomparable, red
 from verify.report.site.page import Frame
 from verify.report.site.runs import Notes, Past, write_runs
-from verify.report.site.view import Column, across, lines
+from verify.report.site.view import Column, across, failures, lines
 
 _STATIC = Path(__file__).parent / "static"
 
 #: The history in the chart of a check's page: how many of the newest records, of how many of the tightest targets.
 CHARTED, _TIGHTEST = 12, 5
+
+#: How many families of a target are named in a line on top of the matrix; the rest is only counted.
+_TOLD_ITEMS = 4
 
 #: The worker processes, of 170 MiB each, and how many runs are worth one: it takes half a second to start.
 _PROCESSES, _WORTH = 2, 50
@@ -49,13 +53,14 @@ class Site:
 
     ``heads`` are the records without results, newest first, and ``files`` the files of the full records. ``homes`` are
     the folders in which runs may have left logs. ``points`` are the results of the newest records of each target,
-    oldest first, for the charts of headroom.
+    oldest first, for the charts of headroom. ``news`` are by target.
     """
 
     assessments: Sequence[Assessment]
     heads: Sequence[Record]
     files: Sequence[Path]
     points: Sequence[Point]
+    news: Mapping[str, News]
     unreadable: Sequence[str]
     checks: Sequence[Check]
     homes: Sequence[Path]
@@ -65,7 +70,8 @@ class Site:
     def columns(self) -> list[Column]:
         """Every target; of a subject other than the bundled one those of which there is a record."""
         every = bool(not self.heads or self.heads[0].subject.source == BUNDLED)
-        return [Column(one) for one in self.assessments if every or one.used or one.stale]
+        shown = [one for one in self.assessments if every or one.used or one.stale]
+        return [Column(one, self.news.get(one.target.target)) for one in shown]
 
     @cached_property
     def families(self) -> dict[str, CheckSpec]:
@@ -132,7 +138,8 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     trends = {
         family: beside.submit(charts.over_time, trend, "headroom", log=True) for family, trend in _trends(site).items()
     }
-    page = frame.renderer(columns=site.columns, families=site.families, headline=headline(site.assessments))
+    common = {"headline": headline(site.assessments), "in_short": in_short(site.assessments)}
+    page = frame.renderer(columns=site.columns, families=site.families, **common)
     yield "index.html", page("matrix.html", **_matrix(site))
     yield "catalogue.html", page("catalogue.html", by_phase=_by_phase(site), ids=_ids(site))
     yield "resources.html", page("resources.html", **_resources(site))
@@ -142,7 +149,10 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     notes = Notes()
     for some in runs:
         notes.add(some.result())
-    yield "runs.html", page("runs.html", runs=[(head, notes.counts[head.run_id]) for head in site.heads])
+    yield (
+        "runs.html",
+        page("runs.html", runs=[(head, notes.counts[head.run_id]) for head in site.heads]),
+    )
     yield "latency.html", page("latency.html", **_latency(site, notes))
     for family in site.families:
         trend = trends[family].result() if family in trends else ""
@@ -161,6 +171,10 @@ def _matrix(site: Site) -> dict[str, Any]:
         "marks": marks,
         "words": sorted({mark.word for mark in shown}),
         "versions": _versions(site.columns),
+        "news": {"Red": red(column.assessment for column in site.columns), **changed(site.news.values())},
+        "told_items": _TOLD_ITEMS,
+        "nights": NIGHTS,
+        "incomparable": incomparable(site.news.values()),
     }
 
 
@@ -201,7 +215,7 @@ def _gpu(column: Column, site: Site) -> dict[str, Any]:
         "claims": site.claims,
         "lines": lines(results, site.families, column),
         "absent": _absent(column, site),
-        "failed": [cell for cell in assessment.cells if cell.failed or cell.warns],
+        "failed": failures(assessment),
         "missing": missing_by_phase(assessment),
         "fill": fill_command(assessment) if assessment.missing else "",
         "compiled": compiled_words(assessment.compilation) if assessment.compilation else "",
@@ -223,6 +237,10 @@ def _absent(column: Column, site: Site) -> list[tuple[CheckSpec, int]]:
 def _check(family: str, site: Site, noted: Mapping[str, Sequence[Past]]) -> dict[str, Any]:
     checks = [check for check in site.checks if check.spec.family == family]
     cases = [(check, {column.name: column.of_check(check.id) for column in site.columns}) for check in checks]
+    alone: dict[str, list[Check]] = {}
+    for check, marks in cases if len(cases) > 1 else ():
+        if _fails(marks):
+            alone.setdefault(across(marks), []).append(check)
     past = noted.get(family, ())
     curved = next((one.result for one in past if one.result.curves), None)
     return {
@@ -230,7 +248,7 @@ def _check(family: str, site: Site, noted: Mapping[str, Sequence[Past]]) -> dict
         "node": checks[0].node.partition("[")[0],
         "cases": cases,
         "sentence": across({column.name: column.of_family(family) for column in site.columns}),
-        "alone": [(check, across(marks)) for check, marks in cases if len(cases) > 1 and _fails(marks)],
+        "alone": alone,
         "past": past,
         "curved": curved,
         "plot": charts.plot(curved.curves) if curved else "",

@@ -10,14 +10,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from verify.checks import PHASES
-from verify.record.findings import next_step
-from verify.record.schema import Record
+from verify.record.schema import FAILING, Record
 from verify.record.simulation import EVERY_SKIP_CODE
 from verify.record.verdict import describe_subject, subject_option
 from verify.report.looks import LOOKS
-from verify.report.matrix import bound, count, headroom
-from verify.report.sentences import built, simulated, simulated_words
-from verify.report.site.view import Bar, known_in, page_name, title_of
+from verify.report.matrix import bound, count, headroom, tightest
+from verify.report.sentences import built, simulated, simulated_words, soft_failures
+from verify.report.site.view import known_in, page_name, title_of
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,20 @@ class Frame:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters |= {"page": page_name, "bound": bound, "headroom": headroom, "bar": Bar.of}
+        environment.filters |= {"page": page_name, "bound": bound, "headroom": headroom, "tightest": tightest}
         environment.globals |= {
             "phases": PHASES,
             "skip_codes": EVERY_SKIP_CODE,
             "looks": LOOKS,
+            "failing": FAILING,
             "describe_subject": describe_subject,
             "subject_option": subject_option(self.newest.subject) if self.newest else "",
             "title_of": title_of,
             "known_in": known_in,
-            "next_step": next_step,
             "built": built,
             "simulated": simulated,
             "simulated_words": simulated_words,
+            "soft_failures": soft_failures,
             "count": count,
             "newest": self.newest,
             "records": self.records,

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from verify.architectures import Architecture, Target
-from verify.record.findings import title
+from verify.record.cells import Cell
+from verify.record.findings import next_step, title
 from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Record, Verdict
 from verify.record.simulation import UNSUPPORTED
 from verify.record.verdict import Assessment
 from verify.report.looks import BY_WORD
-from verify.report.matrix import KNOWN, Row, bound, headroom, listed, rows, stale_of
+from verify.report.matrix import KNOWN, Row, bound, headroom, listed, room, rows, stale_of, tightest, told
+from verify.report.site.news import News
 
 STALE = "STALE"
 
@@ -68,6 +70,7 @@ class Column:
     """One target of the matrix."""
 
     assessment: Assessment
+    news: News | None = None
 
     @property
     def target(self) -> Target:
@@ -116,7 +119,7 @@ class Column:
         if len(row.cells) > 1 and "/" in row.verdict:
             note = row.verdict.split()[-1]
         else:
-            note = headroom(row.tightest) if row.tightest else ""
+            note = headroom(row.tightest) if row.tightest and room(row.tightest) is not None else ""
         code = next((cell.result.code for cell in row.cells if cell.result and cell.result.code), "")
         detail = ""
         if row.worst == Verdict.SKIP:
@@ -130,22 +133,24 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A measurement on a log scale, in percent of the width; the allowed value is at ``_LIMIT`` of the width."""
+    """A measurement on a log scale, in percent of the width; the allowed value is at ``_LIMIT`` of the width. One that
+    is within its bound by design has no ``width``.
+    """
 
     text: str
     headroom: str
-    width: int
+    width: int | None
     over: bool
 
     @classmethod
     def of(cls, one: Measurement) -> Bar:
-        share = one.measured / one.allowed if one.allowed else math.inf if one.measured else 0.0
-        if math.isnan(share):
+        left = room(one)
+        if left is None:
+            width = None if one.within else 100
+        elif math.isnan(left):
             width = 100
-        elif share <= 0:
-            width = 0
         else:
-            place = 1 + math.log10(share) / _DECADES if math.isfinite(share) else math.inf
+            place = 1 - math.log10(left) / _DECADES if left else math.inf
             width = round(100 * min(max(_LIMIT * place, 0.01), 1))
         return cls(bound(one), headroom(one), width, not one.within)
 
@@ -160,6 +165,7 @@ class Line:
     tone: str
     known: bool
     bar: Bar | None
+    like: str = ""  #: the check of the same family above it that has the same message
 
     @property
     def phase(self) -> int:
@@ -168,7 +174,7 @@ class Line:
     @property
     def told(self) -> list[str]:
         """Each measurement in a sentence."""
-        return [one.told for one in self.result.measurements]
+        return [told(one) for one in self.result.measurements]
 
     @property
     def start(self) -> tuple[str | bool, ...]:
@@ -181,14 +187,43 @@ class Line:
 def lines(results: Iterable[CheckResult], families: Container[str], column: Column | None = None) -> list[Line]:
     """The rows of ``results``, with the verdicts for the target of ``column`` if given."""
     found = []
+    first: dict[tuple[str, str], str] = {}
     for result in results:
         shape = "none" if result.verdict in (Verdict.SKIP, Verdict.BLOCKED) else result.evidence
         counts = column.of_check(result.id) if column else None
         word = counts.word if counts else str(result.verdict)
-        tightest = result.tightest
-        known = result.id.rpartition(".")[0] in families
-        found.append(Line(result, word, shape, tone_of(word, shape), known, Bar.of(tightest) if tightest else None))
+        one = tightest(result.measurements)
+        family = result.id.rpartition(".")[0]
+        like = first.setdefault((family, result.said), result.id) if result.message else ""
+        bar = Bar.of(one) if one else None
+        found.append(
+            Line(result, word, shape, tone_of(word, shape), family in families, bar, "" if like == result.id else like)
+        )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Failing checks of a target of which the same is said: the ``name`` that they share, and what to do."""
+
+    name: str
+    cells: Sequence[Cell]
+    step: str
+
+
+def failures(assessment: Assessment) -> list[Failure]:
+    """The failures on a target; those of one family with the same words are one."""
+    groups: dict[tuple[object, ...], list[Cell]] = {}
+    for cell in assessment.cells:
+        if cell.failed or cell.warns:
+            result, spec = cell.outcome, cell.check.spec
+            known = str(result.deviation or "")
+            same = (spec.family, result.verdict, result.evidence, result.said, known, next_step(result, spec.remedy))
+            groups.setdefault(same, []).append(cell)
+    return [
+        Failure(members[0].check.id if len(members) == 1 else members[0].check.spec.family, members, str(same[-1]))
+        for same, members in groups.items()
+    ]
 
 
 def across(marks: Mapping[str, Mark | None]) -> str:

@@ -7,7 +7,7 @@ import pytest
 from verify.architectures import EMULATED, find
 from verify.record.schema import Measurement, Record
 from verify.record.verdict import assess
-from verify.report.matrix import bound, grid, headroom, rows
+from verify.report.matrix import bound, grid, headroom, rows, tightest, told
 from verify.tests.samples import checks, known, measured, record, result
 
 
@@ -53,14 +53,35 @@ def test_not_a_number_is_the_tightest_of_all() -> None:
     assert (bound(row.tightest), headroom(row.tightest)) == ("nan / 1", "nan")
 
 
+def test_what_is_met_by_design_hides_no_headroom_and_no_failure() -> None:
+    by_design = [*measured(-21564987, 1e-9), *measured(0, 0), *measured(5, math.inf)]
+    tight, wrong, exceeded = measured(0.5, 1), measured(2, 1), measured(3, 0)
+    assert [tightest([*by_design, *tight])] == tight
+    assert [tightest([*by_design, *tight, *wrong])] == wrong
+    assert [tightest([*by_design, *tight, *exceeded])] == exceeded
+    assert tightest([]) is None
+
+
+def test_a_number_without_a_limit_is_told_without_one() -> None:
+    free = Measurement(name="ties", measured=5, allowed=math.inf, unit="tokens", where="head 3")
+    assert told(free) == "ties: measured 5 tokens, no limit at head 3"
+    assert told(measured(0.5, 1)[0]) == "error: measured 0.5, allowed 1"
+
+
 @pytest.mark.parametrize(
     ("value", "allowed", "unit", "shown", "room"),
     [
-        (0.0, 0.0, "", "0 / 0", "exact"),
+        (0.0, 0.0, "", "0 / 0", "-"),
+        (0.0, 1e-6, "", "0 / 1.0e-06", "-"),
+        (3, 0, "tokens", "3 / 0 tokens", "-"),
+        (0.0, math.inf, "", "0 / any", "-"),
+        (12, math.inf, "ties", "12 / any ties", "-"),
+        (-0.5, 0.25, "", "-0.5 / 0.25", "-"),
+        (math.inf, math.inf, "", "infinity / any", "-"),
         (3, 128, "tokens", "3 / 128 tokens", "42.7x"),
         (1.5, 20.0, "ms", "1.5 / 20 ms", "13.3x"),
         (2.25e-3, 1e-2, "a long unit", "2.2e-03 / 0.01", "4.4x"),
-        (math.inf, 1.0, "", "inf / 1", "0.0x"),
+        (math.inf, 1.0, "", "infinity / 1", "0.0x"),
         (1e-9, 1e-2, "", "1.0e-09 / 0.01", "1e+07x"),
     ],
 )

@@ -60,7 +60,7 @@ async function copy(text) {
   }
 }
 
-// The filters are kept in the hash (#q=oracle&verdict=FAIL): a page on disk can change no other part of its address.
+// The filters are kept in the hash (#q=oracle&verdict=red): a page on disk can change no other part of its address.
 function startFilters(form) {
   const more = (row) => (row.nextElementSibling?.matches(".more") ? row.nextElementSibling : null);
   const rows = [...document.querySelectorAll(".rows tr, .rows article")]
@@ -78,7 +78,8 @@ function startFilters(form) {
     let shown = 0;
     for (const { row, text } of rows) {
       const cells = row.dataset.v === undefined ? [...row.querySelectorAll("[data-v]")] : [row];
-      const fits = (cell) => (!want.verdict || cell.dataset.v === want.verdict)
+      const ended = (cell) => (want.verdict === "red" ? cell.dataset.red !== undefined : cell.dataset.v === want.verdict);
+      const fits = (cell) => (!want.verdict || ended(cell))
         && (!want.evidence || cell.dataset.e === want.evidence);
       for (const cell of cells) cell.classList.toggle("off", !fits(cell));
       row.hidden = !(words.every((word) => text.includes(word))
