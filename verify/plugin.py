@@ -33,13 +33,14 @@ from verify.record.deviations import told_before
 from verify.record.follow.sitecustomize import LOG
 from verify.record.grounds import PACKAGE, Checkout, Grounds, follow
 from verify.record.verdict import profile_of
+from verify.record.without_gpu import can_be_simulated
 from verify.run import events
 from verify.run.durations import Timekeeper, long_files
 from verify.run.manifest import Manifest, freeze, survey
 from verify.run.probe import Probe
 from verify.run.recorder import Recorder, id_of, in_phases, selected, spec_of
 from verify.run.request import parse_device, parse_expect, parse_phases, simulated_sm
-from verify.run.simulated import BRIEF, LEFT_OUT, Simulated, can_be_simulated
+from verify.run.simulated import BRIEF, LEFT_OUT, Simulated
 from verify.session import SESSION, Session
 from verify.simulator.control import require
 from verify.subject.deviations import read_deviations

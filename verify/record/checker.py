@@ -21,7 +21,7 @@ from verify.record.archive import locate
 from verify.record.rules import FILE_RULES, RULES
 from verify.record.schema import Record, shape_problem, unrepeated
 from verify.record.simulation import UNSUPPORTED
-from verify.record.without_gpu import Json, kind_of
+from verify.record.without_gpu import Json, can_be_simulated, kind_of
 
 #: The codes with which a must-pass check may be skipped in a simulation, which verifies nothing.
 _HONEST = frozenset({UNSUPPORTED, "NO_GPU"})
@@ -132,7 +132,7 @@ def _absent_from(group: Sequence[tuple[str, Json]], target: str, hard: Sequence[
     compilation, simulated = (group[0][1].get(part) for part in ("compilation", "simulation"))
     wanted = [one for one in hard if one.applies_to(target)]
     if simulated:
-        wanted = [one for one in wanted if not one.spec.needs_gpu]
+        wanted = [one for one in wanted if can_be_simulated(one.spec)]
     if compilation:
         wanted = [] if compilation["gap"] else [one for one in wanted if one.phase == 3]
     elif simulated:

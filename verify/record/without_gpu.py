@@ -7,13 +7,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from verify.checks import Check
+from verify.checks import Check, CheckSpec
 from verify.record.simulation import MODES, UNSUPPORTED
 
 Json = dict[str, Any]
 Found = Iterator[tuple[str, str]]
 
 _SHA256, _WORD = re.compile(r"[0-9a-f]{64}"), re.compile(r"(0x)?[0-9a-fA-F]+")
+
+
+#: The phases with checks that launch kernels and need nothing else of a GPU.
+SIMULATED_PHASES = frozenset({3, 4, 5, 6})
+#: The checks of phase 6 among them: a few rounds of tiny models.
+_ROUNDS = frozenset({"p6.rope", "p6.bfloat16"})
+
+
+def can_be_simulated(spec: CheckSpec) -> bool:
+    """Whether a simulated run selects a check."""
+    return spec.phase in SIMULATED_PHASES and not spec.needs_gpu and (spec.phase != 6 or spec.family in _ROUNDS)
 
 
 def kind_of(record: Json) -> str:

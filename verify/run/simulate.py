@@ -21,10 +21,11 @@ from verify.errors import ConfigurationError, Exit
 from verify.files import default_out
 from verify.record.schema import FAILING, Record, Verdict, read_record
 from verify.record.simulation import UNSUPPORTED
+from verify.record.without_gpu import SIMULATED_PHASES
 from verify.run import events
 from verify.run.request import RunRequest, parse_phases
 from verify.run.runner import carry_out
-from verify.run.simulated import LEFT_OUT, PHASES
+from verify.run.simulated import LEFT_OUT
 from verify.simulator.errors import NotAvailable
 
 if TYPE_CHECKING:
@@ -66,9 +67,10 @@ def simulate(
     from rich.console import Console
 
     console, gpus, out = Console(highlight=False), list(parse_targets(sm)), out or default_out()
-    chosen = parse_phases(phases) if phases else tuple(sorted(PHASES))
-    if not PHASES.issuperset(chosen):
-        raise ConfigurationError(f"--phases {phases} cannot be simulated; use phases among {min(PHASES)}-{max(PHASES)}")
+    chosen = parse_phases(phases) if phases else tuple(sorted(SIMULATED_PHASES))
+    if not SIMULATED_PHASES.issuperset(chosen):
+        possible = f"{min(SIMULATED_PHASES)}-{max(SIMULATED_PHASES)}"
+        raise ConfigurationError(f"--phases {phases} cannot be simulated; use phases among {possible}")
     if jobs < 1:
         raise ConfigurationError(f"--jobs {jobs} must be at least 1")
     requests = {

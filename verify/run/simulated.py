@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from verify.checks import CheckSpec
 from verify.judge.problems import UNWRITTEN
 from verify.record.schema import Measurement
 from verify.record.simulation import MODES, UNSUPPORTED, Census, SimulatedKernel
@@ -24,10 +23,6 @@ from verify.simulator.errors import Unsupported
 if TYPE_CHECKING:
     from verify.simulator.driver import Launched, SimulatedGpu
 
-#: The phases with checks that launch kernels and need nothing else of a GPU.
-PHASES = frozenset({3, 4, 5, 6})
-#: The checks of phase 6 among them: a few rounds of tiny models.
-_ROUNDS = frozenset({"p6.rope", "p6.bfloat16"})
 #: What ``-m brief`` selects: some must-pass checks, which between them launch every kind of variant of the scoring
 #: kernel: head dims, layouts, types and strides of the keys, mean and maximum.
 BRIEF = frozenset(
@@ -39,11 +34,6 @@ BRIEF = frozenset(
 )
 #: What a simulated run does not select, in one sentence.
 LEFT_OUT = "a simulated GPU has phases 3 to 5, but for what needs a card or its tools, and a few rounds of phase 6"
-
-
-def can_be_simulated(spec: CheckSpec) -> bool:
-    """Whether a simulated run selects a check."""
-    return spec.phase in PHASES and not spec.needs_gpu and (spec.phase != 6 or spec.family in _ROUNDS)
 
 
 def _worst(measurements: Iterable[Measurement]) -> list[Measurement]:

@@ -18,11 +18,11 @@ from verify.record.grounds import PACKAGE
 from verify.record.kills import Cell, Outcome, Row
 from verify.record.schema import CheckResult, Verdict
 from verify.record.strict import Strict
+from verify.record.without_gpu import can_be_simulated
 from verify.run import events, mutation
 from verify.run.manifest import Selected, Surroundings, freeze
 from verify.run.process import PhaseProcess
 from verify.run.request import simulated_sm
-from verify.run.simulated import can_be_simulated
 from verify.selftest.faults import PTX_DEVICE, WRAPPERS, Fault
 from verify.selftest.plant import copy_of
 from verify.selftest.records import judge

@@ -22,10 +22,10 @@ from verify.machine.device import prepare
 from verify.machine.processors import cores
 from verify.record.kills import FOLDER, Matrix, Outcome, Row, write
 from verify.record.schema import Verdict
+from verify.record.without_gpu import can_be_simulated
 from verify.run.manifest import survey, utc_now
 from verify.run.request import parse_device, simulated_sm
 from verify.run.runner import Interruption
-from verify.run.simulated import can_be_simulated
 from verify.selftest.faults import LAYERS, PTX_DEVICE, Fault, load_faults
 from verify.selftest.plant import subject_key
 from verify.selftest.trial import Bench, Interrupted

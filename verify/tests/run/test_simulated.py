@@ -11,9 +11,10 @@ import pytest
 from verify.architectures import Architecture, find
 from verify.checks import CheckSpec, catalogue
 from verify.errors import ConfigurationError, Exit
+from verify.record.without_gpu import can_be_simulated
 from verify.run.request import RunRequest, parse_device, simulated_sm
 from verify.run.simulate import Ended, _tell_how_to_go_on, simulate
-from verify.run.simulated import BRIEF, can_be_simulated
+from verify.run.simulated import BRIEF
 from verify.simulator.errors import NotAvailable
 from verify.tests.tree import Tree, make_tree
 
