@@ -149,10 +149,7 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     notes = Notes()
     for some in runs:
         notes.add(some.result())
-    yield (
-        "runs.html",
-        page("runs.html", runs=[(head, notes.counts[head.run_id]) for head in site.heads]),
-    )
+    yield "runs.html", page("runs.html", runs=[(head, notes.counts[head.run_id]) for head in site.heads])
     yield "latency.html", page("latency.html", **_latency(site, notes))
     for family in site.families:
         trend = trends[family].result() if family in trends else ""

@@ -14,7 +14,7 @@ from verify.architectures import known_targets, parse_target
 from verify.record.verdict import assess
 from verify.report.site.build import build
 from verify.report.terminal import print_report
-from verify.tests.samples import compiled, simulated
+from verify.tests.samples import compiled, result, simulated
 from verify.tests.sites import CASES, CRASHED, night, nightly_checks, nightly_site, site_of
 
 if TYPE_CHECKING:
@@ -107,14 +107,15 @@ def test_every_column_has_the_day_of_its_newest_run_its_age_and_its_nights(page:
     assert [ages[name] for name in ("sm80", "sm86", "sm121")] == ["2026-11-07", "-", "2026-11-061 day old"]
     before = "2026-10-25 to 2026-10-31: did not run"
     for words in (
-        f"sm80, the last 14 nights. {before}; 2026-11-01 to 2026-11-07: everything passed",
-        f"sm89, the last 14 nights. {before}; 2026-11-01 to 2026-11-06: everything passed; "
+        f"sm80, the last 14 nights. {before}; 2026-11-01 to 2026-11-07: its must-pass checks passed",
+        f"sm89, the last 14 nights. {before}; 2026-11-01 to 2026-11-06: its must-pass checks passed; "
         "2026-11-07: 1 SOFT check failed",
-        f"sm90, the last 14 nights. {before}; 2026-11-01 to 2026-11-02: everything passed; "
-        "2026-11-03: did not run; 2026-11-04 to 2026-11-07: everything passed",
-        f"sm100, the last 14 nights. {before}; 2026-11-01 to 2026-11-06: everything passed; "
+        f"sm90, the last 14 nights. {before}; 2026-11-01 to 2026-11-02: its must-pass checks passed; "
+        "2026-11-03: did not run; 2026-11-04 to 2026-11-07: its must-pass checks passed",
+        f"sm100, the last 14 nights. {before}; 2026-11-01 to 2026-11-06: its must-pass checks passed; "
         "2026-11-07: 12 HARD checks failed",
-        f"sm121, the last 14 nights. {before}; 2026-11-01 to 2026-11-06: everything passed; 2026-11-07: did not run",
+        f"sm121, the last 14 nights. {before}; 2026-11-01 to 2026-11-06: its must-pass checks passed; "
+        "2026-11-07: did not run",
     ):
         strip = page.get_by_role("img", name=words, exact=True)
         assert strip.locator("i").count() == 14, words
@@ -138,6 +139,13 @@ def test_what_fails_for_longer_is_not_new(tmp_path: Path) -> None:
     news = site_of(tmp_path, found, known=nightly_checks()).news["sm80"]
     assert [one.tone for one in news.nights[-3:]] == ["pass", "fail", "part"]
     assert news.nights[-1].told == "some must-pass checks without a result"
+
+
+def test_a_failure_without_the_gpu_is_red_and_says_so(tmp_path: Path) -> None:
+    bad = simulated("sm90", [result("p4.oracle.n33", "FAIL", "simulated", gate="hard")])
+    told = " ".join((nightly_site(tmp_path, [bad]) / "index.html").read_text().split())
+    assert '<a href="check/p4.oracle.html#p4.oracle.n33">p4.oracle.n33</a>: FAIL simulated' in told
+    assert "last 14 nights. " not in told  # nothing ever ran on it
 
 
 def test_what_is_met_by_design_has_no_figure_on_any_page(page: Page, site: Path) -> None:
