@@ -64,7 +64,7 @@ def test_a_last_line_needs_no_line_end_and_files_may_be_joined(tmp_path: Path) -
         (b"a\nb\x00" + b"c" * 99, "line 2 has a NUL character, so it is not UTF-8 text; convert it"),
         ("a\né".encode()[:-1], "line 2: the file ends inside a character, or is not"),
         ("a\né".encode("utf-16")[:-1], "line 2: the file ends inside a character, or is not"),
-        (gzip.compress(b"a"), "is compressed with gzip, not text; unpack or convert it first"),
+        (gzip.compress(b"a", mtime=0), "is compressed with gzip, not text; unpack or convert it first"),
         (b"PK\x03\x04rest", "is a zip archive, not text"),
         (b"PAR1\x15\x04", "is a Parquet file, not text"),
     ],
