@@ -1,4 +1,4 @@
-"""The server as a child: how it starts, answers and ends, by a stand-in for vLLM; one test asks the real one."""
+"""The server as a child: how it starts, answers and ends, by a stand-in for vLLM."""
 
 from __future__ import annotations
 
