@@ -116,8 +116,8 @@ def _tell(kernel: str, found: list[tuple[str, Trace]], root: Path, subject: str,
         console.print(told, markup=False, soft_wrap=True)
         return
     line = differ[0].place[0]
-    told = f"{kernel}: {first} and {second} first hold different values at {line}"
-    console.print(f"{told}: {_text_of(line, root, subject)}".rstrip(": "), markup=False, soft_wrap=True)
+    told, text = f"{kernel}: {first} and {second} first hold different values at {line}", _text_of(line, root, subject)
+    console.print(f"{told}: {text}" if text else told, markup=False, soft_wrap=True)
     for each in differ[:_LINES]:
         (line, kind), (value, instead) = each.place, each.pair
         told = " and ".join(f"{len(only)} of {total}" for only, total in zip(each.only, each.counts, strict=True))
