@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from verify import Measure, check, skip
-from verify.judge.problems import Shape, make
+from verify.judge import oracle
+from verify.judge.problems import Problem, Shape, make
 from verify.judge.scoring import PATHS, scorers
-from verify.judge.tolerance import accuracy
+from verify.judge.tolerance import accuracy, budget_b
 from verify.subject.subject import Subject
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _AXES = {"rows": 0, "heads": 1, "keys": 2}
@@ -22,6 +24,9 @@ _FAR = 2**30 + 64
 
 #: Of Linux: addresses without a promise of memory for them. The module mmap has it from Python 3.13 on.
 _MAP_NORESERVE = 0x4000
+
+#: The cause, if only the keys beyond 2^31 elements are scored wrongly.
+_WRAPS = "addresses are computed in 32 bits, so keys more than 2^31 elements away are not those that are read"
 
 #: An index that wraps reads 2^31 elements before the first key, which is still inside a buffer of this many elements.
 _ELEMENTS = 2**31 + 2 * _FAR + 2**16
@@ -50,8 +55,18 @@ def test_large_indices(case: tuple[str, int], subject: Subject, device: str, see
     assert torch.equal(far, problem.keys), "torch itself cannot index that far on this device"
     for scorer in scorers(subject, path, device):
         scorer.judged_first(problem, measure)
-        found = accuracy(scorer(replace(problem, keys=far)), problem.case)
-        measure("error", *found.class_b, where=f"{scorer.where(shape)}, {found.where}")
+        scores = scorer(replace(problem, keys=far))
+        found = accuracy(scores, problem.case)
+        cause = _WRAPS if _wrong_along(scores, problem, axis) == [False, False, True] else ""
+        measure("error", *found.class_b, where=f"{scorer.where(shape)}, {found.where}", cause=cause)
+
+
+def _wrong_along(scores: np.ndarray, problem: Problem, axis: int) -> list[bool]:
+    """For each index along an axis of the keys, whether a score is outside class B; scores are ``[B, H*G, N]``."""
+    import numpy as np
+
+    within = np.abs(scores - oracle.scores(problem.case)) <= budget_b(problem.case)
+    return [not part.all() for part in np.split(within, problem.keys.shape[axis], axis)]
 
 
 def _untouched(device: str) -> torch.UntypedStorage:

@@ -302,7 +302,7 @@ class GlobalMemory:
             return [(one, slice(None))]
         found: list[tuple[Buffer, np.ndarray | slice]] = []
         numbers = np.searchsorted(np.array(self._starts, U64), addresses, "right") - 1
-        if low < (self._starts[0] if self._starts else high + 1):
+        if one is None:
             self._outside(int(addresses.argmin()), addresses, size, threads, by)
         for number in np.unique(numbers):
             chosen = np.flatnonzero(numbers == number)
