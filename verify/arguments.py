@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--attestation", dest="form", action="store_const", const="attestation", help="in-toto, v0.1")
     export.add_argument("record", metavar="RECORD", help="a file, the directory of a run, or a run's id")
     export.add_argument("--out", metavar="FILE", type=Path, help="default: stdout")
+    _add_rehearsal(export)
     diff = _add(
         verbs, "diff", "what changed between two runs, or on every target: exit 1 if a HARD check got worse, else 0"
     )
@@ -127,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     check = _add(verbs, "check", "check that records are sound, from their files alone: exit 0, or 1 and every problem")
     check.add_argument("records", metavar="RECORD", nargs="+", help="a file, the directory of a run, or a run's id")
     check.add_argument("--json", action="store_true", help="print the problems as JSON")
+    _add_rehearsal(check)
     doctor = _add(verbs, "doctor", "found and minimum versions, what will be skipped and why, the next step")
     doctor.add_argument("--expect", metavar="GPU", help="the GPU this machine must have")
     doctor.add_argument("--subject", metavar="S", help=f"also examine what it offers: {_SUBJECT}")
@@ -167,6 +169,13 @@ def _add_records(verb: argparse.ArgumentParser, *, whose: bool = True) -> None:
     )  # fmt: skip
     if whose:
         verb.add_argument("--subject", metavar="S", help="whose records: bundled (default), or a name in a record")
+    _add_rehearsal(verb)
+
+
+def _add_rehearsal(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--rehearsal", action="store_true", help="read the made-up records of `make nightly-local`, and no others"
+    )
 
 
 def _add_run(verbs: argparse._SubParsersAction) -> None:

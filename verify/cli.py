@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     chosen = parser().parse_args(arguments)
     try:
-        code = _VERBS[chosen.verb](chosen)
+        code = _carried_out(chosen)
         sys.stdout.flush()
         return code
     except ConfigurationError as error:
@@ -41,6 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"verify: {sentence}", file=sys.stderr)
         return Exit.CANNOT
+
+
+def _carried_out(chosen: argparse.Namespace) -> int:
+    if not getattr(chosen, "rehearsal", False):
+        return _VERBS[chosen.verb](chosen)
+    from verify.record.reading import rehearsals_only
+
+    with rehearsals_only():
+        return _VERBS[chosen.verb](chosen)
 
 
 def _compile(chosen: argparse.Namespace) -> int:

@@ -62,7 +62,7 @@ def compilation(pytestconfig: pytest.Config) -> Compilation | None:
     from verify.build.builder import Order, Progress, compile_ahead
     from verify.build.records import records_of
     from verify.judge.variants import DEFAULT
-    from verify.record.schema import write_record
+    from verify.record.reading import write_record
 
     manifest = session.manifest
     order = Order(

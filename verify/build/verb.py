@@ -20,7 +20,8 @@ from verify.files import cache_folder, default_out, repository_root, require_wri
 from verify.judge.variants import DEFAULT, FULL
 from verify.machine.processors import cores
 from verify.record.builds import BuildVerdict, Compilation
-from verify.record.schema import Record, write_record
+from verify.record.reading import write_record
+from verify.record.schema import Record
 from verify.run.manifest import new_run_id
 from verify.subject.find import find_subject
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from verify.errors import ConfigurationError
 from verify.files import EVIDENCE, RUNS, repository_root
-from verify.record.schema import Record, UnreadableRecord, read_record
+from verify.record.absences import FILE as ABSENCE
+from verify.record.reading import UnreadableRecord, read_record
+from verify.record.schema import Record
 
 RECORD = "record.json"
 
@@ -116,6 +118,13 @@ def paths(folders: Sequence[Path] = ()) -> list[Path]:
     return list(_given(folders) if folders else _default(repository_root()))
 
 
+def absences(folders: Sequence[Path] = ()) -> list[Path]:
+    """Every file that says why there is no record. Raises ConfigurationError if a folder does not exist."""
+    if folders:
+        return [path for folder in folders for path in sorted(_directory(folder).rglob(ABSENCE))]
+    return sorted((repository_root() / RUNS).glob(f"*/{ABSENCE}"))
+
+
 def locate(name: str) -> list[Path]:
     """The files of the record ``name``: a file, the directory of a run, or the id of a run or a published record.
 
@@ -139,15 +148,19 @@ def _default(root: Path) -> Iterator[Path]:
 
 
 def _given(folders: Iterable[Path]) -> Iterator[Path]:
-    for folder in folders:
-        if not folder.is_dir():
-            raise ConfigurationError(f"--records {folder} is not a directory; name one that holds records")
+    for folder in map(_directory, folders):
         # a run's directory also has JSON files that are not records
         runs = {path.parent for path in folder.rglob(RECORD)}
         for path in sorted(folder.rglob("*.json")):
             built = path.parent in runs and path.match(_BUILT)
-            if path.name == RECORD or built or not runs.intersection(path.parents):
+            if path.name == RECORD or built or not (path.name == ABSENCE or runs.intersection(path.parents)):
                 yield path
+
+
+def _directory(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ConfigurationError(f"--records {folder} is not a directory; name one that holds records")
+    return folder
 
 
 def moment(record: Record) -> tuple[datetime, str]:

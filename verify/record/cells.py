@@ -55,6 +55,11 @@ class Cell:
         return self.proves and self._is_one_of(NOT_OFFERED)
 
     @property
+    def waived(self) -> bool:
+        """A failure that the list of known failures has."""
+        return self.proves and self._is_one_of({Verdict.WAIVED})
+
+    @property
     def compiled(self) -> bool:
         """Built for the target, but not run on it."""
         return self._only("compiled") and self._is_one_of({Verdict.PASS})

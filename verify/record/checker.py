@@ -18,8 +18,9 @@ from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.files import decoded
 from verify.record.archive import locate
+from verify.record.reading import misplaced, shape_problem, unrepeated
 from verify.record.rules import FILE_RULES, RULES
-from verify.record.schema import Record, shape_problem, unrepeated
+from verify.record.schema import Record
 from verify.record.simulation import UNSUPPORTED
 from verify.record.without_gpu import Json, can_be_simulated, kind_of
 
@@ -70,6 +71,9 @@ def examine(paths: Iterable[Path], checks: Sequence[Check]) -> list[Problem]:
         except ValueError as error:
             problems.append(Problem(str(path), "", str(error)))
             continue
+        if why := misplaced(record.get("rehearsal", False)):
+            problems.append(Problem(str(path), "", why))
+            continue
         read.append((str(path), record))
         own = [Problem(str(path), *found) for rule in RULES for found in rule(record, known)]
         own += [Problem(str(path), *found) for rule in FILE_RULES for found in rule(path, record)]
@@ -117,6 +121,8 @@ def _absent(records: Sequence[tuple[str, Json]], checks: Sequence[Check]) -> Ite
     """The must-pass checks without a result, by family. A compilation must have those of phase 3 only, a simulation
     those of each phase that it has a result of.
     """
+    # a run that only tries failures of another one again must have nothing
+    records = [one for one in records if not one[1].get("confirms")]
     for target in dict.fromkeys(record["target"] for _, record in records):
         own = [(path, record) for path, record in records if record["target"] == target]
         kinds: dict[str, list[tuple[str, Json]]] = {}

@@ -21,10 +21,13 @@ from pathlib import Path
 from verify.architectures import Target
 from verify.errors import ConfigurationError
 from verify.files import IMPORT_ROOT, cache_folder, repository_root
+from verify.record import absences, archive
+from verify.record.absences import Absence
 from verify.record.archive import Entry, digest_of_file, moment, newest_first, paths, read_again, read_finished, settle
 from verify.record.digest import digest_of
 from verify.record.grounds import BUNDLED, PACKAGE, Checkout
-from verify.record.schema import CheckResult, Evidence, Record, SubjectInfo, UnreadableRecord
+from verify.record.reading import UnreadableRecord, rehearsing
+from verify.record.schema import CheckResult, Evidence, Record, SubjectInfo
 from verify.record.staleness import merged
 
 _TABLES = (
@@ -82,13 +85,16 @@ class Point:
 @dataclass(slots=True)
 class Index:
     """The current records of some folders. ``heads`` are the records of one subject without results, by their number,
-    ``everyones`` those of every subject; ``checkout`` is what reports compare results with.
+    ``everyones`` those of every subject, both without the runs that only confirm failures of another. ``checkout`` is
+    what reports compare results with.
     """
 
     unreadable: tuple[str, ...]
     heads: dict[int, Record]
     everyones: dict[int, Record]
     checkout: Checkout
+    _absences: Sequence[Absence]
+    _confirming: dict[int, Record]
     _database: sqlite3.Connection
     _paths: dict[int, Path]
     _covers: dict[int, str]
@@ -105,6 +111,16 @@ class Index:
     def about(self, subject: SubjectInfo) -> Index:
         """The same index with the records of one subject."""
         return replace(self, heads=_of(self.everyones, subject.source))
+
+    @property
+    def absences(self) -> Sequence[Absence]:
+        """Why nights left no record, newest first. They are of the bundled subject."""
+        bundled = all(head.subject.source == BUNDLED for head in self.heads.values())
+        return self._absences if bundled else ()
+
+    def confirmations(self, run_id: str) -> list[Record]:
+        """The runs that tried the failures of that run again, in full."""
+        return [self._in_full(number) for number, head in self._confirming.items() if head.confirms == run_id]
 
     def records(self, target: Target) -> list[Record]:
         """The records of ``target``: in full if one of their results is the newest of its kind, else without results.
@@ -191,7 +207,7 @@ def open_index(folders: Sequence[Path] = (), subject: str | None = None) -> Iter
     database = _connect()
     try:
         _refresh(database, found)
-        yield _opened(database, found, subject)
+        yield _opened(database, found, subject, absences.read(archive.absences(folders)))
     except sqlite3.OperationalError as error:
         raise ConfigurationError(f"the index {_file()} cannot be used ({error}); run the command again") from error
     except sqlite3.DatabaseError as error:
@@ -292,7 +308,12 @@ def _row(number: int, result: CheckResult) -> tuple[int | str | float | None, ..
     return (number, result.id, *told, *numbers, result.duration_s, result.rests_on)
 
 
-def _opened(database: sqlite3.Connection, found: Mapping[str, Path], subject: str | None) -> Index:
+def _opened(
+    database: sqlite3.Connection,
+    found: Mapping[str, Path],
+    subject: str | None,
+    absent: tuple[Sequence[Absence], Sequence[str]],
+) -> Index:
     query = "SELECT path, number, problem, digest, run_id, covers, head, grounds FROM record"
     rows = {path: row for path, *row in database.execute(query) if path in found}
     problems = [f"{found[path]}: {rows[path][1]}" for path in found if rows[path][1] is not None]
@@ -302,12 +323,15 @@ def _opened(database: sqlite3.Connection, found: Mapping[str, Path], subject: st
     contents = dict(database.execute("SELECT digest, content FROM grounds"))
     known = {digest: json.loads(contents[digest]) for digest in {row[3] for row in counted.values()}}
     root = repository_root()
-    everyones = {number: _head(head, *known[grounds]) for number, (_, _, head, grounds) in counted.items()}
+    heads = {number: _head(head, *known[grounds]) for number, (_, _, head, grounds) in counted.items()}
+    everyones = {number: head for number, head in heads.items() if head.confirms is None}
     return Index(
-        unreadable=(*problems, *refused),
+        unreadable=(*problems, *refused, *absent[1]),
         heads=_of(everyones, _source(everyones, subject)),
         everyones=everyones,
         checkout=Checkout(root, root, root / PACKAGE),
+        _absences=absent[0],
+        _confirming={number: head for number, head in heads.items() if number not in everyones},
         _database=database,
         _paths={number: path for number, (path, *_) in counted.items()},
         _covers={number: covers for number, (_, covers, _, _) in counted.items()},
@@ -336,13 +360,13 @@ def _head(text: str, sources: dict[str, str], rests_on: list[list[str]]) -> Reco
 
 
 def _file() -> Path:
-    return cache_folder() / "records.sqlite"
+    return cache_folder() / ("rehearsal.sqlite" if rehearsing() else "records.sqlite")
 
 
 def _version() -> int:
     """A number that changes with the rules for what is a record, and with the tables."""
     files = (
         Path(__file__).with_name(f"{name}.py")
-        for name in ("archive", "builds", "curves", "index", "schema", "simulation", "strict")
+        for name in ("archive", "builds", "curves", "index", "reading", "schema", "simulation", "strict")
     )
     return int(digest_of([*files, IMPORT_ROOT / "verify" / "checks.py"], IMPORT_ROOT)[:7], 16)

@@ -16,7 +16,7 @@ from verify.architectures import parse_target
 from verify.checks import Check
 from verify.errors import ConfigurationError
 from verify.record.grounds import BUNDLED
-from verify.record.schema import FAILING, NOT_OFFERED
+from verify.record.schema import BLOCKING, FAILING, NOT_OFFERED
 from verify.record.without_gpu import Found, Json, bad_digest, builds, kind_of, simulation, without_gpu
 
 #: A record cannot be older than the method it tests, or newer than now plus the error of a clock.
@@ -153,13 +153,15 @@ def _verdict(result: Json, one: Check, by_id: Mapping[str, Json]) -> Iterator[st
         yield f"duration_s is {result['duration_s']}"
     if verdict == "PASS" and result["message"]:
         yield f"PASS with a message: {result['message'][:80]!r}"
-    if verdict in FAILING | NOT_OFFERED and not result["message"].strip():
+    if verdict in BLOCKING | NOT_OFFERED and not result["message"].strip():
         yield f"{verdict} without a message"
-    for name, words in (("aspect", ("REFUSED",)), ("cause", tuple(FAILING))):
+    for name, words in (("aspect", ("REFUSED",)), ("cause", tuple(BLOCKING))):
         if result.get(name) and verdict not in words:
             yield f"{verdict} with the {name} {result[name]!r}"
     if (known := result.get("deviation")) and verdict != "FAIL":
         yield f"{verdict} with the known deviation {known['reason']!r}, which only a FAIL can be"
+    if (verdict == "WAIVED") != bool(result.get("waiver")):
+        yield f"{verdict} with the waiver {result.get('waiver')}"
     if (verdict == "SKIP") != (code is not None):
         yield f"{verdict} with skip code {code}"
     if code == "NO_GPU" and not (one.spec.needs_gpu and result["evidence"] != "hardware"):
@@ -171,7 +173,7 @@ def _verdict(result: Json, one: Check, by_id: Mapping[str, Json]) -> Iterator[st
     elif verdict == "BLOCKED":
         if not one.spec.needs:
             yield f"BLOCKED by {by}, but the check needs no other check"
-        if by not in by_id or by_id[by]["verdict"] not in FAILING:
+        if by not in by_id or by_id[by]["verdict"] not in BLOCKING:
             yield f"BLOCKED by {by}, which is {by_id[by]['verdict'] if by in by_id else 'absent'} here"
 
 

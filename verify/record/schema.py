@@ -1,24 +1,19 @@
 """The record of a run: one JSON file that holds everything a verdict rests on.
 
-Reading a record needs only pydantic. Writing is atomic, so a reader never sees half a file. The JSON Schema of
-``Record`` is in ``reports/schema/record.schema.json``.
+``verify/record/reading.py`` reads and writes it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections import Counter
 from datetime import date
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Final, Literal, get_args
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from verify.checks import Gate
-from verify.files import decoded, write_atomic
 from verify.record.builds import Compilation
 from verify.record.curves import Curve, clash
 from verify.record.simulation import EVERY_SKIP_CODE, UNSUPPORTED, Simulation
@@ -40,11 +35,16 @@ class Verdict(StrEnum):
     REFUSED = "REFUSED"
     BLOCKED = "BLOCKED"
     INFRA = "INFRA"
+    WAIVED = "WAIVED"
 
 
-#: Verdicts that report a problem. SKIP and BLOCKED report that nothing was learnt; ABSENT, that the subject does not
-#: offer what the check asks for; REFUSED, that it says so at the call.
+#: Verdicts that report a problem. WAIVED is a problem that the suite's own list of known failures has. SKIP and BLOCKED
+#: report that nothing was learnt; ABSENT, that the subject does not offer what the check asks for; REFUSED, that it
+#: says so at the call.
 FAILING = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.CRASH, Verdict.TIMEOUT, Verdict.INFRA})
+
+#: A check that needs one with such a verdict is BLOCKED.
+BLOCKING = FAILING | {Verdict.WAIVED}
 
 #: Neither a failure nor a pass.
 NOT_OFFERED = frozenset({Verdict.ABSENT, Verdict.REFUSED})
@@ -94,12 +94,26 @@ class Deviation(Strict):
         return f"{self.reason} ({self.issue}, until {self.expires})"
 
 
+class Waiver(Strict):
+    """Why a failure, which ended with ``verdict``, is tolerated until the day it ``expires``, and by whom."""
+
+    verdict: Literal[Verdict.FAIL, Verdict.CRASH, Verdict.TIMEOUT]
+    reason: str = Field(pattern=r"\S")
+    issue: str = Field(pattern=r"^https?://\S+$")
+    owner: str = Field(pattern=r"\S")
+    expires: date
+
+    def __str__(self) -> str:
+        return f"{self.verdict}, waived by {self.owner} until {self.expires}: {self.reason} ({self.issue})"
+
+
 class CheckResult(Strict):
     """One check on one target. Raises ValidationError when the verdict and the other fields contradict each other.
 
     ``cause`` is what made it fail, if that is known: an exception and its line, or a cause that the check names.
     ``aspect`` is what the subject refuses (``aggregation=max``), ``choice`` which of several lawful readings of the
     method it follows. ``deviation`` is why the subject's author knew of a FAIL before the run; it changes no verdict.
+    ``waiver`` is why this suite tolerates a failure for a time; such a result is WAIVED, which is not a pass.
     ``rests_on`` is the index of its list in the record's ``rests_on``; older records have none.
     """
 
@@ -119,6 +133,7 @@ class CheckResult(Strict):
     aspect: str = ""
     choice: str = ""
     deviation: Deviation | None = None
+    waiver: Waiver | None = None
     repeat: Annotated[str, Field(min_length=1), AfterValidator(sys.intern)]  # alike in every run of a machine
     rests_on: int | None = Field(default=None, ge=0)
 
@@ -138,7 +153,9 @@ class CheckResult(Strict):
                     raise ValueError(f"{self.id}: PASS, but {measurement.name} is outside its bound")
         if self.deviation is not None and self.verdict is not Verdict.FAIL:
             raise ValueError(f"{self.id}: only a FAIL can be a known deviation, and this is {self.verdict}")
-        if self.verdict in FAILING | NOT_OFFERED and not self.message:
+        if (self.verdict is Verdict.WAIVED) != (self.waiver is not None):
+            raise ValueError(f"{self.id}: a WAIVED result has a waiver and no other does, and this is {self.verdict}")
+        if self.verdict in BLOCKING | NOT_OFFERED and not self.message:
             raise ValueError(f"{self.id}: {self.verdict} without a message")
         if self.curves and (wrong := clash(self.curves)):
             raise ValueError(f"{self.id}: {wrong}")
@@ -243,7 +260,8 @@ class Record(Strict):
     both are absent in older records). ``findings`` are the failures grouped by cause (absent in older records). A
     record with a ``compilation`` or a ``simulation`` was made without the target's GPU. The first has only compiled
     evidence. The second has simulated evidence, and emulated evidence where a check launched no kernel, which says
-    nothing about any target. Raises ValidationError if the parts contradict each other.
+    nothing about any target. ``confirms`` is the run whose failures this one tried again: it counts for nothing else.
+    A ``rehearsal`` is a made-up record. Raises ValidationError if the parts contradict each other.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -265,6 +283,8 @@ class Record(Strict):
     findings: list[Finding] = Field(default_factory=list)
     compilation: Compilation | None = None
     simulation: Simulation | None = None
+    confirms: str | None = None
+    rehearsal: bool = False
 
     @property
     def kind(self) -> Evidence:
@@ -335,63 +355,3 @@ class Record(Strict):
             if result.evidence == "simulated" and result.code != UNSUPPORTED and not known.kernels:
                 raise ValueError(f"{result.id} is simulated, but the simulation executed no kernel")
         return self
-
-
-class UnreadableRecord(ValueError):
-    """A record file that cannot be used; the message names the file and its first problem."""
-
-
-def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The entries of a JSON object. Raises ValueError for two equal names.
-
-    JSON readers keep the last of them, so a record could show a person one value and a reader another.
-    """
-    if len(found := dict(pairs)) < len(pairs):
-        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise ValueError(f"has {twice!r} twice in one object")
-    return found
-
-
-def read_record(path: Path, *, unique: bool = False) -> Record:
-    """Read and validate one record. Raises UnreadableRecord naming the file and its first problem.
-
-    ``unique`` also refuses repeated names, which takes half as long again.
-    """
-    try:
-        content = decoded(path.read_bytes())
-        if unique:
-            json.loads(content, object_pairs_hook=unrepeated)
-        return Record.model_validate_json(content)
-    except json.JSONDecodeError as error:
-        raise UnreadableRecord(f"{path}: is cut off or not JSON ({error})") from error
-    except OSError as error:
-        raise UnreadableRecord(f"{path}: cannot be read ({error.strerror})") from error
-    except ValidationError as error:
-        contradiction = f"contradicts itself ({error.errors()[0]['msg']})"
-        raise UnreadableRecord(f"{path}: {shape_problem(error) or contradiction}") from error
-    except ValueError as error:
-        raise UnreadableRecord(f"{path}: {error}") from error
-
-
-def shape_problem(error: ValidationError) -> str:
-    """Why a file does not have the shape of a record; empty if only its parts contradict each other."""
-    for one in error.errors():
-        place = ".".join(map(str, one["loc"]))
-        if one["type"] == "json_invalid":
-            return f"is cut off or not JSON ({one['msg'].removeprefix('Invalid JSON: ')})"
-        if place == "schema_version":
-            return (
-                f"has schema version {one['input']}, but this suite reads {SCHEMA_VERSION}; use the suite that wrote it"
-            )
-        if one["type"] != "value_error":
-            return f"is not a record ({place or 'file'}: {one['msg']})"
-    return ""
-
-
-def write_record(record: Record, path: Path) -> None:
-    write_atomic(path, record.model_dump_json(indent=1) + "\n")
-
-
-def json_schema() -> str:
-    """The JSON Schema of a record, as stored in ``reports/schema/``."""
-    return json.dumps(Record.model_json_schema(), indent=1, sort_keys=True) + "\n"

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from verify.architectures import EMULATED, Target, parse_target
 from verify.checks import PROFILES, Check, catalogue
+from verify.record.absences import Absence, newest_of
 from verify.record.builds import Compilation
 from verify.record.capabilities import by_capability
 from verify.record.cells import Cell, Known, without_proof
@@ -20,7 +21,8 @@ from verify.record.staleness import Comparison, merged
 
 class TargetVerdict(StrEnum):
     """The verdict on a target. VERIFIED vouches for hardware: everything of the profile ``full`` passed on it. CONFORMS
-    does for an implementation with another profile, or none. The EMULATED verdicts vouch for no hardware.
+    does for an implementation with another profile, or none. The EMULATED verdicts vouch for no hardware. With
+    NO_RUNNER, NO_RECORD and INVALID the newest night left nothing that counts (``verify/record/absences.py``).
     """
 
     VERIFIED = "VERIFIED"
@@ -28,6 +30,9 @@ class TargetVerdict(StrEnum):
     FAILED = "FAILED"
     INCOMPLETE = "INCOMPLETE"
     INFRA = "INFRA"
+    NO_RUNNER = "NO_RUNNER"
+    NO_RECORD = "NO_RECORD"
+    INVALID = "INVALID"
     EMULATED_PASS = "EMULATED PASS"
     EMULATED_FAIL = "EMULATED FAIL"
     EMULATED_INCOMPLETE = "EMULATED INCOMPLETE"
@@ -49,7 +54,8 @@ _SERVING = frozenset({"p7.plugin", "p7.stream", "p7.replay", "p7.together", "p7.
 class Assessment:
     """A target's verdict with everything it rests on.
 
-    ``used`` and ``stale`` are newest first. ``comparison`` says which results count.
+    ``used`` and ``stale`` are newest first. ``comparison`` says which results count. ``absence`` is why the newest
+    night has no record, if that is so; then the cells are those of earlier runs.
     """
 
     target: Target
@@ -60,6 +66,7 @@ class Assessment:
     stale: tuple[Record, ...]
     unknown_ids: tuple[str, ...]
     comparison: Comparison
+    absence: Absence | None = None
 
     @property
     def must_pass(self) -> tuple[Cell, ...]:
@@ -68,7 +75,12 @@ class Assessment:
     @property
     def missing(self) -> tuple[Cell, ...]:
         """Must-pass cells that neither passed nor failed: absent, skipped, blocked, or with other evidence only."""
-        return tuple(cell for cell in self.must_pass if not cell.passed and not cell.failed)
+        return tuple(cell for cell in self.must_pass if not (cell.passed or cell.failed or cell.waived))
+
+    @property
+    def waived(self) -> tuple[Cell, ...]:
+        """Cells with failures that the list of known failures has, must-pass or not."""
+        return tuple(cell for cell in self.cells if cell.waived)
 
     @property
     def outdated(self) -> dict[str, list[Cell]]:
@@ -177,7 +189,11 @@ def commit_of(subject: SubjectInfo) -> str:
 
 
 def assess(
-    target: Target, records: Iterable[Record], checks: Sequence[Check], checkout: Checkout | None = None
+    target: Target,
+    records: Iterable[Record],
+    checks: Sequence[Check],
+    checkout: Checkout | None = None,
+    absences: Sequence[Absence] = (),
 ) -> Assessment:
     """The verdict on ``target`` from those of its ``records`` that are comparable with its newest run.
 
@@ -185,8 +201,9 @@ def assess(
     ``checkout``. A must-pass check of phase 6 counts with the embedded model only. Records of another subject, software
     or card are listed as stale, as are those of which no result counts. Neither a compilation ahead of time nor a
     simulation makes a run stale; if nothing ran, the newest simulation decides, or else the newest compilation. A
-    result whose gate differs from the catalogue's is treated as one
-    of a check that this suite does not have. Without a ``checkout``, every result counts.
+    result whose gate differs from the catalogue's is treated as one of a check that this suite does not have. Without a
+    ``checkout``, every result counts. One of ``absences`` that is newer than the newest run on the target decides the
+    verdict.
     """
     used, stale, comparison = merged(target, records, checkout)
     gates = {check.id: check.spec.gate for check in checks}
@@ -209,7 +226,10 @@ def assess(
     if target is EMULATED:
         verdict = _EMULATED_WORDS[verdict]
     sentence = _sentence(target, verdict, cells, used, stale)
-    return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown, comparison)
+    ran = max((one.time_utc for one in (*used, *stale) if one.on_target), default="")
+    if absence := newest_of(absences, target.target, ran):
+        verdict, sentence = TargetVerdict(absence.absence), f"{absence.told}. Before that: {sentence}"
+    return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown, comparison, absence)
 
 
 def _verdict(cells: Sequence[Cell]) -> TargetVerdict:
@@ -254,10 +274,14 @@ def _sentence(
         start = f"{len(failed)} of {len(hard)} must-pass checks {ended} {where}, {_first_of(failed, hard)}"
         rest = f"{passed} passed, {len(hard) - passed - len(failed)} without a valid result{ahead}"
         return f"{start}; {rest}{end}"
+    waived = [cell.check.id for cell in hard if cell.waived]
+    left = len(hard) - passed - len(waived)
+    listed = f" (waived: {', '.join(waived)})" if waived else ""
+    missing = f"; {left} {'has' if left == 1 else 'have'} no valid result{ahead}" if left else ""
+    others = "no other" if waived else "none"
     return (
-        f"{passed} of {len(hard)} must-pass checks passed {where} and none failed; "
-        f"{len(hard) - passed} {'has' if passed == len(hard) - 1 else 'have'} no valid result{ahead}, "
-        f"so {target.target} is INCOMPLETE{end}"
+        f"{passed} of {len(hard)} must-pass checks passed {where} and {others} failed{missing}, "
+        f"so {target.target} is INCOMPLETE{listed}{end}"
     )
 
 
@@ -282,8 +306,10 @@ def _where(target: Target, used: Sequence[Record]) -> str:
 def _soft(cells: Sequence[Cell]) -> str:
     soft = [cell for cell in cells if cell.check.spec.gate == "soft"]
     passed, failed = sum(cell.passed for cell in soft), sum(cell.failed for cell in soft)
-    absent = len(soft) - passed - failed
-    return f"of {len(soft)} soft checks {passed} passed, {failed} failed, {absent} without a result"
+    waived = sum(cell.waived for cell in soft)
+    absent = len(soft) - passed - failed - waived
+    known = f"{waived} waived, " if waived else ""
+    return f"of {len(soft)} soft checks {passed} passed, {failed} failed, {known}{absent} without a result"
 
 
 def missing_by_phase(assessment: Assessment) -> dict[int, list[Cell]]:

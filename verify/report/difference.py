@@ -13,7 +13,8 @@ from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.record.archive import locate, newest_first
 from verify.record.index import Index, Point, open_index
-from verify.record.schema import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
+from verify.record.reading import UnreadableRecord, read_record
+from verify.record.schema import FAILING, CheckResult, Record, Verdict
 from verify.report.changes import Change, Compared, as_object, ordered, print_pair, print_targets
 from verify.report.comparable import BAD, Course, courses, missed, verdicts_of
 from verify.report.documents import dumps
@@ -145,7 +146,7 @@ def _other_verdict(was: CheckResult, now: CheckResult) -> Change:
     else:
         kind = "changed"
     told = _with_message(f"{_words(was)}, now {_words(now)}", now)
-    lost = was.verdict is Verdict.PASS and now.verdict is not Verdict.PASS
+    lost = was.verdict is Verdict.PASS and now.verdict not in (Verdict.PASS, Verdict.WAIVED)
     return Change(kind, now.id, now.gate, told, now.gate == "hard" and (kind == "newly failing" or lost))
 
 

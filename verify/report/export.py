@@ -12,7 +12,8 @@ from verify.checks import PHASES
 from verify.errors import ConfigurationError
 from verify.files import write_out
 from verify.record.archive import locate
-from verify.record.schema import FAILING, CheckResult, Record, UnreadableRecord, Verdict, read_record
+from verify.record.reading import UnreadableRecord, read_record
+from verify.record.schema import FAILING, CheckResult, Record, Verdict
 from verify.record.verdict import Assessment, TargetVerdict, assess_record
 from verify.report.looks import place
 from verify.report.matrix import room

@@ -23,8 +23,8 @@ KNOWN = "known"
 
 #: The word of a row is the first of these that any of its cells has.
 WORST_FIRST: tuple[str, ...] = (
-    Verdict.CRASH, Verdict.TIMEOUT, Verdict.ERROR, Verdict.FAIL, Verdict.INFRA, Verdict.BLOCKED, NOT_RUN,
-    Verdict.REFUSED, Verdict.ABSENT, Verdict.SKIP, *reversed([*BY_WORD]), Verdict.PASS,
+    Verdict.CRASH, Verdict.TIMEOUT, Verdict.ERROR, Verdict.FAIL, Verdict.INFRA, Verdict.WAIVED, Verdict.BLOCKED,
+    NOT_RUN, Verdict.REFUSED, Verdict.ABSENT, Verdict.SKIP, *reversed([*BY_WORD]), Verdict.PASS,
 )  # fmt: skip
 
 
@@ -116,12 +116,12 @@ class Mark:
 #: The shape shows the evidence and the letter the verdict, so that neither needs a colour.
 LETTERS = MappingProxyType(
     {"PASS": "P", "FAIL": "F", "ERROR": "E", "CRASH": "C", "TIMEOUT": "T", "INFRA": "I", "SKIP": "S", "BLOCKED": "B"}
-    | {"ABSENT": "A", "REFUSED": "R"}
+    | {"ABSENT": "A", "REFUSED": "R", "WAIVED": "W"}
 )
 LEGEND = (
     f"{'  '.join(f'{shape} {kind}' for kind, shape in SHAPES.items())}  · no result; "
     "P pass  F fail  E error  C crash  T timeout  I infra  "
-    "S skip  B blocked  A absent  R refused; ~ stale, does not count; * known deviation, still a failure; "
+    "S skip  B blocked  A absent  R refused  W waived; ~ stale, does not count; * known deviation, still a failure; "
     "a simulated mark is of those checks that launch a kernel"
 )
 

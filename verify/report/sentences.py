@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from verify.architectures import EMULATED
 from verify.record.builds import BuildVerdict, Compilation
+from verify.record.reading import rehearsing
 from verify.record.schema import FAILING, Verdict
 from verify.record.simulation import Simulation
 from verify.record.verdict import Assessment, TargetVerdict
@@ -116,6 +117,10 @@ _EMULATED = {
 }
 
 
+#: Begins what is said of made-up records.
+_REHEARSAL = "REHEARSAL, no evidence: "
+
+
 def headline(assessments: Sequence[Assessment]) -> str:
     """In one sentence: how many GPUs are verified, failed or only compile, where SOFT checks fail, what was simulated,
     and how the run without a GPU ended.
@@ -128,6 +133,8 @@ def headline(assessments: Sequence[Assessment]) -> str:
     told = [f"{len(verified)} of {len(gpus)} GPUs verified on hardware{f' ({listed(verified)})' if verified else ''}"]
     for verdict, words in ((TargetVerdict.FAILED, "failed"), (TargetVerdict.INFRA, "could not be judged")):
         told += [f"{listed(named[verdict])} {words}"] if verdict in named else []
+    missed = [f"{one.target.target} ({one.verdict})" for one in gpus if one.absence is not None]
+    told += [f"{listed(missed)} left no record last night"] if missed else []
     warned = [(one.target.target, number) for one in assessments if (number := soft_failures(one))]
     told += [f"SOFT checks fail on {listed([f'{name} ({number})' for name, number in warned])}"] if warned else []
     known = [(one.target.target, one.compilation) for one in gpus if one.compilation is not None]
@@ -137,13 +144,14 @@ def headline(assessments: Sequence[Assessment]) -> str:
     told += [f"{listed(gaps)} cannot be compiled for yet"] if gaps else []
     told += _of_simulations(gpus)
     told += [_EMULATED[one.verdict] for one in assessments if one.used and one.verdict in _EMULATED]
-    return "; ".join(told) + "."
+    return f"{_REHEARSAL if rehearsing() else ''}{'; '.join(told)}."
 
 
 def in_short(assessments: Sequence[Assessment]) -> str:
     """The verdict on all targets in a few words: where it failed or, if nowhere, how many GPUs are verified."""
+    start = _REHEARSAL if rehearsing() else ""
     for verdict in (TargetVerdict.FAILED, TargetVerdict.EMULATED_FAIL, TargetVerdict.INFRA):
         if names := [one.target.target for one in assessments if one.verdict is verdict]:
-            return f"{verdict} {', '.join(names)}"
+            return f"{start}{verdict} {', '.join(names)}"
     gpus = [one for one in assessments if one.target is not EMULATED]
-    return f"{sum(one.verdict is TargetVerdict.VERIFIED for one in gpus)} of {len(gpus)} VERIFIED"
+    return f"{start}{sum(one.verdict is TargetVerdict.VERIFIED for one in gpus)} of {len(gpus)} VERIFIED"

@@ -42,6 +42,9 @@ _VERDICT_STYLE = {
     TargetVerdict.EMULATED_PASS: "bold cyan",
     TargetVerdict.INCOMPLETE: "bold yellow",
     TargetVerdict.EMULATED_INCOMPLETE: "bold yellow",
+    TargetVerdict.NO_RUNNER: "bold yellow",
+    TargetVerdict.NO_RECORD: "bold yellow",
+    TargetVerdict.INVALID: "bold yellow",
 }
 
 

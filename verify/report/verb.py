@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verify.architectures import Target, known_targets, parse_target
-from verify.checks import catalogue
+from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.files import REPORTS, repository_root, write_out
 from verify.heartbeat import Heartbeat
 from verify.record.archive import newest_first
 from verify.record.grounds import BUNDLED
-from verify.record.index import open_index
+from verify.record.index import Index, open_index
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, assess, assess_record, describe_subject
 from verify.report.matrix import count
@@ -52,7 +52,7 @@ def report(
     targets = [parse_target(gpu)] if gpu is not None else list(known_targets())
     checks = list(catalogue())
     with open_index(folders, subject) as index:
-        assessments = [assess(target, index.records(target), checks, index.checkout) for target in targets]
+        assessments = [_assessed(index, target, checks) for target in targets]
         unreadable = index.unreadable
     if form == "terminal":
         _print_terminal(assessments, gpu is not None, every_check)
@@ -80,6 +80,10 @@ def report(
     return _told(unreadable)
 
 
+def _assessed(index: Index, target: Target, checks: Sequence[Check]) -> Assessment:
+    return assess(target, index.records(target), checks, index.checkout, index.absences)
+
+
 def print_matrix(record: Record, console: Console) -> None:
     """Print the matrix of the checks with results in one run, the failures, and the verdict with its sentence.
 
@@ -97,9 +101,7 @@ def _compare(target: Target, form: str, folders: Sequence[Path]) -> int:
         raise ConfigurationError(f"--subject {EVERYONE} is a table in the terminal; drop --format {form}")
     checks = list(catalogue())
     with open_index(folders) as index:
-        assessments = [
-            assess(target, index.about(one).records(target), checks, index.checkout) for one in index.subjects
-        ]
+        assessments = [_assessed(index.about(one), target, checks) for one in index.subjects]
     if not any(one.used for one in assessments) and (stale := sum(len(one.stale) for one in assessments)):
         none_valid = f"No result of {count(stale, 'record')} on {target.target} is still valid"
         print(f"{none_valid}; run the subjects again, or see why: python -m verify report --gpu {target.target}")
@@ -125,7 +127,7 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None, subje
         Heartbeat(Console(stderr=True), lambda: f"making the pages for {time.monotonic() - began:.0f} s"),
         open_index(folders, subject) as index,
     ):
-        assessments = [assess(target, index.records(target), checks, index.checkout) for target in known_targets()]
+        assessments = [_assessed(index, target, checks) for target in known_targets()]
         heads = newest_first(index.heads.values())
         news, points = latest(index, checks), index.points(last=CHARTED)
         files, faults = index.files(), reports / "selftest"

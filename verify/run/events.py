@@ -19,7 +19,8 @@ from verify.errors import ConfigurationError
 from verify.files import write_atomic
 from verify.record.digest import instrument_of
 from verify.record.findings import Trail, findings
-from verify.record.schema import FAILING, CheckResult, MachineState, Record, Sitting, Verdict, write_record
+from verify.record.reading import write_record
+from verify.record.schema import BLOCKING, CheckResult, MachineState, Record, Sitting, Verdict
 from verify.record.simulation import MODES, SimulatedKernel, Simulation
 from verify.run.manifest import Manifest, Selected, utc_now
 from verify.run.request import simulated_sm
@@ -209,7 +210,7 @@ def judged(results: Mapping[str, CheckResult]) -> set[str]:
     INFRA is not a judgement of the subject, and checks that it blocked were not tried. A check stays BLOCKED only as
     long as its blocker has failed.
     """
-    failed = {result.id for result in results.values() if result.verdict in FAILING - {Verdict.INFRA}}
+    failed = {result.id for result in results.values() if result.verdict in BLOCKING - {Verdict.INFRA}}
     return {
         result.id
         for result in results.values()
@@ -250,7 +251,7 @@ def blocker(needs: tuple[str, ...], results: dict[str, CheckResult]) -> str | No
                 continue
             if result.verdict is Verdict.BLOCKED:
                 return result.by
-            if result.verdict in FAILING:
+            if result.verdict in BLOCKING:
                 return result.id
     return None
 

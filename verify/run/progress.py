@@ -25,6 +25,7 @@ _WORDS = {
     Verdict.CRASH: "crashed",
     Verdict.TIMEOUT: "timed out",
     Verdict.INFRA: "not judged",
+    Verdict.WAIVED: "waived",
     Verdict.BLOCKED: "blocked",
     Verdict.SKIP: "skipped",
     Verdict.REFUSED: "refused",

@@ -27,7 +27,7 @@ from verify.machine.device import DeviceName, prepare, resolve
 from verify.machine.processors import cores
 from verify.record.archive import newest_runs
 from verify.record.deviations import told_after, told_before, without_failure
-from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Record, Verdict
+from verify.record.schema import BLOCKING, FAILING, NOT_OFFERED, CheckResult, Record, Verdict
 from verify.record.verdict import must_pass, profile_of
 from verify.run import events
 from verify.run.manifest import Manifest, Selected, freeze, survey
@@ -114,7 +114,7 @@ def exit_code(
 def _blocker(blocked: CheckResult, by_id: Mapping[str, CheckResult]) -> CheckResult:
     """The blocker of a check, or the check itself if the blocker has not failed."""
     blocker = by_id.get(blocked.by or "", blocked)
-    return blocker if blocker.verdict in FAILING else blocked
+    return blocker if blocker.verdict in BLOCKING else blocked
 
 
 class Interruption:

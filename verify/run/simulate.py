@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from verify.architectures import Architecture, parse_targets
 from verify.errors import ConfigurationError, Exit
 from verify.files import default_out
-from verify.record.schema import FAILING, Record, Verdict, read_record
+from verify.record.reading import read_record
+from verify.record.schema import FAILING, Record, Verdict
 from verify.record.simulation import UNSUPPORTED
 from verify.record.without_gpu import SIMULATED_PHASES
 from verify.run import events

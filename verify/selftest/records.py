@@ -18,16 +18,8 @@ from verify.files import repository_root
 from verify.record.checker import examine
 from verify.record.grounds import PACKAGE, SUBJECT, Checkout
 from verify.record.kills import Cell, Outcome
-from verify.record.schema import (
-    CheckResult,
-    Environment,
-    Gpu,
-    Measurement,
-    Record,
-    SubjectInfo,
-    UnreadableRecord,
-    read_record,
-)
+from verify.record.reading import UnreadableRecord, read_record
+from verify.record.schema import CheckResult, Environment, Gpu, Measurement, Record, SubjectInfo
 from verify.record.verdict import TargetVerdict, assess, must_pass
 from verify.selftest.faults import Change, Fault, Tampered
 

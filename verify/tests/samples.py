@@ -21,18 +21,8 @@ from verify.checks import Check, CheckSpec
 from verify.record.builds import Compilation
 from verify.record.curves import Curve, Point
 from verify.record.findings import findings
-from verify.record.schema import (
-    CheckResult,
-    Deviation,
-    Environment,
-    Gpu,
-    Measurement,
-    Record,
-    SubjectInfo,
-    UnreadableRecord,
-    read_record,
-    write_record,
-)
+from verify.record.reading import UnreadableRecord, read_record, write_record
+from verify.record.schema import CheckResult, Deviation, Environment, Gpu, Measurement, Record, SubjectInfo
 from verify.record.simulation import Simulation
 
 REPOSITORY = Path(__file__).resolve().parents[2]

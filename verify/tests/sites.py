@@ -12,7 +12,8 @@ from verify.architectures import known_targets
 from verify.checks import Check, CheckSpec
 from verify.record.archive import newest_first
 from verify.record.index import open_index
-from verify.record.schema import CheckResult, Record, write_record
+from verify.record.reading import write_record
+from verify.record.schema import CheckResult, Record
 from verify.record.verdict import assess
 from verify.report.site.build import CHARTED, Site, build
 from verify.report.site.news import latest

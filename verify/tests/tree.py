@@ -9,7 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from verify.record.schema import CheckResult, Record, read_record
+from verify.record.reading import read_record
+from verify.record.schema import CheckResult, Record
 from verify.run.events import read_events
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -25,6 +25,7 @@ from verify.record import kills
 from verify.record.digest import instrument_sha256
 from verify.record.grounds import BUNDLED
 from verify.record.index import Point
+from verify.record.reading import rehearsals_only, rehearsing
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
 from verify.report.looks import place
@@ -115,7 +116,7 @@ def build(site: Site, out: Path) -> int:
 def _processes() -> Iterator[Executor]:
     """Worker processes, which end when this one is interrupted."""
     # Ctrl-C interrupts them too, but only this process reports it
-    pool = ProcessPoolExecutor(_PROCESSES, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(_PROCESSES, get_context("spawn"), _begin, (rehearsing(),))
     try:
         yield pool
     except BaseException:
@@ -124,6 +125,12 @@ def _processes() -> Iterator[Executor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin(rehearsal: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if rehearsal:
+        rehearsals_only().__enter__()  # until the process ends
 
 
 def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from verify.checks import PHASES
+from verify.record.reading import rehearsing
 from verify.record.schema import FAILING, Record
 from verify.record.simulation import EVERY_SKIP_CODE
 from verify.record.verdict import describe_subject, subject_option
@@ -54,6 +55,7 @@ class Frame:
             "simulated_words": simulated_words,
             "soft_failures": soft_failures,
             "count": count,
+            "rehearsal": rehearsing(),
             "newest": self.newest,
             "records": self.records,
             "unreadable": self.unreadable,

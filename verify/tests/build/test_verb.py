@@ -24,7 +24,8 @@ from verify.judge.variants import DEFAULT, FULL, GROUPED, SCORING
 from verify.machine.device import Device
 from verify.record import archive
 from verify.record.builds import Build, BuildVerdict
-from verify.record.schema import Record, read_record
+from verify.record.reading import read_record
+from verify.record.schema import Record
 from verify.record.staleness import stale_because
 from verify.record.verdict import TargetVerdict, assess
 from verify.session import SESSION

@@ -7,7 +7,7 @@ import pytest
 
 from verify.errors import ConfigurationError
 from verify.record.archive import load
-from verify.record.schema import json_schema, write_record
+from verify.record.reading import json_schema, write_record
 from verify.tests.samples import REPOSITORY, compiled, passing, record, write, write_tree
 
 

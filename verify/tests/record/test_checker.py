@@ -13,7 +13,8 @@ import pytest
 from verify.checks import Check, CheckSpec, derive_seed
 from verify.checks import catalogue as whole_catalogue
 from verify.record import checker
-from verify.record.schema import Record, UnreadableRecord, read_record
+from verify.record.reading import UnreadableRecord, read_record
+from verify.record.schema import Record
 from verify.tests.samples import REPOSITORY, checks, measured, record, result, write
 
 Json = dict[str, Any]

@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from verify.record.curves import Curve, Point, thin
-from verify.record.schema import CheckResult, read_record
+from verify.record.reading import read_record
+from verify.record.schema import CheckResult
 from verify.tests.samples import curve, record, result, write
 from verify.tests.tree import Tree, make_tree
 

@@ -9,7 +9,8 @@ import pytest
 from verify.architectures import EMULATED
 from verify.errors import ConfigurationError
 from verify.record.index import open_index
-from verify.record.schema import SubjectInfo, read_record, write_record
+from verify.record.reading import read_record, write_record
+from verify.record.schema import SubjectInfo
 from verify.report.history import history
 from verify.report.verb import report
 from verify.tests.samples import passing, record, result

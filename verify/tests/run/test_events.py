@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from verify.errors import ConfigurationError
-from verify.record.schema import CheckResult, Verdict, read_record
+from verify.record.reading import read_record
+from verify.record.schema import CheckResult, Verdict
 from verify.run import events
 from verify.run.manifest import freeze, survey
 from verify.subject.find import find_subject

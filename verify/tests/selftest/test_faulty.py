@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from verify.record.schema import FAILING, CheckResult, Record, Verdict, read_record
+from verify.record.reading import read_record
+from verify.record.schema import FAILING, CheckResult, Record, Verdict
 from verify.tests.tree import REPOSITORY
 
 _SUBJECT = REPOSITORY / "verify" / "tests" / "faulty"

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from verify.model.live_model import published_layout
-from verify.record.schema import Record, Verdict, read_record
+from verify.record.reading import read_record
+from verify.record.schema import Record, Verdict
 from verify.tests.tree import REPOSITORY
 
 _ROOT = REPOSITORY / "verify" / "examples" / "plain"

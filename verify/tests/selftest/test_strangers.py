@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from verify.files import IMPORT_ROOT
-from verify.record.schema import Record, Verdict, read_record
+from verify.record.reading import read_record
+from verify.record.schema import Record, Verdict
 from verify.record.verdict import TargetVerdict, assess_record
 from verify.run.runner import exit_code
 

@@ -15,7 +15,8 @@ import pytest
 
 from verify.checks import PROFILES
 from verify.errors import ConfigurationError
-from verify.record.schema import Verdict, read_record
+from verify.record.reading import read_record
+from verify.record.schema import Verdict
 from verify.report.doctor_subject import examine_subject
 from verify.report.doctor_table import Status
 from verify.subject import scaffold
