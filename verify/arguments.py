@@ -200,6 +200,8 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
     run.add_argument("--seed", type=int, metavar="N", help=f"default: {DEFAULT_SEED}")
     run.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
     run.add_argument("--resume", metavar="RUN", help="the id or directory of an interrupted run; it keeps its options")
+    run.add_argument("--confirm", metavar="RUN", help="try its HARD failures once more; the record changes no verdict")
+    run.add_argument("--beside", metavar="WORD", help="show the record next to the others, and merge it with none")
     run.add_argument(
         "--sanitize", action="store_true", help="also run the kernel checks under compute-sanitizer (up to three hours)"
     )

@@ -79,7 +79,8 @@ def examine(paths: Iterable[Path], checks: Sequence[Check]) -> list[Problem]:
         own += [Problem(str(path), *found) for rule in FILE_RULES for found in rule(path, record)]
         # the schema model's complaints are redundant where the rules found problems
         problems += own or [Problem(str(path), "", one) for one in contradictions]
-    return [*problems, *_together(read), *_absent(read, checks)]
+    merged = [one for one in read if not (one[1].get("confirms") or one[1].get("beside"))]
+    return [*problems, *_together(merged), *_absent(read, checks)]
 
 
 def _read(path: Path) -> tuple[Json, list[str]]:

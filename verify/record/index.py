@@ -85,7 +85,7 @@ class Point:
 @dataclass(slots=True)
 class Index:
     """The current records of some folders. ``heads`` are the records of one subject without results, by their number,
-    ``everyones`` those of every subject, both without the runs that only confirm failures of another. ``checkout`` is
+    ``everyones`` those of every subject, both without the runs that count for no verdict. ``checkout`` is
     what reports compare results with.
     """
 
@@ -94,7 +94,7 @@ class Index:
     everyones: dict[int, Record]
     checkout: Checkout
     _absences: Sequence[Absence]
-    _confirming: dict[int, Record]
+    _apart: dict[int, Record]
     _database: sqlite3.Connection
     _paths: dict[int, Path]
     _covers: dict[int, str]
@@ -120,7 +120,15 @@ class Index:
 
     def confirmations(self, run_id: str) -> list[Record]:
         """The runs that tried the failures of that run again, in full."""
-        return [self._in_full(number) for number, head in self._confirming.items() if head.confirms == run_id]
+        return [self._in_full(number) for number, head in self._apart.items() if head.confirms == run_id]
+
+    def beside(self) -> list[Record]:
+        """The newest run of each word by which runs are shown next to the others, in full, newest first."""
+        shown = {number: head for number, head in self._apart.items() if head.beside and head.confirms is None}
+        newest: dict[tuple[str, str, str], int] = {}
+        for number, head in sorted(shown.items(), key=lambda pair: moment(pair[1]), reverse=True):
+            newest.setdefault((head.beside, head.target, head.kind), number)
+        return [self._in_full(number) for number in newest.values()]
 
     def records(self, target: Target) -> list[Record]:
         """The records of ``target``: in full if one of their results is the newest of its kind, else without results.
@@ -324,14 +332,14 @@ def _opened(
     known = {digest: json.loads(contents[digest]) for digest in {row[3] for row in counted.values()}}
     root = repository_root()
     heads = {number: _head(head, *known[grounds]) for number, (_, _, head, grounds) in counted.items()}
-    everyones = {number: head for number, head in heads.items() if head.confirms is None}
+    everyones = {number: head for number, head in heads.items() if head.confirms is None and not head.beside}
     return Index(
         unreadable=(*problems, *refused, *absent[1]),
         heads=_of(everyones, _source(everyones, subject)),
         everyones=everyones,
         checkout=Checkout(root, root, root / PACKAGE),
         _absences=absent[0],
-        _confirming={number: head for number, head in heads.items() if number not in everyones},
+        _apart={number: head for number, head in heads.items() if number not in everyones},
         _database=database,
         _paths={number: path for number, (path, *_) in counted.items()},
         _covers={number: covers for number, (_, covers, _, _) in counted.items()},

@@ -260,8 +260,9 @@ class Record(Strict):
     both are absent in older records). ``findings`` are the failures grouped by cause (absent in older records). A
     record with a ``compilation`` or a ``simulation`` was made without the target's GPU. The first has only compiled
     evidence. The second has simulated evidence, and emulated evidence where a check launched no kernel, which says
-    nothing about any target. ``confirms`` is the run whose failures this one tried again: it counts for nothing else.
-    A ``rehearsal`` is a made-up record. Raises ValidationError if the parts contradict each other.
+    nothing about any target. ``confirms`` is the run whose failures this one tried again, ``beside`` a word for a run
+    that is only shown next to the others: neither counts for a verdict. A ``rehearsal`` is a made-up record. Raises
+    ValidationError if the parts contradict each other.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -284,6 +285,7 @@ class Record(Strict):
     compilation: Compilation | None = None
     simulation: Simulation | None = None
     confirms: str | None = None
+    beside: str = ""
     rehearsal: bool = False
 
     @property

@@ -11,6 +11,7 @@ from pathlib import Path
 from verify.architectures import known_targets, parse_target
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
+from verify.record.absences import newest_of
 from verify.record.archive import locate, newest_first
 from verify.record.index import Index, Point, open_index
 from verify.record.reading import UnreadableRecord, read_record
@@ -84,7 +85,8 @@ def on_target(index: Index, target: str, checks: Sequence[Check], points: Sequen
             after, old = _record(index, head.run_id), _record(index, before.run_id)
             changed = _with_course(compare(old, after, history, known), course, after)
             changes = [one for one in changed if one.id not in passed]
-        if why := missed(head, index.heads.values()):
+        absence = newest_of(index.absences, target, head.time_utc) if head.on_target else None
+        if why := absence.told if absence else missed(head, index.heads.values()):
             hard = any(one.gate == "hard" and one.id in course.expected - passed for one in points)
             changes.append(Change("did not run", target, "hard" if hard else "soft", why, hard))
         found.setdefault(head.kind, []).append(Compared(head, before, green is not None, course.alone, changes))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from verify.architectures import EMULATED
 from verify.record.builds import BuildVerdict, Compilation
 from verify.record.reading import rehearsing
-from verify.record.schema import FAILING, Verdict
+from verify.record.schema import FAILING, Record, Verdict
 from verify.record.simulation import Simulation
-from verify.record.verdict import Assessment, TargetVerdict
+from verify.record.verdict import Assessment, TargetVerdict, assess_record
 from verify.report.matrix import count, listed
 
 
@@ -117,6 +117,9 @@ _EMULATED = {
 }
 
 
+#: How many failures of a run next to the others are named.
+_NAMED = 6
+
 #: Begins what is said of made-up records.
 _REHEARSAL = "REHEARSAL, no evidence: "
 
@@ -145,6 +148,17 @@ def headline(assessments: Sequence[Assessment]) -> str:
     told += _of_simulations(gpus)
     told += [_EMULATED[one.verdict] for one in assessments if one.used and one.verdict in _EMULATED]
     return f"{_REHEARSAL if rehearsing() else ''}{'; '.join(told)}."
+
+
+def beside_words(record: Record) -> str:
+    """A run that is shown next to the others, in one sentence: its word, its versions, its verdict and its failures."""
+    found, environment = assess_record(record), record.environment
+    failed = [cell.check.id for cell in found.cells if cell.failed]
+    more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
+    wrong = f"; failed: {', '.join(failed[:_NAMED])}{more}" if failed else ""
+    versions = f"torch {environment.torch}, triton {environment.triton}, transformers {environment.transformers}"
+    versions += f", vLLM {environment.vllm}" if environment.vllm != "not installed" else ""
+    return f"{record.beside}, {record.target}: {found.verdict} on {record.time_utc[:10]} with {versions}{wrong}."
 
 
 def in_short(assessments: Sequence[Assessment]) -> str:

@@ -19,6 +19,7 @@ from verify.record.index import Index, open_index
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, assess, assess_record, describe_subject
 from verify.report.matrix import count
+from verify.report.sentences import beside_words
 
 #: The value of ``--subject`` that shows every subject.
 EVERYONE = "all"
@@ -53,9 +54,11 @@ def report(
     checks = list(catalogue())
     with open_index(folders, subject) as index:
         assessments = [_assessed(index, target, checks) for target in targets]
-        unreadable = index.unreadable
+        unreadable, beside = index.unreadable, index.beside()
     if form == "terminal":
         _print_terminal(assessments, gpu is not None, every_check)
+        for record in () if gpu is not None else beside:
+            print(f"\nNext to the others: {beside_words(record)}")
         shown = {head.subject.source for head in index.heads.values()}
         if others := [one.source for one in index.subjects if one.source not in shown]:
             names = ", ".join(others)
@@ -76,6 +79,8 @@ def report(
             text = documents.FULL[form](assessments[0], unreadable)
         else:
             text = several[form](assessments, unreadable)
+            if form == "markdown":
+                text += "".join(f"\nNext to the others: {beside_words(record)}\n" for record in beside)
         write_out(text, out)
     return _told(unreadable)
 
@@ -131,7 +136,9 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None, subje
         heads = newest_first(index.heads.values())
         news, points = latest(index, checks), index.points(last=CHARTED)
         files, faults = index.files(), reports / "selftest"
-        pages = build(Site(assessments, heads, files, points, news, index.unreadable, checks, homes, faults), site)
+        pages = build(
+            Site(assessments, heads, files, points, news, index.unreadable, checks, homes, faults, index.beside()), site
+        )
     print(f"{site / 'index.html'}: {count(pages, 'page')} from {count(len(heads), 'record')}")
     return _told(index.unreadable)
 

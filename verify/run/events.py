@@ -293,6 +293,8 @@ def compose(run_dir: Path, state: Literal["running", "interrupted", "complete"])
         rests_on=rests_on,
         findings=[] if state == "running" else findings(results, _trails(happened)),
         simulation=_simulation(manifest, happened),
+        confirms=manifest.confirms,
+        beside=manifest.beside,
     )
     write_record(record, run_dir / RECORD)
     return record

@@ -93,6 +93,8 @@ class Manifest(Surroundings):
     selected: tuple[Selected, ...]
     deviations: tuple[Entry, ...] = ()
     mutation: Mutation | None = None
+    confirms: str | None = None
+    beside: str = ""
 
     @model_validator(mode="after")
     def _mutated_in_a_simulation(self) -> Manifest:
@@ -187,6 +189,8 @@ def freeze(
     selected: tuple[Selected, ...],
     deviations: tuple[Entry, ...] = (),
     mutation: Mutation | None = None,
+    confirms: str | None = None,
+    beside: str = "",
 ) -> Manifest:
     """A manifest with a new run id."""
     return Manifest(
@@ -201,6 +205,8 @@ def freeze(
         selected=selected,
         deviations=deviations,
         mutation=mutation,
+        confirms=confirms,
+        beside=beside,
     )
 
 

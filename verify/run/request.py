@@ -74,7 +74,8 @@ class RunRequest:
     ``phases`` are ascending; ``expression`` is a pytest marker expression; ``expect`` is the SM number the GPU must
     have; ``subject`` is an argument of ``find_subject``; ``profile`` is what it must pass, instead of what it claims;
     ``resume`` is the id or the directory of an earlier run, whose frozen request then replaces every field except
-    ``out``, ``expect`` and ``strict_soft``.
+    ``out``, ``expect`` and ``strict_soft``; ``confirm`` names the one whose HARD failures are tried again
+    (``verify/run/confirm.py``). ``beside`` is a word for a run that is shown next to the others and merged with none.
     """
 
     phases: tuple[int, ...] = tuple(PHASES)
@@ -89,6 +90,8 @@ class RunRequest:
     strict_soft: bool = False
     sanitize: bool = False
     profile: str | None = None
+    confirm: str | None = None
+    beside: str = ""
 
     def __post_init__(self) -> None:
         unknown = [phase for phase in self.phases if phase not in PHASES]
@@ -108,7 +111,9 @@ class RunRequest:
             raise ConfigurationError(f"profile {self.profile!r} is unknown; use {', '.join(PROFILES)}")
         if not 0 <= self.seed < _SEED_LIMIT:
             raise ConfigurationError(f"seed {self.seed} is out of range; use 0 to {_SEED_LIMIT - 1}")
-        for name in ("expression", "model", "subject", "resume"):
+        if not re.fullmatch(r"[a-z0-9-]*", self.beside):
+            raise ConfigurationError(f"--beside {self.beside!r} is not a word; use letters, digits and hyphens")
+        for name in ("expression", "model", "subject", "resume", "confirm"):
             value = getattr(self, name)
             if value is not None and not value.strip():
                 raise ConfigurationError(f"{name} is empty; omit the option or give it a value")
@@ -119,7 +124,7 @@ class RunRequest:
 #: Options that are fixed when a run starts, by the name of their setting.
 _FIXED = {
     "phases": "--phases", "expression": "-m", "device": "--device", "model": "--model", "subject": "--subject",
-    "seed": "--seed", "sanitize": "--sanitize", "profile": "--profile",
+    "seed": "--seed", "sanitize": "--sanitize", "profile": "--profile", "confirm": "--confirm", "beside": "--beside",
 }  # fmt: skip
 
 
@@ -128,8 +133,9 @@ def request_of(chosen: argparse.Namespace) -> RunRequest:
     fixed.
     """
     given = {name: value for name, value in vars(chosen).items() if name != "verb"}
-    if "resume" in given and (fixed := [flag for name, flag in _FIXED.items() if name in given]):
-        raise ConfigurationError(f"--resume keeps the options of the original run; drop {', '.join(fixed)}")
+    for name in ("resume", "confirm"):
+        if name in given and (fixed := [flag for other, flag in _FIXED.items() if other in given and other != name]):
+            raise ConfigurationError(f"--{name} keeps the options of the original run; drop {', '.join(fixed)}")
     if "phases" in given:
         given["phases"] = parse_phases(",".join(given["phases"]))
     if "device" in given:

@@ -30,6 +30,7 @@ from verify.record.deviations import told_after, told_before, without_failure
 from verify.record.schema import BLOCKING, FAILING, NOT_OFFERED, CheckResult, Record, Verdict
 from verify.record.verdict import must_pass, profile_of
 from verify.run import events
+from verify.run.confirm import confirming
 from verify.run.manifest import Manifest, Selected, freeze, survey
 from verify.run.process import PhaseProcess, pytest_command, pytest_environment
 from verify.run.request import RunRequest, simulated_sm
@@ -148,6 +149,9 @@ class Interruption:
 
 def _new_run(request: RunRequest, root: Path, console: Console, brief: bool) -> Path:
     """Check everything that could prevent the run, then create its directory."""
+    chosen: tuple[Selected, ...] = ()
+    if request.confirm:
+        request, chosen = confirming(request, _find_run(request.out, request.confirm))
     subject = find_subject(request.subject, root)
     subject = replace(subject, profile=request.profile or subject.profile)
     deviations = read_deviations(subject, root, catalogue())
@@ -166,8 +170,10 @@ def _new_run(request: RunRequest, root: Path, console: Console, brief: bool) -> 
         model=request.model,
         seed=request.seed,
         selection=_words(request),
-        selected=_select(request, root),
+        selected=chosen or _select(request, root),
         deviations=deviations,
+        confirms=request.confirm,
+        beside=request.beside,
     )
     run_dir = request.out.resolve() / manifest.run_id
     try:
@@ -187,6 +193,8 @@ def _new_run(request: RunRequest, root: Path, console: Console, brief: bool) -> 
 
 def _words(request: RunRequest) -> str:
     """The selection as command-line options."""
+    if request.confirm:
+        return shlex.join(["--confirm", request.confirm])
     words = [] if request.phases == tuple(PHASES) else ["--phases", ",".join(map(str, request.phases))]
     words += ["-m", request.expression] if request.expression else []
     words += ["--sanitize"] if request.sanitize else []
@@ -228,7 +236,7 @@ def _complaint(child: subprocess.CompletedProcess[str]) -> str:
 
 
 def _find_run(out: Path, name: str) -> Path:
-    """The directory of the run that ``--resume`` names. Raises ConfigurationError naming the latest run."""
+    """The directory of the run with this id or path. Raises ConfigurationError naming the latest run."""
     for candidate in (out / name, Path(name)):
         if (candidate / events.MANIFEST).is_file():
             return candidate.resolve()

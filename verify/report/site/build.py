@@ -29,7 +29,7 @@ from verify.record.reading import rehearsals_only, rehearsing
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
 from verify.report.looks import place
-from verify.report.sentences import compiled_words, headline, in_short, simulated_words, tally
+from verify.report.sentences import beside_words, compiled_words, headline, in_short, simulated_words, tally
 from verify.report.site import charts
 from verify.report.site.news import NIGHTS, News, changed, incomparable, red
 from verify.report.site.page import Frame
@@ -54,7 +54,8 @@ class Site:
 
     ``heads`` are the records without results, newest first, and ``files`` the files of the full records. ``homes`` are
     the folders in which runs may have left logs. ``points`` are the results of the newest records of each target,
-    oldest first, for the charts of headroom. ``news`` are by target.
+    oldest first, for the charts of headroom. ``news`` are by target. ``beside`` are runs that are only shown next to
+    the others.
     """
 
     assessments: Sequence[Assessment]
@@ -66,6 +67,7 @@ class Site:
     checks: Sequence[Check]
     homes: Sequence[Path]
     selftest: Path
+    beside: Sequence[Record] = ()
 
     @cached_property
     def columns(self) -> list[Column]:
@@ -178,6 +180,7 @@ def _matrix(site: Site) -> dict[str, Any]:
         "news": {"Red": red(column.assessment for column in site.columns), **changed(site.news.values())},
         "told_items": _TOLD_ITEMS,
         "nights": NIGHTS,
+        "beside": [beside_words(record) for record in site.beside],
         "incomparable": incomparable(site.news.values()),
     }
 

@@ -9,6 +9,7 @@ from itertools import chain, groupby
 
 from verify.architectures import known_targets
 from verify.checks import Check
+from verify.record.absences import MEANINGS
 from verify.record.archive import moment
 from verify.record.index import Index, Point
 from verify.record.schema import FAILING, Record, Verdict
@@ -82,7 +83,8 @@ class Item:
 
 def latest(index: Index, checks: Sequence[Check]) -> dict[str, News]:
     """The news of every target that has records, by its name."""
-    newest = max((head.time_utc[:10] for head in index.heads.values()), default="")
+    days = [*(head.time_utc[:10] for head in index.heads.values()), *(one.time_utc[:10] for one in index.absences)]
+    newest = max(days, default="")
     found = {}
     for name in (one.target for one in known_targets()):
         if own := [head for head in index.heads.values() if head.target == name]:
@@ -90,21 +92,35 @@ def latest(index: Index, checks: Sequence[Check]) -> dict[str, News]:
             ran = sorted((head for head in own if head.on_target), key=moment)
             day = ran[-1].time_utc[:10] if ran else ""
             age = (date.fromisoformat(newest) - date.fromisoformat(day or newest)).days
-            nights = _nights(ran, points, checks, date.fromisoformat(newest)) if ran else []
+            missed = {one.time_utc[:10]: MEANINGS[one.absence] for one in index.absences if one.target == name}
+            nights = _nights(ran, points, checks, date.fromisoformat(newest), missed) if ran else []
             runs = [*chain(*on_target(index, name, checks, points))]
             found[name] = News(name, runs, day, age, nights)
     return found
 
 
-def _nights(ran: Sequence[Record], points: Sequence[Point], checks: Sequence[Check], last: date) -> list[Night]:
-    """The nights up to ``last`` of a target; ``ran`` are the runs on it, ``points`` its results, both oldest first."""
+def _nights(
+    ran: Sequence[Record],
+    points: Sequence[Point],
+    checks: Sequence[Check],
+    last: date,
+    missed: Mapping[str, str],
+) -> list[Night]:
+    """The nights up to ``last`` of a target; ``ran`` are the runs on it, ``points`` its results, both oldest first.
+    ``missed`` is why some days have no record.
+    """
     wanted = [last - timedelta(days=back) for back in reversed(range(NIGHTS))]
     recent = [one for one in points if one.time_utc[:10] >= str(wanted[0])]
     verdicts, gates = verdicts_of(recent), {one.id: one.gate for one in recent}
     days: dict[str, list[Record]] = {}
     for head in ran:
         days.setdefault(head.time_utc[:10], []).append(head)
-    return [_night(day, days.get(str(day), ()), verdicts, gates, checks) for day in wanted]
+    return [
+        _night(day, days[str(day)], verdicts, gates, checks)
+        if str(day) in days
+        else Night(day, "gap", missed.get(str(day), "did not run"))
+        for day in wanted
+    ]
 
 
 def _night(
@@ -115,8 +131,6 @@ def _night(
     checks: Sequence[Check],
 ) -> Night:
     """The night of the runs of one day; of a check that ran twice, the later verdict counts."""
-    if not ran:
-        return Night(day, "gap", "did not run")
     ended = {name: verdict for head in ran for name, verdict in verdicts.get(head.run_id, {}).items()}
     hard, soft = (sum(v in FAILING for name, v in ended.items() if gates[name] == gate) for gate in ("hard", "soft"))
     told = [f"{count(number, f'{gate} check')} failed" for number, gate in ((hard, "HARD"), (soft, "SOFT")) if number]
