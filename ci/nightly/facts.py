@@ -1,0 +1,86 @@
+"""What a night showed of HARD checks, as JSON: what fails, whether a second run shows it too, and what passes.
+
+Failures are told by the family of the check and by place: ``sm120`` is the GPU, ``sm120 simulated`` what ran without
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from verify.architectures import known_targets
+from verify.checks import Check
+from verify.record.index import Index
+from verify.record.reading import rehearsing
+from verify.record.schema import CheckResult, Record, Verdict
+from verify.report.changes import Compared
+from verify.report.difference import on_target
+from verify.report.looks import line_of
+
+#: The file of the facts.
+FACTS = "alerts.json"
+
+#: The kinds of failures: of a check that passed before, or in the runs before too.
+NEW, OLD = "newly failing", "still failing"
+
+#: INFRA says nothing about a check, and BLOCKED is told by its blocker.
+_FAILING = frozenset({Verdict.FAIL, Verdict.CRASH, Verdict.TIMEOUT, Verdict.ERROR})
+
+#: Runs that ended longer before the night is collected are of another night.
+_NIGHT = timedelta(hours=20)
+
+
+def of_night(index: Index, checks: Sequence[Check], time_utc: str) -> dict[str, Any]:
+    """The facts of the night that is collected at ``time_utc`` (RFC 3339).
+
+    A failure is ``confirmed`` if a second run shows it: one that tried it again, or the comparable one before.
+    """
+    failing: list[dict[str, Any]] = []
+    passing: dict[str, dict[str, Any]] = {}
+    since = datetime.fromisoformat(time_utc) - _NIGHT
+    for target in known_targets():
+        points = index.points(None, target.target)
+        for runs in on_target(index, target.target, checks, points):
+            for one in runs:
+                if datetime.fromisoformat(one.after.time_utc) < since:
+                    continue
+                record = index.find(one.after.run_id)
+                assert record is not None  # a head of the index
+                failing += _failing(index, one, record)
+                passed = passing.setdefault(line_of(record), {"commit": record.subject.git_sha, "checks": []})
+                passed["checks"] += [
+                    result.id for result in record.telling if result.gate == "hard" and result.verdict is Verdict.PASS
+                ]
+    return {"time_utc": time_utc, "rehearsal": rehearsing(), "failing": failing, "passing": passing}
+
+
+def _failing(index: Index, one: Compared, record: Record) -> list[dict[str, Any]]:
+    """The HARD failures of a run, by family."""
+    kinds = {change.id: change.kind for change in one.changes}
+    again = {
+        result.id
+        for second in index.confirmations(record.run_id)
+        for result in second.results
+        if result.verdict in _FAILING
+    }
+    families: dict[str, list[CheckResult]] = {}
+    for result in record.telling:
+        if result.gate == "hard" and result.verdict in _FAILING:
+            families.setdefault(result.id.rpartition(".")[0], []).append(result)
+    return [
+        {
+            "family": family,
+            "place": line_of(record),
+            "checks": [result.id for result in results],
+            "kind": OLD if all(kinds.get(result.id) == OLD for result in results) else NEW,
+            "confirmed": any(result.id in again or kinds.get(result.id) == OLD for result in results),
+            "run": record.run_id,
+            "commit": record.subject.git_sha,
+            "verdict": ", ".join(dict.fromkeys(str(result.verdict) for result in results)),
+            "told": f"{results[0].id}: {results[0].verdict}: {results[0].said}",
+            "repeat": results[0].repeat,
+        }
+        for family, results in families.items()
+    ]
