@@ -9,7 +9,7 @@ VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest -m "not slow"
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' Makefile | expand -t 20
 
 # Without ARGS, which are options of `verify run`, the kernels are first built for every GPU, and without a GPU also executed.
 EXECUTE := nvidia-smi -L > /dev/null 2>&1 || $(VENV_PYTHON) -m verify simulate -m brief
@@ -40,6 +40,9 @@ screenshots: setup  ## pictures of every page of the reports, light and dark, in
 	@$(VENV_PYTHON) -m verify report --format html --out reports/site || [ $$? -eq 5 ]
 	@$(VENV_PYTHON) -m verify.tests.browser reports/screenshots reports/site
 
+nightly-local: setup  ## rehearse a week of the nightly workflow with made-up records, in reports/rehearsal
+	@$(VENV_PYTHON) -m verify.tests.rehearsal reports/rehearsal
+
 setup:  ## make .venv ready, or repair it; does nothing if it is ready
 	@for python in $(PYTHONS); do \
 	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
@@ -50,4 +53,4 @@ setup:  ## make .venv ready, or repair it; does nothing if it is ready
 	    "(or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12)" >&2; \
 	exit 3
 
-.PHONY: help verify test lint screenshots setup
+.PHONY: help verify test lint screenshots nightly-local setup

@@ -7,7 +7,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from verify.checks import Measure
 from verify.errors import Wrong
@@ -15,8 +15,14 @@ from verify.model.live_model import LiveModel
 from verify.model.observed import Round
 from verify.model.settings import EVICT_PROMPT, FED, NEAR, PROMPT_STEP
 from verify.model.tiny import tiny, tokens
-from verify.record import trail
+from verify.record import pictures, trail
 from verify.record.causes import ONE_FOR_ALL, RANKED
+from verify.record.pictures import KeptSet
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from verify.judge.keep_set import Selection
 
 
 def mode_of(options: Mapping[str, Any]) -> str:
@@ -90,15 +96,29 @@ def _judge_round(
             mode=mode, normalize=given.get("normalize_scores", False),
             group=given.get("layer_perhead_aggregation", "max"),
         )  # fmt: skip
-        inversion = selection.inversion(round_.kept[some[0], heads[0]][None, held], ~protected[held])
-        which = f"layer {some[0]}" if len(some) == 1 else "all layers"
-        found.append((inversion, selection.allowed, f"{which}, {_told(heads)}"))
+        kept, free = round_.kept[some[0], heads[0]][None, held], ~protected[held]
+        inversion = selection.inversion(kept, free)
+        which = f"{f'layer {some[0]}' if len(some) == 1 else 'all layers'}, {_told(heads)}"
+        found.append((inversion, selection.allowed, which))
+        if number == 1:
+            parts = (kept[0], _own(selection, kept[0], free), ~free)
+            pictures.show(KeptSet.between(which, *(part.tolist() for part in parts)))
     inversion, allowed, where = max(found, key=lambda one: one[0] / one[1])
     first_set, *others = (round_.kept[some[0], heads[0]] for some, heads in groups)
     cause = ONE_FOR_ALL if others and all(np.array_equal(first_set, one) for one in others) else ""
     if not inversion <= allowed:
         cause = cause or _plain(live)
     measure("best evicted over worst kept score", inversion, allowed, where=f"round {number}, {where}", cause=cause)
+
+
+def _own(selection: Selection, kept: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """The oracle's keep set of the size of ``kept``, bool ``[N]``; only ``free`` tokens can be evicted."""
+    import numpy as np
+
+    own = kept & ~free
+    best_first = np.argsort(np.where(free, -selection.scores[0], np.inf), kind="stable")
+    own[best_first[: int((kept & free).sum())]] = True
+    return own
 
 
 #: The cause, if there is one, that a plain model shows, by subject and device.
@@ -118,7 +138,12 @@ def _plain(live: LiveModel) -> str:
     def note(name: str, measured: float, allowed: float, **more: Any) -> None:
         wrong.append(not measured <= allowed)
 
-    with TemporaryDirectory() as folder, trail.aside(), suppress(Exception):  # a subject may fail in any way
+    with (
+        TemporaryDirectory() as folder,
+        trail.aside(),
+        pictures.aside(),
+        suppress(Exception),
+    ):  # any failure of a subject
         plain = tiny(Path(folder), live.subject, live.model.device.type, 0)
         options = plain.offered(EVICT_PROMPT)
         plain.apply(**options)

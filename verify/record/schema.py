@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, model_validator
 from verify.checks import Gate
 from verify.record.builds import Compilation
 from verify.record.curves import Curve, clash
+from verify.record.pictures import MOST, KeptSet
 from verify.record.simulation import EVERY_SKIP_CODE, UNSUPPORTED, Simulation
 from verify.record.strict import Sha256, Strict
 
@@ -112,8 +113,9 @@ class CheckResult(Strict):
 
     ``cause`` is what made it fail, if that is known: an exception and its line, or a cause that the check names.
     ``aspect`` is what the subject refuses (``aggregation=max``), ``choice`` which of several lawful readings of the
-    method it follows. ``deviation`` is why the subject's author knew of a FAIL before the run; it changes no verdict.
-    ``waiver`` is why this suite tolerates a failure for a time; such a result is WAIVED, which is not a pass.
+    method it follows. ``kept`` are keep sets of a round next to the oracle's. ``deviation`` is why the subject's author
+    knew of a FAIL before the run; it changes no verdict. ``waiver`` is why this suite tolerates a failure for a time;
+    such a result is WAIVED, which is not a pass.
     ``rests_on`` is the index of its list in the record's ``rests_on``; older records have none.
     """
 
@@ -128,6 +130,7 @@ class CheckResult(Strict):
     duration_s: float = Field(ge=0)
     measurements: list[Measurement] = Field(default_factory=list)
     curves: list[Curve] = Field(default_factory=list)
+    kept: list[KeptSet] = Field(default_factory=list, max_length=MOST)
     message: str = ""
     cause: str = ""
     aspect: str = ""

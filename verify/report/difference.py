@@ -63,7 +63,8 @@ def diff(
 
 def _print_every_target(index: Index, checks: Sequence[Check], *, as_json: bool) -> int:
     if not index.heads:
-        raise ConfigurationError("there is no run to compare; make one first: python -m verify run")
+        unread = f"; {count(len(index.unreadable), 'record')} cannot be read" if index.unreadable else ""
+        raise ConfigurationError(f"there is no run to compare; make one first: python -m verify run{unread}")
     names = [target.target for target in known_targets()]
     found = [runs for name in names for runs in on_target(index, name, checks, index.points(None, name))]
     if as_json:

@@ -56,12 +56,13 @@ def history(
     with open_index(folders, subject) as index:
         points = index.points(check, target)
         known = sorted({one.id for one in index.points()}) if not points and check is not None else ()
-        newest = newest_first(index.heads.values())
+        newest, unreadable = newest_first(index.heads.values()), len(index.unreadable)
     if not points and (check or target or not newest):
         near = difflib.get_close_matches(check or "", known, n=3, cutoff=0.4)
         what = f"of {check!r}" if check else "of a check"
         hint = f"; the nearest are {', '.join(near)}" if near else ""
-        raise ConfigurationError(f"no record has a result {what}{f' on {target}' if target else ''}{hint}")
+        unread = f"; {count(unreadable, 'record')} cannot be read" if unreadable else ""
+        raise ConfigurationError(f"no record has a result {what}{f' on {target}' if target else ''}{hint}{unread}")
     if as_json:
         from dataclasses import asdict
 

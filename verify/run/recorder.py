@@ -20,7 +20,7 @@ from verify.errors import InfraError, Refused, SubjectLacks, SubjectNeeds, Wrong
 from verify.files import IMPORT_ROOT
 from verify.machine import processors
 from verify.machine.environment import localise
-from verify.record import trail
+from verify.record import pictures, trail
 from verify.record.curves import Curve
 from verify.record.grounds import Grounds
 from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Evidence, Measurement, Verdict
@@ -223,6 +223,7 @@ class Recorder:
         self._phase, self._ending = spec.phase, None
         item.stash[MEASUREMENTS], item.stash[CURVES], item.stash[CHOICE] = [], [], ""
         trail.CALLS.clear()
+        pictures.begin()
         file = item.nodeid.partition("::")[0]
         self._note(spec.phase, file)  # before the check, which may end this process
         events.append_start(self.run_dir, id_of(item))
@@ -320,6 +321,7 @@ class Recorder:
             duration_s=duration_s,
             measurements=measurements,
             curves=item.stash[CURVES],
+            kept=pictures.shown(),
             message=ending.message,
             **({"evidence": "compiled"} if spec.ahead_of_time else _evidence(item)),
         )
