@@ -152,7 +152,8 @@ def _body(one: Mapping[str, Any], state: State, night: str) -> str:
     listed = [f"* `{name}`" for name in state.checks[:_LISTED]]
     if len(state.checks) > _LISTED:
         listed.append(f"* and {len(state.checks) - _LISTED} more")
-    said = one["told"].replace("```", "'''")
+    # what a check says ends neither the block nor the comment with the state
+    said = one["told"].replace("```", "'''").replace("<!--", "<! --")
     return "\n".join(
         [
             f"`{one['family']}` is HARD and fails on {one['place']} since {state.first[:10]}, last {state.last[:10]}.",

@@ -90,7 +90,7 @@ def test_made_up_records_are_refused_without_the_option(nights: Rehearsal, words
     found = nights.command("verify", *words, "--records", str(nights.nights))
     said = found.stdout + found.stderr
     assert "PASS" not in said
-    assert "is made up for a rehearsal; add --rehearsal to read it" in said or "43 records cannot be read" in said
+    assert "is made up for a rehearsal; add --rehearsal to read it" in said or " records cannot be read" in said
 
 
 def test_real_records_are_refused_with_it(nights: Rehearsal, tmp_path: Path) -> None:
