@@ -108,7 +108,7 @@ def test_a_command_in_a_sentence_has_a_verb_and_options_that_there_are(command: 
 def _is_made(words: list[str]) -> None:
     makefile = (REPOSITORY / "Makefile").read_text("utf-8")
     targets = {word for word in words[1:] if "=" not in word}
-    assert targets <= set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    assert targets <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
 
 
 def _collects(arguments: list[str]) -> None:

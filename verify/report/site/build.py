@@ -25,7 +25,7 @@ from verify.record import kills
 from verify.record.digest import instrument_sha256
 from verify.record.grounds import BUNDLED
 from verify.record.index import Point
-from verify.record.reading import rehearse, rehearsing
+from verify.record.reading import rehearsing
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
 from verify.report.looks import place
@@ -118,7 +118,7 @@ def build(site: Site, out: Path) -> int:
 def _processes() -> Iterator[Executor]:
     """Worker processes, which end when this one is interrupted."""
     # Ctrl-C interrupts them too, but only this process reports it
-    pool = ProcessPoolExecutor(_PROCESSES, get_context("spawn"), _begin, (rehearsing(),))
+    pool = ProcessPoolExecutor(_PROCESSES, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield pool
     except BaseException:
@@ -129,18 +129,15 @@ def _processes() -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(rehearsal: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    rehearse(rehearsal)
-
-
 def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tuple[str, str]]:
     """The file name and the text of every page except those of the runs, which are written into ``made``.
 
     Most of the work is in those and in drawing charts, which holds the GIL: both are done by ``beside``.
     """
     frame = Frame(len(site.heads), site.heads[0] if site.heads else None, site.unreadable)
-    write = partial(write_runs, frame, site.claims, homes=site.homes, made=made / "run", out=out / "run")
+    write = partial(
+        write_runs, frame, site.claims, homes=site.homes, made=made / "run", out=out / "run", rehearsal=rehearsing()
+    )
     share = max(_WORTH, math.ceil(len(site.files) / _PROCESSES))
     runs = [beside.submit(write, site.files[start : start + share]) for start in range(0, len(site.files), share)]
     trends = {

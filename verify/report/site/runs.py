@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from verify.record.archive import read_again
+from verify.record.reading import rehearse
 from verify.record.schema import CheckResult, Record
 from verify.report.site import charts
 from verify.report.site.page import Frame
@@ -60,13 +61,22 @@ class Notes:
 
 
 def write_runs(
-    frame: Frame, claims: Mapping[str, str], files: Sequence[Path], *, homes: Sequence[Path], made: Path, out: Path
+    frame: Frame,
+    claims: Mapping[str, str],
+    files: Sequence[Path],
+    *,
+    homes: Sequence[Path],
+    made: Path,
+    out: Path,
+    rehearsal: bool,
 ) -> Notes:
     """Write the page of each run in ``files``, newest first, into ``made``, which is renamed to ``out`` later.
 
     ``claims`` are those of the families of checks that have a page; ``homes`` are the folders in which runs may have
-    left logs. Returns what the other pages show. Raises ConfigurationError for a record that can no longer be read.
+    left logs. The process need not know yet that the records are made up for a ``rehearsal``. Returns what the other
+    pages show. Raises ConfigurationError for a record that can no longer be read.
     """
+    rehearse(rehearsal)
     page, notes = frame.renderer(), Notes()
     for path in files:
         record = read_again(path)
