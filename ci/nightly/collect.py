@@ -30,6 +30,7 @@ from verify.record.absences import Absence, Kind
 from verify.record.checker import examine
 from verify.record.index import open_index
 from verify.record.reading import read_record, rehearsals_only
+from verify.record.schema import Record
 from verify.report import verb
 from verify.report.difference import diff
 
@@ -54,7 +55,7 @@ class Job:
 def fetch_earlier(api: Api, nights: Path) -> str:
     """Unpack the newest artifact of earlier nights into ``nights``; returns how far it goes. Raises NightlyError."""
     found = api.get("/actions/artifacts", name=NIGHTS, per_page=10)["artifacts"]
-    usable = [one for one in found if not one["expired"]]
+    usable = [one for one in found if not one["expired"] and _own(one["workflow_run"])]
     if not usable:
         return "there are no earlier nights"
     newest = max(usable, key=lambda one: one["created_at"])
@@ -69,6 +70,12 @@ def fetch_earlier(api: Api, nights: Path) -> str:
             f"the artifact {NIGHTS} of {newest['created_at']} is damaged ({error}); delete it"
         ) from error
     return f"earlier nights up to {newest['created_at'][:10]}"
+
+
+def _own(run: Mapping[str, Any]) -> bool:
+    """Whether an artifact is of this repository and branch: anybody can upload one by a pull request from a fork."""
+    same = run["head_repository_id"] == run["repository_id"]
+    return same and run["head_branch"] == os.environ.get("GITHUB_REF_NAME")
 
 
 def jobs_of(api: Api, run: str, attempt: str) -> dict[str, Job]:
@@ -86,11 +93,12 @@ class Night:
     checks: Sequence[Check]
     rehearsal: bool
 
-    def take(self, folder: Path, target: str | None = None) -> list[str]:
-        """Copy the sound records under ``folder`` into the folder of nights; a sentence for each that is refused, also
-        for one of another target than ``target``, if given.
+    def take(self, folder: Path, target: str | None = None) -> tuple[list[Record], list[str]]:
+        """Copy the sound records under ``folder`` into the folder of nights, and return them; and a sentence for each
+        that is refused, also for one of another target than ``target``, if given.
         """
-        refused = []
+        taken: list[Record] = []
+        refused: list[str] = []
         for path in sorted(folder.rglob("record.json")) + sorted(folder.rglob("sm*.json")):
             problems = [str(one.problem) for one in examine([path], self.checks)]
             if not problems:
@@ -106,7 +114,8 @@ class Night:
             place = self.nights / record.run_id / path.name
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
-        return refused
+            taken.append(record)
+        return taken, refused
 
     def absent(self, kind: Kind, target: str, why: str) -> Absence:
         found = Absence(absence=kind, target=target, time_utc=self.time_utc, why=why, rehearsal=self.rehearsal)
@@ -121,8 +130,12 @@ class Night:
                 shutil.rmtree(folder)
 
 
-def of_row(night: Night, row: Mapping[str, Any], folder: Path | None, job: Job | None) -> Absence | None:
-    """Take the record of a row, or say why there is none. ``folder`` is the artifact of its job, if it left one."""
+def of_row(
+    night: Night, row: Mapping[str, Any], folder: Path | None, job: Job | None, told: list[str]
+) -> Absence | None:
+    """Take the record of a row, or say why there is none. ``folder`` is the artifact of its job, if it left one;
+    ``told`` gets a sentence for each other file of it that is refused.
+    """
     target = row["target"]
     if row["why"]:
         return night.absent("NO_RUNNER", target, row["why"])
@@ -130,12 +143,13 @@ def of_row(night: Night, row: Mapping[str, Any], folder: Path | None, job: Job |
         if job is None or not job.taken:
             return night.absent("NO_RUNNER", target, f"its job did not begin within {row['start_within_min']} minutes")
         return night.absent("NO_RECORD", target, f"the job ended with {job.conclusion} and uploaded nothing")
-    refused = night.take(folder, target)
+    taken, refused = night.take(folder, target)
+    if any(one.on_target and one.confirms is None for one in taken):
+        told += [f"{target}: refused: {sentence}" for sentence in refused]
+        return None
     if refused:
         return night.absent("INVALID", target, refused[0])
-    if not any(folder.rglob("record.json")):
-        return night.absent("NO_RECORD", target, _said(folder))
-    return None
+    return night.absent("NO_RECORD", target, _said(folder))
 
 
 def _said(folder: Path) -> str:
@@ -148,17 +162,17 @@ def _said(folder: Path) -> str:
 
 def collect(night: Night, rows: Iterable[Mapping[str, Any]], artifacts: Path, jobs: Mapping[str, Job]) -> list[str]:
     """Take every record of the night; a sentence for each GPU without one and each other record that is refused."""
-    told = []
+    told: list[str] = []
     folders = {path.name: path for path in sorted(artifacts.iterdir()) if path.is_dir()}
     for row in rows:
         start = f"{_OF_A_ROW}{row['name']}-"
         # the last attempt, if the job ran again
         folder = next((path for name, path in reversed(folders.items()) if name.startswith(start)), None)
-        if absence := of_row(night, row, folder, jobs.get(row["name"])):
+        if absence := of_row(night, row, folder, jobs.get(row["name"]), told):
             told.append(f"{row['target']}: {absence.told}")
     for name, folder in folders.items():
         if name.startswith(_OTHERS):
-            told += [f"{name}: refused: {sentence}" for sentence in night.take(folder)]
+            told += [f"{name}: refused: {sentence}" for sentence in night.take(folder)[1]]
     night.forget()
     return told
 

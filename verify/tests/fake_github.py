@@ -36,7 +36,10 @@ class GitHub:
     @property
     def environment(self) -> dict[str, str]:
         """What a workflow's environment says of it."""
-        return {"GITHUB_API_URL": self.address, "GITHUB_REPOSITORY": REPOSITORY, "GITHUB_TOKEN": TOKEN}
+        return {
+            "GITHUB_API_URL": self.address, "GITHUB_REPOSITORY": REPOSITORY, "GITHUB_TOKEN": TOKEN,
+            "GITHUB_REF_NAME": "main",
+        }  # fmt: skip
 
     def keep(self, name: str, folder: Path, created_at: str) -> None:
         """Upload the files of a folder as an artifact."""
@@ -46,7 +49,9 @@ class GitHub:
                 if path.is_file():
                     archive.write(path, path.relative_to(folder))
         number = len(self.artifacts) + 1
-        self.artifacts.append({"id": number, "name": name, "expired": False, "created_at": created_at})
+        run = {"head_repository_id": 1, "repository_id": 1, "head_branch": "main"}
+        known = {"id": number, "name": name, "expired": False, "created_at": created_at, "workflow_run": run}
+        self.artifacts.append(known)
         self.contents[number] = content.getvalue()
 
     def answer(self, method: str, path: str, query: dict[str, str], content: Any) -> tuple[int, Any]:
