@@ -375,6 +375,6 @@ def _version() -> int:
     """A number that changes with the rules for what is a record, and with the tables."""
     files = (
         Path(__file__).with_name(f"{name}.py")
-        for name in ("archive", "builds", "curves", "index", "reading", "schema", "simulation", "strict")
+        for name in ("archive", "builds", "curves", "index", "pictures", "reading", "schema", "simulation", "strict")
     )
     return int(digest_of([*files, IMPORT_ROOT / "verify" / "checks.py"], IMPORT_ROOT)[:7], 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from verify.architectures import known_targets
 from verify.checks import catalogue
+from verify.record import index as tables
 from verify.record.archive import load
 from verify.record.index import open_index
 from verify.record.schema import Record
@@ -92,6 +94,14 @@ def test_a_damaged_index_is_made_anew(reports: Path, tmp_path: Path, content: by
     (tmp_path / "cache" / "records.sqlite").write_bytes(content)
     with open_index([reports]) as index:
         assert len(index.heads) == 1
+
+
+def test_the_index_is_made_again_when_a_part_of_a_record_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[str] = set()
+    monkeypatch.setattr(tables, "digest_of", lambda files, root: asked.update(one.stem for one in files) or "0" * 64)
+    tables._version()
+    schema = (REPOSITORY / "verify" / "record" / "schema.py").read_text()
+    assert {"schema", *re.findall(r"^from verify\.record\.(\w+) import", schema, re.MULTILINE)} <= asked
 
 
 def test_without_a_cache_every_record_is_read_and_the_user_is_told(
