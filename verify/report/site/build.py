@@ -28,6 +28,7 @@ from verify.record.index import Point
 from verify.record.reading import rehearsing
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
+from verify.report.keep_sets import most_telling
 from verify.report.looks import place
 from verify.report.sentences import beside_words, compiled_words, headline, in_short, simulated_words, tally
 from verify.report.site import charts
@@ -212,13 +213,15 @@ def _gpu(column: Column, site: Site) -> dict[str, Any]:
     assessment = column.assessment
     runs = {record.run_id: record for record in assessment.used}
     results = [cell.result for cell in assessment.cells if cell.result is not None]
+    failed = failures(assessment)
+    above = {failure.cells[0].check.id for failure in failed}  # their keep sets are next to what failed
     return {
         "column": column,
         "outcomes": {result.id: result for result in results},
         "claims": site.claims,
         "lines": lines(results, site.families, column),
         "absent": _absent(column, site),
-        "failed": failures(assessment),
+        "failed": failed,
         "missing": missing_by_phase(assessment),
         "fill": fill_command(assessment) if assessment.missing else "",
         "compiled": compiled_words(assessment.compilation) if assessment.compilation else "",
@@ -228,6 +231,8 @@ def _gpu(column: Column, site: Site) -> dict[str, Any]:
         "builds": assessment.compilation.builds if assessment.compilation else [],
         "build_name": charts.build_name,
         "curves": [(cell.outcome, charts.plot(cell.outcome.curves)) for cell in assessment.with_curves],
+        "kept": [result for result in results if result.kept and result.id not in above],
+        "pictured": {result.id for result in results if result.kept},
     }
 
 
@@ -246,6 +251,7 @@ def _check(family: str, site: Site, noted: Mapping[str, Sequence[Past]]) -> dict
             alone.setdefault(across(marks), []).append(check)
     past = noted.get(family, ())
     curved = next((one.result for one in past if one.result.curves), None)
+    telling = most_telling(one.result for one in past)
     return {
         "spec": site.families[family],
         "node": checks[0].node.partition("[")[0],
@@ -255,6 +261,7 @@ def _check(family: str, site: Site, noted: Mapping[str, Sequence[Past]]) -> dict
         "past": past,
         "curved": curved,
         "plot": charts.plot(curved.curves) if curved else "",
+        "pictured": next((one for one in past if one.result is telling), None),
     }
 
 

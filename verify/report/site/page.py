@@ -14,9 +14,11 @@ from verify.record.reading import rehearsing
 from verify.record.schema import FAILING, Record
 from verify.record.simulation import EVERY_SKIP_CODE
 from verify.record.verdict import describe_subject, subject_option
+from verify.report.keep_sets import kept_words
 from verify.report.looks import LOOKS
 from verify.report.matrix import bound, count, headroom, tightest
 from verify.report.sentences import built, simulated, simulated_words, soft_failures
+from verify.report.site.keep_sets import drawn, signs
 from verify.report.site.view import known_in, page_name, title_of
 
 
@@ -55,6 +57,9 @@ class Frame:
             "simulated_words": simulated_words,
             "soft_failures": soft_failures,
             "count": count,
+            "kept_words": kept_words,
+            "drawn": drawn,
+            "keep_set_signs": signs(),
             "rehearsal": rehearsing(),
             "newest": self.newest,
             "records": self.records,

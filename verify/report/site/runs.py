@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from verify.record.archive import read_again
 from verify.record.reading import rehearse
-from verify.record.schema import CheckResult, Record
+from verify.record.schema import CheckResult, Record, Verdict
 from verify.report.site import charts
 from verify.report.site.page import Frame
 from verify.report.site.view import lines, page_name
@@ -91,6 +91,8 @@ def write_runs(
             counts=noted.counts[record.run_id],
             logs=_logs(record, homes, out),
             curves=[(one.id, charts.plot(one.curves)) for one in record.results if one.curves],
+            # a picture of every pass would double the time of a page, and the GPU's own page has them
+            kept=[one for one in record.results if one.kept and one.verdict is not Verdict.PASS],
         )
         (made / f"{page_name(record.run_id)}.html").write_text(text, encoding="utf-8")
         notes.add(noted)
