@@ -18,6 +18,7 @@ from verify.record.archive import load, newest_first
 from verify.record.grounds import BUNDLED
 from verify.record.schema import CheckResult, Record
 from verify.report.documents import dumps, markdown_table
+from verify.report.keep_sets import kept_words, most_telling
 from verify.report.matrix import PLAN_TABLE, bound, count, headroom, room, tightest
 from verify.selftest import caught_by, load_faults
 from verify.sensitivity import recorded_limits
@@ -264,3 +265,7 @@ def _print_results(ids: Sequence[str], records: Sequence[Record], console: Conso
     if last := next((result for _, result in found if result.curves), None):
         console.print()
         print_curves(last, console)
+    if telling := most_telling(result for _, result in found):
+        console.print(Text(f"\nKeep sets of the first round, {telling.id}: {telling.verdict}, {telling.evidence}"))
+        for kept in telling.kept:
+            console.print(Text(f"  {kept_words(kept)}"))

@@ -20,6 +20,7 @@ from verify.record.findings import next_step, title
 from verify.record.schema import FAILING, CheckResult, Finding
 from verify.record.simulation import EVERY_SKIP_CODE
 from verify.record.verdict import Assessment, TargetVerdict, describe_subject, fill_command, missing_by_phase
+from verify.report.keep_sets import kept_words
 from verify.report.looks import BY_WORD, LOOKS
 from verify.report.matrix import NOT_RUN, Row, bound, by_phase, count, headroom, rows
 from verify.report.plots import text_plot
@@ -183,6 +184,8 @@ def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], con
     console.print(Text.assemble((f"finding {number}  ", style), (told, "bold"), f"  ({held})"))
     how = f"({result.evidence}, not run) " if first.warns else ""
     console.print(Text.assemble((f"{result.verdict} ", style), how, (first.check.id, "bold"), f"  {result.said}"))
+    for kept in (one for one in result.kept if one.swapped):
+        console.print(Text(f"first round, {kept_words(kept)}"))
     if others := [cell.check.id for cell in members if cell is not first]:
         more = f" and {len(others) - _MEMBERS} more" if len(others) > _MEMBERS else ""
         console.print(Text(f"also: {', '.join(others[:_MEMBERS])}{more}"))

@@ -1,19 +1,25 @@
-"""Keep sets next to the oracle's: in words, and as pictures on the pages."""
+"""Keep sets next to the oracle's: in words, as pictures on the pages, and in the terminal."""
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console
 
+from verify import explain
+from verify.architectures import parse_target
 from verify.record.pictures import KeptSet
 from verify.record.schema import CheckResult, Record
+from verify.record.verdict import assess
 from verify.report.keep_sets import kept_words, most_telling
 from verify.report.site.keep_sets import LONGEST, drawn
+from verify.report.terminal import print_report
 from verify.tests.samples import result
-from verify.tests.sites import night, nightly_site
+from verify.tests.sites import night, nightly_checks, nightly_site
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -172,3 +178,18 @@ def test_every_mark_stands_out_and_every_picture_fits_a_narrow_window(page: Page
         assert 0 < right <= 390, name
     for kind in (".kept", ".out", ".swapped.kept", ".swapped.out", ".bar"):
         assert _contrast(page, f".keep-set {kind}") > 3, kind
+
+
+def test_the_terminal_names_the_swapped_tokens_of_a_failure() -> None:
+    console = Console(file=io.StringIO(), width=200, highlight=False)
+    print_report(assess(parse_target("sm120"), runs()[:1], nightly_checks()), console)
+    told = console.file.getvalue().splitlines()
+    assert [line for line in told if "tokens kept" in line] == [f"first round, {WORDS}"]
+
+
+def test_explain_has_a_line_for_each_keep_set() -> None:
+    console = Console(file=io.StringIO(), width=200, highlight=False)
+    explain._print_results([FAILED], runs(), console)
+    assert console.file.getvalue().splitlines()[-3:] == [
+        f"Keep sets of the first round, {FAILED}: FAIL, hardware", f"  {SAME}", f"  {WORDS}",
+    ]  # fmt: skip
