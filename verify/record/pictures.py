@@ -73,9 +73,12 @@ def begin() -> None:
     _SHOWN.clear()
 
 
-def shown() -> list[KeptSet]:
-    """The keep sets of the check that just ended which differ most from the oracle's; of equal ones, the first."""
-    worst = sorted(range(len(_SHOWN)), key=lambda number: (-_SHOWN[number].swapped, number))[:MOST]
+def shown(said: str = "") -> list[KeptSet]:
+    """The keep sets of the check that just ended: the one that its message names, and then those which differ most from
+    the oracle's; of equal ones, the first.
+    """
+    named = [f", {one.name};" in f"{said};" for one in _SHOWN]
+    worst = sorted(range(len(_SHOWN)), key=lambda number: (not named[number], -_SHOWN[number].swapped, number))[:MOST]
     return [_SHOWN[number] for number in sorted(worst)]
 
 

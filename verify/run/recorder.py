@@ -321,7 +321,7 @@ class Recorder:
             duration_s=duration_s,
             measurements=measurements,
             curves=item.stash[CURVES],
-            kept=pictures.shown(),
+            kept=pictures.shown(ending.message),
             message=ending.message,
             **({"evidence": "compiled"} if spec.ahead_of_time else _evidence(item)),
         )

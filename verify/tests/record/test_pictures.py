@@ -43,6 +43,7 @@ def test_the_four_that_differ_most_are_recorded_in_their_order() -> None:
     for name, swaps in zip("abcdef", (0, 0, 2, 0, 1, 0), strict=True):
         pictures.show(_set(name, swaps))
     assert [one.name for one in pictures.shown()] == ["a", "b", "c", "e"]
+    assert [one.name for one in pictures.shown("measured 2, allowed 1 at round 1, f")] == ["a", "c", "e", "f"]
     pictures.begin()
     assert pictures.shown() == []
 
