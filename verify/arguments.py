@@ -107,7 +107,6 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--attestation", dest="form", action="store_const", const="attestation", help="in-toto, v0.1")
     export.add_argument("record", metavar="RECORD", help="a file, the directory of a run, or a run's id")
     export.add_argument("--out", metavar="FILE", type=Path, help="default: stdout")
-    _add_rehearsal(export)
     diff = _add(
         verbs, "diff", "what changed between two runs, or on every target: exit 1 if a HARD check got worse, else 0"
     )

@@ -91,7 +91,7 @@ def explain(name: str, folders: Sequence[Path] = ()) -> int:
     console = PipeConsole()
     _print_claim(name, chosen, console)
     archive = load(folders)
-    _print_results([check.id for check in chosen], archive.records, console)
+    _print_results([check.id for check in chosen], [one for one in archive.records if not one.apart], console)
     if archive.unreadable:
         console.print(f"{count(len(archive.unreadable), 'record')} cannot be read; python -m verify report names them")
     return 0

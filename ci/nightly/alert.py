@@ -14,8 +14,9 @@ import os
 import re
 import sys
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,24 @@ _NEW = "newly failing"
 _STATE = re.compile(r"<!-- nightly (\{.*?\}) -->", re.DOTALL)
 _LIMIT_S = 30
 
+#: How many letters of a message are told; GitHub takes 65,536 in all.
+_MOST_SAID = 4000
+
 #: How many checks of a family are listed in an issue.
 _LISTED = 20
 
 
 @dataclass(slots=True)
 class State:
-    """What an issue remembers: its check and place, when it began and was last seen, the checks that have failed, and
-    the commits at which all of them passed since.
+    """What an issue remembers: its check and place, when it began and was last seen, the last run in which it failed,
+    the checks that have failed, and the commits at which all of them passed since.
     """
 
     family: str
     place: str
     first: str
     last: str
+    run: str
     checks: list[str]
     clean: list[str] = field(default_factory=list)
 
@@ -59,9 +64,13 @@ class State:
         if (found := _STATE.search(body or "")) is None:
             return None
         try:
-            return cls(**json.loads(found[1]))
+            state = cls(**json.loads(found[1]))
         except (ValueError, TypeError):
             return None
+        words = (state.family, state.place, state.first, state.last, state.run)
+        lists = all(isinstance(names, list) for names in (state.checks, state.clean))
+        right = lists and all(isinstance(word, str) for word in (*words, *state.checks, *state.clean))
+        return state if right else None
 
     def comment(self) -> str:
         # nothing in it may end the comment
@@ -79,7 +88,9 @@ class Issue:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What was done about one check: ``opened``, ``updated``, ``closed``, ``left`` (still open) or ``unconfirmed``."""
+    """What was done about one check: ``opened``, ``updated``, ``closed``, ``left`` (still open), ``unconfirmed``,
+    or ``refused`` by GitHub.
+    """
 
     what: str
     told: str
@@ -88,7 +99,8 @@ class Done:
 def alert(api: Api, facts: Mapping[str, Any], night: str) -> list[Done]:
     """Bring the issues up to date with the facts of a night; ``night`` is the address of its page.
 
-    Raises NightlyError if GitHub cannot be asked.
+    What GitHub refuses for one issue is in the list, and the others go on. Raises NightlyError if the issues cannot be
+    listed.
     """
     newest: dict[str, Issue] = {}
     for issue in _issues(api):
@@ -99,11 +111,19 @@ def alert(api: Api, facts: Mapping[str, Any], night: str) -> list[Done]:
     for one in facts["failing"]:
         key = f"{one['family']} on {one['place']}"
         failing.add(key)
-        done += _failed(api, one, newest.get(key), facts["time_utc"], night)
+        done += _carried_out(key, partial(_failed, api, one, newest.get(key), facts["time_utc"], night))
     for key, issue in newest.items():
         if issue.open and key not in failing:
-            done += _passed(api, issue, facts["passing"].get(issue.state.place), night)
+            passing = facts["passing"].get(issue.state.place)
+            done += _carried_out(key, partial(_passed, api, issue, passing, night))
     return done
+
+
+def _carried_out(key: str, step: Callable[[], list[Done]]) -> list[Done]:
+    try:
+        return step()
+    except NightlyError as error:
+        return [Done("refused", f"{key}: {error}")]
 
 
 def _issues(api: Api) -> Iterable[Issue]:
@@ -116,19 +136,20 @@ def _failed(api: Api, one: Mapping[str, Any], issue: Issue | None, time_utc: str
     told = f"{one['family']} on {one['place']}"
     if issue is not None and issue.open:
         state = issue.state
-        state.last, state.clean = time_utc, []
+        state.last, state.run, state.clean = time_utc, one["run"], []
         state.checks = sorted({*state.checks, *one["checks"]})
         api.patch(f"/issues/{issue.number}", {"body": _body(one, state, night)})
         return [Done("updated", f"{told}: #{issue.number}, since {state.first[:10]}")]
     if not one["confirmed"]:
-        return [Done("unconfirmed", f"{told}: no second run shows it ({one['told']})")]
+        return [Done("unconfirmed", f"{told}: no second run shows it ({one['told'][:_MOST_SAID]})")]
     by_hand = issue is not None and len(issue.state.clean) < CLEAN_COMMITS
-    if one["kind"] != _NEW and by_hand:
+    known = issue is not None and issue.state.run == one["run"]  # the night is told a second time
+    if known or (one["kind"] != _NEW and by_hand):
         return []
-    state = State(one["family"], one["place"], time_utc, time_utc, sorted(one["checks"]))
+    state = State(one["family"], one["place"], time_utc, time_utc, one["run"], sorted(one["checks"]))
     title = f"[{one['place']}] {one['family']} fails ({one['verdict']})"
     made = api.post("/issues", {"title": title, "body": _body(one, state, night), "labels": [LABEL]})
-    return [Done("opened", f"{title}: {one['told']} (#{made['number']})")]
+    return [Done("opened", f"{title}: {one['told'][:_MOST_SAID]} (#{made['number']})")]
 
 
 def _passed(api: Api, issue: Issue, passing: Mapping[str, Any] | None, night: str) -> list[Done]:
@@ -153,7 +174,7 @@ def _body(one: Mapping[str, Any], state: State, night: str) -> str:
     if len(state.checks) > _LISTED:
         listed.append(f"* and {len(state.checks) - _LISTED} more")
     # what a check says ends neither the block nor the comment with the state
-    said = one["told"].replace("```", "'''").replace("<!--", "<! --")
+    said = one["told"][:_MOST_SAID].replace("```", "'''").replace("<!--", "<! --")
     return "\n".join(
         [
             f"`{one['family']}` is HARD and fails on {one['place']} since {state.first[:10]}, last {state.last[:10]}.",
@@ -179,16 +200,14 @@ def tell(webhook: str, done: Iterable[Done], night: str) -> None:
     if not lines:
         return
     text = "\n".join([*lines, night])
-    request = urllib.request.Request(
-        webhook, json.dumps({"text": text}).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
+    content, kind = json.dumps({"text": text}).encode(), {"Content-Type": "application/json"}
     try:
+        request = urllib.request.Request(webhook, content, kind, method="POST")
         with urllib.request.urlopen(request, timeout=_LIMIT_S):
             return
     except (OSError, HTTPException, ValueError) as error:
-        raise NightlyError(
-            f"the webhook cannot be reached ({type(error).__name__})"
-        ) from error  # its address is secret
+        # without the error itself, which may have the address, which is secret
+        raise NightlyError(f"the webhook cannot be reached ({type(error).__name__})") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,6 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summarise("\n".join(["## Alerts", "", *(lines or ["* none"])]))
         if webhook := os.environ.get("NIGHTLY_WEBHOOK"):
             tell(webhook, done, night)
+        if refused := [one.told for one in done if one.what == "refused"]:
+            raise NightlyError(f"{len(refused)} of {len(done)} issues could not be changed; the first is {refused[0]}")
     except (NightlyError, OSError, ValueError, KeyError) as error:
         print(f"nightly: {error}", file=sys.stderr)
         return 3

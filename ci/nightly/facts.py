@@ -6,8 +6,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import datetime, timedelta
+from collections.abc import Container, Sequence
 from typing import Any
 
 from verify.architectures import known_targets
@@ -28,23 +27,19 @@ NEW, OLD = "newly failing", "still failing"
 #: INFRA says nothing about a check, and BLOCKED is told by its blocker.
 _FAILING = frozenset({Verdict.FAIL, Verdict.CRASH, Verdict.TIMEOUT, Verdict.ERROR})
 
-#: Runs that ended longer before the night is collected are of another night.
-_NIGHT = timedelta(hours=20)
 
-
-def of_night(index: Index, checks: Sequence[Check], time_utc: str) -> dict[str, Any]:
-    """The facts of the night that is collected at ``time_utc`` (RFC 3339).
+def of_night(index: Index, checks: Sequence[Check], time_utc: str, tonight: Container[str]) -> dict[str, Any]:
+    """The facts of the night that is collected at ``time_utc`` (RFC 3339), of the runs ``tonight``, by their ids.
 
     A failure is ``confirmed`` if a second run shows it: one that tried it again, or the comparable one before.
     """
     failing: list[dict[str, Any]] = []
     passing: dict[str, dict[str, Any]] = {}
-    since = datetime.fromisoformat(time_utc) - _NIGHT
     for target in known_targets():
         points = index.points(None, target.target)
         for runs in on_target(index, target.target, checks, points):
             for one in runs:
-                if datetime.fromisoformat(one.after.time_utc) < since:
+                if one.after.run_id not in tonight:
                     continue
                 record = index.find(one.after.run_id)
                 assert record is not None  # a head of the index
@@ -58,7 +53,6 @@ def of_night(index: Index, checks: Sequence[Check], time_utc: str) -> dict[str, 
 
 def _failing(index: Index, one: Compared, record: Record) -> list[dict[str, Any]]:
     """The HARD failures of a run, by family."""
-    kinds = {change.id: change.kind for change in one.changes}
     again = {
         result.id
         for second in index.confirmations(record.run_id)
@@ -74,8 +68,8 @@ def _failing(index: Index, one: Compared, record: Record) -> list[dict[str, Any]
             "family": family,
             "place": line_of(record),
             "checks": [result.id for result in results],
-            "kind": OLD if all(kinds.get(result.id) == OLD for result in results) else NEW,
-            "confirmed": any(result.id in again or kinds.get(result.id) == OLD for result in results),
+            "kind": OLD if all(result.id in one.failed_before for result in results) else NEW,
+            "confirmed": any(result.id in again or result.id in one.failed_before for result in results),
             "run": record.run_id,
             "commit": record.subject.git_sha,
             "verdict": ", ".join(dict.fromkeys(str(result.verdict) for result in results)),

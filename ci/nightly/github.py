@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -18,10 +19,17 @@ from typing import Any
 from ci.nightly import NightlyError
 
 _LIMIT_S = 60
+
+#: The pauses before a question is asked again.
+_PAUSES_S = (1, 4)
 _PAGE = 100
 
 #: More pages than any list of the workflow can have.
 _MOST_PAGES = 50
+
+
+class _Unanswered(Exception):
+    """The server failed, or could not be reached."""
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -67,10 +75,9 @@ class Api:
 
     def download(self, path: str) -> bytes:
         """The content that an address of the API redirects to, which is asked for without the token."""
-        with self._open("GET", path, None) as answer:
-            if answer.status not in (301, 302, 303, 307, 308):
-                return bytes(answer.read())
-            place = answer.headers["Location"]
+        content, place = self._asked("GET", path, None)
+        if not place:
+            return content
         try:
             with urllib.request.urlopen(place, timeout=_LIMIT_S) as answer:
                 return bytes(answer.read())
@@ -78,14 +85,26 @@ class Api:
             raise NightlyError(f"GET {path}: its content cannot be fetched ({error})") from error
 
     def _json(self, method: str, path: str, content: object = None) -> Any:
-        with self._open(method, path, content) as answer:
-            text = answer.read()
+        text, _ = self._asked(method, path, content)
         try:
             return json.loads(text) if text else None
         except ValueError as error:
             raise NightlyError(f"{method} {path}: the answer is not JSON ({error})") from error
 
-    def _open(self, method: str, path: str, content: object) -> Any:
+    def _asked(self, method: str, path: str, content: object) -> tuple[bytes, str]:
+        """What is answered, and the address that it redirects to (empty: none). A question is asked again if the server
+        fails or does not answer; what changes something is asked for once.
+        """
+        for pause_s in (*_PAUSES_S, None) if method == "GET" else (None,):
+            try:
+                return self._answer(method, path, content)
+            except _Unanswered as error:
+                if pause_s is None:
+                    raise NightlyError(str(error)) from error
+                time.sleep(pause_s)
+        raise AssertionError("the last pause is None")
+
+    def _answer(self, method: str, path: str, content: object) -> tuple[bytes, str]:
         request = urllib.request.Request(
             f"{self.address}/repos/{self.repository}{path}",
             method=method,
@@ -98,15 +117,17 @@ class Api:
             },
         )
         try:
-            return urllib.request.build_opener(_Stay).open(request, timeout=_LIMIT_S)
+            with urllib.request.build_opener(_Stay).open(request, timeout=_LIMIT_S) as answer:
+                return bytes(answer.read()), ""
         except urllib.error.HTTPError as error:
-            if 300 <= error.code < 400:
-                return error  # which is the answer, too
             with error:
-                said = error.read(500).decode("utf-8", "replace").strip()
-            raise NightlyError(f"{method} {path}: GitHub answers {error.code} ({said})") from error
+                if 300 <= error.code < 400:
+                    return b"", error.headers["Location"]
+                said = " ".join(error.read(500).decode("utf-8", "replace").split())
+            told = f"{method} {path}: GitHub answers {error.code} ({said})"
+            raise (_Unanswered if error.code >= 500 else NightlyError)(told) from error
         except (OSError, HTTPException) as error:
-            raise NightlyError(f"{method} {path}: GitHub cannot be reached ({error})") from error
+            raise _Unanswered(f"{method} {path}: GitHub cannot be reached ({error})") from error
 
 
 def output(**values: str) -> None:

@@ -13,6 +13,9 @@ from ci.nightly import NightlyError
 #: The options of ``verify run``, by level.
 LEVELS = {"must-pass": ("-m", "hard and not slow"), "usual": ("-m", "not slow"), "everything": ()}
 
+#: How long the watch over the jobs lasts.
+_MOST_MIN = 340
+
 _LABEL = re.compile(r"[A-Za-z0-9_.-]+")
 _IMAGE = re.compile(r"\S+@sha256:[0-9a-f]{64}")
 _VERSION = re.compile(r"\d+(\.\d+)*")
@@ -33,6 +36,7 @@ class Gpu:
     image: str = ""
 
     def __post_init__(self) -> None:
+        together = self.start_within_min + self.timeout_min
         for name, good, expected in (
             ("name", bool(_LABEL.fullmatch(self.name)), "letters, digits, hyphens"),
             ("sm", 80 <= self.sm <= 121, "80 to 121"),
@@ -41,6 +45,7 @@ class Gpu:
             ("level", self.level in LEVELS, ", ".join(LEVELS)),
             ("timeout_min", 1 <= self.timeout_min <= 360, "1 to 360"),
             ("start_within_min", 1 <= self.start_within_min <= 360, "1 to 360"),
+            ("timeout_min", together <= _MOST_MIN, f"at most {_MOST_MIN} together with start_within_min"),
             ("driver", not self.driver or bool(_VERSION.fullmatch(self.driver)), "a version such as 570"),
             ("image", not self.image or bool(_IMAGE.fullmatch(self.image)), "an image by digest, name@sha256:..."),
         ):
@@ -77,9 +82,10 @@ def read_gpus(path: Path = Path("ci/gpus.toml")) -> list[Gpu]:
     rows = [_row(path, number, entry) for number, entry in enumerate(content.get("gpu", ()), start=1)]
     if not rows:
         raise NightlyError(f"{path} has no row, so nothing would be verified; add a [[gpu]]")
-    names = [row.name for row in rows]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise NightlyError(f"{path} has two rows with the name {twice}; rename one")
+    for what in ("name", "sm"):  # the records of two cards of one SM would hide each other
+        values = [getattr(row, what) for row in rows]
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise NightlyError(f"{path} has two rows with the {what} {twice}; change or remove one")
     return rows
 
 

@@ -74,7 +74,9 @@ def carry_out(row: Mapping[str, Any], found: Sequence[str], runs: Path, run: Run
 
 def _shown(command: Sequence[str]) -> tuple[int, str]:
     last = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as child:
         assert child.stdout is not None
         for line in child.stdout:
             print(line, end="", flush=True)
@@ -86,7 +88,9 @@ def main() -> int:
     """Carry out the row in the environment's ROW (JSON); the exit code of the first run."""
     _RUNS.mkdir(parents=True, exist_ok=True)
     ended = carry_out(json.loads(os.environ["ROW"]), drivers(), _RUNS, _shown)
-    (_RUNS / OUTCOME).write_text(json.dumps(asdict(ended)) + "\n", encoding="utf-8")
+    scratch = _RUNS / f".{OUTCOME}"
+    scratch.write_text(json.dumps(asdict(ended)) + "\n", encoding="utf-8")
+    scratch.replace(_RUNS / OUTCOME)
     if ended.exit_code:
         print(f"nightly: {ended.row}: exit code {ended.exit_code}: {ended.said}", file=sys.stderr)
     return ended.exit_code

@@ -1,8 +1,8 @@
 """Runs the probe of every known failure, so that none outlives its cause.
 
-A probe is the command in ``ci/known_failures.toml`` that shows whether a failure is fixed: it ends with 0 if it is. The
-workflow asks for the list first (``plan``: the entries, each with the labels of a runner that has its GPU), and then
-probes each on its own (``probe``, with the entry in ENTRY).
+A probe is the command in ``ci/known_failures.toml`` that shows whether a failure is fixed: without any known failure,
+it ends with 0 if it is, and with 1 if not. The workflow asks for the list first (``plan``: the entries, each with the
+labels of a runner that has its GPU), and then probes each on its own (``probe``, with the entry in ENTRY).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _HOSTED = ["ubuntu-24.04"]
 #: How many days before its end an entry is announced.
 _SOON = timedelta(days=14)
 
+_NEEDED = ("checks", "probe", "owner", "issue", "expires")
+
 _LIMIT_S = 3 * 3600
 
 
@@ -44,6 +46,10 @@ def entries(content: str, gpus: Sequence[Gpu]) -> list[dict[str, Any]]:
         raise NightlyError(f"{FILE} is not TOML ({error})") from error
     found = []
     for number, entry in enumerate(known, start=1):
+        if missing := [name for name in _NEEDED if name not in entry]:
+            raise NightlyError(f"{FILE}: entry {number} has no {missing[0]}")
+        if not isinstance(entry["expires"], date):
+            raise NightlyError(f"{FILE}: expires of entry {number} is {entry['expires']!r}; give a date without quotes")
         sms = entry.get("when", {}).get("sm", [])
         runner = next((gpu for gpu in gpus if gpu.sm in sms), None)
         if sms and runner is None:
@@ -69,6 +75,16 @@ def judge(entry: Mapping[str, Any], fixed: bool, today: date) -> str:
     return ""
 
 
+def probed(command: str) -> int:
+    """The exit code of a probe. While it runs no failure is known, or it would not count as one."""
+    kept = FILE.read_bytes()
+    try:
+        FILE.write_bytes(b"")
+        return subprocess.run(shlex.split(command), timeout=_LIMIT_S).returncode
+    finally:
+        FILE.write_bytes(kept)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """``plan`` writes the output ``entries``; ``probe`` ends with 1 if something must be done; 3 on a wrong call."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -77,14 +93,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     try:
         if words == ["plan"]:
-            output(entries=json.dumps(entries(FILE.read_text("utf-8"), read_gpus())))
+            content = FILE.read_text("utf-8") if FILE.exists() else ""
+            output(entries=json.dumps(entries(content, read_gpus())))
             return 0
         entry = json.loads(os.environ["ENTRY"])
-        done = subprocess.run(shlex.split(entry["probe"]), timeout=_LIMIT_S)
+        code = probed(entry["probe"])
     except (NightlyError, OSError, subprocess.TimeoutExpired, KeyError) as error:
         print(f"nightly: {error}", file=sys.stderr)
         return 3
-    if told := judge(entry, done.returncode == 0, datetime.now(UTC).date()):
+    if code not in (0, 1):
+        print(f"nightly: the probe {entry['probe']!r} ends with {code}, which shows nothing; mend it", file=sys.stderr)
+        return 3
+    if told := judge(entry, code == 0, datetime.now(UTC).date()):
         print(annotation("error", "known failure", told))
         return 1
     return 0

@@ -1,7 +1,7 @@
 """Cancels the jobs that no runner takes in time. Standard library only.
 
-GitHub cancels whole runs only. So when jobs have waited too long, this waits until every other GPU's job has ended, and
-then cancels the run: what is left to cancel are the waiting jobs, and ``collect`` runs even then.
+GitHub cancels whole runs only. So when jobs have waited too long, this waits until every other job has ended, and then
+cancels the run: what is left to cancel are the waiting jobs, and ``collect`` runs even then.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ from ci.nightly.github import Api
 
 _PAUSE_S = 60.0
 
+#: How many times in a row GitHub may not answer.
+_PATIENCE = 30
+
+#: The jobs that nobody waits for: this one, and those that come after it.
+_NOT_AWAITED = ("cancel jobs without a runner", "collect", "alert", "pages")
+
 
 def watch(
     jobs: Callable[[], Iterable[Mapping[str, Any]]],
@@ -28,11 +34,19 @@ def watch(
 ) -> list[str]:
     """Wait until each job named in ``limits_min`` has begun, or ``cancel`` those that did not within their limit.
 
-    Returns the names of the jobs that no runner took.
+    Returns the names of the jobs that no runner took. Raises NightlyError if GitHub does not answer for half an hour.
     """
-    begun = now()
+    begun, silent = now(), 0
     while True:
-        states = {job["name"]: job["status"] for job in jobs() if job["name"] in limits_min}
+        try:
+            states = {job["name"]: job["status"] for job in jobs() if job["name"] not in _NOT_AWAITED}
+            silent = 0
+        except NightlyError:
+            silent += 1
+            if silent > _PATIENCE:
+                raise
+            pause(_PAUSE_S)
+            continue
         waiting = {name for name in limits_min if states.get(name, "queued") not in ("in_progress", "completed")}
         late = {name for name in waiting if now() - begun > 60 * limits_min[name]}
         if late and late == waiting and all(state == "completed" for name, state in states.items() if name not in late):

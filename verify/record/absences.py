@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from verify.files import decoded, write_atomic
 from verify.record.reading import misplaced
@@ -38,6 +39,11 @@ class Absence(Strict):
     time_utc: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
     why: str = Field(pattern=r"\S")
     rehearsal: bool = False
+
+    @model_validator(mode="after")
+    def _at_a_moment(self) -> Absence:
+        datetime.fromisoformat(self.time_utc)
+        return self
 
     @property
     def told(self) -> str:

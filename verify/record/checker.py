@@ -75,8 +75,11 @@ def examine(paths: Iterable[Path], checks: Sequence[Check]) -> list[Problem]:
             problems.append(Problem(str(path), "", why))
             continue
         read.append((str(path), record))
-        own = [Problem(str(path), *found) for rule in RULES for found in rule(record, known)]
-        own += [Problem(str(path), *found) for rule in FILE_RULES for found in rule(path, record)]
+        try:
+            own = [Problem(str(path), *found) for rule in RULES for found in rule(record, known)]
+            own += [Problem(str(path), *found) for rule in FILE_RULES for found in rule(path, record)]
+        except ValueError as error:  # a moment that is none, a command with an open quote
+            own = [Problem(str(path), "", f"has a value that cannot be read ({error})")]
         # the schema model's complaints are redundant where the rules found problems
         problems += own or [Problem(str(path), "", one) for one in contradictions]
     merged = [one for one in read if not (one[1].get("confirms") or one[1].get("beside"))]

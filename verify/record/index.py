@@ -332,7 +332,7 @@ def _opened(
     known = {digest: json.loads(contents[digest]) for digest in {row[3] for row in counted.values()}}
     root = repository_root()
     heads = {number: _head(head, *known[grounds]) for number, (_, _, head, grounds) in counted.items()}
-    everyones = {number: head for number, head in heads.items() if head.confirms is None and not head.beside}
+    everyones = {number: head for number, head in heads.items() if not head.apart}
     return Index(
         unreadable=(*problems, *refused, *absent[1]),
         heads=_of(everyones, _source(everyones, subject)),

@@ -292,6 +292,11 @@ class Record(Strict):
     rehearsal: bool = False
 
     @property
+    def apart(self) -> bool:
+        """Whether it counts for no verdict, because it confirms another run, or is only shown next to the others."""
+        return self.confirms is not None or bool(self.beside)
+
+    @property
     def kind(self) -> Evidence:
         """The evidence that the record was made for."""
         if self.compilation is not None:

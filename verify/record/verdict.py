@@ -14,6 +14,7 @@ from verify.record.capabilities import by_capability
 from verify.record.cells import Cell, Known, without_proof
 from verify.record.findings import without_cause
 from verify.record.grounds import BUNDLED, Checkout
+from verify.record.reading import rehearsing
 from verify.record.schema import NOT_OFFERED, Finding, Record, SubjectInfo, Verdict
 from verify.record.simulation import Simulation
 from verify.record.staleness import Comparison, merged
@@ -45,6 +46,9 @@ _EMULATED_WORDS = {
     TargetVerdict.INCOMPLETE: TargetVerdict.EMULATED_INCOMPLETE,
     TargetVerdict.INFRA: TargetVerdict.INFRA,
 }
+
+#: Begins what is said of made-up records.
+REHEARSAL = "REHEARSAL, no evidence: "
 
 #: The SOFT families that an implementation with the profile ``serving`` must pass too.
 _SERVING = frozenset({"p7.plugin", "p7.stream", "p7.replay", "p7.together", "p7.blocks"})
@@ -229,6 +233,8 @@ def assess(
     ran = max((one.time_utc for one in (*used, *stale) if one.on_target), default="")
     if absence := newest_of(absences, target.target, ran):
         verdict, sentence = TargetVerdict(absence.absence), f"{absence.told}. Before that: {sentence}"
+    if rehearsing():
+        sentence = f"{REHEARSAL}{sentence}"
     return Assessment(target, verdict, sentence, cells, tuple(used), tuple(stale), unknown, comparison, absence)
 
 

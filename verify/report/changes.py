@@ -39,7 +39,8 @@ class Change:
 class Compared:
     """A run and what changed in it since ``before``, which is green unless nothing earlier is.
 
-    ``alone`` says why it has nothing to be compared with; empty if it has.
+    ``alone`` says why it has nothing to be compared with; empty if it has. ``failed_before`` are the checks that fail
+    in it and did not pass in the comparable run before either.
     """
 
     after: Record
@@ -47,6 +48,7 @@ class Compared:
     green: bool
     alone: str
     changes: Sequence[Change]
+    failed_before: frozenset[str] = frozenset()
 
     @property
     def worse(self) -> bool:

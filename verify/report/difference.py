@@ -90,7 +90,10 @@ def on_target(index: Index, target: str, checks: Sequence[Check], points: Sequen
         if why := absence.told if absence else missed(head, index.heads.values()):
             hard = any(one.gate == "hard" and one.id in course.expected - passed for one in points)
             changes.append(Change("did not run", target, "hard" if hard else "soft", why, hard))
-        found.setdefault(head.kind, []).append(Compared(head, before, green is not None, course.alone, changes))
+        bad = (check_id for check_id, verdict in verdicts.get(head.run_id, {}).items() if verdict in BAD)
+        again = frozenset(check_id for check_id in bad if course.failed_before(check_id))
+        one = Compared(head, before, green is not None, course.alone, changes, again)
+        found.setdefault(head.kind, []).append(one)
     return [*found.values()]
 
 

@@ -58,6 +58,9 @@ def export(name: str, form: str, out: Path | None) -> int:
         record = read_record(locate(name)[0], unique=True)
     except UnreadableRecord as error:
         raise ConfigurationError(f"{error}; name another record") from error
+    if record.apart:
+        why = f"confirms {record.confirms}" if record.confirms else f"is only shown as {record.beside}"
+        raise ConfigurationError(f"{name} {why}, and counts for no verdict; export the run itself")
     write_out(junit([(record.target, record.telling)]) if form == "junit" else attestation(record), out)
     return 0
 

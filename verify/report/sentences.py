@@ -9,7 +9,7 @@ from verify.record.builds import BuildVerdict, Compilation
 from verify.record.reading import rehearsing
 from verify.record.schema import FAILING, Record, Verdict
 from verify.record.simulation import Simulation
-from verify.record.verdict import Assessment, TargetVerdict, assess_record
+from verify.record.verdict import REHEARSAL, Assessment, TargetVerdict, assess_record
 from verify.report.matrix import count, listed
 
 
@@ -120,9 +120,6 @@ _EMULATED = {
 #: How many failures of a run next to the others are named.
 _NAMED = 6
 
-#: Begins what is said of made-up records.
-_REHEARSAL = "REHEARSAL, no evidence: "
-
 
 def headline(assessments: Sequence[Assessment]) -> str:
     """In one sentence: how many GPUs are verified, failed or only compile, where SOFT checks fail, what was simulated,
@@ -147,7 +144,7 @@ def headline(assessments: Sequence[Assessment]) -> str:
     told += [f"{listed(gaps)} cannot be compiled for yet"] if gaps else []
     told += _of_simulations(gpus)
     told += [_EMULATED[one.verdict] for one in assessments if one.used and one.verdict in _EMULATED]
-    return f"{_REHEARSAL if rehearsing() else ''}{'; '.join(told)}."
+    return f"{REHEARSAL if rehearsing() else ''}{'; '.join(told)}."
 
 
 def beside_words(record: Record) -> str:
@@ -163,7 +160,7 @@ def beside_words(record: Record) -> str:
 
 def in_short(assessments: Sequence[Assessment]) -> str:
     """The verdict on all targets in a few words: where it failed or, if nowhere, how many GPUs are verified."""
-    start = _REHEARSAL if rehearsing() else ""
+    start = REHEARSAL if rehearsing() else ""
     for verdict in (TargetVerdict.FAILED, TargetVerdict.EMULATED_FAIL, TargetVerdict.INFRA):
         if names := [one.target.target for one in assessments if one.verdict is verdict]:
             return f"{start}{verdict} {', '.join(names)}"

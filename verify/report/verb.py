@@ -16,6 +16,7 @@ from verify.heartbeat import Heartbeat
 from verify.record.archive import newest_first
 from verify.record.grounds import BUNDLED
 from verify.record.index import Index, open_index
+from verify.record.reading import rehearsing
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, assess, assess_record, describe_subject
 from verify.report.matrix import count
@@ -46,6 +47,8 @@ def report(
     """
     if subject == EVERYONE:
         return _compare(parse_target(gpu or "emulated"), form, folders)
+    if rehearsing() and form in ("junit", "badge"):
+        raise ConfigurationError(f"--format {form} is read as evidence, and a rehearsal is none; drop --rehearsal")
     if form == "html":
         return _make_site(gpu, folders, out, subject)
     if form == "terminal" and out is not None:

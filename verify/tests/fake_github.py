@@ -29,6 +29,8 @@ class GitHub:
     contents: dict[int, bytes] = field(default_factory=dict)
     issues: list[dict[str, Any]] = field(default_factory=list)
     comments: dict[int, list[str]] = field(default_factory=dict)
+    begun: dict[str, str] = field(default_factory=dict)
+    locked: set[int] = field(default_factory=set)
     cancelled: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
     refuses: bool = False  #: answers every request of the API with an error
@@ -68,6 +70,8 @@ class GitHub:
             return 302, f"{self.address}/content/{found[1]}"
         if found := re.fullmatch(r"/actions/runs/(\d+)/attempts/\d+/jobs", path):
             return 200, {"jobs": self.jobs.get(found[1], [])[part]}
+        if found := re.fullmatch(r"/actions/runs/(\d+)", path):
+            return 200, {"created_at": self.begun.get(found[1], "2026-01-01T00:00:00Z")}
         if found := re.fullmatch(r"/actions/runs/(\d+)/cancel", path):
             self.cancelled.append(found[1])
             return 202, {}
@@ -80,6 +84,8 @@ class GitHub:
         if found := re.fullmatch(r"/issues/(\d+)/comments", path):
             self.comments.setdefault(int(found[1]), []).append(content["body"])
             return 201, {}
+        if (found := re.fullmatch(r"/issues/(\d+)", path)) and int(found[1]) in self.locked:
+            return 410, {"message": "gone"}
         if (found := re.fullmatch(r"/issues/(\d+)", path)) and method == "PATCH":
             self.issues[int(found[1]) - 1].update(content)
             return 200, self.issues[int(found[1]) - 1]

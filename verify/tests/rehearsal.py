@@ -87,6 +87,7 @@ class Rehearsal:
         time_utc, run = f"2026-11-{number:02d}T05:00:00Z", str(1000 + number)
         artifacts, summary = self.folder / f"artifacts-{number}", self.folder / f"summary-{number}.md"
         rows = [row for row in plan(read_gpus(), "all", None, "") if row["target"] in GPUS]
+        self.github.begun[run] = f"2026-11-{number:02d}T02:17:00Z"
         self.github.jobs[run] = [self._job(row["target"], number) for row in rows]
         for row in rows:
             self._artifact(artifacts / f"record-{row['name']}-{run}-1", row["target"], number)

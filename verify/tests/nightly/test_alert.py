@@ -45,7 +45,7 @@ def test_a_confirmed_failure_opens_one_issue_and_the_next_night_updates_it(githu
     (issue,) = github.issues
     assert (issue["title"], issue["labels"], issue["state"]) == ("[sm90] p4.a fails (FAIL)", ["nightly"], "open")
     state = State.of(issue["body"])
-    assert state == State("p4.a", "sm90", "2026-11-01T05:00:00Z", "2026-11-02T05:00:00Z", ["p4.a.x", "p4.a.y"])
+    assert state == State("p4.a", "sm90", "2026-11-01T05:00:00Z", "2026-11-02T05:00:00Z", "r", ["p4.a.x", "p4.a.y"])
     for words in ("since 2026-11-01, last 2026-11-02", "* `p4.a.x`", "python -m pytest x", NIGHT):
         assert words in issue["body"]
 
@@ -65,7 +65,7 @@ def test_it_is_closed_after_three_different_commits(github: GitHub) -> None:
     assert f"{2:012x}"[:12] not in github.comments[1][0] or len(github.comments[1]) == 1
     assert night(github, 6, passed=passing(5, "p4.a.x")) == []
     # and a new failure is a new issue
-    assert night(github, 7, failing("p4.a.x")) == ["opened"]
+    assert night(github, 7, failing("p4.a.x") | {"run": "later"}) == ["opened"]
     assert len(github.issues) == 2
 
 
@@ -90,7 +90,8 @@ def test_an_issue_that_a_person_closed_stays_closed_while_the_check_still_fails(
     night(github, 1, failing("p4.a.x"))
     github.issues[0]["state"] = "closed"
     assert night(github, 2, failing("p4.a.x", kind="still failing")) == []
-    assert night(github, 3, failing("p4.a.x", kind="newly failing")) == ["opened"]
+    assert night(github, 2, failing("p4.a.x")) == []  # the same run is told a second time
+    assert night(github, 3, failing("p4.a.x") | {"run": "later"}) == ["opened"]
 
 
 def test_other_issues_are_left_alone_and_all_pages_are_read(github: GitHub) -> None:
@@ -110,6 +111,25 @@ def test_what_a_check_says_cannot_end_the_comment_that_holds_the_state(github: G
     assert state.checks == ["p4.a.-->x"]
 
 
+def test_an_issue_that_github_refuses_does_not_stop_the_others(github: GitHub) -> None:
+    night(github, 1, failing("p4.a.x"), failing("p4.b.x") | {"family": "p4.b"})
+    github.locked.add(1)
+    again = [failing("p4.a.x"), failing("p4.b.x") | {"family": "p4.b"}, failing("p4.c.x") | {"family": "p4.c"}]
+    assert night(github, 2, *again) == ["refused", "updated", "opened"]
+
+
+def test_a_long_message_is_cut(github: GitHub) -> None:
+    assert night(github, 1, failing("p4.a.x", said="x" * 70_000)) == ["opened"]
+    assert len(github.issues[0]["body"]) < 6000
+
+
+@pytest.mark.parametrize("state", ['{"checks": null}', "{}", "[]", "{"])
+def test_a_state_that_cannot_be_read_is_no_state(state: str) -> None:
+    whole = '{"family": "a", "place": "b", "first": "c", "last": "d", "run": "e", "checks": null, "clean": []}'
+    assert State.of(f"<!-- nightly {state} -->") is None
+    assert State.of(f"<!-- nightly {whole} -->") is None
+
+
 def test_a_webhook_is_told_what_was_opened_and_closed_and_nothing_else(github: GitHub) -> None:
     address = f"{github.address}/webhook"
     tell(address, [Done("updated", "a"), Done("left", "b"), Done("unconfirmed", "c")], NIGHT)
@@ -118,6 +138,9 @@ def test_a_webhook_is_told_what_was_opened_and_closed_and_nothing_else(github: G
     assert github.messages == [f"opened: a\nclosed: c\n{NIGHT}"]
     with pytest.raises(NightlyError) as told:
         tell("http://127.0.0.1:9/secret", [Done("opened", "a")], NIGHT)
+    assert "secret" not in str(told.value)
+    with pytest.raises(NightlyError) as told:
+        tell("secret", [Done("opened", "a")], NIGHT)
     assert "secret" not in str(told.value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,13 +36,13 @@ def night(tmp_path: Path, checks: list[Check]) -> Iterator[Night]:
     (tmp_path / "nights").mkdir()
     (tmp_path / "artifacts").mkdir()
     with rehearsals_only():
-        yield Night(NOW, tmp_path / "nights", checks, rehearsal=True)
+        yield Night(NOW, tmp_path / "nights", checks, rehearsal=True, since="2026-11-07T02:17:00Z")
 
 
 def collected(night: Night, tmp_path: Path, jobs: dict[str, Job] | None = None) -> tuple[list[str], list[str]]:
     """The sentences, and what is in the folder of nights."""
-    told = collect(night, [ROW], tmp_path / "artifacts", jobs or {})
-    return told, sorted(path.name for path in night.nights.iterdir())
+    collect(night, [ROW], tmp_path / "artifacts", jobs or {})
+    return night.told, sorted(path.name for path in night.nights.iterdir())
 
 
 def artifact(
@@ -62,11 +63,48 @@ def test_of_two_attempts_the_last_one_counts(night: Night, tmp_path: Path, check
     assert collected(night, tmp_path) == ([], ["20261107T031700Z-sm90-beef"])
 
 
+def test_a_night_that_is_collected_again_takes_the_same_record_again(
+    night: Night, tmp_path: Path, checks: list[Check]
+) -> None:
+    artifact(tmp_path, checks)
+    collected(night, tmp_path)
+    assert collected(night, tmp_path) == ([], ["20261107T031700Z-sm90-beef"])
+    kept = night.nights / "20261107T031700Z-sm90-beef" / "record.json"
+    kept.write_text(kept.read_text().replace("row 0", "row 1") + " ")
+    told, _ = collected(night, tmp_path)
+    assert "INVALID" in told[0]
+    assert "another record of this run is there already" in told[0]
+
+
+def test_a_record_of_another_night_is_refused(night: Night, tmp_path: Path, checks: list[Check]) -> None:
+    night.since = "2026-11-07T03:30:00Z"
+    artifact(tmp_path, checks)
+    assert (
+        "it is of 2026-11-07T03:17:00Z, before this night began (2026-11-07T03:30:00Z)"
+        in collected(night, tmp_path)[0][0]
+    )
+
+
+def test_the_artifact_is_the_one_of_the_row_and_of_the_last_attempt(
+    night: Night, tmp_path: Path, checks: list[Check]
+) -> None:
+    artifact(tmp_path, checks, "sm120", "record-sm90-nvl-7-1")
+    artifact(tmp_path, checks, name="record-sm90-7-10")
+    artifact(tmp_path, checks, name="record-sm90-7-9", state="running")
+    assert collected(night, tmp_path) == ([], ["20261107T031700Z-sm90-beef"])
+
+
+def test_a_job_that_needs_no_gpu_and_leaves_no_sound_record_is_told_and_counts(night: Night, tmp_path: Path) -> None:
+    told, _ = collected(night, tmp_path, {"emulated without a GPU": Job(True, "failure")})
+    assert told[1:] == ["emulated: the job 'emulated without a GPU' left no sound record (failure)"]
+    assert night.lost
+
+
 def test_an_unsound_record_makes_the_gpu_invalid_and_the_others_go_on(
     night: Night, tmp_path: Path, checks: list[Check]
 ) -> None:
     artifact(tmp_path, checks, state="interrupted")
-    artifact(tmp_path, checks, "sm120", "compiled-7-1")
+    artifact(tmp_path, checks, "sm120", "emulated-7-1")
     told, kept = collected(night, tmp_path)
     assert told == [
         "sm90: INVALID on 2026-11-07: the record of the job was refused (20261107T031700Z-sm90-beef/record.json: state "
@@ -114,6 +152,32 @@ def test_a_job_that_refused_its_machine_says_why(night: Night, tmp_path: Path) -
     assert f"NO_RECORD on 2026-11-07: the job began and left no record (exit code 3: {said})" in told[0]
 
 
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"\xff"])
+def test_an_outcome_that_cannot_be_read_stops_nothing(night: Night, tmp_path: Path, content: bytes) -> None:
+    folder = tmp_path / "artifacts" / "record-sm90-7-1"
+    folder.mkdir()
+    (folder / OUTCOME).write_bytes(content)
+    assert "its outcome.json cannot be read" in collected(night, tmp_path)[0][0]
+
+
+@pytest.mark.parametrize("change", [{"time_utc": "2026-11-32T03:17:00Z"}, {"run_id": "20261399T031700Z-sm90-beef"}])
+def test_a_moment_that_is_none_makes_a_record_invalid(
+    night: Night, tmp_path: Path, checks: list[Check], change: dict[str, object]
+) -> None:
+    artifact(tmp_path, checks, **change)
+    told = collected(night, tmp_path)[0][0]
+    assert "INVALID" in told
+    assert "has a value that cannot be read" in told
+
+
+def test_an_absence_at_a_moment_that_is_none_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "absence.json"
+    path.write_text(
+        json.dumps({"absence": "NO_RUNNER", "target": "sm90", "time_utc": "2026-99-07T05:00:00Z", "why": "x"})
+    )
+    assert "is not an absence" in read([path])[1][0]
+
+
 def test_what_is_older_than_the_days_that_are_kept_is_forgotten(
     night: Night, tmp_path: Path, checks: list[Check]
 ) -> None:
@@ -143,13 +207,18 @@ def test_the_newest_night_of_this_branch_is_fetched(github: GitHub, tmp_path: Pa
     assert (tmp_path / "nights" / "a").read_text() == "new"
 
 
-@pytest.mark.parametrize("change", [{"head_repository_id": 2}, {"head_branch": "theirs"}])
-def test_an_artifact_of_a_fork_or_of_another_branch_is_not_trusted(
-    github: GitHub, tmp_path: Path, change: dict[str, object]
+@pytest.mark.parametrize("change", [{"head_repository_id": 2}, {"head_branch": "theirs"}, None])
+def test_artifacts_of_forks_and_of_other_branches_are_passed_over(
+    github: GitHub, tmp_path: Path, change: dict[str, object] | None
 ) -> None:
-    github.keep("nights", tmp_path, "2026-11-06T05:00:00Z")
-    github.artifacts[0]["workflow_run"] |= change
-    assert fetched(github, tmp_path / "nights") == "there are no earlier nights"
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "a").write_text("ours")
+    for day in range(1, 28):
+        github.keep("nights", tmp_path / "kept", f"2026-11-{day:02d}T05:00:00Z")
+        known = github.artifacts[-1]
+        if day > 1:
+            known["workflow_run"] = change and known["workflow_run"] | change
+    assert fetched(github, tmp_path / "nights") == "earlier nights up to 2026-11-01"
 
 
 def test_an_artifact_that_is_damaged_or_leaves_its_folder_harms_nothing(github: GitHub, tmp_path: Path) -> None:
@@ -160,6 +229,8 @@ def test_an_artifact_that_is_damaged_or_leaves_its_folder_harms_nothing(github: 
     github.contents[1] = content.getvalue()
     fetched(github, tmp_path / "nights")
     assert not (tmp_path / "outside").exists()
+    shutil.rmtree(tmp_path / "nights")
     github.contents[1] = b"no archive"
     with pytest.raises(NightlyError, match=r"the artifact nights of 2026-11-06\S+ is damaged .*; delete it"):
         fetched(github, tmp_path / "nights")
+    assert not (tmp_path / "nights").exists()

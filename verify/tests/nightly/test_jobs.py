@@ -112,6 +112,29 @@ def test_a_job_that_may_still_wait_keeps_the_others_waiting() -> None:
     assert clock.minutes == 31
 
 
+def test_other_jobs_of_the_run_are_not_cancelled_with_it() -> None:
+    beside = {"b": "queued", "compile": "in_progress", "collect": "queued"}
+    clock = Clock(*[beside] * 9, beside | {"compile": "completed"})
+    assert clock.watch(b=5) == ["b"]
+    assert clock.minutes == 9
+
+
+def test_a_poll_that_fails_is_not_the_end() -> None:
+    states = iter([{"a": "queued"}, None, None, {"a": "in_progress"}])
+
+    def jobs() -> list[dict[str, str]]:
+        if (found := next(states)) is None:
+            raise NightlyError("502")
+        return [{"name": name, "status": status} for name, status in found.items()]
+
+    def never() -> list[dict[str, str]]:
+        raise NightlyError("502")
+
+    assert watch(jobs, {"a": 5}, lambda: None, lambda: 0.0, lambda _: None) == []
+    with pytest.raises(NightlyError):
+        watch(never, {"a": 5}, lambda: None, lambda: 0.0, lambda _: None)
+
+
 def test_the_run_is_cancelled_at_github() -> None:
     with serving() as github:
         Api(github.address, "owner/suite", TOKEN).post("/actions/runs/7/cancel")
@@ -139,6 +162,14 @@ def test_a_probe_runs_where_its_gpu_is() -> None:
     with pytest.raises(NightlyError, match=r"entry 1 is for sm80, and ci/gpus\.toml has no runner"):
         waivers.entries(_ENTRY.format(when="when = { sm = [80] }"), [GPU])
     assert waivers.entries("", [GPU]) == []
+
+
+def test_a_probe_runs_as_if_no_failure_were_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "known_failures.toml"
+    file.write_text("some")
+    monkeypatch.setattr(waivers, "FILE", file)
+    assert waivers.probed(f"test -s {file}") == 1
+    assert file.read_text() == "some"
 
 
 @pytest.mark.parametrize(

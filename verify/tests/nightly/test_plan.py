@@ -81,6 +81,7 @@ def test_what_does_not_exist_is_refused(listed: str, asked: str, words: str) -> 
 
 
 _ROW = 'name = "a"\nsm = 90\nlabels = ["x"]\ngpus = 1\nlevel = "usual"\ntimeout_min = 1\nstart_within_min = 1\n'
+_OTHER = _ROW.replace('"a"', '"b"')
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,8 @@ _ROW = 'name = "a"\nsm = 90\nlabels = ["x"]\ngpus = 1\nlevel = "usual"\ntimeout_
         ("", "has no row, so nothing would be verified"),
         ("[[gpus]]\n", "gpus is not known; a row begins with"),
         (f"[[gpu]]\n{_ROW}[[gpu]]\n{_ROW}", "two rows with the name a"),
+        (f"[[gpu]]\n{_ROW}[[gpu]]\n" + _OTHER, "two rows with the sm 90"),
+        (f"[[gpu]]\n{_ROW.replace('start_within_min = 1', 'start_within_min = 340')}", "at most 340 together"),
         (f"[[gpu]]\n{_ROW.replace('sm = 90', '')}", "row 1 has no sm"),
         (f"[[gpu]]\n{_ROW.replace('90', '75')}", "sm of a is 75; give 80 to 121"),
         (f"[[gpu]]\n{_ROW.replace('usual', 'some')}", "level of a is 'some'; give must-pass, usual, everything"),

@@ -93,6 +93,20 @@ def test_made_up_records_are_refused_without_the_option(nights: Rehearsal, words
     assert "is made up for a rehearsal; add --rehearsal to read it" in said or " records cannot be read" in said
 
 
+@pytest.mark.parametrize("form", ["junit", "badge"])
+def test_a_rehearsal_is_not_exported_as_evidence(nights: Rehearsal, tmp_path: Path, form: str) -> None:
+    words = ["report", "--records", str(nights.nights), "--rehearsal", "--format", form, "--out", str(tmp_path / "out")]
+    found = nights.command("verify", *words)
+    assert (found.returncode, "is read as evidence, and a rehearsal is none" in found.stderr) == (3, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_report_of_a_rehearsal_says_so(nights: Rehearsal) -> None:
+    for form in ("terminal", "markdown", "json"):
+        words = ["report", "--gpu", "sm80", "--records", str(nights.nights), "--rehearsal", "--format", form]
+        assert "REHEARSAL, no evidence" in nights.command("verify", *words).stdout, form
+
+
 def test_real_records_are_refused_with_it(nights: Rehearsal, tmp_path: Path) -> None:
     made = next(nights.nights.glob("*-sm80-beef/record.json"))
     assert nights.command("verify", "check", "--rehearsal", str(made)).returncode == 0

@@ -51,6 +51,11 @@ def test_the_hard_failures_are_tried_again_and_nothing_else(tree: Tree) -> None:
     # the first result stays, in the verdict and in every comparison
     assert _target(tree) == before
     assert "nothing comparable" in tree.verify("diff", "--since", "last-green").stdout
+    explained = tree.verify("explain", "p1.first").stdout
+    assert ("FAIL" in explained, "PASS" in explained) == (True, False)
+    exported = tree.verify("export", record.run_id, "--attestation")
+    assert exported.returncode == 3
+    assert f"confirms {first.run_id}, and counts for no verdict; export the run itself" in exported.stderr
     refused = tree.verify("run", "--confirm", record.run_id, "--seed", "8")
     assert "--confirm keeps the options of the original run; drop --seed" in refused.stderr
     assert refused.returncode == 3
