@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -115,6 +116,16 @@ def test_the_course_of_a_check_is_told_oldest_first(reports: Path) -> None:
         assert [point.share for point in index.points("p4.oracle.n1", "sm120")] == [0.25, 0.5, None]
         assert len(index.points("p4.oracle.n1")) == len(index.points("p4.oracle")) == 4
         assert index.points("p4.ora") == []
+
+
+def test_a_point_is_of_the_measurement_that_every_report_shows(reports: Path) -> None:
+    below, exact, free = measured(-5, 1e-9, "gap"), measured(0, 0, "differences"), measured(9, math.inf, "ties")
+    close, loose = measured(0.5, 1, "close"), measured(0.1, 1, "loose")
+    write(record("sm120", [result("p4.oracle.n1", measurements=[*below, *exact, *free, *loose, *close])]), reports)
+    write(record("sm90", [result("p4.oracle.n1", measurements=below)]), reports)
+    with open_index([reports]) as index:
+        shown = {one.target: (one.measure, one.measured, one.share) for one in index.points("p4.oracle.n1")}
+    assert shown == {"sm120": ("close", 0.5, 0.5), "sm90": ("gap", -5, 0)}
 
 
 def test_a_thousand_records_are_reported_in_time_and_memory(tmp_path: Path) -> None:
