@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,14 +162,12 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
 
 
 def _matrix(site: Site) -> dict[str, Any]:
-    blocks = {}
-    for gate in ("hard", "soft"):
-        phases = {phase: [spec for spec in specs if spec.gate == gate] for phase, specs in _by_phase(site).items()}
-        blocks[gate] = {phase: specs for phase, specs in phases.items() if specs}
     marks = {family: [(column, column.of_family(family)) for column in site.columns] for family in site.families}
     shown = [mark for row in marks.values() for _, mark in row if mark is not None]
+    failing = {family for family, row in marks.items() if any(mark and mark.tone == "fail" for _, mark in row)}
     return {
-        "blocks": blocks,
+        "failing": [spec for phases in _blocks(site, failing).values() for specs in phases.values() for spec in specs],
+        "blocks": _blocks(site, site.families.keys() - failing),
         "marks": marks,
         "words": sorted({mark.word for mark in shown}),
         "versions": _versions(site.columns),
@@ -179,6 +177,18 @@ def _matrix(site: Site) -> dict[str, Any]:
         "beside": [beside_words(record) for record in site.beside],
         "incomparable": incomparable(site.news.values()),
     }
+
+
+def _blocks(site: Site, chosen: Set[str] | None = None) -> dict[str, dict[int, list[CheckSpec]]]:
+    """The families of checks by gate and phase, HARD ones first; only those of ``chosen``, if given."""
+    blocks = {}
+    for gate in ("hard", "soft"):
+        phases = {
+            phase: [one for one in specs if one.gate == gate and (chosen is None or one.family in chosen)]
+            for phase, specs in _by_phase(site).items()
+        }
+        blocks[gate] = {phase: specs for phase, specs in phases.items() if specs}
+    return {gate: phases for gate, phases in blocks.items() if phases}
 
 
 def _versions(columns: Sequence[Column]) -> dict[str, list[str]]:
