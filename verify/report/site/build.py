@@ -34,6 +34,7 @@ from verify.report.site import charts
 from verify.report.site.news import NIGHTS, News, changed, incomparable, red
 from verify.report.site.page import Frame
 from verify.report.site.runs import Notes, Past, write_runs
+from verify.report.site.tolerances import tolerances
 from verify.report.site.view import Column, across, failures, lines
 
 _STATIC = Path(__file__).parent / "static"
@@ -146,6 +147,7 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     common = {"headline": headline(site.assessments), "in_short": in_short(site.assessments)}
     page = frame.renderer(columns=site.columns, families=site.families, **common)
     yield "index.html", page("matrix.html", **_matrix(site))
+    yield "tolerances.html", page("tolerances.html", **tolerances(site.columns, _blocks(site)))
     yield "catalogue.html", page("catalogue.html", by_phase=_by_phase(site), ids=_ids(site))
     yield "resources.html", page("resources.html", **_resources(site))
     yield "faults.html", page("faults.html", **_faults(site.selftest), instrument=instrument_sha256(repository_root()))

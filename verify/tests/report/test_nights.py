@@ -271,7 +271,10 @@ def test_runs_with_failures_stand_out(page: Page, site: Path) -> None:
 def test_the_title_of_every_page_begins_with_the_verdict(page: Page, site: Path, green: Path) -> None:
     every = "FAILED sm100, sm120"
     for name, words in (
-        *((f"{name}.html", every) for name in ("index", "runs", "catalogue", "resources", "latency", "faults")),
+        *(
+            (f"{name}.html", every)
+            for name in ("index", "tolerances", "runs", "catalogue", "resources", "latency", "faults")
+        ),
         ("gpu/sm89.html", "VERIFIED · sm89"),
         ("gpu/emulated.html", "EMULATED PASS · emulated"),
         ("check/p3.scoring.html", "Fails only on sm100 · p3.scoring"),

@@ -39,8 +39,8 @@ HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}"
 
 #: One page of every kind.
 PAGES = (
-    "index.html", "runs.html", "catalogue.html", "resources.html", "latency.html", "faults.html",
-    "gpu/sm120.html", "gpu/sm121.html", "gpu/emulated.html", "check/p4.oracle.html", "run/run-sm120-3.html",
+    "index.html", "tolerances.html", "runs.html", "catalogue.html", "resources.html", "latency.html", "faults.html",
+    "gpu/sm120.html", "gpu/sm121.html", "check/p4.oracle.html", "run/run-sm120-3.html",
 )  # fmt: skip
 
 
