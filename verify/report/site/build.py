@@ -33,6 +33,7 @@ from verify.report.sentences import beside_words, compiled_words, headline, in_s
 from verify.report.site import charts
 from verify.report.site.news import NIGHTS, News, changed, incomparable, red
 from verify.report.site.page import Frame
+from verify.report.site.roofline import roofline
 from verify.report.site.runs import Notes, Past, write_runs
 from verify.report.site.tolerances import tolerances
 from verify.report.site.view import Column, across, failures, lines
@@ -315,7 +316,8 @@ def _resources(site: Site) -> dict[str, Any]:
         for metric, title in (charts.METRICS.items() if good else ())
     ]
     gaps = [(f"sm{one.sm}", one.gap) for one in known if one.gap]
-    return {"metrics": metrics, "sms": [one.sm for one in good], "gaps": gaps, "builds": len(names)}
+    told = {"metrics": metrics, "sms": [one.sm for one in good], "gaps": gaps, "builds": len(names)}
+    return {**told, "roofline": roofline(site.columns)}
 
 
 def _cell(build: Any, metric: str) -> str:

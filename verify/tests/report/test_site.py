@@ -19,6 +19,7 @@ from verify.tests.samples import (
     HARD,
     REPOSITORY,
     compiled,
+    counted,
     curve,
     known,
     measure_report,
@@ -64,6 +65,7 @@ def records() -> list[Record]:
         newest.model_copy(update={"subject": other}),
         compiled("sm100"),
         compiled("sm88", gap="no assembler knows it"),
+        counted("sm89", {"bfloat16-half-mean": 31.0, "bfloat16-half-max-d128-o17-g4": 690.0}),
         simulated("sm121", [result(HARD[0], evidence="simulated"), result(HARD[5], "FAIL", "simulated")]),
         record("emulated", passing("emulated"), day=4),
     ]
@@ -114,7 +116,7 @@ def test_every_page_is_there_and_every_link_leads_to_one(site: Path) -> None:
 
 def test_the_first_sentence_says_what_is_verified_and_what_is_not(site: Path, tmp_path: Path) -> None:
     assert (
-        "<h1>1 of 12 GPUs verified on hardware (sm90); sm120 failed; the kernels compile for 1; "
+        "<h1>1 of 12 GPUs verified on hardware (sm90); sm120 failed; the kernels compile for 2; "
         "sm88 cannot be compiled for yet; simulated checks fail for sm121; "
         "every must-pass check passes without a GPU.</h1>"
     ) in text(site, "index.html")
