@@ -16,10 +16,11 @@ from verify.files import repository_root
 from verify.judge.perturb import Limit
 from verify.record.archive import load, newest_first
 from verify.record.grounds import BUNDLED
+from verify.record.headroom import room, tightest
 from verify.record.schema import CheckResult, Record
 from verify.report.documents import dumps, markdown_table
 from verify.report.keep_sets import kept_words, most_telling
-from verify.report.matrix import PLAN_TABLE, bound, count, headroom, room, tightest
+from verify.report.matrix import PLAN_TABLE, bound, count, headroom
 from verify.selftest import caught_by, load_faults
 from verify.sensitivity import recorded_limits
 

@@ -27,6 +27,7 @@ from verify.judge.perturb import CAUGHT, TOLERATED, Limit
 from verify.machine.environment import version_of
 from verify.record.digest import instrument_sha256
 from verify.record.grounds import Checkout
+from verify.record.headroom import tightest
 from verify.record.schema import CheckResult, Measurement, SubjectInfo, Verdict
 from verify.record.strict import Sha256, Strict
 from verify.run.manifest import utc_now
@@ -270,9 +271,9 @@ def _run(*options: str, subject: str, device: str) -> Scratch:
 
 
 def _room(result: CheckResult, seeds: int) -> Room:
-    tightest = result.tightest
-    headroom = tightest.headroom if tightest and (result.verdict is Verdict.PASS or not tightest.within) else 0.0
-    name = tightest.name if tightest else ""
+    least = tightest(result.measurements)
+    headroom = least.headroom if least and (result.verdict is Verdict.PASS or not least.within) else 0.0
+    name = least.name if least else ""
     return Room(id=result.id, seeds=seeds, headroom=headroom, name=name, message=result.message)
 
 

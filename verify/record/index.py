@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import sqlite3
 import sys
@@ -26,6 +25,7 @@ from verify.record.absences import Absence
 from verify.record.archive import Entry, digest_of_file, moment, newest_first, paths, read_again, read_finished, settle
 from verify.record.digest import digest_of
 from verify.record.grounds import BUNDLED, PACKAGE, Checkout
+from verify.record.headroom import tightest, used_share
 from verify.record.reading import UnreadableRecord, rehearsing
 from verify.record.schema import CheckResult, Evidence, Record, SubjectInfo
 from verify.record.staleness import merged
@@ -76,10 +76,10 @@ class Point:
 
     @property
     def share(self) -> float | None:
-        """The share of the allowance that was used, measured / allowed: 1 is the bound."""
-        if self.measured is None or not self.allowed or math.isinf(self.allowed):
+        """The share of the allowance that was used: 1 is the bound, and a value below 0 uses none."""
+        if self.measured is None or self.allowed is None:
             return None
-        return self.measured / self.allowed
+        return used_share(self.measured, self.allowed)
 
 
 @dataclass(slots=True)
@@ -310,7 +310,7 @@ def _digest(text: str) -> str:
 
 
 def _row(number: int, result: CheckResult) -> tuple[int | str | float | None, ...]:
-    tight = result.tightest
+    tight = tightest(result.measurements)
     numbers = (tight.name, tight.measured, tight.allowed) if tight else (None, None, None)
     told = (result.gate, result.evidence, result.verdict, result.code)
     return (number, result.id, *told, *numbers, result.duration_s, result.rests_on)
@@ -375,6 +375,9 @@ def _version() -> int:
     """A number that changes with the rules for what is a record, and with the tables."""
     files = (
         Path(__file__).with_name(f"{name}.py")
-        for name in ("archive", "builds", "curves", "index", "pictures", "reading", "schema", "simulation", "strict")
+        for name in (
+            *("archive", "builds", "curves", "headroom", "index", "pictures", "reading", "schema", "simulation"),
+            "strict",
+        )
     )
     return int(digest_of([*files, IMPORT_ROOT / "verify" / "checks.py"], IMPORT_ROOT)[:7], 16)

@@ -79,11 +79,6 @@ class Measurement(Strict):
         return f"{self.name}: measured {self.measured:.6g}{unit}, allowed {self.allowed:.6g}{unit}{place}"
 
 
-def _room(one: Measurement) -> float:
-    room = one.headroom
-    return -math.inf if math.isnan(room) else room
-
-
 class Deviation(Strict):
     """Why a failure was known before the run: the reason, the URL of the issue, and the last day it counts as known."""
 
@@ -168,13 +163,6 @@ class CheckResult(Strict):
     def said(self) -> str:
         """The message without the command that repeats the check, which ``repeat`` has."""
         return self.message.partition("; repeat with: ")[0]
-
-    @property
-    def tightest(self) -> Measurement | None:
-        """The measurement with the least headroom (NaN first), for the one number that a matrix cell shows."""
-        if len(self.measurements) < 2:  # most results; an index asks a thousand records
-            return self.measurements[0] if self.measurements else None
-        return min(self.measurements, key=_room)
 
 
 class Finding(Strict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,6 +12,7 @@ from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.record.absences import newest_of
 from verify.record.archive import locate, newest_first
+from verify.record.headroom import used_share
 from verify.record.index import Index, Point, open_index
 from verify.record.reading import UnreadableRecord, read_record
 from verify.record.schema import FAILING, CheckResult, Record, Verdict
@@ -193,8 +193,8 @@ def _shares(result: CheckResult) -> Mapping[str, float]:
     """The largest used share of the allowance, by the name of the measurement."""
     shares: dict[str, float] = {}
     for one in result.measurements:
-        if one.allowed > 0 and not math.isinf(one.allowed) and not math.isnan(one.measured):
-            shares[one.name] = max(shares.get(one.name, -math.inf), one.measured / one.allowed)
+        if (share := used_share(one.measured, one.allowed)) is not None:
+            shares[one.name] = max(shares.get(one.name, 0), share)
     return shares
 
 

@@ -14,9 +14,10 @@ from verify.checks import PHASES
 from verify.record.builds import Compilation
 from verify.record.cells import Cell
 from verify.record.findings import title
+from verify.record.headroom import room, tightest
 from verify.record.schema import CheckResult, Finding, Measurement, Record
 from verify.record.verdict import Assessment, describe_subject, fill_command, missing_by_phase
-from verify.report.matrix import LEGEND, VERSIONS, Row, bound, count, grid, headroom, room, rows, tightest, versions
+from verify.report.matrix import LEGEND, VERSIONS, Row, bound, count, grid, headroom, rows, versions
 from verify.report.plots import mermaid, value_rows
 from verify.report.sentences import built, headline, known_without_it, simulated
 

@@ -12,11 +12,11 @@ from verify.checks import PHASES
 from verify.errors import ConfigurationError
 from verify.files import write_out
 from verify.record.archive import locate
+from verify.record.headroom import room
 from verify.record.reading import UnreadableRecord, read_record
 from verify.record.schema import FAILING, CheckResult, Record, Verdict
 from verify.record.verdict import Assessment, TargetVerdict, assess_record
 from verify.report.looks import place
-from verify.report.matrix import room
 
 #: https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
 _STATEMENT, _PREDICATE = "https://in-toto.io/Statement/v1", "https://in-toto.io/attestation/test-result/v0.1"

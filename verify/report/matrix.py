@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from verify.checks import CheckSpec
 from verify.record.cells import Cell
+from verify.record.headroom import room, tightest
 from verify.record.schema import EVIDENCE, CheckResult, Evidence, Measurement, Verdict
 from verify.record.verdict import Assessment
 from verify.report.looks import BY_WORD, LOOKS, SHAPES
@@ -181,27 +182,6 @@ def by_phase(folded: Sequence[Row]) -> dict[int, list[Row]]:
     for row in folded:
         phases.setdefault(row.phase, []).append(row)
     return phases
-
-
-def room(measurement: Measurement) -> float | None:
-    """The headroom; None where it would be no figure: nothing was measured, nothing is allowed, or everything is."""
-    if measurement.measured <= 0 or measurement.allowed <= 0 or measurement.allowed == math.inf:
-        return None
-    return measurement.headroom
-
-
-def tightest(measurements: Iterable[Measurement]) -> Measurement | None:
-    """The measurement with the least headroom, NaN first; one that has no headroom only if there is no other, or if it
-    is outside its bound.
-    """
-    return min(measurements, key=_rank, default=None)
-
-
-def _rank(one: Measurement) -> tuple[int, float]:
-    found = room(one)
-    if found is None:
-        return (3 if one.within else 1), 0
-    return (0, 0) if math.isnan(found) else (2 if one.within else 1, found)
 
 
 def told(measurement: Measurement) -> str:

@@ -18,6 +18,7 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 #: A picture of each, by the file that it becomes.
 PICTURED = {
     "matrix": "index.html",
+    "tolerances": "tolerances.html",
     "gpu": "gpu/sm120.html",
     "check": "check/p3.scoring.html",
     "runs": "runs.html",

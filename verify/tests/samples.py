@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from verify.architectures import known_targets
 from verify.checks import Check, CheckSpec
-from verify.record.builds import Compilation
+from verify.record.builds import Code, Compilation
 from verify.record.curves import Curve, Point
 from verify.record.findings import findings
 from verify.record.reading import UnreadableRecord, read_record, write_record
@@ -227,6 +227,19 @@ def compiled(target: str, results: Iterable[CheckResult] = (), *, gap: str = "",
     one = {"sm": int(target.removeprefix("sm")), "triton": "3.7.1", "ptxas": "13.1", "toolchain": toolchain, "gap": gap}
     found = Compilation.model_validate(one | {"builds": [] if gap else [build]})
     return record(target, results, **({"compilation": found, "run_id": f"run-{target}-compiled"} | fields))
+
+
+def counted(target: str, instructions: dict[str, float | None]) -> Record:
+    """A compilation in which these variants execute so many warp instructions per key; None is not counted."""
+    made = compiled(target)
+    (one,) = made.compilation.builds
+    code = {"instructions": 100, "spill_store_bytes": 0, "spill_load_bytes": 0, "loads": {}, "special_functions": 0}
+    builds = []
+    for variant, number in instructions.items():
+        found = Code(warp_instructions_per_key=number, uncounted="" if number else "a branch on data", **code)
+        used = one.resources.model_copy(update={"code": found})
+        builds.append(one.model_copy(update={"variants": [variant], "resources": used}))
+    return made.model_copy(update={"compilation": made.compilation.model_copy(update={"builds": builds})})
 
 
 def simulation(sm: int = 120, **fields: object) -> Simulation:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +34,9 @@ from verify.report.sentences import beside_words, compiled_words, headline, in_s
 from verify.report.site import charts
 from verify.report.site.news import NIGHTS, News, changed, incomparable, red
 from verify.report.site.page import Frame
+from verify.report.site.roofline import roofline
 from verify.report.site.runs import Notes, Past, write_runs
+from verify.report.site.tolerances import tolerances
 from verify.report.site.view import Column, across, failures, lines
 
 _STATIC = Path(__file__).parent / "static"
@@ -147,6 +149,7 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
     common = {"headline": headline(site.assessments), "in_short": in_short(site.assessments)}
     page = frame.renderer(columns=site.columns, families=site.families, **common)
     yield "index.html", page("matrix.html", **_matrix(site))
+    yield "tolerances.html", page("tolerances.html", **tolerances(site.columns, _blocks(site)))
     yield "catalogue.html", page("catalogue.html", by_phase=_by_phase(site), ids=_ids(site))
     yield "resources.html", page("resources.html", **_resources(site))
     yield "faults.html", page("faults.html", **_faults(site.selftest), instrument=instrument_sha256(repository_root()))
@@ -163,14 +166,12 @@ def _pages(site: Site, beside: Executor, made: Path, out: Path) -> Iterator[tupl
 
 
 def _matrix(site: Site) -> dict[str, Any]:
-    blocks = {}
-    for gate in ("hard", "soft"):
-        phases = {phase: [spec for spec in specs if spec.gate == gate] for phase, specs in _by_phase(site).items()}
-        blocks[gate] = {phase: specs for phase, specs in phases.items() if specs}
     marks = {family: [(column, column.of_family(family)) for column in site.columns] for family in site.families}
     shown = [mark for row in marks.values() for _, mark in row if mark is not None]
+    failing = {family for family, row in marks.items() if any(mark and mark.tone == "fail" for _, mark in row)}
     return {
-        "blocks": blocks,
+        "failing": [spec for phases in _blocks(site, failing).values() for specs in phases.values() for spec in specs],
+        "blocks": _blocks(site, site.families.keys() - failing),
         "marks": marks,
         "words": sorted({mark.word for mark in shown}),
         "versions": _versions(site.columns),
@@ -180,6 +181,18 @@ def _matrix(site: Site) -> dict[str, Any]:
         "beside": [beside_words(record) for record in site.beside],
         "incomparable": incomparable(site.news.values()),
     }
+
+
+def _blocks(site: Site, chosen: Set[str] | None = None) -> dict[str, dict[int, list[CheckSpec]]]:
+    """The families of checks by gate and phase, HARD ones first; only those of ``chosen``, if given."""
+    blocks = {}
+    for gate in ("hard", "soft"):
+        phases = {
+            phase: [one for one in specs if one.gate == gate and (chosen is None or one.family in chosen)]
+            for phase, specs in _by_phase(site).items()
+        }
+        blocks[gate] = {phase: specs for phase, specs in phases.items() if specs}
+    return {gate: phases for gate, phases in blocks.items() if phases}
 
 
 def _versions(columns: Sequence[Column]) -> dict[str, list[str]]:
@@ -310,7 +323,8 @@ def _resources(site: Site) -> dict[str, Any]:
         for metric, title in (charts.METRICS.items() if good else ())
     ]
     gaps = [(f"sm{one.sm}", one.gap) for one in known if one.gap]
-    return {"metrics": metrics, "sms": [one.sm for one in good], "gaps": gaps, "builds": len(names)}
+    told = {"metrics": metrics, "sms": [one.sm for one in good], "gaps": gaps, "builds": len(names)}
+    return {**told, "roofline": roofline(site.columns)}
 
 
 def _cell(build: Any, metric: str) -> str:

@@ -145,6 +145,36 @@ def multiples(compilations: Sequence[Compilation], metric: str) -> Markup:
     )
 
 
+def ratios(costs: Iterable[Any], cards: Iterable[Any]) -> Markup:
+    """Warp instructions per byte, a row for each target with a diamond for each build, and a bar at the ridge of each
+    of the ``cards``. ``costs`` and ``cards`` are those of ``verify.report.site.roofline``.
+    """
+    values = [{"target": one.target, "ratio": one.ratio, "name": one.aggregation} for one in costs]
+    targets = list(dict.fromkeys(value["target"] for value in values))
+    ridges = [{"target": card.target, "ratio": card.ridge} for card in cards if card.target in targets]
+    scale = {"type": "log", "nice": False, "padding": 12}
+    across = {"field": "ratio", "type": "quantitative", "title": "warp instructions per byte", "scale": scale}
+    up = {"field": "target", "type": "nominal", "sort": targets, "title": None}
+    colour = {"field": "name", "scale": {"domain": ["mean", "max"], "range": _SERIES[:2]}}
+    point = {"type": "point", "shape": "diamond", "filled": True, "size": 70, "opacity": 0.6}
+    bar = {"type": "tick", "color": "var(--ink)", "thickness": 3, "size": 20}
+    return draw(
+        {
+            "width": 430,
+            "height": {"step": 23},
+            "layer": [
+                {
+                    "data": {"values": values},
+                    "mark": point,
+                    "encoding": {"x": across, "y": up, "color": colour},
+                },
+                {"data": {"values": ridges}, "mark": bar, "encoding": {"x": across, "y": up}},
+            ],
+            "config": {**_CONFIG, "legend": {**_CONFIG["legend"], "symbolType": "diamond"}},
+        }
+    )
+
+
 def over_time(values: Sequence[Mapping[str, Any]], unit: str, *, log: bool = False) -> Markup:
     """Measurements over time, a small chart per target, with the allowed value as a dashed line.
 

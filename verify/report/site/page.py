@@ -10,13 +10,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from verify.checks import PHASES
+from verify.record.headroom import tightest
 from verify.record.reading import rehearsing
 from verify.record.schema import FAILING, Record
 from verify.record.simulation import EVERY_SKIP_CODE
 from verify.record.verdict import describe_subject, subject_option
 from verify.report.keep_sets import kept_words
 from verify.report.looks import LOOKS
-from verify.report.matrix import bound, count, headroom, tightest
+from verify.report.matrix import bound, count, headroom
 from verify.report.sentences import built, simulated, simulated_words, soft_failures
 from verify.report.site.keep_sets import drawn, signs
 from verify.report.site.view import known_in, page_name, title_of

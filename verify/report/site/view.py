@@ -12,11 +12,12 @@ from functools import cached_property
 from verify.architectures import Architecture, Target
 from verify.record.cells import Cell
 from verify.record.findings import next_step, title
+from verify.record.headroom import room, tightest
 from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Record, Verdict
 from verify.record.simulation import UNSUPPORTED
 from verify.record.verdict import Assessment
 from verify.report.looks import BY_WORD
-from verify.report.matrix import KNOWN, Row, bound, headroom, listed, room, rows, stale_of, tightest, told
+from verify.report.matrix import KNOWN, Row, bound, headroom, listed, rows, stale_of, told
 from verify.report.site.news import News
 
 STALE = "STALE"

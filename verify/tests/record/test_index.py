@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -127,15 +128,28 @@ def test_the_course_of_a_check_is_told_oldest_first(reports: Path) -> None:
         assert index.points("p4.ora") == []
 
 
+def test_a_point_is_of_the_measurement_that_every_report_shows(reports: Path) -> None:
+    below, exact, free = measured(-5, 1e-9, "gap"), measured(0, 0, "differences"), measured(9, math.inf, "ties")
+    close, loose = measured(0.5, 1, "close"), measured(0.1, 1, "loose")
+    write(record("sm120", [result("p4.oracle.n1", measurements=[*below, *exact, *free, *loose, *close])]), reports)
+    write(record("sm90", [result("p4.oracle.n1", measurements=below)]), reports)
+    with open_index([reports]) as index:
+        shown = {one.target: (one.measure, one.measured, one.share) for one in index.points("p4.oracle.n1")}
+    assert shown == {"sm120": ("close", 0.5, 0.5), "sm90": ("gap", -5, 0)}
+
+
 def test_a_thousand_records_are_reported_in_time_and_memory(tmp_path: Path) -> None:
     write_many(tmp_path, 1000, list(catalogue()))
+    (last,) = tmp_path.rglob("run-00999.json")  # two that contradict each other are named, and the others are merged
+    last.with_name("other.json").write_text(last.read_text().replace('"seed": 1', '"seed": 2', 1))
     # of the processor, and in times that merely reading all of them takes now, so that no machine is too slow or busy
     limits = {"cold": (3.5, ["--all"]), "warm": (0.4, ["--all"]), "one": (0.3, ["--gpu", "sm90"])}
     for name, (limit, words) in limits.items():
         words += ["--records", str(tmp_path / "evidence")]
         before_s = reading_s(tmp_path / "evidence")
         made = measure_report(*words, cwd=REPOSITORY, cache=tmp_path / "cache")
-        assert made.exit_code == 0
+        assert made.exit_code == 5
+        assert "contradict each other about run run-00999; none counts until only one is left" in made.said
         assert ("VERIFIED" if name == "one" else "●P") in made.printed
         allowed_s = limit * max(before_s, reading_s(tmp_path / "evidence"))
         assert made.processor_s < allowed_s, f"{name}: {made.processor_s:.1f} s, {allowed_s:.1f} s allowed"

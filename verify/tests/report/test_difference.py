@@ -81,6 +81,14 @@ def test_without_a_history_a_factor_tells_what_is_tighter_or_slower() -> None:
     assert found.kind == "slower"
 
 
+def test_a_value_below_zero_uses_nothing_of_its_allowance() -> None:
+    for was, now in ((-2.0, -1.0), (-1.0, -2.0), (0.3, -1.0)):
+        assert changes(of_share(was), of_share(now)) == {}
+        assert changes(of_share(was), of_share(now), past(*[was] * 5)) == {}
+    (found,) = changes(of_share(-2.0), of_share(0.5)).values()
+    assert (found.kind, found.told[:43]) == ("tighter", "error: 0.5 of what is allowed, 0 before (ov")
+
+
 def test_the_noise_of_enough_runs_is_allowed_for() -> None:
     noisy, steady = past(0.1, 0.3, 0.2, 0.25, 0.15), past(0.2, 0.2, 0.2, 0.2, 0.2)
     assert changes(of_share(0.2), of_share(0.4), noisy) == {}

@@ -5,9 +5,10 @@ import math
 import pytest
 
 from verify.architectures import EMULATED, find
+from verify.record.headroom import tightest
 from verify.record.schema import Measurement, Record
 from verify.record.verdict import assess
-from verify.report.matrix import bound, grid, headroom, rows, tightest, told
+from verify.report.matrix import bound, grid, headroom, rows, told
 from verify.tests.samples import checks, known, measured, record, result
 
 

@@ -39,6 +39,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return nightly_site(folder, found)
 
 
+@pytest.fixture(scope="module")
+def green(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return nightly_site(tmp_path_factory.mktemp("green"), [night("sm80", 1), night("sm90", 1)])
+
+
 def rows(page: Page) -> list[str]:
     """The checks that the matrix shows."""
     return page.locator(".matrix .rows tr:visible th a").all_text_contents()
@@ -55,6 +60,50 @@ def test_anything_red_is_crashes_and_failures_together(page: Page, site: Path) -
     assert rows(page) == ["p3.scoring", "p4.oracle", "p7.soft_stream"]
     page.goto(f"{(site / 'gpu/sm100.html').as_uri()}#verdict=red")
     assert page.locator(".results tbody tr:visible th[scope=row]").count() == 12
+
+
+#: The red cells of the tables of a page, as whether each is shown, and the rows that are shown without one.
+RED = """
+() => {
+    const tables = "main :is(.matrix, .results)";
+    const shown = (one) => one.checkVisibility() && !one.closest(".off");
+    const red = [...document.querySelectorAll(`${tables} .g.fail`)];
+    const rows = [...document.querySelectorAll(":is(.matrix .rows, .results tbody) tr:not(.phase, .more)")];
+    return [red.map(shown), rows.filter((row) => shown(row) && !row.querySelector(".g.fail")).length];
+}
+"""
+
+
+def test_with_the_filter_for_red_every_red_cell_is_shown_and_no_other_row(page: Page, site: Path, wide: Path) -> None:
+    numbers = {}
+    for place in (site, wide):
+        for file in (place / "index.html", *sorted(place.glob("gpu/*.html"))):
+            page.goto(f"{file.as_uri()}#verdict=red")
+            shown, others = page.evaluate(RED)
+            assert all(shown), file
+            assert others == 0, file
+            numbers[place, file.stem] = len(shown)
+    assert [numbers[site, name] for name in ("index", "sm100", "sm120", "sm89", "sm80")] == [3, 12, 1, 1, 0]
+    assert numbers[wide, "index"] == 13
+
+
+def test_red_rows_come_first_and_the_others_stay_in_their_order(page: Page, site: Path, green: Path) -> None:
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.goto((site / "index.html").as_uri())
+    red, families = ["p3.scoring", "p4.oracle", "p7.soft_stream"], [*CASES]
+    assert rows(page) == [*red, *(family for family in families if family not in red)]
+    assert page.locator(".matrix .block").first.text_content().strip().startswith("RED")
+    assert page.locator(".matrix .rows tr", has_text="p7.soft_stream").locator("th").text_content().endswith("SOFT")
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        places = [one.bounding_box() for one in page.locator(".news .g.fail").all()]
+        assert [place["y"] + place["height"] < 844 for place in places] == [True] * 3
+    page.set_viewport_size({"width": 1280, "height": 900})
+    places = [one.bounding_box() for one in page.locator(".matrix td.fail").all()]
+    assert [place["y"] + place["height"] < 900 for place in places] == [True] * 3
+    page.goto((green / "index.html").as_uri())
+    assert rows(page) == families
+    assert not page.locator(".matrix .failing").count()
 
 
 def test_soft_failures_are_counted_in_the_heading_and_in_each_column(page: Page, site: Path) -> None:
@@ -198,10 +247,8 @@ def test_what_is_said_of_several_cases_is_said_once(page: Page, site: Path) -> N
     assert failures.locator(".ids").text_content() == f"12 cases: {cases}"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_no_page_is_wider_than_its_window(page: Page, site: Path, wide: Path, width: int, scheme: str) -> None:
-    page.emulate_media(color_scheme=scheme)
+def test_no_page_is_wider_than_its_window(page: Page, site: Path, wide: Path, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 844})
     found = []
     for place in (site, wide):
@@ -209,8 +256,10 @@ def test_no_page_is_wider_than_its_window(page: Page, site: Path, wide: Path, wi
         assert all(kinds)
         for file in (*kinds[0], *(file for some in kinds[1:] for file in some[-4:])):
             page.goto(file.as_uri())
-            if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
-                found.append(f"{file.parent.name}/{file.name}")
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme)
+                if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+                    found.append(f"{file.parent.name}/{file.name}, {scheme}")
     assert found == []
 
 
@@ -219,10 +268,13 @@ def test_runs_with_failures_stand_out(page: Page, site: Path) -> None:
     assert page.locator("tbody .v.fail").all_text_contents() == ["1 FAIL", "1 FAIL", "12 CRASH"]
 
 
-def test_the_title_of_every_page_begins_with_the_verdict(page: Page, site: Path, tmp_path: Path) -> None:
+def test_the_title_of_every_page_begins_with_the_verdict(page: Page, site: Path, green: Path) -> None:
     every = "FAILED sm100, sm120"
     for name, words in (
-        *((f"{name}.html", every) for name in ("index", "runs", "catalogue", "resources", "latency", "faults")),
+        *(
+            (f"{name}.html", every)
+            for name in ("index", "tolerances", "runs", "catalogue", "resources", "latency", "faults")
+        ),
         ("gpu/sm89.html", "VERIFIED · sm89"),
         ("gpu/emulated.html", "EMULATED PASS · emulated"),
         ("check/p3.scoring.html", "Fails only on sm100 · p3.scoring"),
@@ -233,6 +285,5 @@ def test_the_title_of_every_page_begins_with_the_verdict(page: Page, site: Path,
         page.goto((site / name).as_uri())
         assert page.title().startswith(f"{words} · "), page.title()
         assert page.title().endswith(" · TriAttention verification")
-    good = [night("sm80", 1), night("sm90", 1)]
-    page.goto((nightly_site(tmp_path, good) / "index.html").as_uri())
+    page.goto((green / "index.html").as_uri())
     assert page.title() == "2 of 12 VERIFIED · Matrix · TriAttention verification"
