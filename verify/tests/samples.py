@@ -22,7 +22,7 @@ from verify.record.builds import Compilation
 from verify.record.curves import Curve, Point
 from verify.record.findings import findings
 from verify.record.reading import UnreadableRecord, read_record, write_record
-from verify.record.schema import CheckResult, Deviation, Environment, Gpu, Measurement, Record, SubjectInfo
+from verify.record.schema import CheckResult, Deviation, Environment, Gpu, Measurement, Record, SubjectInfo, Waiver
 from verify.record.simulation import Simulation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -172,6 +172,15 @@ def known(check_id: str, **fields: object) -> CheckResult:
     """A failure that is a known deviation."""
     why = Deviation(reason="Zeros are NaN.", issue="https://example.org/12", expires=date(2027, 3, 1))
     return result(check_id, "FAIL", **{"deviation": why} | fields)
+
+
+def waived(check_id: str, **fields: object) -> CheckResult:
+    """A failure that the suite's list of known failures has."""
+    why = Waiver(
+        verdict="FAIL", reason="Zeros are NaN.", issue="https://example.org/12", owner="@owner",
+        expires=date(2027, 1, 31),
+    )  # fmt: skip
+    return result(check_id, "WAIVED", **{"waiver": why} | fields)
 
 
 def measured(value: float, allowed: float, name: str = "error") -> list[Measurement]:
