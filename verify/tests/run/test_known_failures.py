@@ -16,7 +16,7 @@ from verify.record.schema import Verdict
 from verify.run.conclusion import concluded
 from verify.run.runner import exit_code
 from verify.subject.known_failures import read_known_failures
-from verify.tests.samples import REPOSITORY, checks, record, result, waived
+from verify.tests.samples import REPOSITORY, checks, known_failure, record, result, waived
 from verify.tests.tree import Tree, make_tree
 
 DAY = timedelta(days=1)
@@ -35,11 +35,6 @@ added = {TODAY}
 expires = {LATER}
 probe = "python -m verify run --phases 4"
 """
-
-
-def entry(*names: str, expires: date = LATER, **when: object) -> KnownFailure:
-    fields = {"reason": "Zeros are NaN.", "issue": ISSUE, "owner": "@me", "probe": "make probe"}
-    return KnownFailure(checks=[*names], when=Condition(**when), added=TODAY, expires=expires, **fields)
 
 
 def read(root: Path, text: str, source: str = "bundled") -> tuple[KnownFailure, ...]:
@@ -135,13 +130,13 @@ def test_a_condition_is_about_the_target_the_versions_and_the_model() -> None:
 
 @pytest.mark.parametrize("verdict", [one for one in Verdict if one is not Verdict.WAIVED])
 def test_only_a_failure_of_the_subject_is_waived_and_only_until_its_last_day(verdict: Verdict) -> None:
-    found = waiver([entry("p4.oracle")], "p4.oracle.n1", verdict, LATER)
+    found = waiver([known_failure("p4.oracle")], "p4.oracle.n1", verdict, LATER)
     if verdict not in (Verdict.FAIL, Verdict.CRASH, Verdict.TIMEOUT):
         assert found is None
         return
-    assert str(found) == f"{verdict}, waived by @me until {LATER}: Zeros are NaN. ({ISSUE})"
-    assert waiver([entry("p4.oracle")], "p4.oracle.n1", verdict, LATER + DAY) is None
-    assert waiver([entry("p4.triton_pytorch")], "p4.oracle.n1", verdict, LATER) is None
+    assert str(found) == f"{verdict}, waived by @owner until {LATER}: Zeros are NaN. ({ISSUE})"
+    assert waiver([known_failure("p4.oracle")], "p4.oracle.n1", verdict, LATER + DAY) is None
+    assert waiver([known_failure("p4.triton_pytorch")], "p4.oracle.n1", verdict, LATER) is None
 
 
 def test_a_waived_failure_decides_no_exit_code_and_hides_no_other() -> None:
@@ -167,7 +162,7 @@ def test_the_last_sentence_names_every_waived_check_with_its_issue_and_its_day()
 
 def test_an_entry_that_has_expired_or_whose_check_passes_must_be_changed() -> None:
     fine, bad = result("p4.oracle.n1"), waived("p4.oracle.n33")
-    listed = [entry("p4.oracle")]
+    listed = [known_failure("p4.oracle")]
     (told,) = outdated(listed, [fine, bad], TODAY, on_target=True)
     assert told == (
         f"p4.oracle.n1 passed, but the known failure p4.oracle ({ISSUE}) has it; narrow it in {FILE}. "
@@ -281,12 +276,17 @@ def test_a_mistake_is_refused_before_anything_runs(tree: Tree) -> None:
 def test_an_entry_that_must_be_changed_decides_the_exit_code_only_where_nothing_failed(
     results: list, expires: date, code: int, ends: int
 ) -> None:
-    manifest = SimpleNamespace(deviations=(), known_failures=(entry("p4.oracle", expires=expires),), day=TODAY)
+    manifest = SimpleNamespace(deviations=(), known_failures=(known_failure("p4.oracle", expires=expires),), day=TODAY)
     assert concluded(record("sm120", results), manifest, code)[0] == ends
 
 
 def test_what_has_no_check_in_a_run_or_another_target_does_not_concern_it(tmp_path: Path) -> None:
     surroundings = record("sm120", []).environment
-    listed = [entry("p4.oracle"), entry("p4.*.mean"), entry("p1.bf16", sm=[90]), entry("p1.nvcc", sm=[120])]
+    listed = [
+        known_failure("p4.oracle"),
+        known_failure("p4.*.mean"),
+        known_failure("p1.bf16", when={"sm": [90]}),
+        known_failure("p1.nvcc", when={"sm": [120]}),
+    ]
     found = applying(listed, ["p4.oracle.n1", "p1.bf16.matmul", "p1.nvcc.version"], "sm120", surroundings, "embedded")
     assert [one.checks for one in found] == [["p4.oracle"], ["p1.nvcc"]]
