@@ -135,8 +135,8 @@ def outdated(
         if one.expired(today):
             yield f"{one.told} expired on {one.expires}; remove it from {FILE}, or give a later date"
         elif passed and on_target:
-            what = "narrow" if len(passed) < len(own) else "remove"
-            yield f"{some(passed)} passed, but {one.told} has it; {what} it in {FILE}. To see what fails: {one.probe}"
+            what = "narrow it in" if len(passed) < len(own) else "remove it from"
+            yield f"{some(passed)} passed, but {one.told} has it; {what} {FILE}. Its probe: {one.probe}"
 
 
 def told_waived(results: Sequence[CheckResult], *, alone: bool) -> str:

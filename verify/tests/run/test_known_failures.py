@@ -166,10 +166,10 @@ def test_an_entry_that_has_expired_or_whose_check_passes_must_be_changed() -> No
     (told,) = outdated(listed, [fine, bad], TODAY, on_target=True)
     assert told == (
         f"p4.oracle.n1 passed, but the known failure p4.oracle ({ISSUE}) has it; narrow it in {FILE}. "
-        "To see what fails: make probe"
+        "Its probe: make probe"
     )
     (told,) = outdated(listed, [fine], TODAY, on_target=True)
-    assert f"has it; remove it in {FILE}" in told
+    assert f"has it; remove it from {FILE}" in told
     (told,) = outdated(listed, [fine, bad], LATER + DAY, on_target=True)
     assert (
         told == f"the known failure p4.oracle ({ISSUE}) expired on {LATER}; remove it from {FILE}, or give a later date"
@@ -247,7 +247,7 @@ def test_pytest_ends_red_if_only_an_entry_must_be_changed(tree: Tree) -> None:
     words = ("phases", "--device=cpu", "-k", "zeros and rank or after")
     code, told = _run(tree, _listed("p1.zeros") + old, *words)
     assert code == 4, told
-    assert f"p1.zeros.rank passed, but the known failure p1.zeros ({ISSUE}) has it; remove it in {FILE}." in told
+    assert f"p1.zeros.rank passed, but the known failure p1.zeros ({ISSUE}) has it; remove it from {FILE}." in told
     assert told.count("expired on 2026-05-01, so its failures count; fix them, or give a later date") == 1
     assert f"nothing failed, but the run cannot end with 0 until {FILE} is changed" in told
 
