@@ -8,15 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from verify.architectures import find
 from verify.checks import catalogue
 from verify.errors import ConfigurationError
 from verify.record.known_failures import FILE, Condition, KnownFailure, applying, outdated, told_waived, waiver
 from verify.record.schema import Verdict
+from verify.run import simulate
 from verify.run.conclusion import concluded
 from verify.run.runner import exit_code
 from verify.subject.known_failures import read_known_failures
-from verify.tests.samples import REPOSITORY, checks, known_failure, record, result, waived
+from verify.tests.samples import REPOSITORY, checks, known_failure, record, result, simulated, waived
 from verify.tests.tree import Tree, make_tree
 
 DAY = timedelta(days=1)
@@ -290,3 +293,12 @@ def test_what_has_no_check_in_a_run_or_another_target_does_not_concern_it(tmp_pa
     ]
     found = applying(listed, ["p4.oracle.n1", "p1.bf16.matmul", "p1.nvcc.version"], "sm120", surroundings, "embedded")
     assert [one.checks for one in found] == [["p4.oracle"], ["p1.nvcc"]]
+
+
+def test_a_simulation_names_what_is_waived_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    made = simulated(
+        "sm120", [waived("p4.oracle.n1", evidence="simulated"), result("p4.oracle.n33", "ABSENT", "simulated")]
+    )
+    assert simulate._conclude([simulate.Ended(find(120), 0, made)], Console(width=200, highlight=False)) == 0
+    told = capsys.readouterr().out
+    assert "sm120 WAIVED p4.oracle.n1: measured 2, allowed 1\nsm120: 1 ABSENT, 1 WAIVED with 400 launches" in told
