@@ -258,7 +258,7 @@ def _print_results(ids: Sequence[str], records: Sequence[Record], console: Conso
         number = f"{tight.name} {bound(tight)}" if tight else ""
         number += f", headroom {headroom(tight)}" if tight and room(tight) is not None else ""
         words = " ".join(filter(None, [result.verdict, result.code, result.by and f"by {result.by}"]))
-        whose = "" if record.subject.source == BUNDLED else record.subject.source
+        whose = str(result.waiver or "") if record.subject.source == BUNDLED else record.subject.source
         told = (Text(result.id), Text(number), Text(whose))
         table.add_row(record.time_utc[:10], record.target, result.evidence, verdict_text(words), *told)
     console.print(f"\nLast results, newest first ({min(len(found), _LAST)} of {len(found)}):")

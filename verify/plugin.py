@@ -29,12 +29,12 @@ from verify.machine.device import Device, prepare, resolve
 from verify.machine.environment import localise
 from verify.machine.processors import RUN_VARIABLE, cores
 from verify.machine.workers import end_with_parent
-from verify.record.deviations import told_before
 from verify.record.follow.sitecustomize import LOG
 from verify.record.grounds import PACKAGE, Checkout, Grounds, follow
 from verify.record.verdict import profile_of
 from verify.record.without_gpu import can_be_simulated
 from verify.run import events
+from verify.run.conclusion import concluded
 from verify.run.durations import Timekeeper, long_files
 from verify.run.manifest import Manifest, freeze, survey
 from verify.run.probe import Probe
@@ -45,6 +45,7 @@ from verify.session import SESSION, Session
 from verify.simulator.control import require
 from verify.subject.deviations import read_deviations
 from verify.subject.find import find_subject
+from verify.subject.known_failures import read_known_failures
 
 #: Phases whose checks share no set-up, and run in a random order.
 _SHUFFLED = frozenset({4, 5})
@@ -264,6 +265,7 @@ def _grounds(session: Session) -> Grounds:
 def _manifest(config: pytest.Config, checks: list[pytest.Item]) -> Manifest:
     session, expect = config.stash[SESSION], config.getoption("expect")
     sm = parse_expect(expect) if expect else None
+    known, source = list(catalogue()), session.subject.source
     return freeze(
         survey(session.device.name, session.subject, session.root, sm, session.simulated),
         device=f"sim:sm{session.simulated}" if session.simulated else session.device.name,
@@ -272,7 +274,9 @@ def _manifest(config: pytest.Config, checks: list[pytest.Item]) -> Manifest:
         seed=session.seed,
         selection=_words(config),
         selected=tuple(selected(item) for item in checks),
-        deviations=read_deviations(session.subject, session.root, catalogue()),
+        deviations=read_deviations(session.subject, session.root, known),
+        # what starts a scratch run asks how checks end, and decides for itself
+        known_failures=() if config.getoption("scratch") else read_known_failures(source, session.root, known),
     )
 
 
@@ -308,11 +312,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     events.append_elapsed(current.run_dir, time.perf_counter() - current.begun)
     finished = events.read_results(current.run_dir).keys() >= {check.id for check in current.manifest.selected}
     current.record = record = events.compose(current.run_dir, "complete" if finished else "interrupted")
-    from verify.run.runner import deviating, exit_code
+    from verify.run.runner import exit_code
 
     code = exit_code(record.results, record.target, profile_of(record.subject))
-    code, current.told = deviating(record, current.manifest, code)
-    if code == Exit.CANNOT and session.exitstatus == pytest.ExitCode.OK:  # a known deviation that matches nothing
+    code, current.told = concluded(record, current.manifest, code)
+    if code == Exit.CANNOT and session.exitstatus == pytest.ExitCode.OK:  # an entry of what is known must be changed
         session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
 
@@ -334,5 +338,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line(f"record: {os.path.relpath(session.run_dir / events.RECORD)}")
     if told := unjudged(session.record, session.run_dir):
         terminalreporter.write_line(told)
-    for told in (*told_before(session.manifest.deviations, session.manifest.day), *session.told):
+    for told in (*session.manifest.told_before, *session.told):
         terminalreporter.write_line(told)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Sequence
+from datetime import date
 from pathlib import Path
 
-from verify.build.builder import Order
+from verify.build.builder import Order, failed
 from verify.build.resources import Earlier
 from verify.checks import DEFAULT_SEED, SKIP_CODES, Check, catalogue
 from verify.files import repository_root
@@ -15,7 +16,8 @@ from verify.machine.environment import capture
 from verify.record.builds import NOT_OFFERED, WRONG, BuildVerdict, Compilation
 from verify.record.digest import instrument_sha256
 from verify.record.grounds import Checkout
-from verify.record.schema import CheckResult, Record, SubjectInfo, Verdict
+from verify.record.known_failures import KnownFailure, applying, waived
+from verify.record.schema import FAILING, CheckResult, Record, SubjectInfo, Verdict
 from verify.run.manifest import new_run_id, utc_now
 from verify.subject.subject import Subject
 
@@ -28,6 +30,9 @@ _VERDICTS = {
     BuildVerdict.TIMEOUT: Verdict.TIMEOUT,
 }
 
+#: What a record says of the model where none is run.
+_NO_MODEL = "none"
+
 
 def records_of(
     order: Order,
@@ -37,11 +42,12 @@ def records_of(
     out: Path | None,
     root: Path,
     imported: Iterable[Path],
+    known_failures: Sequence[KnownFailure] = (),
 ) -> list[Record]:
     """A record for each GPU, with the results of the checks that a build can answer.
 
     ``words`` is the request as a command line, ``out`` a folder with earlier records besides the usual ones,
-    ``imported`` the files imported to capture the launches.
+    ``imported`` the files imported to capture the launches. What ``known_failures`` list is WAIVED.
     """
     checkout = Checkout(root, order.subject.root, order.subject.folder)
     names = checkout.names_of(imported) | checkout.closure("verify/build/builder.py", "phases/p3_compile.py")
@@ -49,6 +55,12 @@ def records_of(
     environment = capture("cpu")
     checks = [check for check in catalogue() if check.phase == 3]
     digest, now, earlier = instrument_sha256(root), utc_now(), Earlier.load(out)
+
+    def results_of(one: Compilation) -> list[CheckResult]:
+        results = [] if one.gap else _results(order, one, checks, _last(one, info, earlier))
+        own = applying(known_failures, (result.id for result in results), f"sm{one.sm}", environment, _NO_MODEL)
+        return [waived(result, own, date.fromisoformat(now[:10])) for result in results]
+
     return [
         Record(
             run_id=new_run_id(f"sm{one.sm}-compiled"),
@@ -58,17 +70,32 @@ def records_of(
             subject=info,
             instrument_sha256=digest,
             environment=environment,
-            model="none",
+            model=_NO_MODEL,
             seed=DEFAULT_SEED,
             selection=words,
             duration_s=sum(build.duration_s for build in one.builds),
-            results=[] if one.gap else _results(order, one, checks, _last(one, info, earlier)),
+            results=results_of(one),
             sources=sources,
             rests_on=[[*sources]],
             compilation=one,
         )
         for one in compilations
     ]
+
+
+def failed_unwaived(compilations: Iterable[Compilation], records: Iterable[Record]) -> bool:
+    """``failed``, without the builds of which every variant is a case of a check that is WAIVED."""
+    left = []
+    for one, record in zip(compilations, records, strict=True):
+        spared, counted = (
+            {result.id.rpartition(".")[2] for result in record.results if result.verdict in verdicts}
+            for verdicts in ({Verdict.WAIVED}, FAILING)
+        )
+        spared -= counted
+        builds = [build for build in one.builds if not spared.issuperset(build.variants)]
+        unlaunched = {name: why for name, why in one.unlaunched.items() if name not in spared}
+        left.append(one.model_copy(update={"builds": builds, "unlaunched": unlaunched}))
+    return failed(left)
 
 
 def _last(now: Compilation, info: SubjectInfo, earlier: Earlier) -> Compilation | None:

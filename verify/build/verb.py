@@ -12,18 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from verify.architectures import parse_targets
-from verify.build.builder import LIMIT_S, Order, Progress, compile_ahead, failed, prepare
+from verify.build.builder import LIMIT_S, Order, Progress, compile_ahead, prepare
 from verify.build.compiler import Answer
-from verify.build.records import records_of
+from verify.build.records import failed_unwaived, records_of
+from verify.checks import catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.files import cache_folder, default_out, repository_root, require_writable, writable
 from verify.judge.variants import DEFAULT, FULL
 from verify.machine.processors import cores
 from verify.record.builds import BuildVerdict, Compilation
+from verify.record.known_failures import told_waived
 from verify.record.reading import write_record
 from verify.record.schema import Record
 from verify.run.manifest import new_run_id
 from verify.subject.find import find_subject
+from verify.subject.known_failures import read_known_failures
 
 
 def compile_verb(
@@ -40,21 +43,23 @@ def compile_verb(
 ) -> int:
     """Build, write a record for each GPU, print the table, and return the exit code of ``python -m verify compile``.
 
-    0 everything that the toolchain can build was built (soft failures are warnings), 1 a kernel was not built, 3
-    nothing can be built for any of the GPUs. Raises ConfigurationError when the request cannot be carried out or the
-    records cannot be written.
+    0 everything that the toolchain can build was built (soft failures are warnings, known failures are waived), 1 a
+    kernel was not built, 3 nothing can be built for any of the GPUs. Raises ConfigurationError when the request cannot
+    be carried out or the records cannot be written.
     """
     root, out = repository_root(), (out or default_out()).resolve()
     order = _order(sm, kernels, full, subject, jobs, limit_s, fresh, root)
     if out.exists() and not out.is_dir():
         raise ConfigurationError(f"--out {out} is not a directory; name a directory for the records")
     require_writable(out)
+    known_failures = read_known_failures(order.subject.source, root, catalogue())
     prepare()
     info = order.subject.info()
     with _interruptible():
         compilations, imported = _with_progress(order)
-        records = records_of(order, info, compilations, _words(order, sm, full), out, root, imported)
-    folder = _write(records, out)
+        words = _words(order, sm, full)
+        records = records_of(order, info, compilations, words, out, root, imported, known_failures)
+    folder, wrong = _write(records, out), failed_unwaived(compilations, records)
     if as_json:
         from verify.report.documents import compilations_json
 
@@ -63,7 +68,10 @@ def compile_verb(
         from verify.build.terminal import print_compilations
 
         print_compilations(compilations, records, os.path.relpath(folder))
-    if failed(compilations):
+        for record in records:
+            if told := told_waived(record.results, alone=not wrong):
+                print(f"{record.target}: {told}")
+    if wrong:
         return Exit.FAILED
     if not any(build.verdict is BuildVerdict.OK for one in compilations for build in one.builds):
         sys.stdout.flush()

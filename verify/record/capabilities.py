@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from verify.checks import CAPABILITIES
-from verify.record.schema import FAILING, PATCH, CheckResult, SubjectInfo, Verdict
+from verify.record.schema import BLOCKING, PATCH, CheckResult, SubjectInfo, Verdict
 
 #: The accuracy class in the place of a measurement.
 _CLASS = re.compile(r"\bclass ([ABC]), \S+ units of ")
@@ -22,7 +22,7 @@ def by_capability(found: Iterable[tuple[str, CheckResult]], subject: SubjectInfo
         results = by_name.get(name, [])
         if name in ("environment", "latency") or not results:
             continue
-        judged = [one for one in results if one.verdict is Verdict.PASS or one.verdict in FAILING]
+        judged = [one for one in results if one.verdict is Verdict.PASS or one.verdict in BLOCKING]
         refused = dict.fromkeys(one.aspect for one in results if one.verdict is Verdict.REFUSED and one.aspect)
         absent = [one for one in results if one.verdict is Verdict.ABSENT]
         if not judged:

@@ -18,7 +18,7 @@ from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Deviation, V
 #: What an entry is read from, next to where ``subject.toml`` is.
 FILE = "deviations.toml"
 
-#: How many of the known failures are named in one sentence; the rest is only counted.
+#: How many checks are named in one sentence; the rest is only counted.
 _NAMED = 6
 
 
@@ -81,7 +81,16 @@ def told_after(results: Sequence[CheckResult], *, alone: bool) -> str:
     else:
         share = "a known deviation" if failed == 1 else "all of them known deviations"
         end = "nothing else failed" if alone else "the run fails for another reason"
+    return f"{failures}, {share} ({some(names)}){untested(names, results)}; {end}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
+
+
+def untested(names: Sequence[str], results: Iterable[CheckResult]) -> str:
+    """How many checks are blocked by those of ``names``, as the continuation of a sentence; empty without any."""
     blocked = sum(one.by in names for one in results)
-    untested = f"; {blocked} more did not run because of them" if blocked else ""
-    return f"{failures}, {share} ({', '.join(names[:_NAMED])}{more}){untested}; {end}"
+    return f"; {blocked} more did not run because of them" if blocked else ""

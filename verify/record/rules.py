@@ -179,7 +179,9 @@ def _verdict(result: Json, one: Check, by_id: Mapping[str, Json]) -> Iterator[st
 
 def _numbers(result: Json, one: Check) -> Iterator[str]:
     """Whether the numbers agree with the verdict; NaN is outside every bound."""
-    verdict, outside = result["verdict"], []
+    # a waived result keeps the message and the numbers of the failure
+    failed = result["verdict"] == "WAIVED" and result.get("waiver")
+    verdict, outside = (failed or result)["verdict"], []
     for number in result["measurements"]:
         measured, allowed = float(number["measured"]), float(number["allowed"])
         words = f"{number['name']}: measured {measured:.6g}"
@@ -224,6 +226,17 @@ def _deviations(record: Json, known: Mapping[str, Check]) -> Found:
             yield result["id"], f"is called a known deviation until {deviation['expires']}, which was before the run"
 
 
+def _waivers(record: Json, known: Mapping[str, Check]) -> Found:
+    """Whether a failure could be waived: one of the bundled subject, on the day of the run."""
+    for result in record["results"]:
+        if not (waiver := result.get("waiver")):
+            continue
+        if record["subject"]["source"] != BUNDLED:
+            yield result["id"], "is waived, but only failures of the bundled subject can be"
+        if waiver["expires"] < record["time_utc"][:10]:
+            yield result["id"], f"is waived until {waiver['expires']}, which was before the run"
+
+
 def _place(path: Path, record: Json) -> Found:
     """A person would take a record in the folder of another GPU for that GPU's."""
     if re.fullmatch(r"sm\d+", path.parent.name) and path.parent.name != record["target"]:
@@ -263,7 +276,7 @@ def _manifest(path: Path, record: Json) -> Found:
 
 
 RULES: tuple[Callable[[Json, Mapping[str, Check]], Found], ...] = (
-    _identity, _environment, _results, _findings, _deviations, builds, simulation,
+    _identity, _environment, _results, _findings, _deviations, _waivers, builds, simulation,
 )  # fmt: skip
 
 

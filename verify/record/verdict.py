@@ -264,7 +264,9 @@ def _sentence(
             return f"No result in the {records} of {who} is still valid{why}, so {none}."
         return f"There is no record of {who}, so {none}."
     failed = [cell.check.id for cell in hard if cell.failed]
+    waived = [cell.check.id for cell in hard if cell.waived]
     passed = sum(cell.passed for cell in hard)
+    left = len(hard) - passed - len(failed) - len(waived)
     ahead = "".join(f", {words}" for words in without_proof(hard))
     subject = used[0].subject
     where = f"{_where(target, used)} for {describe_subject(subject)}"
@@ -278,10 +280,8 @@ def _sentence(
     if failed:
         ended = "could not be judged" if verdict is TargetVerdict.INFRA else "failed"
         start = f"{len(failed)} of {len(hard)} must-pass checks {ended} {where}, {_first_of(failed, hard)}"
-        rest = f"{passed} passed, {len(hard) - passed - len(failed)} without a valid result{ahead}"
+        rest = f"{passed} passed, {f'{len(waived)} waived, ' if waived else ''}{left} without a valid result{ahead}"
         return f"{start}; {rest}{end}"
-    waived = [cell.check.id for cell in hard if cell.waived]
-    left = len(hard) - passed - len(waived)
     listed = f" (waived: {', '.join(waived)})" if waived else ""
     missing = f"; {left} {'has' if left == 1 else 'have'} no valid result{ahead}" if left else ""
     others = "no other" if waived else "none"

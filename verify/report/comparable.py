@@ -110,11 +110,11 @@ def _alone(newest: Record, older: Sequence[Record]) -> str:
 def is_green(run: Record, verdicts: Mapping[str, Verdict], checks: Sequence[Check]) -> bool:
     """Whether a run is complete, passed a must-pass check, and passed every must-pass check of its selection.
 
-    In a simulation and in a compilation, in which some checks are skipped, none of them may have failed.
+    In a simulation and in a compilation, in which some checks are skipped, none of them may have failed or be waived.
     """
     wanted = must_pass(checks, parse_target(run.target), profile_of(run.subject), verdicts)
     found = {verdicts[check.id] for check in wanted if check.id in verdicts}
-    wrong = found - {Verdict.PASS} if run.on_target else found & BAD
+    wrong = found - {Verdict.PASS} if run.on_target else found & (BAD | {Verdict.WAIVED})
     return run.state == "complete" and Verdict.PASS in found and not wrong
 
 

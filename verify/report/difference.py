@@ -15,7 +15,7 @@ from verify.record.archive import locate, newest_first
 from verify.record.headroom import used_share
 from verify.record.index import Index, Point, open_index
 from verify.record.reading import UnreadableRecord, read_record
-from verify.record.schema import FAILING, CheckResult, Record, Verdict
+from verify.record.schema import BLOCKING, CheckResult, Record, Verdict
 from verify.report.changes import Change, Compared, as_object, ordered, print_pair, print_targets
 from verify.report.comparable import BAD, Course, courses, missed, verdicts_of
 from verify.report.documents import dumps
@@ -105,19 +105,20 @@ def compare(before: Record, after: Record, history: _History, known: Container[s
     catalogue, is gone, which is not worse.
     """
     old, new = ({one.id: one for one in record.telling} for record in (before, after))
+    waived = {name for name, one in new.items() if one.verdict is Verdict.WAIVED}
     same_selection = before.selection == after.selection
     for name in old.keys() - new.keys():
         was = old[name]
         if known is not None and name not in known:
             yield Change("gone", name, was.gate, f"{_words(was)}, now no longer a check")
         else:
-            lost = was.verdict in FAILING | {Verdict.PASS} and same_selection and was.gate == "hard"
+            lost = was.verdict in BLOCKING | {Verdict.PASS} and same_selection and was.gate == "hard"
             yield Change("did not run", name, was.gate, f"{_words(was)}, now no result", lost)
     for name, now in new.items():
         if (earlier := old.get(name)) is None:
             yield Change("added", name, now.gate, _words(now), now.gate == "hard" and now.verdict in BAD)
         elif earlier.verdict != now.verdict or earlier.evidence != now.evidence:
-            yield _other_verdict(earlier, now)
+            yield _other_verdict(earlier, now, waits=now.by in waived)
         else:
             if now.verdict in BAD:
                 yield Change("still failing", name, now.gate, _with_message(_words(now), now))
@@ -144,15 +145,16 @@ def _turned(verdicts: str) -> str:
     return f"{verdicts} in the last runs of this subject"
 
 
-def _other_verdict(was: CheckResult, now: CheckResult) -> Change:
-    if now.verdict in BAD and was.verdict not in BAD:
+def _other_verdict(was: CheckResult, now: CheckResult, *, waits: bool) -> Change:
+    """A check with another verdict; ``waits`` says that a waived failure blocks it, which is no worse than waived."""
+    if now.verdict in BAD and was.verdict not in BAD and not waits:
         kind = "newly failing"
     elif now.verdict is Verdict.PASS and was.verdict is not Verdict.PASS:
         kind = "newly passing"
     else:
         kind = "changed"
     told = _with_message(f"{_words(was)}, now {_words(now)}", now)
-    lost = was.verdict is Verdict.PASS and now.verdict not in (Verdict.PASS, Verdict.WAIVED)
+    lost = was.verdict is Verdict.PASS and now.verdict not in (Verdict.PASS, Verdict.WAIVED) and not waits
     return Change(kind, now.id, now.gate, told, now.gate == "hard" and (kind == "newly failing" or lost))
 
 
@@ -204,7 +206,8 @@ def _machine(record: Record) -> tuple[str, ...]:
 
 
 def _words(result: CheckResult) -> str:
-    parts = (result.verdict, KNOWN if result.deviation else "", result.code, result.by and f"by {result.by}")
+    known = KNOWN if result.deviation else f"({result.waiver.verdict})" if result.waiver else ""
+    parts = (result.verdict, known, result.code, result.by and f"by {result.by}")
     return " ".join(filter(None, (*parts, result.evidence)))
 
 

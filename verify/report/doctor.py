@@ -12,6 +12,7 @@ from packaging.version import Version
 from verify.architectures import SUITE_MINIMUMS, find
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError
+from verify.files import repository_root
 from verify.machine import nvml
 from verify.machine.environment import (
     NOT_INSTALLED,
@@ -23,9 +24,10 @@ from verify.machine.environment import (
     version_of,
     vllm_version,
 )
+from verify.record.grounds import BUNDLED
 from verify.record.schema import Gpu
 from verify.report.doctor_packages import mended, tried
-from verify.report.doctor_subject import examine_subject
+from verify.report.doctor_subject import examine_subject, known_failures
 from verify.report.doctor_table import Finding, Status, print_findings
 from verify.subject.subject import Subject
 
@@ -64,7 +66,7 @@ def doctor(expect: int | None = None, subject: Subject | None = None, profile: s
     ConfigurationError if it does not import, and, after printing, if ``expect`` (an SM number) is not the GPU of this
     machine.
     """
-    machine = inspect_machine()
+    machine, checks = inspect_machine(), list(catalogue())
     findings = examine(machine)
     if expect is None or _is_card(machine, expect):  # else nothing will be run here
         findings = mended(findings, tried(machine.packages))
@@ -72,8 +74,10 @@ def doctor(expect: int | None = None, subject: Subject | None = None, profile: s
     if subject is not None:
         findings += examine_subject(subject, profile or subject.profile)
         command += ["--subject", subject.name]
+    if subject is None or subject.source == BUNDLED:
+        findings.append(known_failures(repository_root(), checks))
     command += ["--profile", profile] if profile else []
-    print_findings(findings, skips(machine, list(catalogue())), shlex.join(command))
+    print_findings(findings, skips(machine, checks), shlex.join(command))
     check_card(machine, expect)
     return 3 if any(finding.status is Status.NEEDED for finding in findings) else 0
 

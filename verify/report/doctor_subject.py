@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
-from verify.checks import CAPABILITIES, PROFILES, catalogue
+from verify.checks import CAPABILITIES, PROFILES, Check, catalogue
+from verify.errors import ConfigurationError
 from verify.files import repository_root
 from verify.record.deviations import told_before
+from verify.record.grounds import BUNDLED
 from verify.record.verdict import describe_subject
 from verify.report.doctor_table import Finding, Status
 from verify.subject.deviations import read_deviations
+from verify.subject.known_failures import read_known_failures
 from verify.subject.offered import Examined, examined, narrowed
 from verify.subject.subject import Subject
 
@@ -24,6 +28,9 @@ _UNCOVERED = {
     "**/sglang": "SGLang: only transformers and vLLM are driven",
     "**/mlx": "MLX: only transformers and vLLM are driven",
 }
+
+#: How long before its last day a known failure is told.
+_SOON = timedelta(days=14)
 
 #: The capabilities that ``subject.toml`` narrows.
 _NARROWED = ("triton", "pytorch", "ranking")
@@ -104,6 +111,21 @@ def _deviations(subject: Subject) -> Iterator[Finding]:
     if entries:
         found = f"{len(entries)} listed, {len(expired)} expired"
         yield Finding("known deviations", found, "", Status.NOTE if expired else Status.OK, "; ".join(expired))
+
+
+def known_failures(repository: Path, checks: Iterable[Check]) -> Finding:
+    """How many failures of the bundled subject are listed, and which of them count no longer, or soon will not."""
+    try:
+        entries = read_known_failures(BUNDLED, repository, checks)
+    except ConfigurationError as error:
+        return Finding("known failures", "not readable", "", Status.NEEDED, str(error))
+    today = datetime.now(UTC).date()
+    soon = [one for one in entries if not one.expired(today) and one.expires <= today + _SOON]
+    expired = [*told_before(entries, today)]
+    steps = [*expired, *(f"{one.told} of {one.owner} expires on {one.expires}" for one in soon)]
+    counts = {f"expiring within {_SOON.days} days": len(soon), "expired": len(expired)}
+    found = ", ".join([f"{len(entries)} listed", *(f"{number} {words}" for words, number in counts.items() if number)])
+    return Finding("known failures", found, "", Status.NOTE if steps else Status.OK, "; ".join(steps))
 
 
 def _uncovered(subject: Subject) -> Iterator[Finding]:

@@ -54,17 +54,13 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
         for row in rows(assessment.cells)
     ]
     parts.append(markdown_table(header, body))
-    failed = [cell for cell in assessment.cells if cell.failed or cell.warns]
-    if failed:
+    if failed := [cell for cell in assessment.cells if cell.failed or cell.warns]:
         by_id = {cell.check.id: cell for cell in failed}
         told = (f"* {_finding(one, by_id[one.checks[0]])}\n" for one in assessment.findings)
         parts.append("## Findings\n\n" + "".join(told))
-        told = (
-            f"* **{cell.check.id}**{f' ({cell.outcome.evidence}, not run)' if cell.warns else ''} "
-            f"{_one_line(cell.outcome.message)} (`{cell.outcome.repeat}`){_known(cell.outcome)}\n"
-            for cell in failed
-        )
-        parts.append("## Failures\n\n" + "".join(told))
+        parts.append("## Failures\n\n" + "".join(map(_failure, failed)))
+    if waived := [cell for cell in assessment.cells if cell.result and cell.result.waiver]:
+        parts.append("## Waived failures\n\n" + "".join(map(_failure, waived)))
     if assessment.outdated:
         told = (f"* {why}: {', '.join(_families(cells))}\n" for why, cells in assessment.outdated.items())
         parts.append("## Stale results\n\n" + "".join(told))
@@ -183,6 +179,7 @@ def _summary(assessment: Assessment) -> dict[str, Any]:
             "total": len(hard),
             "passed": sum(cell.passed for cell in hard),
             "failed": [cell.check.id for cell in hard if cell.failed],
+            "waived": [cell.check.id for cell in hard if cell.waived],
         },
         "compiled": {
             "kernels": built(assessment.compilation),
@@ -230,8 +227,13 @@ def _finding(one: Finding, first: Cell) -> str:
     return f"**{_one_line(told)}**: {', '.join(f'`{name}`' for name in one.checks)}{blocks}"
 
 
-def _known(result: CheckResult) -> str:
-    return f"; known deviation: {_one_line(str(result.deviation))}" if result.deviation else ""
+def _failure(cell: Cell) -> str:
+    result = cell.outcome
+    why = f"known deviation: {result.deviation}" if result.deviation else str(result.waiver or "")
+    return (
+        f"* **{result.id}**{'' if cell.proves else f' ({result.evidence}, not run)'} {_one_line(result.message)} "
+        f"(`{result.repeat}`){f'; {_one_line(why)}' if why else ''}\n"
+    )
 
 
 def _families(cells: Iterable[Cell]) -> Iterable[str]:
@@ -271,6 +273,7 @@ def _check(cell: Cell) -> dict[str, Any]:
         "run_id": cell.run_id,
         "message": result.message if result else "",
         "deviation": result.deviation.model_dump(mode="json") if result and result.deviation else None,
+        "waiver": result.waiver.model_dump(mode="json") if result and result.waiver else None,
         "tightest": _measurement(tightest(result.measurements)) if result else None,
         "curves": [curve.model_dump() for curve in result.curves] if result else [],
     }

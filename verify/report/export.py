@@ -109,11 +109,13 @@ def junit(targets: Iterable[tuple]) -> str:
 def attestation(record: Record) -> str:
     """The in-toto statement of one record about the tested package, identified by the digest of its content.
 
-    FAILED if a HARD check failed or has no valid result, WARNED if only SOFT ones failed, else PASSED.
+    FAILED if a HARD check failed or has no valid result, WARNED if only SOFT ones failed or a failure is waived, else
+    PASSED.
     """
     assessment = assess_record(record)
-    failed = [cell.check.id for cell in assessment.must_pass if not cell.passed]
-    warned = [one.id for one in record.telling if one.gate == "soft" and one.verdict in FAILING]
+    failed = [cell.check.id for cell in assessment.must_pass if not (cell.passed or cell.waived)]
+    soft = (one for one in record.telling if one.gate == "soft" and one.verdict in FAILING)
+    warned = [*(one.id for one in soft), *(one.id for one in record.telling if one.verdict is Verdict.WAIVED)]
     passed = [one.id for one in record.telling if one.verdict is Verdict.PASS]
     configuration = {
         "run": record.run_id,
@@ -182,21 +184,23 @@ def _case(result: CheckResult, target: str):
         case.result = [(Failure if result.verdict in _FAILURES else Error)(_clean(result.message), result.verdict)]
     elif result.verdict is not Verdict.PASS:
         why = result.code or (f"by {result.by}" if result.by else "")
-        case.result = [Skipped(_clean(f"{result.verdict} {why} {result.message}".strip()), why or result.verdict)]
-    told = [
+        told = " ".join(filter(None, (result.verdict, why, result.message)))
+        case.result = [Skipped(_clean(told), why or result.verdict)]
+    facts = [
         ("verdict", result.verdict),
         ("gate", result.gate),
         ("evidence", result.evidence),
         ("repeat", result.repeat),
     ]
-    told += [("skip code", result.code)] if result.code else []
-    told += [("known deviation", str(result.deviation))] if result.deviation else []
+    facts += [("skip code", result.code)] if result.code else []
+    facts += [("known deviation", str(result.deviation))] if result.deviation else []
+    facts += [("waiver", str(result.waiver))] if result.waiver else []
     for one in result.measurements:
         words = f"measured {one.measured:g}, allowed {one.allowed:g} {one.unit}".strip()
         words += "" if (left := room(one)) is None else f", headroom {left:.3g}"
-        told.append((one.name, words + (f" at {one.where}" if one.where else "")))
+        facts.append((one.name, words + (f" at {one.where}" if one.where else "")))
     properties = Properties()
-    for name, value in told:
+    for name, value in facts:
         properties.add_property(Property(_clean(name), _clean(value)))
     case.append(properties)
     return case

@@ -169,11 +169,14 @@ def _by_run(points: Iterable[Point]) -> list[list[Point]]:
 
 
 def _letter(run: Sequence[Point]) -> str:
-    """The worst failure; without one, a pass; without that, the worst of what says nothing. A dot without results."""
+    """The worst failure, waived or not; without one, a pass; without that, the worst of what says nothing. A dot
+    without results.
+    """
     verdicts = sorted({one.verdict for one in run}, key=WORST_FIRST.index)
     if not verdicts:
         return _NOTHING
-    return LETTERS[verdicts[0] if verdicts[0] in BAD or Verdict.PASS not in verdicts else Verdict.PASS]
+    bad = verdicts[0] in BAD or verdicts[0] == Verdict.WAIVED
+    return LETTERS[verdicts[0] if bad or Verdict.PASS not in verdicts else Verdict.PASS]
 
 
 def _counts(run: Sequence[Point]) -> str:

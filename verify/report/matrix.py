@@ -226,7 +226,7 @@ def listed(names: Sequence[str]) -> str:
 def _word(cell: Cell) -> str:
     if cell.result is None:
         return NOT_RUN
-    if cell.proves or cell.warns:
+    if cell.proves or cell.warns or cell.result.verdict is Verdict.WAIVED:
         return cell.result.verdict
     if cell.result.verdict is Verdict.PASS:
         return LOOKS[cell.result.evidence].passed

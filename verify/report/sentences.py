@@ -98,6 +98,12 @@ def soft_failures(assessment: Assessment) -> int:
     return sum(cell.failed and cell.check.spec.gate == "soft" for cell in assessment.cells)
 
 
+def waived_words(assessments: Sequence[Assessment]) -> str:
+    """On which targets failures are waived, and how many on each: ``sm90 (2) and sm120 (1)``; empty without any."""
+    found = [(one.target.target, len(one.waived)) for one in assessments if one.waived]
+    return listed([f"{name} ({number})" for name, number in found]) if found else ""
+
+
 def _of_simulations(gpus: Sequence[Assessment]) -> list[str]:
     """For which GPUs every check passes in the simulator, and for which any fails there; empty without simulations."""
     found = {
@@ -122,8 +128,8 @@ _NAMED = 6
 
 
 def headline(assessments: Sequence[Assessment]) -> str:
-    """In one sentence: how many GPUs are verified, failed or only compile, where SOFT checks fail, what was simulated,
-    and how the run without a GPU ended.
+    """In one sentence: how many GPUs are verified, failed or only compile, where SOFT checks fail or failures are
+    waived, what was simulated, and how the run without a GPU ended.
     """
     gpus = [one for one in assessments if one.target is not EMULATED]
     named: dict[TargetVerdict, list[str]] = {}
@@ -137,6 +143,7 @@ def headline(assessments: Sequence[Assessment]) -> str:
     told += [f"{listed(missed)} left no record last night"] if missed else []
     warned = [(one.target.target, number) for one in assessments if (number := soft_failures(one))]
     told += [f"SOFT checks fail on {listed([f'{name} ({number})' for name, number in warned])}"] if warned else []
+    told += [f"failures are waived on {words}"] if (words := waived_words(assessments)) else []
     known = [(one.target.target, one.compilation) for one in gpus if one.compilation is not None]
     if compiled := sum(_compiles(one) for _, one in known):
         told.append(f"the kernels compile for {compiled}")

@@ -108,7 +108,7 @@ def verdict_text(word: str) -> Text:
         return Text(word, style=LOOKS[BY_WORD[kind]].style)
     if kind in FAILING:
         return Text(word, style="bold red")
-    return Text(word, style="yellow" if word.startswith((NOT_RUN, "BLOCKED")) else "dim")
+    return Text(word, style="yellow" if word.startswith((NOT_RUN, "BLOCKED", "WAIVED")) else "dim")
 
 
 def heading(target: Target) -> Text:
@@ -167,6 +167,22 @@ def _print_cells(assessment: Assessment, cells: Sequence[Cell], console: Console
         _print_finding(number, finding, by_id, console)
     if (more := len(found) - _TOLD) > 0:
         console.print(Text(f"and {count(more, 'more finding')}; the record lists them all", style="red"))
+    _print_waived(cells, console)
+
+
+def _print_waived(cells: Sequence[Cell], console: Console) -> None:
+    """The waived failures: those that are waived alike together, with the first message."""
+    alike: dict[str, list[CheckResult]] = {}
+    for cell in cells:
+        if cell.result is not None and cell.result.waiver is not None:
+            alike.setdefault(str(cell.result.waiver), []).append(cell.result)
+    for why, members in alike.items():
+        first, *others = members
+        console.print(Text.assemble(("WAIVED ", "bold yellow"), (first.id, "bold"), f"  {first.said}"))
+        _print_others([one.id for one in others], console)
+        console.print(Text(why, style="yellow"))
+        console.print(Text(f"repeat: {_from_here(first.repeat)}", style="dim"), soft_wrap=True)
+        console.print()
 
 
 def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], console: Console) -> None:
@@ -186,9 +202,7 @@ def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], con
     console.print(Text.assemble((f"{result.verdict} ", style), how, (first.check.id, "bold"), f"  {result.said}"))
     for kept in (one for one in result.kept if one.swapped):
         console.print(Text(f"first round, {kept_words(kept)}"))
-    if others := [cell.check.id for cell in members if cell is not first]:
-        more = f" and {len(others) - _MEMBERS} more" if len(others) > _MEMBERS else ""
-        console.print(Text(f"also: {', '.join(others[:_MEMBERS])}{more}"))
+    _print_others([cell.check.id for cell in members if cell is not first], console)
     for deviation in deviations:
         of = "" if known == len(members) else f", {known} of {len(members)} checks"
         console.print(Text(f"known deviation{of}: {deviation}", style="yellow"))
@@ -197,6 +211,13 @@ def _print_finding(number: int, finding: Finding, cells: Mapping[str, Cell], con
     # on one line, however long, so that it can be copied
     console.print(Text(f"repeat: {_from_here(result.repeat)}", style="dim"), soft_wrap=True)
     console.print()
+
+
+def _print_others(others: Sequence[str], console: Console) -> None:
+    """The further checks of which the same is said, if there are any."""
+    if others:
+        more = f" and {len(others) - _MEMBERS} more" if len(others) > _MEMBERS else ""
+        console.print(Text(f"also: {', '.join(others[:_MEMBERS])}{more}"))
 
 
 def _from_here(repeat: str) -> str:

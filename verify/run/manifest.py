@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from verify.checks import Gate, derive_seed
 from verify.errors import ConfigurationError
 from verify.machine.device import DeviceName
 from verify.machine.environment import capture
-from verify.record.deviations import Entry, known
+from verify.record.deviations import Entry, known, told_before
 from verify.record.digest import instrument_of
 from verify.record.grounds import Checkout
-from verify.record.schema import CheckResult, Deviation, Environment, Evidence, Sha256, SubjectInfo, Verdict
+from verify.record.known_failures import KnownFailure, applying, waiver
+from verify.record.schema import CheckResult, Deviation, Environment, Evidence, Sha256, SubjectInfo, Verdict, Waiver
 from verify.run.mutation import Mutation
 from verify.subject.subject import Subject
 
@@ -81,7 +83,9 @@ def _facts(environment: Environment) -> dict[str, object]:
 
 
 class Manifest(Surroundings):
-    """One run on one target, frozen. A run with a ``mutation`` makes no record (``events.compose``)."""
+    """One run on one target, frozen. ``known_failures`` are those that concern it, also expired ones. A run with a
+    ``mutation`` makes no record (``events.compose``).
+    """
 
     run_id: str
     time_utc: str
@@ -92,6 +96,7 @@ class Manifest(Surroundings):
     selection: str
     selected: tuple[Selected, ...]
     deviations: tuple[Entry, ...] = ()
+    known_failures: tuple[KnownFailure, ...] = ()
     mutation: Mutation | None = None
     confirms: str | None = None
     beside: str = ""
@@ -105,7 +110,7 @@ class Manifest(Surroundings):
     @property
     def model_id(self) -> str:
         """The model's name in a record: for a local one the name of its directory, without its path."""
-        return Path(self.model).name if Path(self.model).is_absolute() else self.model
+        return _model_id(self.model)
 
     @property
     def places(self) -> dict[Path, str]:
@@ -137,13 +142,26 @@ class Manifest(Surroundings):
         """Why a failure of the check was known when the run began; None if it was not."""
         return known(self.deviations, check_id, self.day)
 
+    def waiver_of(self, check_id: str, verdict: Verdict) -> Waiver | None:
+        """Why a check that ended with ``verdict`` is WAIVED; None if it is not."""
+        return waiver(self.known_failures, check_id, verdict, self.day)
+
+    @property
+    def told_before(self) -> list[str]:
+        """A sentence for each known deviation and known failure that had expired when the run began."""
+        return [*told_before(self.deviations, self.day), *told_before(self.known_failures, self.day)]
+
     def result(self, check: Selected, verdict: Verdict, root: Path, **fields: Any) -> CheckResult:
-        """The result of a check of this run; ``fields`` are those that the run does not determine."""
+        """The result of a check of this run, WAIVED if its ``verdict`` is a known failure; ``fields`` are those that
+        the run does not determine.
+        """
+        why = self.waiver_of(check.id, verdict)
         return CheckResult(
             id=check.id,
             gate=check.gate,
             plan=check.plan,
-            verdict=verdict,
+            verdict=Verdict.WAIVED if why else verdict,
+            waiver=why,
             seed=derive_seed(self.seed, check.id),
             repeat=self.repeat_command(check.node, root),
             deviation=self.deviation_of(check.id) if verdict is Verdict.FAIL else None,
@@ -188,26 +206,34 @@ def freeze(
     selection: str,
     selected: tuple[Selected, ...],
     deviations: tuple[Entry, ...] = (),
+    known_failures: Iterable[KnownFailure] = (),
     mutation: Mutation | None = None,
     confirms: str | None = None,
     beside: str = "",
 ) -> Manifest:
-    """A manifest with a new run id."""
+    """A manifest with a new run id, and with those of the ``known_failures`` that concern it."""
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model
+    where = (surroundings.target, surroundings.environment, _model_id(model))
     return Manifest(
         **dict(surroundings),
         run_id=new_run_id(surroundings.target),
         time_utc=utc_now(),
         device=device,
         subject=subject.option,
-        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        model=model,
         seed=seed,
         selection=selection,
         selected=selected,
         deviations=deviations,
+        known_failures=applying(known_failures, (check.id for check in selected), *where),
         mutation=mutation,
         confirms=confirms,
         beside=beside,
     )
+
+
+def _model_id(model: str) -> str:
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def utc_now() -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from verify.checks import PHASES
 from verify.heartbeat import Heartbeat, about, bar
-from verify.record.schema import FAILING, CheckResult, Verdict
+from verify.record.schema import BLOCKING, CheckResult, Verdict
 from verify.run.manifest import Selected
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class PhaseProgress:
         self._counts[result.verdict] += 1
         self._run.finished.add(result.id)
         self._run.bar.update(self._task, advance=1)
-        if result.verdict in FAILING:
+        if result.verdict in BLOCKING:
             gate = "" if result.gate == "hard" else " (soft)"
             self._run.say(f"  {result.verdict} {result.id}{gate}: {result.message.splitlines()[0]}")
 

@@ -23,7 +23,7 @@ from verify.machine.environment import localise
 from verify.record import pictures, trail
 from verify.record.curves import Curve
 from verify.record.grounds import Grounds
-from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Evidence, Measurement, Verdict
+from verify.record.schema import BLOCKING, NOT_OFFERED, CheckResult, Evidence, Measurement, Verdict
 from verify.record.verdict import profile_of
 from verify.run import events
 from verify.run.manifest import Manifest, Selected
@@ -235,7 +235,7 @@ class Recorder:
         events.append_trail(self.run_dir, result, trail.CALLS)
         events.append_result(self.run_dir, result)
         self._note(spec.phase, file)
-        if result.verdict in FAILING:
+        if result.verdict in BLOCKING:
             events.update(self.run_dir, self.manifest)
         return handled
 
@@ -287,13 +287,20 @@ class Recorder:
                 # pytest treats a skip without a code as harmless, but its exit code must be red
                 report.outcome, report.longrepr = "failed", ending.message
                 vars(report).pop("wasxfail", None)
-            if report.failed and ending.verdict is Verdict.FAIL and (known := self.manifest.deviation_of(id_of(item))):
+            if report.failed and (known := self._known(item, ending.verdict)):
                 # what pytest calls an expected failure: shown as one, and no reason for a red exit code
-                report.outcome, report.wasxfail = "skipped", f"known deviation: {known}"
+                report.outcome, report.wasxfail = "skipped", known
             if report.failed and ending.verdict in NOT_OFFERED | {Verdict.SKIP} and not self._required(item):
                 report.outcome = "skipped"
                 report.longrepr = (str(item.path), item.location[1] or 0, f"{ending.verdict}: {ending.message}")
         return report
+
+    def _known(self, item: pytest.Item, verdict: Verdict) -> str:
+        """Why a check that ended with ``verdict`` was known to fail, in words; empty if it was not."""
+        if why := self.manifest.waiver_of(id_of(item), verdict):
+            return str(why)
+        deviation = self.manifest.deviation_of(id_of(item)) if verdict is Verdict.FAIL else None
+        return f"known deviation: {deviation}" if deviation else ""
 
     def _required(self, item: pytest.Item) -> bool:
         """Whether the profile of the subject requires the check, whatever else the subject offers."""

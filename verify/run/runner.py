@@ -26,10 +26,10 @@ from verify.files import default_out, repository_root
 from verify.machine.device import DeviceName, prepare, resolve
 from verify.machine.processors import cores
 from verify.record.archive import newest_runs
-from verify.record.deviations import told_after, told_before, without_failure
 from verify.record.schema import BLOCKING, FAILING, NOT_OFFERED, CheckResult, Record, Verdict
 from verify.record.verdict import must_pass, profile_of
 from verify.run import events
+from verify.run.conclusion import concluded
 from verify.run.confirm import confirming
 from verify.run.manifest import Manifest, Selected, freeze, survey
 from verify.run.process import PhaseProcess, pytest_command, pytest_environment
@@ -38,6 +38,7 @@ from verify.run.simulated import LEFT_OUT
 from verify.simulator.control import require
 from verify.subject.deviations import read_deviations
 from verify.subject.find import find_subject
+from verify.subject.known_failures import read_known_failures
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,10 +59,10 @@ _ON_CPU = "not slow"
 def run(request: RunRequest) -> int:
     """Carry out ``request`` and return the exit code of ``python -m verify run``.
 
-    0 everything selected passed (soft failures are warnings, and known deviations do not count), 1 a HARD check failed
-    or was blocked, 2 interrupted and resumable, 3 the machine is at fault, or a known deviation no longer fails, 4 a
-    SOFT failure under ``strict_soft``. Raises ConfigurationError, also exit code 3, if the request cannot be carried
-    out; then nothing was run and no new run is left behind.
+    0 everything selected passed (soft failures are warnings; known deviations and waived failures do not count), 1 a
+    HARD check failed or was blocked, 2 interrupted and resumable, 3 the machine is at fault, or what is listed as known
+    no longer fails or has expired, 4 a SOFT failure under ``strict_soft``. Raises ConfigurationError, also exit code 3,
+    if the request cannot be carried out; then nothing was run and no new run is left behind.
     """
     from rich.console import Console
 
@@ -92,8 +93,8 @@ def exit_code(
     """The exit code for these results on ``target`` of a subject with ``profile``.
 
     Its must-pass checks must pass: one that is ABSENT, REFUSED or SKIP(PKG_MISSING) counts as failed, a blocked one
-    like its blocker. A FAIL that is a known deviation does not count, whether it is HARD or SOFT. If any check, HARD or
-    SOFT, has no verdict because of the machine, the run has no answer (exit code 3).
+    like its blocker. A FAIL that is a known deviation does not count, whether it is HARD or SOFT, and neither does what
+    is WAIVED. If any check, HARD or SOFT, has no verdict because of the machine, the run has no answer (exit code 3).
     """
     by_id = {result.id: result for result in results}
     verdicts_of = {name: result.verdict for name, result in by_id.items()}
@@ -154,7 +155,9 @@ def _new_run(request: RunRequest, root: Path, console: Console, brief: bool) -> 
         request, chosen = confirming(request, _find_run(request.out, request.confirm))
     subject = find_subject(request.subject, root)
     subject = replace(subject, profile=request.profile or subject.profile)
-    deviations = read_deviations(subject, root, catalogue())
+    checks = list(catalogue())
+    deviations = read_deviations(subject, root, checks)
+    known_failures = read_known_failures(subject.source, root, checks)
     simulated = simulated_sm(request.device)
     device = resolve("cpu" if simulated else request.device)
     if simulated:
@@ -172,6 +175,7 @@ def _new_run(request: RunRequest, root: Path, console: Console, brief: bool) -> 
         selection=_words(request),
         selected=chosen or _select(request, root),
         deviations=deviations,
+        known_failures=known_failures,
         confirms=request.confirm,
         beside=request.beside,
     )
@@ -182,7 +186,7 @@ def _new_run(request: RunRequest, root: Path, console: Console, brief: bool) -> 
         raise ConfigurationError(f"{run_dir} cannot be created ({error.strerror}); choose another --out") from error
     if device.note:
         console.print(f"note: {device.note}", markup=False, soft_wrap=True)
-    for sentence in told_before(deviations, manifest.day):
+    for sentence in manifest.told_before:
         console.print(f"note: {sentence}", markup=False, soft_wrap=True)
     where = f"{manifest.target}, simulated" if simulated else manifest.target
     console.print(f"run {manifest.run_id}: {len(manifest.selected)} checks on {where}", markup=False)
@@ -255,16 +259,6 @@ def unjudged(record: Record, run_dir: Path) -> str:
         f"INFRA: {checks} no verdict because of the machine, not the subject, the first of them {found[0].id}; "
         f"repeat {'them' if len(found) > 1 else 'it'} with: python -m verify run --resume {_resume_name(run_dir)}"
     )
-
-
-def deviating(record: Record, manifest: Manifest, code: int) -> tuple[int, list[str]]:
-    """The exit code of a run that would end with ``code``, and the last sentences on its known deviations.
-
-    An entry that matches nothing must be removed: the run then ends with 3, unless something failed.
-    """
-    needless = without_failure(manifest.deviations, record.results, list(catalogue()))
-    told = told_after(record.results, alone=code == Exit.OK)
-    return (Exit.CANNOT if needless and code in (Exit.OK, Exit.SOFT) else code), [*filter(None, [told]), *needless]
 
 
 def _resume_name(run_dir: Path) -> str:
@@ -375,14 +369,14 @@ def _conclude(run_dir: Path, finished: bool, strict_soft: bool, console: Console
 
     record = events.compose(run_dir, "complete" if finished else "interrupted")
     code = exit_code(record.results, record.target, profile_of(record.subject), strict_soft=strict_soft)
-    code, told_deviations = deviating(record, events.read_manifest(run_dir), code)
+    code, told_known = concluded(record, events.read_manifest(run_dir), code)
     # a closed terminal may be why the run ended, and the record is written
     with suppress(OSError):
         if not brief:
             print_matrix(record, console)
         lines = [f"record: {os.path.relpath(run_dir / events.RECORD)}"]
         lines += [told] if (told := unjudged(record, run_dir)) else []
-        lines += told_deviations if finished else []
+        lines += told_known if finished else []
         if not finished and not brief:
             lines.append(f"interrupted; resume with: python -m verify run --resume {_resume_name(run_dir)}")
         console.print("\n".join(lines), markup=False, soft_wrap=True)

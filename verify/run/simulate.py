@@ -20,7 +20,7 @@ from verify.architectures import Architecture, parse_targets
 from verify.errors import ConfigurationError, Exit
 from verify.files import default_out
 from verify.record.reading import read_record
-from verify.record.schema import FAILING, Record, Verdict
+from verify.record.schema import BLOCKING, Record, Verdict
 from verify.record.simulation import UNSUPPORTED
 from verify.record.without_gpu import SIMULATED_PHASES
 from verify.run import events
@@ -191,11 +191,11 @@ def _tell_how_to_go_on(
 
 
 def _conclude(ended: list[Ended], console: Console) -> int:
-    """Print every failure and a line for each GPU, and return the worst exit code."""
+    """Print every failure, waived or not, and a line for each GPU, and return the worst exit code."""
     ended.sort(key=lambda one: one.gpu.sm)
     for one in ended:
         for result in one.record.results if one.record else ():
-            if result.verdict in FAILING or result.code == UNSUPPORTED:
+            if result.verdict in BLOCKING or result.code == UNSUPPORTED:
                 console.print(f"{one.gpu.target} {_words(result.verdict)} {result.id}: {result.said}", markup=False)
     for one in ended:
         console.print(f"{one.gpu.target}: {_line(one)}", markup=False, soft_wrap=True)

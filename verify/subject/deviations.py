@@ -12,7 +12,8 @@ from __future__ import annotations
 import difflib
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -49,28 +50,38 @@ def read_deviations(subject: Subject, repository: Path, checks: Iterable[Check])
         return ()
     if bundled:
         raise ConfigurationError(f"{file}: the bundled subject may have no known deviation; delete the file")
-    found = validated(file, _File, _told)
+    found = validated(file, _File, partial(mistake, table="deviation", expected=_EXPECTED))
     words = {word for one in checks for word in (one.id, one.spec.family)}
     for number, entry in enumerate(found.deviation, start=1):
         for name in entry.checks:
             if name not in words:
-                near = difflib.get_close_matches(name, words, 1, 0.0)[0]
                 raise ConfigurationError(
-                    f"{file}: {name!r} in entry {number} is not a check or a family; the nearest is {near!r}"
+                    f"{file}: {name!r} in entry {number} is not a check or a family; {nearest(name, words)}"
                 )
     return tuple(found.deviation)
 
 
-def _told(error: ValidationError) -> str:
+def nearest(name: str, words: Iterable[str]) -> str:
+    """Which of ``words`` is most like ``name``, as the end of an error message."""
+    return f"the nearest is {difflib.get_close_matches(name, [*words], 1, 0.0)[0]!r}"
+
+
+def mistake(error: ValidationError, table: str, expected: Mapping[str, str]) -> str:
+    """The first mistake in a file of entries that each begin with ``[[table]]``, as the end of an error message.
+
+    ``expected`` has what to give for each field; a field of a table in the entry has a name such as ``when.sm``.
+    """
     first = error.errors()[0]
-    table, number, field = (*first["loc"], None, None)[:3]
-    if table != "deviation":
-        return f"{table} is not known; an entry begins with [[deviation]]"
-    if not isinstance(number, int) or field is None:
-        return f"deviation is {reprlib.repr(first['input'])}; begin each entry with [[deviation]]"
+    top, number, *rest = (*first["loc"], None)[:4]
+    field = ".".join(part for part in rest if isinstance(part, str))
+    if top != table:
+        return f"{top} is not known; an entry begins with [[{table}]]"
+    if not isinstance(number, int) or not field:
+        return f"{table} is {reprlib.repr(first['input'])}; begin each entry with [[{table}]]"
     if first["type"] == "extra_forbidden":
-        return f"{field} of entry {number + 1} is not known; an entry has {', '.join(_EXPECTED)}"
-    expected = _EXPECTED[str(field)]
+        within, _, _ = field.rpartition(".")
+        known = [one.removeprefix(f"{within}.") for one in expected if one.rpartition(".")[0] == within]
+        return f"{field} of entry {number + 1} is not known; {within or 'an entry'} has {', '.join(known)}"
     if first["type"] == "missing":
-        return f"entry {number + 1} has no {field}; give {expected}"
-    return f"{field} of entry {number + 1} is {reprlib.repr(first['input'])}; give {expected}"
+        return f"entry {number + 1} has no {field}; give {expected[field]}"
+    return f"{field} of entry {number + 1} is {reprlib.repr(first['input'])}; give {expected[field]}"

@@ -14,15 +14,16 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from verify.architectures import known_targets
 from verify.checks import Check, CheckSpec
 from verify.record.builds import Code, Compilation
 from verify.record.curves import Curve, Point
 from verify.record.findings import findings
+from verify.record.known_failures import KnownFailure
 from verify.record.reading import UnreadableRecord, read_record, write_record
-from verify.record.schema import CheckResult, Deviation, Environment, Gpu, Measurement, Record, SubjectInfo
+from verify.record.schema import CheckResult, Deviation, Environment, Gpu, Measurement, Record, SubjectInfo, Waiver
 from verify.record.simulation import Simulation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -172,6 +173,23 @@ def known(check_id: str, **fields: object) -> CheckResult:
     """A failure that is a known deviation."""
     why = Deviation(reason="Zeros are NaN.", issue="https://example.org/12", expires=date(2027, 3, 1))
     return result(check_id, "FAIL", **{"deviation": why} | fields)
+
+
+def known_failure(*names: str, **fields: Any) -> KnownFailure:
+    """An entry of the suite's list of known failures; it was added today, and counts for a month."""
+    today = datetime.now(UTC).date()
+    usual = {"reason": "Zeros are NaN.", "issue": "https://example.org/12", "owner": "@owner", "probe": "make probe"}
+    usual |= {"added": today, "expires": today + timedelta(days=30)}
+    return KnownFailure(checks=[*names], **usual | fields)
+
+
+def waived(check_id: str, **fields: object) -> CheckResult:
+    """A failure that the suite's list of known failures has."""
+    why = Waiver(
+        verdict="FAIL", reason="Zeros are NaN.", issue="https://example.org/12", owner="@owner",
+        expires=date(2027, 1, 31),
+    )  # fmt: skip
+    return result(check_id, "WAIVED", **{"waiver": why} | fields)
 
 
 def measured(value: float, allowed: float, name: str = "error") -> list[Measurement]:

@@ -134,11 +134,18 @@ def _night(
     ended = {name: verdict for head in ran for name, verdict in verdicts.get(head.run_id, {}).items()}
     hard, soft = (sum(v in FAILING for name, v in ended.items() if gates[name] == gate) for gate in ("hard", "soft"))
     told = [f"{count(number, f'{gate} check')} failed" for number, gate in ((hard, "HARD"), (soft, "SOFT")) if number]
-    if not any(is_green(head, verdicts.get(head.run_id, {}), checks) for head in ran) and not hard:
+    waived = sum(verdict is Verdict.WAIVED for verdict in ended.values())
+    told += [f"{count(waived, 'check')} waived"] if waived else []
+    if not any(is_green(head, _spared(verdicts.get(head.run_id, {})), checks) for head in ran) and not hard:
         told.append("some must-pass checks without a result")
     good = "pass" if ran[-1].kind == "hardware" else "emulated"
     tone = "fail" if hard else "warn" if soft else "part" if told else good
     return Night(day, tone, " and ".join(told) or "its must-pass checks passed")
+
+
+def _spared(verdicts: Mapping[str, Verdict]) -> dict[str, Verdict]:
+    """``verdicts`` as if what is waived had passed, to see whether anything else is missing."""
+    return {name: Verdict.PASS if one is Verdict.WAIVED else one for name, one in verdicts.items()}
 
 
 def red(assessments: Iterable[Assessment]) -> dict[str, list[Item]]:

@@ -13,7 +13,7 @@ from verify.architectures import Architecture, Target
 from verify.record.cells import Cell
 from verify.record.findings import next_step, title
 from verify.record.headroom import room, tightest
-from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Record, Verdict
+from verify.record.schema import FAILING, CheckResult, Finding, Measurement, Record, Verdict, Waiver
 from verify.record.simulation import UNSUPPORTED
 from verify.record.verdict import Assessment
 from verify.report.looks import BY_WORD
@@ -57,6 +57,8 @@ def tone_of(word: str, shape: str) -> str:
     """The tone, which decides the colour, of a verdict; only a pass on hardware is green."""
     if word in FAILING:
         return "fail"
+    if word == Verdict.WAIVED:
+        return "waived"
     if word == STALE:
         return "stale"
     if word in BY_WORD:
@@ -181,8 +183,13 @@ class Line:
     def start(self) -> tuple[str | bool, ...]:
         """The content of its row before the numbers."""
         result, family = self.result, self.result.id.rpartition(".")[0]
-        note = result.code or result.by or ("known deviation" if result.deviation else "")
+        note = result.code or result.by or ("known deviation" if result.deviation else "") or _by(result)
         return result.id, family, result.gate, self.word, note, self.shape, self.tone, self.known
+
+
+def _by(result: CheckResult) -> str:
+    """Who waives a failure and until when; empty of any other result."""
+    return f"by {result.waiver.owner} until {result.waiver.expires}" if result.waiver else ""
 
 
 def lines(results: Iterable[CheckResult], families: Container[str], column: Column | None = None) -> list[Line]:
@@ -211,14 +218,18 @@ class Failure:
     cells: Sequence[Cell]
     step: str
 
+    @property
+    def waiver(self) -> Waiver | None:
+        return self.cells[0].outcome.waiver
+
 
 def failures(assessment: Assessment) -> list[Failure]:
-    """The failures on a target; those of one family with the same words are one."""
+    """The failures on a target, waived or not; those of one family with the same words are one."""
     groups: dict[tuple[object, ...], list[Cell]] = {}
     for cell in assessment.cells:
-        if cell.failed or cell.warns:
+        if cell.failed or cell.warns or (cell.result and cell.result.waiver):
             result, spec = cell.outcome, cell.check.spec
-            known = str(result.deviation or "")
+            known = str(result.deviation or result.waiver or "")
             same = (spec.family, result.verdict, result.evidence, result.said, known, next_step(result, spec.remedy))
             groups.setdefault(same, []).append(cell)
     return [
@@ -239,6 +250,7 @@ def across(marks: Mapping[str, Mark | None]) -> str:
     simulated, compiled = (
         [name for name, mark in told.items() if mark.tone == tone] for tone in ("simulated", "compiled")
     )
+    waived = [name for name, mark in told.items() if mark.tone == "waived"]
     parts = []
     if failing:
         parts.append(f"fails {'only ' if len(failing) == 1 and passing else ''}on {listed(failing)}")
@@ -246,6 +258,7 @@ def across(marks: Mapping[str, Mark | None]) -> str:
         parts.append(f"passes on {listed(passing)}")
     elif failing:
         parts.append("passes nowhere")
+    parts += [f"its failure is waived on {listed(waived)}"] if waived else []
     parts += [f"fails in the simulator for {listed(not_simulated)}"] if not_simulated else []
     parts += [f"passes in the simulator for {listed(simulated)}"] if simulated else []
     parts += [f"does not compile for {listed(not_built)}"] if not_built else []

@@ -18,7 +18,7 @@ from verify import fixtures
 from verify.architectures import ARCHITECTURES, find, parse_targets
 from verify.build import resources
 from verify.build.builder import Order, compile_ahead, prepare
-from verify.build.records import records_of
+from verify.build.records import failed_unwaived, records_of
 from verify.errors import ConfigurationError
 from verify.judge.variants import DEFAULT, FULL, GROUPED, SCORING
 from verify.machine.device import Device
@@ -31,7 +31,7 @@ from verify.record.verdict import TargetVerdict, assess
 from verify.session import SESSION
 from verify.subject.find import find_subject
 from verify.tests.kernels import GOOD, HELD, TEMPERS, write_subject
-from verify.tests.samples import checks, compiled, measured, passing, record, result
+from verify.tests.samples import checks, compiled, known_failure, measured, passing, record, result
 from verify.tests.tree import REPOSITORY
 
 
@@ -278,6 +278,22 @@ def test_the_earlier_records_are_read_once_for_all_gpus(tmp_path: Path, monkeypa
     assert len(records_of(what, subject.info(), found, "compile", tmp_path, REPOSITORY, [])) == 3
     # the published ones, and those of this machine with those below --out
     assert len(read) == 2
+
+
+def test_a_build_that_is_known_to_fail_is_waived_and_no_other_is(tmp_path: Path) -> None:
+    subject = write_subject(tmp_path / "theirs")
+    bad = {"verdict": "CRASH", "message": "the compiler died", "duration_s": 0}
+    builds = [Build(kernel="k", variants=[name], **bad) for name in ("as_written", next(iter(SCORING)))]
+    what = Order(subject, parse_targets("90,120"), DEFAULT)
+    found = [compiled(f"sm{sm}").compilation.model_copy(update={"builds": builds}) for sm in (90, 120)]
+    known = [known_failure("p3.plan", "p3.sco*", when={"sm": [120]})]
+    other, own = made = records_of(what, subject.info(), found, "compile", tmp_path, REPOSITORY, [], known)
+    assert {one.verdict for one in other.results} == {"CRASH"}
+    assert {str(one.waiver)[:30] for one in own.results} == {"CRASH, waived by @owner until "}
+    assert [failed_unwaived([one], [record]) for one, record in zip(found, made, strict=True)] == [True, False]
+    one_of_two = known[0].model_copy(update={"checks": ["p3.plan"]})
+    made = records_of(what, subject.info(), found, "compile", tmp_path, REPOSITORY, [], [one_of_two])
+    assert failed_unwaived(found[1:], made[1:])
 
 
 def test_on_a_gpu_resources_are_measured_or_skipped() -> None:

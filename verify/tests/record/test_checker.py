@@ -83,8 +83,18 @@ def test_an_honest_failure_is_sound(tmp_path: Path) -> None:
     assert tampered(tmp_path, fail) == []
 
 
+def test_a_waived_failure_is_sound(tmp_path: Path) -> None:
+    def waive(whole: Json) -> None:
+        number = {"name": "error", "measured": 2.0, "allowed": 1.0}
+        wrong = {"verdict": "WAIVED", "message": "error: measured 2, allowed 1", "measurements": [number]}
+        of(whole, TABLE).update(wrong, waiver=WAIVER)
+
+    assert tampered(tmp_path, waive) == []
+
+
 TABLE = "p5.table.last"
 KNOWN = {"reason": "x", "issue": "https://example.org", "expires": "2027-01-01"}
+WAIVER = KNOWN | {"verdict": "FAIL", "owner": "@me"}
 CHANGES: dict[str, tuple[Callable[[Json], object], str]] = {
     "absent": (lambda r: r["results"].pop(0), "p1.bf16.matmul: is must-pass on sm120 and has no result"),
     "family absent": (lambda r: r.update(results=r["results"][:3] + r["results"][5:]), "p4.oracle: 2 checks are must-"),
@@ -157,6 +167,41 @@ CHANGES: dict[str, tuple[Callable[[Json], object], str]] = {
             verdict="FAIL", message="is wrong", deviation=KNOWN | {"expires": "2026-10-31"}
         ),
         f"{TABLE}: is called a known deviation until 2026-10-31, which was before the run",
+    ),
+    "waived without a waiver": (
+        lambda r: of(r, TABLE).update(verdict="WAIVED", message="is wrong"), f"{TABLE}: WAIVED with the waiver None"
+    ),
+    "waived, but passed": (
+        lambda r: of(r, TABLE).update(waiver=WAIVER),
+        f"{TABLE}: PASS with the waiver {{'reason': 'x'",
+    ),
+    "waived, but expired": (
+        lambda r: of(r, TABLE).update(
+            verdict="WAIVED", message="is wrong", waiver=WAIVER | {"expires": "2026-10-31"}
+        ),
+        f"{TABLE}: is waived until 2026-10-31, which was before the run",
+    ),
+    "waived, but of another subject": (
+        lambda r: (
+            of(r, TABLE).update(verdict="WAIVED", message="is wrong", waiver=WAIVER),
+            r["subject"].update(source="checkout:theirs"),
+        ),
+        f"{TABLE}: is waived, but only failures of the bundled subject can be",
+    ),
+    "waived, but of the machine": (
+        lambda r: of(r, TABLE).update(verdict="WAIVED", message="is busy", waiver=WAIVER | {"verdict": "INFRA"}),
+        "results.8.waiver.verdict: Input should be <Verdict.FAIL: 'FAIL'>, <Verdict.CRASH: 'CRASH'> or <Verdict.TIME",
+    ),
+    "waived in a finding": (
+        lambda r: (
+            of(r, TABLE).update(verdict="WAIVED", message="is wrong", waiver=WAIVER),
+            r.update(findings=[{"cause": "x", "checks": [TABLE], "blocks": []}]),
+        ),
+        f"{TABLE}: is in a finding, but did not fail",
+    ),
+    "waived for nothing": (
+        lambda r: of(r, TABLE).update(verdict="WAIVED", message="error: measured 2, allowed 1", waiver=WAIVER),
+        "but every measurement is inside its bound",
     ),
     "two findings": (
         lambda r: r.update(findings=[{"cause": name, "checks": [TABLE], "blocks": []} for name in "xy"]),

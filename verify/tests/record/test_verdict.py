@@ -100,6 +100,21 @@ def test_a_soft_failure_does_not_change_the_verdict() -> None:
     assert "of 2 soft checks 0 passed, 1 failed, 1 without a result" in found.sentence
 
 
+def test_a_waived_failure_is_neither_a_pass_nor_a_failure() -> None:
+    own, soft = samples.waived("p4.oracle.n1"), samples.waived("p8.kernel.ms")
+    rest = [one for one in passing() if one.id != own.id]
+    found = assess(SM120, [record("sm120", [own, *rest, soft])], checks())
+    assert (found.verdict, found.missing, len(found.waived)) == (TargetVerdict.INCOMPLETE, (), 2)
+    assert "5 of 6 must-pass checks passed on Sample GPU 120" in found.sentence
+    assert found.sentence.endswith("no other failed, so sm120 is INCOMPLETE (waived: p4.oracle.n1).")
+    found = assess(SM120, [record("sm120", [own, *rest[:-1], result("p4.triton_pytorch.max", "FAIL")])], checks())
+    assert found.verdict is TargetVerdict.FAILED
+    assert found.sentence.endswith("; 4 passed, 1 waived, 0 without a valid result.")
+    found = assess(SM120, [record("sm120", [*passing(), soft])], checks())
+    assert found.verdict is TargetVerdict.VERIFIED
+    assert "of 2 soft checks 0 passed, 0 failed, 1 waived, 1 without a result" in found.sentence
+
+
 def test_no_record_is_incomplete_and_says_so() -> None:
     found = assess(SM120, [record("sm90", passing())], checks())
     assert found.verdict is TargetVerdict.INCOMPLETE

@@ -11,7 +11,7 @@ import pytest
 from verify import cli
 from verify.checks import Check, CheckSpec
 from verify.record.schema import CheckResult, Record
-from verify.tests.samples import compiled, record, result, simulated, write
+from verify.tests.samples import compiled, record, result, simulated, waived, write
 
 #: Fourteen HARD checks and a SOFT one.
 CASES = [f"n{number}" for number in range(14)]
@@ -230,6 +230,20 @@ def test_a_check_without_a_result_did_not_run_or_is_gone(diff: Diff) -> None:
 def test_a_run_that_has_just_begun_is_not_green(diff: Diff) -> None:
     code, _, found = diff(*nights("sm90", (1,)), *nights("sm90", (2,), state="interrupted"), *nights("sm90", (3,)))
     assert (code, found["sm90 hardware"]["runs"][0]["before"]) == (0, "run-sm90-1")
+
+
+def test_a_run_with_a_waived_failure_is_not_green_and_is_no_worse(diff: Diff) -> None:
+    other = [one for one in results() if one.id != IDS[1]]
+    listed = record("sm90", [*other, waived(IDS[1], gate="hard")], day=4)
+    code, _, found = diff(*nights("sm90"), listed)
+    assert (code, kinds(found["sm90 hardware"])) == (0, {IDS[1]: ("changed", False)})
+    code, _, found = diff(record("sm90", results(n1="FAIL"), day=5))
+    assert (code, found["sm90 hardware"]["runs"][0]["before"]) == (1, "run-sm90-3")
+    assert kinds(found["sm90 hardware"]) == {IDS[1]: ("newly failing", True)}
+    only = [result(IDS[0], evidence="simulated", gate="hard")]
+    listed = simulated("sm120", [*only, waived(IDS[1], evidence="simulated", gate="hard")])
+    code, text, _ = diff(listed, simulated("sm120", only, day=2, run_id="again"))
+    assert "run-sm120-simulated of 2026-11-01, as no earlier run is green" in text
 
 
 def test_a_night_is_one_of_the_same_selection_and_evidence(diff: Diff) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from verify import cli
 from verify.record.index import Point
-from verify.record.schema import Record
+from verify.record.schema import CheckResult, Record
 from verify.report.difference import Change, compare
-from verify.tests.samples import compiled, measured, passing, record, result, write
+from verify.tests.samples import compiled, measured, passing, record, result, waived, write
 
 
 def changes(before: Record, after: Record, past: list[Point] = ()) -> dict[str, Change]:
@@ -32,12 +32,28 @@ def run(*results, **fields) -> Record:
         ("FAIL", "CRASH", "changed", False),
         ("FAIL", "PASS", "newly passing", False),
         ("SKIP", "PASS", "newly passing", False),
+        ("FAIL", "WAIVED", "changed", False),
+        ("PASS", "WAIVED", "changed", False),
+        ("WAIVED", "FAIL", "newly failing", True),
+        ("WAIVED", "PASS", "newly passing", False),
     ],
 )
 def test_a_verdict_that_changed_is_told_and_a_hard_one_that_fell_is_worse(was, now, kind, worse) -> None:
+    def made(check_id: str, verdict: str) -> CheckResult:
+        return waived(check_id) if verdict == "WAIVED" else result(check_id, verdict)
+
     for check_id, hard in (("p4.oracle.n1", True), ("p8.kernel.ms", False)):
-        (found,) = changes(run(result(check_id, was)), run(result(check_id, now))).values()
+        (found,) = changes(run(made(check_id, was)), run(made(check_id, now))).values()
         assert (found.kind, found.worse) == (kind, worse and hard)
+        assert ("WAIVED (FAIL) hardware" in found.told) is ("WAIVED" in (was, now))
+
+
+def test_a_check_that_a_waived_failure_blocks_did_not_get_worse() -> None:
+    blocked = result("p4.oracle.n1", "BLOCKED", by="p1.bf16.matmul")
+    for blocker, kind, worse in ((waived("p1.bf16.matmul"), "changed", False), (None, "newly failing", True)):
+        after = run(*filter(None, [blocked, blocker]))
+        found = changes(run(result("p4.oracle.n1"), waived("p1.bf16.matmul")), after)["p4.oracle.n1"]
+        assert (found.kind, found.worse) == (kind, worse)
 
 
 def test_a_hard_check_that_is_absent_is_worse_where_the_same_was_asked_for() -> None:
@@ -178,13 +194,18 @@ def test_history_shows_targets_families_and_the_course_of_a_check(tree: Path, ca
         (["SKIP", "SKIP", "ABSENT"], "A", "2S 1A"),
         (["PASS", "PASS", "FAIL", "SKIP"], "F", "2P 1F 1S"),
         (["PASS", "BLOCKED"], "B", "1P 1B"),
+        (["PASS", "WAIVED", "PASS"], "W", "2P 1W"),
     ],
 )
 def test_a_skip_does_not_hide_what_passed_in_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, verdicts: list[str], letter: str, counts: str
 ) -> None:
     monkeypatch.setenv("TRIATTENTION_CACHE", str(tmp_path / "cache"))
-    told = [result(f"p4.oracle.n{n}", verdict, gate="hard") for n, verdict in enumerate(verdicts)]
+    listed = {"waiver": waived("p4.oracle.n1").waiver}
+    told = [
+        result(f"p4.oracle.n{n}", verdict, gate="hard", **listed if verdict == "WAIVED" else {})
+        for n, verdict in enumerate(verdicts)
+    ]
     write(record("sm120", told, day=2), tmp_path, "evidence")
     write(record("sm120", [result("p8.kernel.ms")], day=1), tmp_path, "evidence")
     write(compiled("sm120", [result("p3.scoring.n1", evidence="compiled", gate="hard")]), tmp_path, "evidence")

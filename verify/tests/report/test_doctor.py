@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from verify.record.schema import Gpu
 from verify.report import doctor_packages
 from verify.report.doctor import NEWEST, Machine, check_card, examine, inspect_machine, skips
 from verify.report.doctor_packages import mended, tried
-from verify.report.doctor_subject import examine_subject
+from verify.report.doctor_subject import examine_subject, known_failures
 from verify.report.doctor_table import Finding, Status, print_findings
 from verify.subject.find import find_subject
 from verify.tests.samples import checks
@@ -197,6 +198,26 @@ def test_the_known_deviations_of_a_subject_are_counted_and_the_expired_ones_told
     found = _examined(partial)["known deviations"]
     assert (found.found, found.status) == ("2 listed, 1 expired", Status.NOTE)
     assert found.step.startswith("the known deviation p4.zero expired on 2026-05-01, so its failures count; fix them")
+
+
+def test_the_known_failures_are_counted_and_those_that_end_soon_told(tmp_path: Path) -> None:
+    assert known_failures(tmp_path, checks()) == Finding("known failures", "0 listed", "", Status.OK)
+    (tmp_path / "ci").mkdir()
+    today = datetime.now(UTC).date()
+    text = ""
+    for family, left in (("p4.oracle", 15), ("p4.triton_pytorch", 14), ("p1.bf16", -1)):
+        known = {"checks": [family], "reason": "x", "issue": "https://example.org/1", "owner": "@me", "probe": "make"}
+        days = f"added = {today - timedelta(days=9)}\nexpires = {today + timedelta(days=left)}"
+        text += "\n".join(["[[known_failure]]", *(f"{name} = {value!r}" for name, value in known.items()), days, ""])
+    (tmp_path / "ci" / "known_failures.toml").write_text(text)
+    found = known_failures(tmp_path, checks())
+    assert (found.found, found.status) == ("3 listed, 1 expiring within 14 days, 1 expired", Status.NOTE)
+    assert found.step.startswith("the known failure p1.bf16 (https://example.org/1) expired on ")
+    ends = f"the known failure p4.triton_pytorch (https://example.org/1) of @me expires on {today + timedelta(days=14)}"
+    assert found.step.endswith(f"; {ends}")
+    (tmp_path / "ci" / "known_failures.toml").write_text(text.replace("p1.bf16", "p1.b16"))
+    found = known_failures(tmp_path, checks())
+    assert (found.status, "'p1.b16' in entry 3 matches no check" in found.step) == (Status.NEEDED, True)
 
 
 def test_what_a_profile_asks_for_and_a_subject_does_not_offer_is_told(partial: Path) -> None:

@@ -14,7 +14,7 @@ from verify.record.schema import CheckResult
 from verify.record.verdict import assess
 from verify.report import documents, export
 from verify.tests import samples
-from verify.tests.samples import known, measured, passing, record, result, write
+from verify.tests.samples import known, measured, passing, record, result, waived, write
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,8 @@ def test_junit_has_a_suite_for_each_phase_and_keeps_codes_and_numbers() -> None:
         (passing(), "PASSED", []),
         ([*passing(), result("p8.kernel.ms", "FAIL")], "WARNED", []),
         (passing()[1:], "FAILED", ["p1.bf16.matmul"]),
+        ([waived("p1.bf16.matmul"), *passing()[1:]], "WARNED", []),
+        ([waived("p1.bf16.matmul"), *passing()[2:]], "FAILED", ["p1.torch_sees.gpu"]),
         ([result("p1.bf16.matmul", "FAIL"), *passing()[1:]], "FAILED", ["p1.bf16.matmul"]),
         ([result("p1.bf16.matmul", "SKIP"), *passing()[1:]], "FAILED", ["p1.bf16.matmul"]),
     ],
@@ -62,7 +64,7 @@ def test_an_attestation_fails_on_hard_checks_and_warns_on_soft_ones(
     assert told["subject"] == [{"name": "sample@1.0", "digest": {"sha256": made.subject.content_sha256}}]
     assert (told["predicate"]["result"], told["predicate"]["failedTests"]) == (verdict, failed)
     assert told["predicate"]["warnedTests"] == [
-        one.id for one in results if one.verdict == "FAIL" and one.gate == "soft"
+        one.id for one in results if (one.verdict == "FAIL" and one.gate == "soft") or one.verdict == "WAIVED"
     ]
 
 
@@ -71,6 +73,7 @@ def test_an_attestation_fails_on_hard_checks_and_warns_on_soft_ones(
     [
         (find(120), passing(), "VERIFIED 6/6", True),
         (find(120), passing()[1:], "INCOMPLETE 5/6", False),
+        (find(120), [waived("p1.bf16.matmul"), *passing()[1:]], "INCOMPLETE 5/6", False),
         (EMULATED, passing("emulated"), "EMULATED PASS 5/5", False),
     ],
 )
@@ -117,3 +120,27 @@ def test_a_known_deviation_is_a_failure_with_its_reason_in_every_format() -> Non
     assert whole["findings"] == [{"cause": "FAIL: p4.oracle", "checks": ["p4.oracle.n1"], "blocks": []}]
     (check,) = (one for row in whole["rows"] for one in row["checks"] if one["deviation"])
     assert check["deviation"]["issue"] == "https://example.org/12"
+
+
+def test_a_waived_failure_is_skipped_and_its_waiver_is_in_every_format() -> None:
+    found = assess(find(120), [record("sm120", [waived("p4.oracle.n1"), *passing()[1:2]])], samples.checks())
+    (case,) = (
+        one
+        for one in ElementTree.fromstring(export.report_junit([found])).iter("testcase")
+        if one.find("skipped") is not None
+    )
+    told = "FAIL, waived by @owner until 2027-01-31: Zeros are NaN. (https://example.org/12)"
+    assert case.find("skipped").attrib == {"message": "WAIVED measured 2, allowed 1", "type": "WAIVED"}
+    assert {one.get("name"): one.get("value") for one in case.iter("property")}["waiver"] == told
+    text = documents.report_markdown(found, ())
+    assert (
+        f"## Waived failures\n\n* **p4.oracle.n1** measured 2, allowed 1 (`{found.cells[3].outcome.repeat}`); {told}"
+        in text
+    )
+    assert "## Failures" not in text
+    assert "failures are waived on sm120 (1)" in documents.summary_markdown([found], ())
+    assert "| ●W |" in documents.grid_markdown([found], ())
+    whole = json.loads(documents.report_json(found, ()))
+    assert (whole["must_pass"]["waived"], whole["findings"]) == (["p4.oracle.n1"], [])
+    (check,) = (one for row in whole["rows"] for one in row["checks"] if one["waiver"])
+    assert (check["verdict"], check["waiver"]["verdict"], check["waiver"]["owner"]) == ("WAIVED", "FAIL", "@owner")

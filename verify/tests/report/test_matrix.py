@@ -8,8 +8,8 @@ from verify.architectures import EMULATED, find
 from verify.record.headroom import tightest
 from verify.record.schema import Measurement, Record
 from verify.record.verdict import assess
-from verify.report.matrix import bound, grid, headroom, rows, told
-from verify.tests.samples import checks, known, measured, record, result
+from verify.report.matrix import bound, grid, headroom, mark, rows, told
+from verify.tests.samples import checks, compiled, known, measured, record, result, simulated, waived
 
 
 def row_of(family: str, *results):
@@ -142,3 +142,13 @@ def test_a_row_is_known_if_all_its_failures_are() -> None:
         (found,) = (one for one in rows(assess(find(120), [record("sm120", results)], checks()).cells) if one.phase == 4
                     and one.spec.family == "p4.oracle")  # fmt: skip
         assert found.verdict == words
+
+
+@pytest.mark.parametrize("evidence", ["hardware", "simulated", "compiled"])
+def test_a_waived_failure_is_shown_whatever_its_evidence(evidence: str) -> None:
+    made = {"hardware": record, "simulated": simulated, "compiled": compiled}[evidence]
+    results = [waived("p4.oracle.n1", evidence=evidence), result("p4.oracle.n33", evidence=evidence)]
+    assessment = assess(find(120), [made("sm120", results)], checks())
+    found = next(row for row in rows(assessment.cells) if row.spec.family == "p4.oracle")
+    assert (found.verdict, found.shape) == ("WAIVED 1/2", evidence)
+    assert str(mark(found)).endswith("W")

@@ -287,3 +287,33 @@ def test_the_title_of_every_page_begins_with_the_verdict(page: Page, site: Path,
         assert page.title().endswith(" · TriAttention verification")
     page.goto((green / "index.html").as_uri())
     assert page.title() == "2 of 12 VERIFIED · Matrix · TriAttention verification"
+
+
+def test_a_waived_failure_is_amber_and_its_night_is_not_full(page: Page, tmp_path: Path) -> None:
+    bad, hostile = {"p4.oracle.n33": "WAIVED", "p8.kernel.ms": "WAIVED"}, "<b>error: measured 2.5e-06, allowed 1e-06"
+    found = [night("sm90", 1), night("sm90", 2, verdicts=bad, said=hostile)]
+    built = site_of(tmp_path, found, known=nightly_checks())
+    assert [(one.tone, one.told) for one in built.news["sm90"].nights[-2:]] == [
+        ("pass", "its must-pass checks passed"), ("part", "2 checks waived")
+    ]  # fmt: skip
+    build(built, tmp_path / "site")
+    page.goto((tmp_path / "site" / "index.html").as_uri())
+    assert page.locator("h1").text_content() == "0 of 12 GPUs verified on hardware; failures are waived on sm90 (2)."
+    assert [*told(page).values()] == [["nothing"]] * 3
+    assert rows(page)
+    page.goto(f"{(tmp_path / 'site' / 'index.html').as_uri()}#verdict=WAIVED")
+    assert rows(page) == ["p4.oracle", "p8.kernel"]
+    assert page.get_by_label("Verdict").locator("option:checked").text_content() == "WAIVED"
+    page.goto(f"{(tmp_path / 'site' / 'index.html').as_uri()}#verdict=red")
+    assert rows(page) == []
+    for name in ("gpu/sm90.html", "run/run-sm90-2.html"):
+        page.goto((tmp_path / "site" / name).as_uri())
+        row = page.locator("[id='p4.oracle.n33']")
+        assert row.locator("td.v.waived").text_content() == "WAIVED by @owner until 2027-01-31"
+        more = page.locator("[id='p4.oracle.n33'] + .more .known")
+        assert more.text_content() == "Waived by @owner until 2027-01-31: Zeros are NaN. (https://example.org/12)"
+        assert more.locator("a").get_attribute("href") == "https://example.org/12"
+        assert page.get_by_text("<b>error: measured").count() > 0
+    assert page.title().startswith("20 PASS, 2 WAIVED · run-sm90-2 · ")
+    page.goto((tmp_path / "site" / "check/p4.oracle.html").as_uri())
+    assert page.locator(".verdict-line").first.text_content() == "Its failure is waived on sm90."

@@ -29,6 +29,7 @@ from verify.tests.samples import (
     record,
     result,
     simulated,
+    waived,
     write_many,
 )
 from verify.tests.sites import site_of
@@ -46,13 +47,15 @@ PAGES = (
 
 
 def records() -> list[Record]:
-    """A card that passes, one that fails and is hostile, one that is stale, one compiled, one simulated, and a run
-    without any.
+    """A card that passes, one that fails, is hostile and has a waived failure, one that is stale, one compiled, one
+    simulated, and a run without any.
     """
     failed = result("p4.oracle.n33", "FAIL", message=HOSTILE, measurements=measured(3, 1, HOSTILE))
     drawn = result("p8.kernel.ms", curves=[curve(HOSTILE, [(0, 1), (1, 2)])], measurements=measured(2, 4))
     blocked = result("p1.nvcc.version", "BLOCKED", by=failed.id)
-    hostile = record("sm120", [*(one for one in passing() if one.id != failed.id), failed, drawn, blocked], day=3)
+    listed = waived("p4.triton_pytorch.mean", message=HOSTILE)
+    others = [one for one in passing() if one.id not in (failed.id, listed.id)]
+    hostile = record("sm120", [*others, failed, listed, drawn, blocked], day=3)
     environment = hostile.environment
     renamed = environment.model_copy(update={"gpu": environment.gpu.model_copy(update={"name": HOSTILE})})
     newest = record("sm80", passing()[:2], day=2)
@@ -116,7 +119,8 @@ def test_every_page_is_there_and_every_link_leads_to_one(site: Path) -> None:
 
 def test_the_first_sentence_says_what_is_verified_and_what_is_not(site: Path, tmp_path: Path) -> None:
     assert (
-        "<h1>1 of 12 GPUs verified on hardware (sm90); sm120 failed; the kernels compile for 2; "
+        "<h1>1 of 12 GPUs verified on hardware (sm90); sm120 failed; failures are waived on sm120 (1); "
+        "the kernels compile for 2; "
         "sm88 cannot be compiled for yet; simulated checks fail for sm121; "
         "every must-pass check passes without a GPU.</h1>"
     ) in text(site, "index.html")
@@ -393,7 +397,7 @@ def test_the_theme_can_be_chosen_and_is_kept(page: Page, site: Path) -> None:
 
 def test_a_command_is_copied(page: Page, site: Path) -> None:
     page.goto((site / "gpu/sm120.html").as_uri())
-    button = page.locator(".failure .copy")
+    button = page.locator(".failure .copy").first
     button.click()
     page.wait_for_function("document.querySelector('.failure .copy').textContent === 'Copied'")
     page.locator(".filters input").focus()

@@ -5,10 +5,11 @@ import io
 import pytest
 from rich.console import Console
 
+from verify import explain
 from verify.architectures import find
 from verify.record.verdict import TargetVerdict, assess
 from verify.report import terminal
-from verify.tests.samples import checks, known, passing, record, result
+from verify.tests.samples import checks, known, passing, record, result, waived
 
 
 def printed(function, assessment, width: int = 100) -> str:
@@ -83,3 +84,19 @@ def test_a_finding_says_which_of_its_failures_are_known() -> None:
     told = printed(terminal.print_run, assess(find(120), [record("sm120", [own, other])], checks()))
     assert "FAIL p4.oracle.n33  a new one" in told  # what is new stands first
     assert "known deviation, 1 of 2 checks: Zeros are NaN. (https://example.org/12, until 2027-03-01)" in told
+
+
+def test_what_is_waived_is_told_with_its_owner_and_its_last_day_and_is_no_finding() -> None:
+    own = [waived(f"p4.oracle.{case}", message=f"wrong for {case}") for case in ("n1", "n33")]
+    made = record("sm120", [*own, waived("p8.kernel.ms")])
+    for show in (terminal.print_run, terminal.print_report):
+        told = printed(show, assess(find(120), [made], checks()), 120)
+        assert "WAIVED p4.oracle.n1  wrong for n1\nalso: p4.oracle.n33, p8.kernel.ms\n" in told
+        assert "FAIL, waived by @owner until 2027-01-31: Zeros are NaN. (https://example.org/12)\n" in told
+        assert "finding" not in told
+    assert str(terminal.verdict_text("WAIVED 2").style) == "yellow"
+    console = Console(file=io.StringIO(), width=150, highlight=False)
+    explain._print_results(["p4.oracle.n33"], [made], console)
+    (line,) = (line for line in console.file.getvalue().splitlines() if "p4.oracle.n33" in line)
+    assert "hardware  WAIVED  p4.oracle.n33" in line
+    assert line.rstrip().endswith("FAIL, waived by @owner until 2027-01-31: Zeros are NaN. (https://example.org/12)")
