@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -230,8 +231,11 @@ def test_the_record_says_what_was_simulated(simulated: Tree) -> None:
     assert "--device sim:sm90" in record.results[0].repeat
     known = record.simulation
     assert known is not None
-    launches = [("beyond_kernel", 2), ("double_kernel", 1), ("double_kernel", 1), ("root_kernel", 2)]
-    assert sorted((kernel.kernel, kernel.launches) for kernel in known.kernels) == launches
+    # by name: Triton's cache decides whether two specialisations are one code, because code names its source file
+    launches: Counter[str] = Counter()
+    for kernel in known.kernels:
+        launches[kernel.kernel] += kernel.launches
+    assert launches == {"beyond_kernel": 2, "double_kernel": 2, "root_kernel": 2}
     assert all(kernel.census is not None and kernel.census.equal for kernel in known.kernels)
     assert simulated.verify("check", str(simulated.root / "reports" / "runs" / record.run_id)).returncode == 0
 
