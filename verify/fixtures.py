@@ -14,6 +14,7 @@ from verify.machine.environment import localise
 from verify.machine.processors import cores
 from verify.record.builds import Build, Compilation
 from verify.record.curves import Curve, clash
+from verify.record.headroom import BY_DESIGN
 from verify.record.schema import Measurement
 from verify.run.recorder import CHOICE, CURVES, MEASUREMENTS, id_of
 from verify.session import SESSION
@@ -122,14 +123,15 @@ def measure(request: pytest.FixtureRequest) -> Measure:
     """
     session = request.config.stash[SESSION]
     repeat = session.manifest.repeat_command(request.node.nodeid, session.root)
-    taken = request.node.stash[MEASUREMENTS]
+    taken, family = request.node.stash[MEASUREMENTS], id_of(request.node).rpartition(".")[0]
 
     def measure(
         name: str, measured: float, allowed: float, *, unit: str = "", where: str = "", cause: str = ""
     ) -> None:
         __tracebackhide__ = True
         where = localise(where, session.root, session.manifest.places)
-        found = Measurement(name=name, measured=float(measured), allowed=float(allowed), unit=unit, where=where)
+        numbers = {"measured": float(measured), "allowed": float(allowed)}
+        found = Measurement(name=name, **numbers, unit=unit, where=where, by_design=family in BY_DESIGN)
         taken.append(found)
         if not found.within:
             raise Wrong(f"{found.told}; repeat with: {repeat}", cause)

@@ -7,9 +7,22 @@ from collections.abc import Iterable
 
 from verify.record.schema import Measurement
 
+#: The families whose bound is the rounding of the result itself, of which a correct result may need all: half a unit of
+#: bfloat16.
+BY_DESIGN = frozenset({"p1.bf16_matmul"})
+
+
+def by_design(measurement: Measurement) -> bool:
+    """Whether a measurement is within a bound of which a correct result may need all."""
+    return measurement.by_design and measurement.within
+
 
 def room(measurement: Measurement) -> float | None:
-    """The headroom; None where it would be no figure: nothing was measured, nothing is allowed, or everything is."""
+    """The headroom; None where it would be no figure: nothing was measured, nothing is allowed, or everything is; or
+    the bound is met by design.
+    """
+    if by_design(measurement):
+        return None
     if measurement.measured <= 0 or measurement.allowed <= 0 or measurement.allowed == math.inf:
         return None
     return measurement.headroom

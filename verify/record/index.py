@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import sys
@@ -25,7 +26,7 @@ from verify.record.absences import Absence
 from verify.record.archive import Entry, digest_of_file, moment, newest_first, paths, read_again, read_finished, settle
 from verify.record.digest import digest_of
 from verify.record.grounds import BUNDLED, PACKAGE, Checkout
-from verify.record.headroom import tightest, used_share
+from verify.record.headroom import by_design, tightest, used_share
 from verify.record.reading import UnreadableRecord, rehearsing
 from verify.record.schema import CheckResult, Evidence, Record, SubjectInfo
 from verify.record.staleness import merged
@@ -311,6 +312,8 @@ def _digest(text: str) -> str:
 
 def _row(number: int, result: CheckResult) -> tuple[int | str | float | None, ...]:
     tight = tightest(result.measurements)
+    if tight and by_design(tight):
+        tight = tight.model_copy(update={"allowed": math.inf})  # no share of it says anything
     numbers = (tight.name, tight.measured, tight.allowed) if tight else (None, None, None)
     told = (result.gate, result.evidence, result.verdict, result.code)
     return (number, result.id, *told, *numbers, result.duration_s, result.rests_on)

@@ -56,13 +56,16 @@ EVIDENCE: Final[tuple[Evidence, ...]] = get_args(Evidence)
 
 
 class Measurement(Strict):
-    """A number that was compared with a bound; ``headroom`` is allowed / measured."""
+    """A number that was compared with a bound; ``headroom`` is allowed / measured. Of a bound ``by_design`` a correct
+    result may need all, so the headroom says nothing.
+    """
 
     name: str = Field(min_length=1)
     measured: float
     allowed: float
     unit: str = ""
     where: str = ""
+    by_design: bool = False
 
     @property
     def within(self) -> bool:

@@ -12,7 +12,7 @@ from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
 from verify.record.absences import newest_of
 from verify.record.archive import locate, newest_first
-from verify.record.headroom import used_share
+from verify.record.headroom import by_design, used_share
 from verify.record.index import Index, Point, open_index
 from verify.record.reading import UnreadableRecord, read_record
 from verify.record.schema import BLOCKING, CheckResult, Record, Verdict
@@ -195,7 +195,7 @@ def _shares(result: CheckResult) -> Mapping[str, float]:
     """The largest used share of the allowance, by the name of the measurement."""
     shares: dict[str, float] = {}
     for one in result.measurements:
-        if (share := used_share(one.measured, one.allowed)) is not None:
+        if not by_design(one) and (share := used_share(one.measured, one.allowed)) is not None:
             shares[one.name] = max(shares.get(one.name, 0), share)
     return shares
 

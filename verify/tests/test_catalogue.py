@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from verify.checks import catalogue
+from verify.record.headroom import BY_DESIGN
 from verify.tests.tree import REPOSITORY
 
 
@@ -39,3 +40,7 @@ def test_a_check_that_measures_says_what_is_allowed_and_why() -> None:
         if "measure" in inspect.signature(test).parameters and not check.spec.tolerance:
             silent.add(check.spec.family)
     assert silent == set()
+
+
+def test_families_whose_bound_a_correct_result_may_need_all_of_exist() -> None:
+    assert {one.spec.family for one in catalogue()} >= BY_DESIGN

@@ -63,6 +63,15 @@ def test_what_is_met_by_design_hides_no_headroom_and_no_failure() -> None:
     assert tightest([]) is None
 
 
+def test_a_bound_that_a_correct_result_may_need_all_of_has_no_headroom() -> None:
+    one = Measurement(name="error", measured=0.98, allowed=1, by_design=True)
+    other = Measurement(name="error", measured=0.1, allowed=1)
+    assert (headroom(one), headroom(other), tightest([one, other])) == ("-", "10.0x", other)
+    # outside the bound it is as red as any other
+    outside = Measurement(name="error", measured=2, allowed=1, by_design=True)
+    assert (headroom(outside), tightest([outside, other])) == ("0.5x", outside)
+
+
 def test_a_number_without_a_limit_is_told_without_one() -> None:
     free = Measurement(name="ties", measured=5, allowed=math.inf, unit="tokens", where="head 3")
     assert told(free) == "ties: measured 5 tokens, no limit at head 3"
