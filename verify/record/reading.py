@@ -61,7 +61,7 @@ def misplaced(rehearsal: bool) -> str:
     """Why a file that is, or is not, a ``rehearsal`` must not be read now; empty if it may."""
     if rehearsal == rehearsing():
         return ""
-    return "is made up for a rehearsal; add --rehearsal to read it" if rehearsal else "is real; drop --rehearsal"
+    return "is made up for a rehearsal, shown with --rehearsal" if rehearsal else "is real; drop --rehearsal"
 
 
 def read_record(path: Path, *, unique: bool = False) -> Record:

@@ -90,7 +90,7 @@ def test_made_up_records_are_refused_without_the_option(nights: Rehearsal, words
     found = nights.command("verify", *words, "--records", str(nights.nights))
     said = found.stdout + found.stderr
     assert "PASS" not in said
-    assert "is made up for a rehearsal; add --rehearsal to read it" in said or " records cannot be read" in said
+    assert "is made up for a rehearsal, shown with --rehearsal" in said or " records cannot be read" in said
 
 
 @pytest.mark.parametrize("form", ["junit", "badge"])
@@ -112,7 +112,7 @@ def test_real_records_are_refused_with_it(nights: Rehearsal, tmp_path: Path) -> 
     assert nights.command("verify", "check", "--rehearsal", str(made)).returncode == 0
     refused = nights.command("verify", "check", str(made))
     assert refused.returncode == 1
-    assert "is made up for a rehearsal; add --rehearsal to read it" in refused.stdout
+    assert "is made up for a rehearsal, shown with --rehearsal" in refused.stdout
     content = json.loads(made.read_text())
     real = tmp_path / made.parent.name / "record.json"
     real.parent.mkdir()
