@@ -1,9 +1,9 @@
 """Opens, updates and closes the issues of HARD checks that fail at night. Standard library only.
 
 There is one issue for each check and GPU, with the label ``nightly``. It is opened for a new failure that a second run
-confirms, and closed after the check has passed at three different commits. What is known of it is in a comment of its
-body, which readers do not see. An optional webhook (JSON with ``text``, as Slack takes it) is told what was opened and
-closed.
+confirms, and closed after the check has passed at three different commits. The body of an issue ends with a hidden
+comment that holds its state. An optional webhook (JSON with ``text``, as Slack takes it) gets a message about what was
+opened and closed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from ci.nightly import NightlyError
+from ci.nightly import NEW, NightlyError
 from ci.nightly.github import Api, summarise
 
 LABEL = "nightly"
@@ -29,11 +29,10 @@ LABEL = "nightly"
 #: At how many commits a check must have passed until its issue is closed.
 CLEAN_COMMITS = 3
 
-_NEW = "newly failing"
 _STATE = re.compile(r"<!-- nightly (\{.*?\}) -->", re.DOTALL)
 _LIMIT_S = 30
 
-#: How many letters of a message are told; GitHub takes 65,536 in all.
+#: The most characters of a check's message in an issue; GitHub accepts 65,536 in a whole body.
 _MOST_SAID = 4000
 
 #: How many checks of a family are listed in an issue.
@@ -143,8 +142,8 @@ def _failed(api: Api, one: Mapping[str, Any], issue: Issue | None, time_utc: str
     if not one["confirmed"]:
         return [Done("unconfirmed", f"{told}: no second run shows it ({one['told'][:_MOST_SAID]})")]
     by_hand = issue is not None and len(issue.state.clean) < CLEAN_COMMITS
-    known = issue is not None and issue.state.run == one["run"]  # the night is told a second time
-    if known or (one["kind"] != _NEW and by_hand):
+    known = issue is not None and issue.state.run == one["run"]  # alert runs again for one night
+    if known or (one["kind"] != NEW and by_hand):
         return []
     state = State(one["family"], one["place"], time_utc, time_utc, one["run"], sorted(one["checks"]))
     title = f"[{one['place']}] {one['family']} fails ({one['verdict']})"

@@ -22,8 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ci.nightly import NightlyError
-from ci.nightly.facts import FACTS, NEW, of_night
+from ci.nightly import NEW, NightlyError
+from ci.nightly.facts import FACTS, of_night
 from ci.nightly.github import Api, annotation, output, summarise
 from ci.nightly.gpus import read_gpus
 from ci.nightly.job import OUTCOME

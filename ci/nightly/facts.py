@@ -1,7 +1,6 @@
 """What a night showed of HARD checks, as JSON: what fails, whether a second run shows it too, and what passes.
 
-Failures are told by the family of the check and by place: ``sm120`` is the GPU, ``sm120 simulated`` what ran without
-it.
+Failures are grouped by family of checks and by place: ``sm120`` is the GPU, ``sm120 simulated`` a run without it.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import Any
 
+from ci.nightly import NEW, OLD
 from verify.architectures import known_targets
 from verify.checks import Check
 from verify.record.index import Index
@@ -21,10 +21,7 @@ from verify.report.looks import line_of
 #: The file of the facts.
 FACTS = "alerts.json"
 
-#: The kinds of failures: of a check that passed before, or in the runs before too.
-NEW, OLD = "newly failing", "still failing"
-
-#: INFRA says nothing about a check, and BLOCKED is told by its blocker.
+#: INFRA says nothing about a check, and the failure of its blocker stands for a BLOCKED one.
 _FAILING = frozenset({Verdict.FAIL, Verdict.CRASH, Verdict.TIMEOUT, Verdict.ERROR})
 
 

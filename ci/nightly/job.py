@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from verify.files import write_atomic
+from verify.machine.environment import at_least
 
 OUTCOME = "outcome.json"
 
@@ -50,13 +52,9 @@ def unfit(row: Mapping[str, Any], found: Sequence[str]) -> str:
     """Why the machine is not the one that the row describes; empty if it is. ``found`` are the drivers of its GPUs."""
     if len(found) != row["gpus"]:
         return f"the machine has {len(found)} GPUs, and ci/gpus.toml expects {row['gpus']}"
-    if row["driver"] and (old := [one for one in found if _numbers(one) < _numbers(row["driver"])]):
+    if row["driver"] and (old := [one for one in found if not at_least(one, row["driver"])]):
         return f"the driver is {old[0]}, and ci/gpus.toml expects {row['driver']} or newer"
     return ""
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def carry_out(row: Mapping[str, Any], found: Sequence[str], runs: Path, run: Runner) -> Outcome:
@@ -88,9 +86,7 @@ def main() -> int:
     """Carry out the row in the environment's ROW (JSON); the exit code of the first run."""
     _RUNS.mkdir(parents=True, exist_ok=True)
     ended = carry_out(json.loads(os.environ["ROW"]), drivers(), _RUNS, _shown)
-    scratch = _RUNS / f".{OUTCOME}"
-    scratch.write_text(json.dumps(asdict(ended)) + "\n", encoding="utf-8")
-    scratch.replace(_RUNS / OUTCOME)
+    write_atomic(_RUNS / OUTCOME, json.dumps(asdict(ended)) + "\n")
     if ended.exit_code:
         print(f"nightly: {ended.row}: exit code {ended.exit_code}: {ended.said}", file=sys.stderr)
     return ended.exit_code
