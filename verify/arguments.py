@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from verify.checks import DEFAULT_SEED, PROFILES
 from verify.errors import Exit
+from verify.fleet.contracts import CONTRACTS
+from verify.run.levels import LEVELS
 
 _SUBJECT = "bundled (default), installed, the path of a checkout, or module:NAME"
 
@@ -27,6 +29,7 @@ examples:
   python -m verify history --check p4.triton_oracle
   python -m verify check reports/runs/RUN        is the record sound, with nothing missing
   python -m verify report --format html          HTML pages; start at reports/site/index.html
+  python -m verify gate --contract nagios        for a fleet: does this GPU work, within 45 seconds
   python -m verify doctor --expect sm90          is this machine ready, and is its GPU an sm90
   python -m verify explain p4.triton_oracle
   python -m verify init DIR --profile scorer     start an implementation: stubs, to be filled in and judged
@@ -51,6 +54,19 @@ examples:
   python -m verify run --phases 1,3-5 --device cpu
   python -m verify run --subject ../another-checkout --profile scorer
   python -m verify run -m 'hard and not slow' --out results
+"""
+
+
+_GATE_EXAMPLES = """\
+examples:
+  python -m verify gate --expect sm90
+  python -m verify gate --contract nagios --gpu 1 --within 30
+
+Only a run on the GPU counts: without one, the answer is that nothing is known. One line goes to stdout, logs to stderr.
+No record is written; `run --level 1` runs the same checks and writes one.
+
+exit codes: 0 the checks passed; 1 a HARD check failed; 3 nothing is known: no GPU, another one than expected, in use,
+  interrupted, out of time, or an option that makes no sense. --contract has its own; docs/fleet.md lists them
 """
 
 
@@ -94,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     _add_simulate(verbs)
     _add_quality(verbs)
     _add_selftest(verbs)
+    _add_gate(verbs)
     report = _add(verbs, "report", "the gate matrix of one GPU from the records, or one line per GPU")
     which = report.add_mutually_exclusive_group()
     which.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
@@ -186,6 +203,11 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
         "--phases", "--phase", metavar="P", action="append", help="4, 1,3-5 or 1-8 (repeatable; default: all)"
     )
     run.add_argument(
+        "--level", type=int, choices=tuple(LEVELS), metavar="L",
+        help="1: under a minute on a GPU; 2: phases 1 to 5, about five; 3: all that is not slow; 4: all, also under "
+        "compute-sanitizer",
+    )  # fmt: skip
+    run.add_argument(
         "-m",
         dest="expression",
         metavar="EXPR",
@@ -205,6 +227,19 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
         "--sanitize", action="store_true", help="also run the kernel checks under compute-sanitizer (up to three hours)"
     )
     run.add_argument("--strict-soft", action="store_true", help="exit 4 when a SOFT check fails")
+
+
+def _add_gate(verbs: argparse._SubParsersAction) -> None:
+    verb = _add(verbs, "gate", "within seconds, for a fleet: do the GPU and its software work at all")
+    verb.epilog, verb.formatter_class = _GATE_EXAMPLES, argparse.RawDescriptionHelpFormatter
+    verb.add_argument(
+        "--contract", choices=CONTRACTS, help="answer with the exit code and the line or JSON of this fleet tool"
+    )
+    verb.add_argument("--gpu", metavar="GPU", help="the card's index or UUID (default: the first that is visible)")
+    verb.add_argument("--expect", metavar="GPU", help="the GPU that this machine must have (sm120, 120 or 12.0)")
+    verb.add_argument(
+        "--within", type=float, default=45.0, metavar="S", help="answer after so many seconds at most; default: 45"
+    )
 
 
 def _add_compile(verbs: argparse._SubParsersAction) -> None:

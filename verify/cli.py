@@ -21,7 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-    chosen = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        chosen = parser().parse_args(words)
+    except SystemExit as refused:
+        if words[:1] != ["gate"] or refused.code != Exit.CANNOT:
+            raise
+        from verify.fleet import gate
+
+        return gate.misused(words)
     try:
         code = _carried_out(chosen)
         sys.stdout.flush()
@@ -112,6 +120,12 @@ def _run(chosen: argparse.Namespace) -> int:
     return runner.run(request)
 
 
+def _gate(chosen: argparse.Namespace) -> int:
+    from verify.fleet import gate
+
+    return gate.gate(chosen.contract, chosen.gpu, chosen.expect, chosen.within)
+
+
 def _report(chosen: argparse.Namespace) -> int:
     from verify.report import verb
 
@@ -178,6 +192,7 @@ def _contract(chosen: argparse.Namespace) -> int:
 
 _VERBS = {
     "run": _run,
+    "gate": _gate,
     "compile": _compile,
     "simulate": _simulate,
     "quality": _quality,

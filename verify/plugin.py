@@ -36,6 +36,7 @@ from verify.record.without_gpu import can_be_simulated
 from verify.run import events
 from verify.run.conclusion import concluded
 from verify.run.durations import Timekeeper, long_files
+from verify.run.levels import GATE
 from verify.run.manifest import Manifest, freeze, survey
 from verify.run.probe import Probe
 from verify.run.recorder import Recorder, id_of, in_phases, selected, spec_of
@@ -162,6 +163,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in checks:
         if id_of(item) in BRIEF:
             item.add_marker(pytest.mark.brief)
+        if id_of(item) in GATE:
+            item.add_marker(pytest.mark.gate)
     wanted = {id_of(item) for item in checks if spec_of(item).phase in session.phases}
     if session.simulated:
         wanted &= {id_of(item) for item in checks if can_be_simulated(spec_of(item))}

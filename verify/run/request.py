@@ -11,6 +11,7 @@ from verify.architectures import Emulated, parse_target
 from verify.checks import DEFAULT_SEED, PHASES, PROFILES
 from verify.errors import ConfigurationError
 from verify.files import default_out
+from verify.run.levels import LEVELS
 
 #: The devices by name; ``sim:sm120`` is a simulated GPU.
 DEVICES = ("auto", "cpu", "cuda")
@@ -123,8 +124,9 @@ class RunRequest:
 
 #: Options that are fixed when a run starts, by the name of their setting.
 _FIXED = {
-    "phases": "--phases", "expression": "-m", "device": "--device", "model": "--model", "subject": "--subject",
-    "seed": "--seed", "sanitize": "--sanitize", "profile": "--profile", "confirm": "--confirm", "beside": "--beside",
+    "level": "--level", "phases": "--phases", "expression": "-m", "device": "--device", "model": "--model",
+    "subject": "--subject", "seed": "--seed", "sanitize": "--sanitize", "profile": "--profile",
+    "confirm": "--confirm", "beside": "--beside",
 }  # fmt: skip
 
 
@@ -136,7 +138,11 @@ def request_of(chosen: argparse.Namespace) -> RunRequest:
     for name in ("resume", "confirm"):
         if name in given and (fixed := [flag for other, flag in _FIXED.items() if other in given and other != name]):
             raise ConfigurationError(f"--{name} keeps the options of the original run; drop {', '.join(fixed)}")
-    if "phases" in given:
+    if (level := given.pop("level", None)) is not None:
+        if own := [_FIXED[name] for name in ("phases", "expression", "sanitize") if name in given]:
+            raise ConfigurationError(f"--level {level} says which checks run; drop {', '.join(own)}")
+        given |= LEVELS[level]
+    elif "phases" in given:
         given["phases"] = parse_phases(",".join(given["phases"]))
     if "device" in given:
         given["device"] = parse_device(given["device"])

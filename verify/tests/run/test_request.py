@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from verify.architectures import ARCHITECTURES
+from verify.arguments import parser
+from verify.checks import catalogue
 from verify.errors import ConfigurationError
 from verify.files import repository_root
-from verify.run.request import RunRequest, parse_expect, parse_phases
+from verify.record.verdict import must_pass
+from verify.run.levels import GATE, LEVELS
+from verify.run.request import RunRequest, parse_expect, parse_phases, request_of
 from verify.tests.samples import REPOSITORY, write_tree
 
 
@@ -55,3 +60,22 @@ def test_the_repository_is_the_nearest_tree_with_phases(tmp_path: Path, monkeypa
     assert repository_root() == tree
     monkeypatch.chdir(tmp_path)
     assert repository_root() == REPOSITORY
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_is_a_request_that_a_run_accepts(level: int) -> None:
+    chosen = parser().parse_args(["run", "--level", str(level)])
+    request = request_of(chosen)
+    assert {name: getattr(request, name) for name in LEVELS[level]} == LEVELS[level]
+
+
+@pytest.mark.parametrize("words", [["--phases", "4"], ["-m", "hard"], ["--sanitize"], ["--resume", "RUN"]])
+def test_a_level_says_alone_which_checks_run(words: list[str]) -> None:
+    with pytest.raises(ConfigurationError, match="; drop -"):
+        request_of(parser().parse_args(["run", "--level", "1", *words]))
+
+
+def test_the_checks_of_the_gate_are_must_pass_on_every_gpu() -> None:
+    known = {check.id: check for check in catalogue()}
+    for gpu in ARCHITECTURES:
+        assert {check.id for check in must_pass([*known.values()], gpu, "full", {})} >= GATE
