@@ -130,7 +130,7 @@ def _level_one(expect: int | None, folder: Path) -> tuple[int, Record | None]:
     from verify.run.runner import carry_out
 
     request = RunRequest(device="cuda", expect=expect, out=folder, **LEVELS[1])
-    code, run_dir = carry_out(request, Console(file=sys.stderr, highlight=False))
+    code, run_dir = carry_out(request, Console(file=sys.stderr, highlight=False), brief=True)
     return code, None if run_dir is None else read_record(run_dir / RECORD)
 
 
