@@ -43,6 +43,13 @@ screenshots: setup  ## pictures of every page of the reports, light and dark, in
 nightly-local: setup  ## rehearse a week of the nightly workflow with made-up records, in reports/rehearsal
 	@$(VENV_PYTHON) -m verify.tests.rehearsal reports/rehearsal
 
+# PYTHON is here the version on the other machine, and not the interpreter of the set-up.
+KIT := --python $(or $(PYTHON),3.12) --torch $(or $(TORCH),installed) $(if $(MACHINE),--machine $(MACHINE)) \
+    $(if $(PART_MIB),--part-mib $(PART_MIB))
+kit:  ## pack the suite for a machine without a network: make kit PYTHON=3.12 TORCH=installed PART_MIB=50
+	@$(MAKE) --no-print-directory setup PYTHON=
+	@$(VENV_PYTHON) -m ci.kit.build $(KIT)
+
 setup:  ## make .venv ready, or repair it; does nothing if it is ready
 	@for python in $(PYTHONS); do \
 	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
@@ -53,4 +60,4 @@ setup:  ## make .venv ready, or repair it; does nothing if it is ready
 	    "(or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12)" >&2; \
 	exit 3
 
-.PHONY: help verify test lint screenshots nightly-local setup
+.PHONY: help verify test lint screenshots nightly-local kit setup
