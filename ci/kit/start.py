@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -46,7 +47,8 @@ def start(words: Sequence[str]) -> None:
     if option and not any(word.partition("=")[0] == option for word in words):
         words += [option, str(RECORDS)]
     RECORDS.mkdir(exist_ok=True)
-    os.execve(sys.executable, [sys.executable, "-m", "verify", *words], _environment())
+    # -P, because the current folder may be another checkout, with a suite of its own
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "verify", *words], _environment())
 
 
 def _must_fit(about: dict[str, Any]) -> None:
@@ -101,8 +103,13 @@ def _install(about: dict[str, Any]) -> None:
 
 
 def _has_own(wheel: str) -> bool:
-    """Whether the interpreter has this package and keeps it: its torch was built against its numpy."""
-    return wheel.startswith("numpy-") and importlib.util.find_spec("numpy") is not None
+    """Whether the interpreter keeps a package of its own: a numpy 1, because what was built for it needs it."""
+    if not wheel.startswith("numpy-"):
+        return False
+    try:
+        return importlib.metadata.version("numpy").startswith("1.")
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _describe_project(wheel: Path, site: Path) -> None:

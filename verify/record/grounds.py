@@ -44,7 +44,7 @@ NEUTRAL = frozenset(
             "explain.py",
             "sensitivity.py",
         ),
-        *("files.py", "heartbeat.py", "machine/processors.py"),
+        *("files.py", "heartbeat.py", "machine/processors.py", "machine/conflicts.py"),
         *("build/verb.py", "build/records.py", "build/terminal.py"),
         *("record/__init__.py", "record/archive.py", "record/checker.py", "record/digest.py", "record/follow/"),
         *("record/absences.py", "record/grounds.py", "record/headroom.py", "record/index.py", "record/kills.py"),

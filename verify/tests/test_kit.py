@@ -1,0 +1,205 @@
+"""The kit for machines without a network: how it is made, and how it starts."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ci.kit import build
+from ci.kit.build import KitError, needed, target_environment
+from verify.record.reading import read_record
+from verify.tests.samples import REPOSITORY
+
+HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def test_a_kit_has_what_a_run_needs_but_neither_torch_nor_the_libraries_of_cuda() -> None:
+    found = needed(["triattention-verify[verify,hf]"], target_environment("3.12", "x86_64"), ("torch", "triton"))
+    assert {"pytest", "pytest-timeout", "pydantic", "rich", "transformers", "nvidia-ml-py", "gguf"} <= found.keys()
+    assert {"torch", "triton"}.isdisjoint(found)
+    assert [name for name in found if name.startswith("nvidia-")] == ["nvidia-ml-py"]
+
+
+def test_the_markers_of_the_other_machine_decide() -> None:
+    for machine, version in (("x86_64", "3.11"), ("aarch64", "3.13")):
+        markers = target_environment(version, machine)
+        assert (markers["platform_machine"], markers["python_version"]) == (machine, version)
+
+
+def test_a_package_that_is_not_installed_here_is_named() -> None:
+    with pytest.raises(KitError, match=r"no-such-package is not installed here, .*; run make setup"):
+        needed(["no-such-package"], target_environment("3.12", "x86_64"), ())
+
+
+def test_parts_are_no_larger_than_asked_and_join(tmp_path: Path) -> None:
+    whole = tmp_path / "kit.tar"
+    whole.write_bytes(os.urandom(2500))
+    parts = [*build._split(whole, 1000)]
+    assert [path.stat().st_size for path in parts] == [1000, 1000, 500]
+    assert b"".join(path.read_bytes() for path in sorted(tmp_path.glob("kit.tar.part*"))) == whole.read_bytes()
+
+
+def test_a_kit_over_its_limit_names_the_largest_packages(tmp_path: Path) -> None:
+    (tmp_path / "large.whl").write_bytes(bytes(2 * 2**20))
+    with pytest.raises(KitError, match=r"take 2 MiB, the limit is 1; largest: large\.whl 2"):
+        build._must_be_small(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--python", "2.7"], "--python 2.7 is not a Python that the suite runs on; use 3.11 or newer"),
+        (["--part-mib", "0"], "--part-mib 0 is no size; use 1 or more"),
+    ],
+)
+def test_a_kit_that_cannot_be_made_says_why(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.main(words) == 3
+    assert capsys.readouterr().err == f"kit: {told}\n"
+
+
+def test_uncommitted_changes_would_not_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True, timeout=60)
+    (tmp_path / "new.py").touch()
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    with pytest.raises(KitError, match=r"would not have the uncommitted change of new\.py; commit it"):
+        build._commit()
+
+
+def _kit(folder: Path, **about: object) -> Path:
+    """A kit with one small package for this interpreter, and a suite that prints what it was asked."""
+    (folder / "wheels").mkdir(parents=True)
+    (folder / "source" / "verify").mkdir(parents=True)
+    (folder / "source" / "verify" / "__main__.py").write_text("import sys, small\nprint(small.WORD, sys.argv[1:])\n")
+    (folder / "source" / "verify" / "__init__.py").touch()
+    small, own = "small-1.0-py3-none-any.whl", "own-1.0-py3-none-any.whl"
+    for name in (small, own):
+        _write_wheel(folder / "wheels" / name)
+    (pip,) = (path for path in (Path(_ensured()) / "_bundled").glob("pip-*.whl"))
+    (folder / "wheels" / pip.name).write_bytes(pip.read_bytes())
+    sums = {path.name: build._sha256(path) for path in (folder / "wheels").iterdir()}
+    whole = {"python": HERE, "machine": os.uname().machine, "torch": "pinned", "pip": pip.name, "project": own}
+    (folder / "kit.json").write_text(json.dumps({**whole, "wheels": sums, **about}))
+    (folder / "python-version").write_text(f"{HERE}\n")
+    for name in ("run", "start.py"):
+        (folder / name).write_bytes((REPOSITORY / "ci" / "kit" / name).read_bytes())
+    (folder / "run").chmod(0o755)
+    return folder
+
+
+def _ensured() -> str:
+    module: ModuleType = importlib.import_module("ensurepip")
+    assert module.__file__ is not None
+    return str(Path(module.__file__).parent)
+
+
+def _write_wheel(path: Path) -> None:
+    name = path.name.partition("-")[0]
+    files = {
+        f"{name}.py": "WORD = 'small is here'\n",
+        f"{name}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{name}-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{name}-1.0.dist-info/RECORD"] = "".join(f"{one},,\n" for one in files)
+    with zipfile.ZipFile(path, "w") as content:
+        for one, text in files.items():
+            content.writestr(one, text)
+
+
+def _started(kit: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(kit / "run"), *words], env=os.environ | {"PYTHON": sys.executable} | environment,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_a_kit_installs_itself_once_and_passes_on_what_it_is_asked(tmp_path: Path) -> None:
+    kit = _kit(tmp_path / "a kit")
+    first, second = _started(kit, "-m", "hard"), _started(kit, "gate", "--contract", "npd")
+    records = str(kit / "records")
+    assert first.stdout == f"small is here {['run', '-m', 'hard', '--out', records]}\n"
+    assert first.stderr == "kit: installing its packages\n"
+    assert (second.stdout, second.stderr) == ("small is here ['gate', '--contract', 'npd']\n", "")
+    assert (kit / "site" / "own-1.0.dist-info").is_dir()
+    assert not (kit / "site" / "own.py").exists()
+    assert _started(kit, "report", "--records", "x").stdout == "small is here ['report', '--records', 'x']\n"
+
+
+@pytest.mark.parametrize(
+    ("about", "told"),
+    [
+        ({"python": "3.99"}, rf"its packages are for Python 3\.99, and .* is {HERE}"),
+        ({"machine": "riscv64"}, "its packages are for riscv64, and this is .*; make one with MACHINE="),
+        ({"torch": "installed"}, "it has no torch, and neither has .*; name the Python that has it: PYTHON="),
+    ],
+    ids=["python", "machine", "torch"],
+)
+def test_a_kit_that_does_not_fit_the_machine_says_so(tmp_path: Path, about: dict[str, object], told: str) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True, timeout=60)
+    ended = _started(_kit(tmp_path / "kit", **about), PYTHON=str(bare / "bin" / "python"), PYTHONPATH="")
+    assert ended.returncode == 3
+    assert ended.stderr.startswith("kit: ")
+    assert len(ended.stderr.splitlines()) == 1
+    assert re.search(told, ended.stderr)
+
+
+def test_another_python_is_asked_for(tmp_path: Path) -> None:
+    kit = _kit(tmp_path / "kit")
+    (kit / "python-version").write_text("3.99\n")
+    ended = _started(kit)
+    assert (ended.returncode, ended.stdout) == (3, "")
+    assert "its packages are for Python 3.99, which" in ended.stderr
+    assert ended.stderr.endswith("name one: PYTHON=/path/to/python3.99 ./run\n")
+
+
+def test_a_damaged_wheel_is_named_and_nothing_is_installed(tmp_path: Path) -> None:
+    kit = _kit(tmp_path / "kit")
+    (kit / "wheels" / "small-1.0-py3-none-any.whl").write_bytes(b"cut off")
+    ended = _started(kit)
+    assert ended.returncode == 3
+    assert "wheels/small-1.0-py3-none-any.whl is missing or damaged; carry the kit again" in ended.stderr
+    assert not (kit / "site").exists()
+
+
+@pytest.mark.slow
+def test_a_real_kit_runs_without_a_network(tmp_path: Path) -> None:
+    """Carried in parts, joined, and run where no interface is up, with ``TRIATTENTION_KIT_PYTHON`` (an interpreter with
+    torch and Triton, of any version that the suite runs on) or else with this interpreter's.
+    """
+    python = os.environ.get("TRIATTENTION_KIT_PYTHON", sys.executable)
+    asked = "import sys; print('%d.%d' % sys.version_info[:2])"
+    version = subprocess.run([python, "-c", asked], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert build.main(["--python", version.strip(), "--part-mib", "50", "--out", str(tmp_path)]) == 0
+    parts = sorted(tmp_path.glob("*.tar.part*"))
+    assert len(parts) > 1
+    assert max(path.stat().st_size for path in parts) <= 50 * 2**20
+    joined = parts[0].with_suffix("")
+    with joined.open("wb") as whole:
+        for part in parts:
+            whole.write(part.read_bytes())
+    subprocess.run(["sha256sum", "--quiet", "--check", joined.with_suffix(".sha256").name], cwd=tmp_path, check=True)
+    subprocess.run(["tar", "xf", joined.name], cwd=tmp_path, check=True, timeout=120)
+    kit = joined.with_suffix("")
+    alone = ["unshare", "--net", "--map-root-user", str(kit / "run")]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
+    clean |= {"PYTHON": python}
+    options = {"env": clean, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 600}
+    run = subprocess.run([*alone, "--phases", "1,3", "--device", "cpu", "-m", "hard"], **options)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (path,) = (kit / "records").glob("*/record.json")
+    record = read_record(path)
+    assert record.environment.python.startswith(version.strip())
+    assert not record.subject.dirty
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert record.subject.git_sha == commit.stdout.strip()
+    checked = subprocess.run([*alone, "check", str(path)], **options)
+    assert checked.returncode == 0, checked.stdout
