@@ -192,8 +192,8 @@ def test_a_real_kit_runs_without_a_network(tmp_path: Path) -> None:
     alone = ["unshare", "--net", "--map-root-user", str(kit / "run")]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
     clean |= {"PYTHON": python}
-    options = {"env": clean, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 600}
-    run = subprocess.run([*alone, "--phases", "1,3", "--device", "cpu", "-m", "hard"], **options)
+    options = {"env": clean, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 1800}
+    run = subprocess.run([*alone, "--device", "cpu", "-m", "hard"], **options)
     assert run.returncode == 0, run.stdout + run.stderr
     (path,) = (kit / "records").glob("*/record.json")
     record = read_record(path)
