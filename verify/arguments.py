@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     which = report.add_mutually_exclusive_group()
     which.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
     which.add_argument("--all", action="store_true", help="the matrix of every check on every GPU")
-    report.add_argument("--format", choices=(*_FORMATS, "html", "junit", "badge"), default="terminal")
+    report.add_argument("--format", choices=(*_FORMATS, "html", "junit", "badge", "github"), default="terminal")
     report.add_argument("--out", metavar="PATH", type=Path, help="the file or folder to write")
     _add_records(report)
     export = _add(verbs, "export", "a record as JUnit XML or as an in-toto test result")

@@ -24,7 +24,7 @@ from typing import Any
 
 from ci.nightly import NEW, NightlyError
 from ci.nightly.facts import FACTS, of_night
-from ci.nightly.github import Api, annotation, output, summarise
+from ci.nightly.github import Api, output, summarise
 from ci.nightly.gpus import read_gpus
 from ci.nightly.job import OUTCOME
 from verify.checks import Check, catalogue
@@ -36,6 +36,7 @@ from verify.record.reading import read_record, rehearsals_only
 from verify.record.schema import Record
 from verify.report import verb
 from verify.report.difference import diff
+from verify.report.workflow import annotation
 
 #: How many days of records are carried from night to night.
 _KEPT_DAYS = 45

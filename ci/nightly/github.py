@@ -1,4 +1,4 @@
-"""The part of GitHub's REST API that the nightly workflow needs. Standard library only.
+"""The part of GitHub's REST API that the nightly workflow needs. Standard library only, and ours that needs no more.
 
 https://docs.github.com/en/rest
 """
@@ -17,6 +17,7 @@ from http.client import HTTPException
 from typing import Any
 
 from ci.nightly import NightlyError
+from verify.report import workflow
 
 _LIMIT_S = 60
 
@@ -142,19 +143,5 @@ def output(**values: str) -> None:
 
 def summarise(text: str) -> None:
     """Append Markdown to the summary of the running step, or print it where there is no workflow."""
-    if (path := os.environ.get("GITHUB_STEP_SUMMARY")) is None:
+    if not workflow.summarise(text):
         print(text)
-        return
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.write(f"{text}\n")
-
-
-def annotation(level: str, title: str, text: str) -> str:
-    """A workflow command that shows a message on the page of the run."""
-
-    def escaped(words: str, more: str = "") -> str:
-        for sign in f"%\r\n{more}":
-            words = words.replace(sign, f"%{ord(sign):02X}")
-        return words
-
-    return f"::{level} title={escaped(title, ':,')}::{escaped(text)}"

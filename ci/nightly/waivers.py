@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ci.nightly import NightlyError
-from ci.nightly.github import annotation, output
+from ci.nightly.github import output
 from ci.nightly.gpus import Gpu, read_gpus
+from verify.report.workflow import annotation
 
 FILE = Path("ci/known_failures.toml")
 

@@ -40,6 +40,7 @@ def report(
 ) -> int:
     """Print the report on one target, or a line per target if ``gpu`` is None; return 0, or 5 for unreadable records.
 
+    ``github`` prints the annotations of a workflow, and appends Markdown to the summary of its step.
     ``subject`` is whose records are shown: by default the bundled one's; with ``all`` every subject's side by side on
     one target. ``every_check`` prints the matrix of all checks and targets. ``out`` is the file to write to instead, or
     the folder for badges and for ``html``, the pages of all targets. Raises ConfigurationError for an unknown GPU, a
@@ -47,12 +48,12 @@ def report(
     """
     if subject == EVERYONE:
         return _compare(parse_target(gpu or "emulated"), form, folders)
-    if rehearsing() and form in ("junit", "badge"):
+    if rehearsing() and form in ("junit", "badge", "github"):
         raise ConfigurationError(f"--format {form} is read as evidence, and a rehearsal is none; drop --rehearsal")
     if form == "html":
         return _make_site(gpu, folders, out, subject)
-    if form == "terminal" and out is not None:
-        raise ConfigurationError(f"--out {out} needs another format than terminal; drop it, or give --format")
+    if form in ("terminal", "github") and out is not None:
+        raise ConfigurationError(f"--out {out} needs another format than {form}; drop it, or give --format")
     targets = [parse_target(gpu)] if gpu is not None else list(known_targets())
     checks = list(catalogue())
     with open_index(folders, subject) as index:
@@ -66,6 +67,8 @@ def report(
         if others := [one.source for one in index.subjects if one.source not in shown]:
             names = ", ".join(others)
             print(f"\nThere are records of other subjects too ({names}): --subject NAME, or --subject {EVERYONE}.")
+    elif form == "github":
+        _print_for_github(assessments, unreadable, gpu is not None)
     elif form == "badge":
         from verify.report import export
 
@@ -151,6 +154,20 @@ def _told(unreadable: Sequence[str]) -> int:
     for sentence in unreadable:
         print(f"verify: unreadable record {sentence}", file=sys.stderr)
     return Exit.UNREADABLE if unreadable else 0
+
+
+def _print_for_github(assessments: Sequence[Assessment], unreadable: Sequence[str], one: bool) -> None:
+    from verify.report import documents, workflow
+    from verify.report.sentences import headline
+
+    closing = assessments[0].sentence if one else headline(assessments)
+    for line in workflow.annotated(assessments, closing):
+        print(line)
+    if one:
+        text = documents.report_markdown(assessments[0], unreadable)
+    else:
+        text = documents.summary_markdown(assessments, unreadable)
+    workflow.summarise(text)
 
 
 def _print_terminal(assessments: Sequence[Assessment], one: bool, every_check: bool) -> None:

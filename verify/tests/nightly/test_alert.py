@@ -9,7 +9,7 @@ import pytest
 
 from ci.nightly import NightlyError
 from ci.nightly.alert import Done, State, alert, tell
-from ci.nightly.github import Api, annotation
+from ci.nightly.github import Api
 from verify.tests.fake_github import GitHub, serving
 
 NIGHT = "https://github.com/owner/suite/actions/runs/7"
@@ -142,7 +142,3 @@ def test_a_webhook_is_told_what_was_opened_and_closed_and_nothing_else(github: G
     with pytest.raises(NightlyError) as told:
         tell("secret", [Done("opened", "a")], NIGHT)
     assert "secret" not in str(told.value)
-
-
-def test_an_annotation_is_one_line_whatever_it_says() -> None:
-    assert annotation("error", "sm90: a, b", "100%\nwrong::x") == "::error title=sm90%3A a%2C b::100%25%0Awrong::x"
