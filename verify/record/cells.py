@@ -10,6 +10,7 @@ from verify.checks import Check, Gate
 from verify.record.archive import newest_first
 from verify.record.schema import FAILING, NOT_OFFERED, CheckResult, Evidence, Record, Verdict
 from verify.record.staleness import Comparison, why_not_merged
+from verify.record.without_gpu import must_have
 
 #: The evidence that a cell may show, best first; the verdict on the target rests on the first. A GPU's cell never shows
 #: an emulated result.
@@ -135,6 +136,18 @@ class Known:
         kept = (self.before[check.id, evidence] for evidence in shown if (check.id, evidence) in self.before)
         stale, _, because = next(kept, (None, "", ""))
         return Cell(check, False, None, False, None, stale, because)
+
+
+def owed(record: Record, must_pass: Iterable[Cell]) -> list[Cell]:
+    """The must-pass cells that a record of its kind must have a result of, and has none."""
+    have = {result.id for result in record.results}
+    phases = {int(name[1]) for name in have}
+    gap = record.compilation is not None and bool(record.compilation.gap)
+    return [
+        cell
+        for cell in must_pass
+        if cell.check.id not in have and must_have(cell.check.spec, record.kind, phases, gap=gap)
+    ]
 
 
 def without_proof(cells: Iterable[Cell]) -> list[str]:

@@ -22,7 +22,7 @@ from verify.record.reading import misplaced, shape_problem, unrepeated
 from verify.record.rules import FILE_RULES, RULES
 from verify.record.schema import Record
 from verify.record.simulation import UNSUPPORTED
-from verify.record.without_gpu import Json, can_be_simulated, kind_of
+from verify.record.without_gpu import Json, kind_of, must_have
 
 #: The codes with which a must-pass check may be skipped in a simulation, which verifies nothing.
 _HONEST = frozenset({UNSUPPORTED, "NO_GPU"})
@@ -140,14 +140,9 @@ def _absent(records: Sequence[tuple[str, Json]], checks: Sequence[Check]) -> Ite
 
 def _absent_from(group: Sequence[tuple[str, Json]], target: str, hard: Sequence[Check]) -> Iterator[Problem]:
     compilation, simulated = (group[0][1].get(part) for part in ("compilation", "simulation"))
-    wanted = [one for one in hard if one.applies_to(target)]
-    if simulated:
-        wanted = [one for one in wanted if can_be_simulated(one.spec)]
-    if compilation:
-        wanted = [] if compilation["gap"] else [one for one in wanted if one.phase == 3]
-    elif simulated:
-        phases = {result["id"][1] for _, record in group for result in record["results"]}
-        wanted = [one for one in wanted if str(one.phase) in phases]
+    kind, gap = kind_of(group[0][1]), bool(compilation and compilation["gap"])
+    phases = {int(result["id"][1]) for _, record in group for result in record["results"]}
+    wanted = [one for one in hard if one.applies_to(target) and must_have(one.spec, kind, phases, gap=gap)]
     # must-pass checks of phase 6 are about the embedded model; runs with other models do not count
     have = {
         one["id"]: one

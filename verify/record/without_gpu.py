@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from verify.checks import Check, CheckSpec
@@ -25,6 +25,17 @@ _ROUNDS = frozenset({"p6.rope", "p6.bfloat16"})
 def can_be_simulated(spec: CheckSpec) -> bool:
     """Whether a simulated run selects a check."""
     return spec.phase in SIMULATED_PHASES and not spec.needs_gpu and (spec.phase != 6 or spec.family in _ROUNDS)
+
+
+def must_have(spec: CheckSpec, kind: str, phases: Collection[int], *, gap: bool = False) -> bool:
+    """Whether a record of this kind of evidence must have a result of a must-pass check of its target.
+
+    A compilation must have those of phase 3, unless there is a ``gap`` in its toolchain; a simulation those that can be
+    simulated, of the ``phases`` that it has results of; any other record must have all.
+    """
+    if kind == "compiled":
+        return not gap and spec.phase == 3
+    return kind != "simulated" or (can_be_simulated(spec) and spec.phase in phases)
 
 
 def kind_of(record: Json) -> str:

@@ -1,4 +1,4 @@
-"""Records in the formats of other tools: JUnit XML, in-toto test results, and badges."""
+"""Records in the formats of other tools: JUnit XML, in-toto test results, CTRF, Prometheus metrics, and badges."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from verify.checks import PHASES
 from verify.errors import ConfigurationError
@@ -16,7 +17,9 @@ from verify.record.headroom import room
 from verify.record.reading import UnreadableRecord, read_record
 from verify.record.schema import FAILING, CheckResult, Record, Verdict
 from verify.record.verdict import Assessment, TargetVerdict, assess_record
+from verify.report.ctrf import ctrf
 from verify.report.looks import place
+from verify.report.metrics import prometheus
 
 #: https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
 _STATEMENT, _PREDICATE = "https://in-toto.io/Statement/v1", "https://in-toto.io/attestation/test-result/v0.1"
@@ -50,19 +53,28 @@ _SVG = """\
 
 
 def export(name: str, form: str, out: Path | None) -> int:
-    """Write the record ``name`` as ``junit`` or ``attestation`` to ``out``, or to stdout; return 0.
+    """Write the record ``name`` as ``junit``, ``attestation``, ``ctrf`` or ``prometheus`` to ``out``, or to stdout;
+    return 0.
 
-    Raises ConfigurationError if the record does not exist or cannot be read, or the file cannot be written.
+    Raises ConfigurationError if the record cannot be exported, or the file cannot be written.
+    """
+    write_out(_FORMS[form](counting(locate(name)[0])), out)
+    return 0
+
+
+def counting(path: Path) -> Record:
+    """The record at ``path``, which is to be shown to others as evidence.
+
+    Raises ConfigurationError for a file that is not a record, a made-up one, and one that counts for no verdict.
     """
     try:
-        record = read_record(locate(name)[0], unique=True)
+        record = read_record(path, unique=True)
     except UnreadableRecord as error:
         raise ConfigurationError(f"{error}; name another record") from error
     if record.apart:
         why = f"confirms {record.confirms}" if record.confirms else f"is only shown as {record.beside}"
-        raise ConfigurationError(f"{name} {why}, and counts for no verdict; export the run itself")
-    write_out(junit([(record.target, record.telling)]) if form == "junit" else attestation(record), out)
-    return 0
+        raise ConfigurationError(f"{path} {why}, and counts for no verdict; name the run itself")
+    return record
 
 
 def report_junit(assessments: Iterable[Assessment]) -> str:
@@ -217,3 +229,13 @@ def _absent(name: str, target: str):
 def _clean(text: str) -> str:
     # a message may hold control characters, which XML does not allow
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in str(text))
+
+
+_FORMS = MappingProxyType(
+    {
+        "junit": lambda record: junit([(record.target, record.telling)]),
+        "attestation": attestation,
+        "ctrf": ctrf,
+        "prometheus": prometheus,
+    }
+)

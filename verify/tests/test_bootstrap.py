@@ -185,6 +185,17 @@ def test_a_failing_core_step_is_one_sentence_and_leaves_no_stamp(
     assert not bootstrap.is_current(bootstrap.Venv(root / ".venv"), root, "cpu")
 
 
+def test_the_schema_of_ctrf_is_fetched_once_or_named(root: Path, install: Install) -> None:
+    machine, _ = install()
+    share = root / ".venv" / "share" / "triattention-verify"
+    assert machine.installs(f"npm pack --silent --pack-destination {share} ctrf@{bootstrap.CTRF}")
+    (share / f"ctrf-{bootstrap.CTRF}.tgz").touch()
+    assert not install()[0].installs(" pack ")
+    (share / f"ctrf-{bootstrap.CTRF}.tgz").unlink()
+    (skip,) = install({"npm pack": "npm error 404"})[1].skips
+    assert skip.startswith("SKIP(PKG_MISSING) ctrf: npm error 404; ")
+
+
 @pytest.mark.parametrize(("user", "prefix"), [(0, "sh -c"), (1000, "sudo -n sh -c")])
 def test_a_missing_browser_is_installed_from_the_systems_packages(
     install: Install, monkeypatch: pytest.MonkeyPatch, user: int, prefix: str
