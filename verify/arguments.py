@@ -30,6 +30,7 @@ examples:
   python -m verify diff --since last-green       on every target, what got worse since its last green run
   python -m verify history --check p4.triton_oracle
   python -m verify check reports/runs/RUN        is the record sound, with nothing missing
+  python -m verify pack reports/runs/RUN         one archive of it for a third party
   python -m verify report --format html          HTML pages; start at reports/site/index.html
   python -m verify gate --contract nagios        for a fleet: does this GPU work, within 45 seconds
   python -m verify doctor --expect sm90          is this machine ready, and is its GPU an sm90
@@ -139,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     history.add_argument("--json", action="store_true", help="print every result as JSON")
     _add_records(history)
     check = _add(verbs, "check", "check that records are sound, from their files alone: exit 0, or 1 and every problem")
-    check.add_argument("records", metavar="RECORD", nargs="+", help=_RECORD)
+    check.add_argument("records", metavar="RECORD", nargs="+", help=f"{_RECORD}; or an archive that `pack` made")
     check.add_argument("--json", action="store_true", help="print the problems as JSON")
     _add_rehearsal(check)
     doctor = _add(verbs, "doctor", "found and minimum versions, what will be skipped and why, the next step")
@@ -251,6 +252,10 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
         form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=about)
     export.add_argument("record", metavar="RECORD", help=_RECORD)
     export.add_argument("--out", metavar="FILE", type=Path, help="default: stdout")
+    pack = _add(verbs, "pack", "one archive for a third party: a record, git status and log, statement and hashes")
+    pack.add_argument("record", metavar="RECORD", help=_RECORD)
+    pack.add_argument("--subject", metavar="S", help="where it is, for its git log: bundled (default) or its checkout")
+    pack.add_argument("--out", metavar="FILE", type=Path, help="default: the run's id with .tar.gz, here")
 
 
 def _add_compile(verbs: argparse._SubParsersAction) -> None:

@@ -152,9 +152,15 @@ def _history(chosen: argparse.Namespace) -> int:
 
 
 def _check(chosen: argparse.Namespace) -> int:
-    from verify.record import checker
+    from verify.report import pack
 
-    return checker.check(chosen.records, as_json=chosen.json)
+    return pack.check(chosen.records, as_json=chosen.json)
+
+
+def _pack(chosen: argparse.Namespace) -> int:
+    from verify.report import pack
+
+    return pack.make(chosen.record, chosen.subject, chosen.out)
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
@@ -199,6 +205,7 @@ _VERBS = {
     "selftest": _selftest,
     "report": _report,
     "export": _export,
+    "pack": _pack,
     "diff": _diff,
     "history": _history,
     "check": _check,

@@ -149,11 +149,12 @@ def default_out() -> Path:
     return repository_root() / RUNS
 
 
-def write_out(text: str, out: Path | None) -> None:
+def write_out(content: str | bytes, out: Path | None) -> None:
+    """Write to the file ``out``, or print. Raises ConfigurationError if the file cannot be written."""
     if out is None:
-        print(text, end="")
+        print(content, end="")
         return
     try:
-        write_atomic(out, text)
+        write_atomic(out, content)
     except OSError as error:
         raise ConfigurationError(f"{out} cannot be written ({error.strerror}); choose another --out") from error

@@ -47,18 +47,23 @@ def check(names: Sequence[str], *, as_json: bool = False) -> int:
     that is not a record.
     """
     paths = [path for name in names for path in locate(name)]
-    checks = list(catalogue())
-    if not checks:
-        raise ConfigurationError("there are no checks in phases/; run this from a checkout of the suite")
-    problems = examine(paths, checks)
+    return tell(paths, examine(paths, every_check()), as_json=as_json)
+
+
+def every_check() -> list[Check]:
+    """The catalogue. Raises ConfigurationError if there is none, as no record would lack anything then."""
+    if checks := list(catalogue()):
+        return checks
+    raise ConfigurationError("there are no checks in phases/; run this from a checkout of the suite")
+
+
+def tell(paths: Sequence[object], problems: Sequence[Problem], *, as_json: bool = False) -> int:
+    """Print every problem of the records at ``paths``, or that they are sound; 1 if there are any problems, else 0."""
+    listed = [str(path) for path in paths]
     if as_json:
-        print(
-            json.dumps(
-                {"records": [str(path) for path in paths], "problems": [asdict(one) for one in problems]}, indent=1
-            )
-        )
+        print(json.dumps({"records": listed, "problems": [asdict(one) for one in problems]}, indent=1))
     else:
-        print("\n".join(map(str, problems)) or f"sound: {', '.join(map(str, paths))}")
+        print("\n".join(map(str, problems)) or f"sound: {', '.join(listed)}")
     return Exit.FAILED if problems else Exit.OK
 
 

@@ -1,0 +1,273 @@
+"""The archive of a record: the same bytes each time, nothing in it but four files, and refused if any was touched."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from verify import cli
+from verify.record.schema import Record
+from verify.report import pack
+from verify.report.export import attestation
+from verify.tests.record import test_checker
+from verify.tests.record.test_checker import sound
+from verify.tests.samples import result, write
+
+Files = dict[str, bytes]
+
+
+@pytest.fixture(autouse=True)
+def small_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("record.verdict", "record.checker"):
+        monkeypatch.setattr(f"verify.{module}.catalogue", test_checker.catalogue)
+
+
+def packed(folder: Path, made: Record | None = None) -> Path:
+    path, out = write(made or sound(), folder, "evidence"), folder / "pack.tar.gz"
+    assert pack.make(str(path), out=out) == 0
+    return out
+
+
+def members(path: Path) -> Files:
+    with tarfile.open(path) as archive:
+        return {one.name: archive.extractfile(one).read() for one in archive}  # type: ignore[union-attr]
+
+
+def hashed(files: Mapping[str, bytes]) -> Files:
+    """The files with hashes that are right for them, as whoever changes one could make them."""
+    sums = "".join(
+        f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in files if name != "SHA256SUMS"
+    ).encode()
+    return {**files, "SHA256SUMS": sums}
+
+
+def written(path: Path, files: Mapping[str, bytes], change: Callable[[tarfile.TarInfo], object] | None = None) -> Path:
+    with tarfile.open(path, "w:gz", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in files.items():
+            one = tarfile.TarInfo(name)
+            one.size = len(content)
+            if change:
+                change(one)
+            archive.addfile(one, io.BytesIO(content))
+    return path
+
+
+def told(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What ``check`` says of an archive that it refuses."""
+    capsys.readouterr()
+    assert cli.main(["check", str(path)]) == 1
+    return capsys.readouterr().out
+
+
+def test_it_has_four_files_and_check_finds_it_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = sound()
+    path = packed(tmp_path, made)
+    files = members(path)
+    assert [*files] == ["record.json", "statement.json", "git.json", "SHA256SUMS"]
+    assert files["record.json"] == (tmp_path / "evidence" / f"{made.run_id}.json").read_bytes()
+    assert files["statement.json"].decode() == attestation(made)
+    capsys.readouterr()
+    assert cli.main(["check", str(path)]) == 0
+    assert capsys.readouterr().out == f"sound: {path}:record.json\n"
+    assert cli.main(["check", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"records": [f"{path}:record.json"], "problems": []}
+
+
+def test_the_same_record_makes_the_same_bytes(tmp_path: Path) -> None:
+    path = packed(tmp_path)
+    first = path.read_bytes()
+    os.utime(tmp_path / "evidence" / f"{sound().run_id}.json", (1, 1))
+    assert packed(tmp_path).read_bytes() == first
+
+
+def test_its_hashes_are_those_that_sha256sum_reads(tmp_path: Path) -> None:
+    with tarfile.open(packed(tmp_path)) as archive:
+        archive.extractall(tmp_path / "out", filter="data")
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    assert subprocess.run(command, cwd=tmp_path / "out", capture_output=True, timeout=60).returncode == 0
+
+
+def test_git_is_told_without_people_and_places(tmp_path: Path) -> None:
+    text = members(packed(tmp_path))["git.json"].decode()
+    git = pack.Git.model_validate_json(text)
+    assert git.suite is not None
+    assert git.subject is not None
+    assert not git.suite.same  # the sample was made by no suite
+    newest = git.suite.log[0]
+    show = ["git", "show", "--no-patch", "--format=%s%n%ae%n%an", newest.commit]
+    about = subprocess.run(show, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    assert about[0] == newest.subject
+    assert not any(word in text for word in {*about[1:], str(Path.cwd()), str(Path.home()), os.uname().nodename})
+    assert all(re.fullmatch(r"[ MADRCU?!]{2} (verify|phases)/.+", line) for line in git.suite.status)
+
+
+def test_without_a_name_it_is_that_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(sound(), tmp_path, "evidence")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pack", str(path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{sound().run_id}.tar.gz\n"
+    assert (tmp_path / f"{sound().run_id}.tar.gz").is_file()
+    assert "the suite has changed since the record was made" in said.err
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"results": [result("p1.bf16.matmul")]}, "only a sound record can be packed"),
+        ({"rehearsal": True}, "is made up for a rehearsal"),
+        ({"beside": "newest"}, "counts for no verdict"),
+        ({"confirms": "run-1"}, "counts for no verdict"),
+    ],
+    ids=["unsound", "rehearsal", "beside", "confirms"],
+)
+def test_what_proves_nothing_is_not_packed(
+    change: dict[str, Any], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(sound().model_copy(update=change), tmp_path, "evidence")
+    assert cli.main(["pack", str(path), "--out", str(tmp_path / "out.tar.gz")]) == 3
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out.tar.gz").exists()
+
+
+def test_another_subject_is_found_where_it_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = sound()
+    theirs = made.model_copy(update={"subject": made.subject.model_copy(update={"source": "checkout:plain"})})
+    path, out = write(theirs, tmp_path, "evidence"), tmp_path / "out.tar.gz"
+    assert cli.main(["pack", str(path), "--out", str(out)]) == 0
+    assert "no git log of the subject; give its checkout with --subject PATH" in capsys.readouterr().err
+    assert pack.Git.model_validate_json(members(out)["git.json"]).subject is None
+    plain = Path(pack.__file__).parents[1] / "examples" / "plain"
+    assert cli.main(["pack", str(path), "--subject", str(plain), "--out", str(out)]) == 0
+    assert pack.Git.model_validate_json(members(out)["git.json"]).subject is not None
+    assert cli.main(["pack", str(path), "--subject", "bundled", "--out", str(out)]) == 3
+    assert "the record is about the subject checkout:plain, not bundled" in capsys.readouterr().err
+
+
+def test_a_folder_that_a_repository_only_contains_has_no_log(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True, timeout=60)
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "module.py").touch()
+    assert pack._tree(tmp_path, [tmp_path / "venv"], same=True) is None
+
+
+def _another_number(files: Files) -> Files:
+    return {**files, "record.json": files["record.json"].replace(b"Sample GPU 120", b"Sample GPU 121")}
+
+
+def _a_failure_turned(files: Files) -> Files:
+    whole = json.loads(files["record.json"])
+    whole["results"] = whole["results"][1:]
+    return hashed({**files, "record.json": json.dumps(whole).encode()})
+
+
+def _a_better_statement(files: Files) -> Files:
+    return hashed(
+        {**files, "statement.json": files["statement.json"].replace(b'"WARNED"', b'"PASSED"').replace(b"120", b"90")}
+    )
+
+
+def _an_author(files: Files) -> Files:
+    whole = json.loads(files["git.json"])
+    whole["suite"]["log"][0]["author"] = "somebody"
+    return hashed({**files, "git.json": json.dumps(whole).encode()})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (_another_number, "SHA256SUMS does not have the hashes of the other files"),
+        (_a_failure_turned, "is must-pass on sm120 and has no result"),
+        (_a_better_statement, "statement.json is not the statement that this suite derives from record.json"),
+        (_an_author, "git.json is not what `verify pack` writes (suite.log.0.author"),
+        (lambda files: {**files, "notes.txt": b"more"}, "has 'notes.txt', and only record.json"),
+        (lambda files: {**files, "../record.json": b"{}"}, "has '../record.json', and only record.json"),
+        (lambda files: {**files, "/etc/passwd": b"{}"}, "has '/etc/passwd', and only record.json"),
+        (lambda files: {name: files[name] for name in files if name != "git.json"}, "has no git.json"),
+        (lambda files: dict(reversed(files.items())), "has more than its four files, or in another form"),
+    ],
+)
+def test_a_changed_archive_is_refused(
+    change: Callable[[Files], Files], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = packed(tmp_path)
+    assert sentence in told(written(tmp_path / "changed.tar.gz", change(members(path))), capsys)
+
+
+def _link(one: tarfile.TarInfo) -> None:
+    one.type, one.linkname, one.size = tarfile.SYMTYPE, "/etc/passwd", 0
+
+
+def _device(one: tarfile.TarInfo) -> None:
+    one.type, one.size = tarfile.CHRTYPE, 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (_link, "record.json as something other than a regular file"),
+        (_device, "record.json as something other than a regular file"),
+        (lambda one: setattr(one, "uname", "somebody"), "has more than its four files, or in another form"),
+        (lambda one: setattr(one, "mtime", 1), "has more than its four files, or in another form"),
+    ],
+    ids=["link", "device", "owner", "time"],
+)
+def test_a_member_that_is_no_plain_file_is_refused(
+    change: Callable[[tarfile.TarInfo], object], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = packed(tmp_path)
+    assert sentence in told(written(tmp_path / "changed.tar.gz", members(path), change), capsys)
+
+
+def test_a_member_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = packed(tmp_path)
+    with tarfile.open(tmp_path / "twice.tar.gz", "w:gz") as archive:
+        for name in ("record.json", "record.json"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    assert "has record.json twice" in told(tmp_path / "twice.tar.gz", capsys)
+    trailing = tmp_path / "trailing.tar.gz"
+    trailing.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b"more"))
+    assert "has more than its four files" in told(trailing, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (gzip.compress(bytes(pack._LIMIT_BYTES + 1)), "unpacks to more than 64 MiB"),
+        (gzip.compress(b"text"), "is not an archive"),
+        (gzip.compress(bytes(1000))[:-9], "is cut off or not an archive"),
+        (b"\x1f\x8b and text", "is cut off or not an archive"),
+        (gzip.compress(bytes(1000))[:10] + b"\xff" * 20, "is cut off or not an archive"),
+    ],
+    ids=["bomb", "text", "cut off", "no gzip", "damaged"],
+)
+def test_what_is_no_archive_is_refused(
+    content: bytes, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pack.tar.gz").write_bytes(content)
+    assert sentence in told(tmp_path / "pack.tar.gz", capsys)
+
+
+def test_archives_and_records_are_checked_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = packed(tmp_path)
+    record = tmp_path / "evidence" / f"{sound().run_id}.json"
+    capsys.readouterr()
+    assert cli.main(["check", str(path), str(record)]) == 1
+    said = capsys.readouterr().out
+    assert f"of {record}; they cannot be merged" in said or f"of {path}:record.json; they cannot be merged" in said
+    assert cli.main(["check", str(path), "absent"]) == 3
