@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import psutil
+
 from verify.errors import ConfigurationError
 from verify.fleet.contracts import CONTRACTS, TERMINATION_BYTES, Answer, Outcome, code, told
 from verify.fleet.trial import read_answer
@@ -164,8 +166,6 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
     """Kill the child and all processes that it started, which have sessions of their own; waits for none of them."""
     if child.poll() is not None:
         return
-    import psutil
-
     with suppress(psutil.Error):
         for process in psutil.Process(child.pid).children(recursive=True):
             with suppress(psutil.Error):
