@@ -50,7 +50,7 @@ NEUTRAL = frozenset(
         *("record/absences.py", "record/grounds.py", "record/headroom.py", "record/index.py", "record/kills.py"),
         *("record/pictures.py", "record/reading.py", "record/rules.py", "record/staleness.py"),
         *("record/cells.py", "record/verdict.py", "record/without_gpu.py"),
-        *("report/", "run/", "selftest/", "examples/", "fleet/"),
+        *("report/", "run/", "selftest/", "examples/", "fleet/", "data/"),
         *("subject/contract.py", "subject/meanings.py", "subject/scaffold.py", "subject/templates/"),
         *("subject/version.py", "record/capabilities.py", "record/findings.py", "record/trail.py"),
         *("record/deviations.py", "subject/deviations.py", "record/known_failures.py", "subject/known_failures.py"),

@@ -51,7 +51,8 @@ def test_every_module_that_builds_kernels_decides_what_is_kept() -> None:
 
 
 def test_what_is_neutral_is_there() -> None:
-    assert [name for name in NEUTRAL if not (REPOSITORY / name).exists()] == []
+    of_a_wheel = {"verify/data/"}
+    assert [name for name in NEUTRAL - of_a_wheel if not (REPOSITORY / name).exists()] == []
 
 
 def test_a_file_goes_by_its_place_and_compiled_code_by_its_source(tmp_path: Path) -> None:
