@@ -8,12 +8,14 @@ from typing import NoReturn
 
 from verify.checks import DEFAULT_SEED, PROFILES
 from verify.errors import Exit
+from verify.files import INSTALLED
 from verify.fleet.contracts import CONTRACTS
 from verify.run.levels import LEVELS
 
 _SUBJECT = "bundled (default), installed, the path of a checkout, or module:NAME"
 
 _RECORD = "a file, the directory of a run, or a run's id"
+_OUT = f"default: reports/runs of the {'current folder' if INSTALLED else 'repository'}"
 
 _FORMATS = ("terminal", "markdown", "json")
 
@@ -217,7 +219,7 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
     run.add_argument("--subject", metavar="S", help=_SUBJECT)
     _add_profile(run)
     run.add_argument("--seed", type=int, metavar="N", help=f"default: {DEFAULT_SEED}")
-    run.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
+    run.add_argument("--out", type=Path, metavar="DIR", help=_OUT)
     run.add_argument("--resume", metavar="RUN", help="the id or directory of an interrupted run; it keeps its options")
     run.add_argument("--confirm", metavar="RUN", help="try its HARD failures once more; the record changes no verdict")
     run.add_argument("--beside", metavar="WORD", help="show the record next to the others, and merge it with none")
@@ -270,7 +272,7 @@ def _add_compile(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--timeout", type=float, metavar="S", help="time limit of one build, in seconds (default: 60)")
     verb.add_argument("--fresh", action="store_true", help="ignore cached builds")
     verb.add_argument("--json", action="store_true", help="print the builds as JSON")
-    verb.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
+    verb.add_argument("--out", type=Path, metavar="DIR", help=_OUT)
 
 
 def _add_simulate(verbs: argparse._SubParsersAction) -> None:
@@ -285,7 +287,7 @@ def _add_simulate(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--trace", metavar="KERNEL", help="the first source line at which two runs hold other values")
     verb.add_argument("--against", type=Path, metavar="TRACE", help="with --trace: the other run, an earlier trace")
     verb.add_argument("--fault", metavar="ID", help="with --trace: the other run, with a planted fault, ptx.NAME")
-    verb.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
+    verb.add_argument("--out", type=Path, metavar="DIR", help=_OUT)
 
 
 def _add_quality(verbs: argparse._SubParsersAction) -> None:

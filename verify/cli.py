@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from verify.arguments import parser
 from verify.errors import ConfigurationError, Exit
-from verify.files import default_out, fault_of_the_machine, repository_root
+from verify.files import INSTALLED, SET_UP, default_out, fault_of_the_machine, repository_root
 from verify.run.request import parse_expect, parse_phases, request_of
 
 
@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    if INSTALLED:
+        # else `python -m` in a child would take another package of our names in the current folder for this one
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         chosen = parser().parse_args(words)
@@ -105,7 +108,8 @@ def _selftest(chosen: argparse.Namespace) -> int:
     import importlib.util
 
     if importlib.util.find_spec("libcst") is None:
-        raise ConfigurationError("selftest needs libcst, which is not installed; run make setup, or pip install libcst")
+        step = "pip install libcst" if INSTALLED else SET_UP
+        raise ConfigurationError(f"selftest needs libcst, which is not installed; run {step}")
     from verify.selftest import verb
 
     full = None if chosen.full is None else parse_phases(chosen.full)

@@ -14,9 +14,29 @@ from typing import Any
 
 from verify.errors import ConfigurationError
 
-#: Relative to a repository: all reports, the published records, and the runs of this machine.
-REPORTS = Path("reports")
-EVIDENCE, RUNS = REPORTS / "evidence", REPORTS / "runs"
+#: The directory that this package is imported from.
+IMPORT_ROOT = Path(__file__).resolve().parents[1]
+
+#: Whether the suite was installed from a wheel, so that there is no checkout around it.
+INSTALLED = not (IMPORT_ROOT / "pyproject.toml").is_file()
+
+#: Relative to ``repository_root``: where files are that a checkout has outside its packages. A wheel has copies of them
+#: (ci/wheel.py).
+COPIES = Path("verify", "data") if INSTALLED else Path()
+
+#: Relative to ``repository_root``: the measurements of the suite itself.
+REPORTS = COPIES / "reports"
+
+#: Names the folder of an installed suite's records to child processes, which run in another folder.
+REPORTS_VARIABLE = "TRIATTENTION_REPORTS"
+
+#: The published records and the runs of this machine: relative to a checkout. An installed suite has them in the
+#: current folder: then the paths are absolute, and ``repository_root() / RUNS`` is that folder too.
+_RECORDS = Path(os.environ.get(REPORTS_VARIABLE) or "reports").absolute() if INSTALLED else REPORTS
+EVIDENCE, RUNS = _RECORDS / "evidence", _RECORDS / "runs"
+
+#: How to install what is missing.
+SET_UP = "pip install 'triattention-verify[verify,hf]'" if INSTALLED else "make setup"
 
 #: Errors of the file system that are the machine's, not this suite's.
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
@@ -26,9 +46,6 @@ _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
-
-#: The directory that this package is imported from.
-IMPORT_ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -73,12 +90,32 @@ def decoded(data: bytes) -> str:
 
 
 def repository_root() -> Path:
-    """The nearest directory at or above the current one with a ``phases/``, else the checkout of this package."""
+    """The nearest directory at or above the current one with a ``phases/``, else the checkout of this package.
+
+    Of an installed suite it is always the directory that it was installed into, whose ``phases/`` came with it.
+    """
+    if INSTALLED:
+        return IMPORT_ROOT
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "phases" / "__init__.py").is_file():
             return folder
     return IMPORT_ROOT
+
+
+def started_in(root: Path) -> Path:
+    """The folder that paths in the commands of a record are relative to: ``root``, or that of an installed suite's
+    reports.
+    """
+    return _RECORDS.parent if INSTALLED else root
+
+
+def own_file(name: str) -> Path:
+    """A file that came with the suite, by its name in the checkout. Raises ConfigurationError if it is not there."""
+    file = IMPORT_ROOT / COPIES / name
+    if not file.is_file():
+        raise ConfigurationError(f"{file} is missing, which belongs to the suite; install the suite again")
+    return file
 
 
 def expanded(name: str | Path) -> Path:
@@ -139,7 +176,8 @@ def fault_of_the_machine(error: OSError | ModuleNotFoundError) -> str:
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         own = package in ("verify", "phases", "")  # a broken checkout
-        return "" if own else f"{package} is not installed; `make setup` or triattention-verify[verify] brings it"
+        how = f"`{SET_UP}` brings" if INSTALLED else f"`{SET_UP}` or triattention-verify[verify] brings"
+        return "" if own else f"{package} is not installed; {how} it"
     if error.errno not in _MACHINE:
         return ""
     return f"{error.filename or 'a file'} cannot be used ({error.strerror}); mend that and run again"

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError
-from verify.files import REPORTS, repository_root, write_atomic
+from verify.files import INSTALLED, REPORTS, repository_root, write_atomic
 from verify.heartbeat import Heartbeat
 from verify.judge.perturb import CAUGHT, TOLERATED, Limit
 from verify.machine.environment import version_of
@@ -315,6 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     began = time.monotonic()
     try:
+        if INSTALLED:
+            raise ConfigurationError(f"{chosen.what} is recorded in a checkout; clone the repository and run it there")
         with Heartbeat(Console(stderr=True), lambda: f"{chosen.what} for {(time.monotonic() - began) / 60:.0f} min"):
             return {"detection": _detection, "headroom": _headroom}[chosen.what](chosen)
     except ConfigurationError as error:

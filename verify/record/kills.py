@@ -14,7 +14,7 @@ from verify.files import REPORTS, write_out
 from verify.record.schema import SubjectInfo
 from verify.record.strict import Sha256, Strict
 
-#: Relative to the repository.
+#: The matrices that come with the suite, relative to ``repository_root``.
 FOLDER = REPORTS / "selftest"
 
 

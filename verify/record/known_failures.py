@@ -13,12 +13,13 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from verify.files import COPIES
 from verify.record.deviations import Entry, some, untested
 from verify.record.schema import FAILING, CheckResult, Environment, Verdict, Waiver
 from verify.record.strict import Strict
 
-#: Where the entries are, relative to the repository.
-FILE = "ci/known_failures.toml"
+#: Where the entries are, relative to ``repository_root``.
+FILE = (COPIES / "ci" / "known_failures.toml").as_posix()
 
 #: What can be waived. ERROR is a fault of this suite and INFRA one of the machine: neither shows the listed failure.
 WAIVABLE = frozenset({Verdict.FAIL, Verdict.CRASH, Verdict.TIMEOUT})

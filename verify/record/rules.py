@@ -136,10 +136,13 @@ def _declared(result: Json, one: Check, record: Json) -> Iterator[str]:
     if result["seed"] != seed:
         yield f"seed is {result['seed']}, but seed {record['seed']} of the run makes it {seed}"
     words = shlex.split(result["repeat"])
-    # a check may move between files of its phase; the command that ran it stays valid
-    moved = re.compile(rf"phases/p{one.phase}_\w+\.py{re.escape(one.node[one.node.index('::') :])}")
-    node = next(filter(moved.fullmatch, words), one.node)
-    needed = ["verify", "compile", "--sm", record["target"].removeprefix("sm")] if ahead else ["pytest", node]
+    # a check may move between files of its phase, and an installed suite names its module; what ran it stays valid
+    test = re.escape(one.node[one.node.index("::") :])
+    moved = re.compile(rf"phases/p{one.phase}_\w+\.py{test}|(phases\.p{one.phase}\w*){test}")
+    found = next(filter(None, map(moved.fullmatch, words)), None)
+    named = ["--pyargs"] if found and found[1] else []
+    node = found[0] if found else one.node
+    needed = ["verify", "compile", "--sm", record["target"].removeprefix("sm")] if ahead else ["pytest", *named, node]
     on = "" if ahead else _DEVICES[kind].format(target=record["target"])
     device = [] if ahead else ["--device", on, "--seed", str(record["seed"])]
     if any(word not in words for word in (*needed, *device)):

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from verify.architectures import Target, known_targets, parse_target
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
-from verify.files import REPORTS, repository_root, write_out
+from verify.files import default_out, repository_root, write_out
 from verify.heartbeat import Heartbeat
 from verify.record.archive import newest_first
 from verify.record.grounds import BUNDLED
 from verify.record.index import Index, open_index
+from verify.record.kills import FOLDER
 from verify.record.reading import rehearsing
 from verify.record.schema import Record
 from verify.record.verdict import Assessment, assess, assess_record, describe_subject
@@ -129,7 +130,7 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None, subje
 
     if gpu is not None:
         raise ConfigurationError(f"--format html makes the pages of every target; drop --gpu {gpu}")
-    reports = repository_root() / REPORTS
+    reports = default_out().parent
     site = (out or reports / "site").resolve()
     checks = list(catalogue())
     homes = [home.resolve() for folder in folders or [reports] for home in (folder, folder / "runs")]
@@ -141,7 +142,7 @@ def _make_site(gpu: str | None, folders: Sequence[Path], out: Path | None, subje
         assessments = [_assessed(index, target, checks) for target in known_targets()]
         heads = newest_first(index.heads.values())
         news, points = latest(index, checks), index.points(last=CHARTED)
-        files, faults = index.files(), reports / "selftest"
+        files, faults = index.files(), repository_root() / FOLDER
         pages = build(
             Site(assessments, heads, files, points, news, index.unreadable, checks, homes, faults, index.beside()), site
         )

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from verify.architectures import parse_target
 from verify.checks import Gate, derive_seed
 from verify.errors import ConfigurationError
+from verify.files import INSTALLED, started_in
 from verify.machine.conflicts import interpreter_conflict
 from verify.machine.device import DeviceName
 from verify.machine.environment import capture
@@ -117,15 +118,22 @@ class Manifest(Surroundings):
     def places(self) -> dict[Path, str]:
         """The directories outside the repository that the run uses, with their placeholders in a record."""
         named = {self.subject: "<subject>", self.model: "<model>"}
-        return {Path(name): word for name, word in named.items() if Path(name).is_absolute()}
+        own = {started_in(Path()): "."} if INSTALLED else {}
+        return own | {Path(name): word for name, word in named.items() if Path(name).is_absolute()}
 
     @property
     def evidence(self) -> Evidence:
         return "hardware" if self.device == "cuda" else "emulated"
 
     def repeat_command(self, node: str, root: Path) -> str:
-        """The command line that repeats one check from the repository root; its paths are relative to that root."""
-        words = ["python", "-m", "pytest", shlex.quote(node), "--device", self.device, "--seed", str(self.seed)]
+        """The command line that repeats one check from the repository root; its paths are relative to that root.
+
+        Of an installed suite it names the check as ``--pyargs`` takes it, and runs in the folder that has the reports.
+        """
+        file, _, test = node.partition("::")
+        module = file.removesuffix(".py").replace("/", ".")
+        named, root = (["--pyargs", f"{module}::{test}"], started_in(root)) if INSTALLED else ([node], root)
+        words = ["python", "-m", "pytest", *map(shlex.quote, named), "--device", self.device, "--seed", str(self.seed)]
         if self.subject != "bundled":
             words.append(f"--subject={shlex.quote(_relative(self.subject, root))}")
         if self.model != "embedded":

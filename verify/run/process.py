@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from verify.files import IMPORT_ROOT, INSTALLED, REPORTS_VARIABLE, default_out
 from verify.machine import processors
 from verify.machine.environment import localise
 from verify.record import grounds
@@ -181,17 +182,23 @@ class PhaseProcess:
 
 
 def pytest_command(root: Path) -> list[str]:
-    """The start of every pytest child's command line: without pytest's cache, and only with the needed plugins."""
-    own = ["-p", "pytest_timeout", "-p", "no:cacheprovider", "--color=no"]
-    return [sys.executable, "-m", "pytest", f"--rootdir={root}", "-o", "addopts=--strict-markers", *own]
+    """The start of every pytest child's command line: without pytest's cache, and only with the needed plugins.
+
+    It reads no configuration: above an installed suite there may be that of another project.
+    """
+    own = ["verify.plugin", "verify.fixtures", "pytest_timeout", "no:cacheprovider"]
+    alone = ["-c", os.devnull, f"--rootdir={root}", f"--confcutdir={root}", "--strict-markers", "--color=no"]
+    return [sys.executable, "-m", "pytest", *alone, *(word for name in own for word in ("-p", name))]
 
 
 def pytest_environment() -> dict[str, str]:
     """The environment of a pytest child: without the user's options and plugins, which could retry checks."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")}
     # children can import what `python -m verify` could in the directory where it was started, as module:NAME
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), os.getcwd()]))
-    return {**inherited, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    own = str(IMPORT_ROOT) if INSTALLED else None  # first, where that directory has another package of our names
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), own, os.getcwd()]))
+    reports = {REPORTS_VARIABLE: str(default_out().parent)} if INSTALLED else {}
+    return {**inherited, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **reports}
 
 
 def _ending(returncode: int) -> str:

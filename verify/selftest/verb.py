@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError, Exit
-from verify.files import repository_root, require_writable
+from verify.files import default_out, repository_root, require_writable
 from verify.machine.device import prepare
 from verify.machine.processors import cores
 from verify.record.kills import FOLDER, Matrix, Outcome, Row, write
@@ -104,7 +104,7 @@ def selftest(choice: Choice, subject_name: str, jobs: int | None, form: str, out
     faults = chosen(choice, [fault for fault in load_faults() if fault.fits(subject_key(subject))])
     faults = _on_the_device(choice, faults, checks)
     plan = [(fault, _checks_for(fault, choice, checks)) for fault in faults]
-    path = out or root / FOLDER / f"{subject_key(subject)}{choice.suffix}.json"
+    path = out or default_out().parent / FOLDER.name / f"{subject_key(subject)}{choice.suffix}.json"
     kept = out is not None or not choice.partial
     if kept:
         require_writable(path.parent)

@@ -73,6 +73,15 @@ def test_a_sound_record_has_no_problem(tmp_path: Path, target: str) -> None:
     assert problems(write(sound(target), tmp_path, "evidence")) == []
 
 
+def test_the_command_of_an_installed_suite_repeats_a_check(tmp_path: Path) -> None:
+    whole = sound()
+    command = next(one for one in whole.results if one.id == TABLE).repeat
+    installed = _installed(command)
+    assert installed != command
+    results = [one.model_copy(update={"repeat": installed}) if one.id == TABLE else one for one in whole.results]
+    assert problems(write(whole.model_copy(update={"results": results}), tmp_path, "evidence")) == []
+
+
 def test_an_honest_failure_is_sound(tmp_path: Path) -> None:
     def fail(whole: Json) -> None:
         words = "phases/p5.py:3: error: measured 2, allowed 1; repeat with: ..."
@@ -93,6 +102,13 @@ def test_a_waived_failure_is_sound(tmp_path: Path) -> None:
 
 
 TABLE = "p5.table.last"
+
+
+def _installed(command: str) -> str:
+    """The command that repeats a check, as an installed suite has it."""
+    return command.replace("pytest ", "pytest --pyargs ").replace("phases/p5.py", "phases.p5")
+
+
 KNOWN = {"reason": "x", "issue": "https://example.org", "expires": "2027-01-01"}
 WAIVER = KNOWN | {"verdict": "FAIL", "owner": "@me"}
 CHANGES: dict[str, tuple[Callable[[Json], object], str]] = {
@@ -122,6 +138,10 @@ CHANGES: dict[str, tuple[Callable[[Json], object], str]] = {
     "evidence": (lambda r: of(r, TABLE).update(evidence="emulated"), f"{TABLE}: evidence is emulated"),
     "seed": (lambda r: of(r, TABLE).update(seed=1), f"{TABLE}: seed is 1, but seed 7 of the run makes it"),
     "run's seed": (lambda r: r.update(seed=8), f"{TABLE}: seed is"),
+    "repeat without --pyargs": (
+        lambda r: of(r, TABLE).update(repeat=_installed(of(r, TABLE)["repeat"]).replace(" --pyargs", "")),
+        "which does not repeat it: it needs pytest --pyargs 'phases.p5::",
+    ),
     "repeat": (lambda r: of(r, TABLE).update(repeat="python -m pytest"), f"{TABLE}: repeat is 'python -m pytest'"),
     "outside": (
         lambda r: of(r, TABLE)["measurements"][0].update(measured=2),
