@@ -24,7 +24,7 @@ import pytest
 
 from verify.checks import DEFAULT_SEED, PHASES, PROFILES, catalogue, derive_seed
 from verify.errors import ConfigurationError, Exit
-from verify.files import RUNS
+from verify.files import IMPORT_ROOT, INSTALLED, RUNS
 from verify.machine.device import Device, prepare, resolve
 from verify.machine.environment import localise
 from verify.machine.processors import RUN_VARIABLE, cores
@@ -47,6 +47,9 @@ from verify.simulator.control import require
 from verify.subject.deviations import read_deviations
 from verify.subject.find import find_subject
 from verify.subject.known_failures import read_known_failures
+
+#: What determines where the record of a pytest session goes.
+_PLACE = "folder" if INSTALLED else "checkout"
 
 #: Phases whose checks share no set-up, and run in a random order.
 _SHUFFLED = frozenset({4, 5})
@@ -74,7 +77,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seeds", type=int, help="internal: repeat numeric checks with so many seeds; needs --scratch")
 
 
+#: The files of checks, and the markers that they and their users may give.
+_FILES = "p[1-8]_*.py"
+_MARKERS = (
+    "hard: a check whose failure means the GPU is not verified",
+    "soft: a check whose failure is a warning",
+    "check: the declaration of a check, put there by verify.checks.check",
+    "slow: proofs with a recorded result, run with -m slow",
+    "sanitize: a check under compute-sanitizer, run with --sanitize",
+    "brief: some must-pass checks that launch every kind of variant of the scoring kernel, put there by the plugin",
+    "gate: the few must-pass checks of `verify gate`, put there by the plugin",
+)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", _FILES)
+    for marker in _MARKERS:
+        config.addinivalue_line("markers", marker)
+    if INSTALLED or not (config.rootpath / "phases" / "__init__.py").is_file():
+        # started with --pyargs in another folder: names of checks and files are relative to the folder above theirs.
+        # pytest has no public way to say so here; it has already chosen the folder of its cache.
+        config._rootpath = IMPORT_ROOT
     _one_process(config)
     try:
         config.stash[SESSION] = session = _session(config)
@@ -102,8 +125,11 @@ def pytest_xdist_auto_num_workers() -> int:
 def _one_process(config: pytest.Config) -> None:
     """Raise UsageError if pytest-xdist would spread checks over processes, because each would write its own record."""
     phases = config.rootpath / "phases"
-    places = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
-    if config.getoption("dist", "no") != "no" and any(p.is_relative_to(phases) or p in phases.parents for p in places):
+    named = [argument.partition("::")[0] for argument in config.args]
+    places = [(config.invocation_params.dir / name).resolve() for name in named]
+    checks = config.option.pyargs and any(name.partition(".")[0] == phases.name for name in named)
+    checks = checks or any(place.is_relative_to(phases) or place in phases.parents for place in places)
+    if config.getoption("dist", "no") != "no" and checks:
         raise pytest.UsageError(
             "-n would spread the checks of phases/ over processes, but a run is one process; drop it, or name other "
             "tests: pytest -n auto verify/tests triattention/tests"
@@ -240,7 +266,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
             events.create(current.run_dir, manifest)
         except OSError as error:
             raise pytest.UsageError(
-                f"{current.run_dir} cannot be created ({error.strerror}); use a checkout that you may write to, or "
+                f"{current.run_dir} cannot be created ({error.strerror}); use a {_PLACE} that you may write to, or "
                 "`python -m verify run --out DIR`"
             ) from error
         current.manifest = manifest
@@ -290,6 +316,7 @@ def _words(config: pytest.Config) -> str:
     paths = config.args if config.args_source is config.ArgsSource.ARGS else []
     words = [word for flag, value in chosen.items() if value for word in (flag, value)]
     words += ["--sanitize"] if option.sanitize else []
+    words += ["--pyargs"] if option.pyargs else []
     if option.scratch:
         words += ["--scratch", *(["--plant-error", str(option.plant_error)] if option.plant_error else [])]
     return localise(shlex.join(["pytest", *words, *paths]), config.rootpath)
