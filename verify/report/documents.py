@@ -19,7 +19,7 @@ from verify.record.schema import CheckResult, Finding, Measurement, Record
 from verify.record.verdict import Assessment, describe_subject, fill_command, missing_by_phase
 from verify.report.matrix import LEGEND, VERSIONS, Row, bound, count, grid, headroom, rows, versions
 from verify.report.plots import mermaid, value_rows
-from verify.report.sentences import built, headline, known_without_it, simulated
+from verify.report.sentences import built, headline, known_without_it, simulated, stacks
 
 
 def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -38,7 +38,7 @@ def report_markdown(assessment: Assessment, unreadable: Sequence[str]) -> str:
     if assessment.used or assessment.stale:
         header = ["run", "time", "GPU", "driver", "torch", "triton", "subject", "counts"]
         parts.append(markdown_table(header, _run_lines(assessment)))
-    parts += [f"{_one_line(sentence)}\n" for sentence in known_without_it(assessment)]
+    parts += [f"{_one_line(sentence)}\n" for sentence in (*stacks(assessment), *known_without_it(assessment))]
     header = ["phase", "plan", "check", "gate", "verdict", "evidence", "measured / allowed", "headroom"]
     body = [
         [
@@ -131,6 +131,7 @@ def report_json(assessment: Assessment, unreadable: Sequence[str]) -> str:
     whole = _summary(assessment) | {
         "subject": assessment.subject.model_dump() if assessment.subject else None,
         "runs": [_run(record) for record in assessment.used],
+        "not_pinned": stacks(assessment),
         "stale": [_run(record) | {"because": assessment.why_stale(record)} for record in assessment.stale],
         "outdated": {why: [cell.check.id for cell in cells] for why, cells in assessment.outdated.items()},
         "compilation": assessment.compilation.model_dump(mode="json") if assessment.compilation else None,

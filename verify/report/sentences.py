@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 from verify.architectures import EMULATED
+from verify.files import own_file
 from verify.record.builds import BuildVerdict, Compilation
 from verify.record.reading import rehearsing
 from verify.record.schema import FAILING, Record, Verdict
@@ -91,6 +93,43 @@ def known_without_it(assessment: Assessment) -> list[str]:
     if assessment.simulation:
         told.append(f"Simulated: {simulated_words(assessment.simulation)}.")
     return [tally(assessment), *told] if told else []
+
+
+#: The packages whose versions a verdict depends on most, by their names in a record and in ``ci/constraints.txt``.
+_STACK = {"torch": "torch", "triton": "Triton", "transformers": "transformers", "vllm": "vLLM"}
+
+
+@cache
+def _pinned() -> dict[str, str]:
+    """The version of each pinned package."""
+    lines = own_file("ci/constraints.txt").read_text("utf-8").splitlines()
+    return dict(line.split("==", 1) for line in lines if not line.startswith("#") and "==" in line)
+
+
+def stack_words(versions: Mapping[str, str]) -> str:
+    """How an installed stack differs from the pinned one: ``torch 2.11.0; the suite is pinned to 2.13.0``; empty if it
+    does not. ``versions`` may have others; neither a missing package nor a local label (``+cpu``) is a difference.
+    """
+    found = {name: versions[name].split()[0].partition("+")[0] for name in _STACK if versions[name][:1].isdigit()}
+    other = [name for name, version in found.items() if version != _pinned()[name]]
+    if not other:
+        return ""
+    made = listed([f"{_STACK[name]} {found[name]}" for name in other])
+    return f"{made}; the suite is pinned to {listed([_pinned()[name] for name in other])}"
+
+
+def stacks(assessment: Assessment) -> list[str]:
+    """A sentence for each stack other than the pinned one that records of a target were made with; it changes no
+    verdict.
+    """
+    made: dict[str, list[str]] = {}
+    for record in assessment.used:
+        made.setdefault(stack_words(record.environment.model_dump()), []).append(record.run_id)
+    return [
+        f"Made with {words}." if len(made) == 1 else f"{listed(runs)}: made with {words}."
+        for words, runs in made.items()
+        if words
+    ]
 
 
 def soft_failures(assessment: Assessment) -> int:

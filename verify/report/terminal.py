@@ -14,7 +14,7 @@ from rich.text import Text
 
 from verify.architectures import Architecture, Target
 from verify.checks import PHASES
-from verify.files import repository_root
+from verify.files import repository_root, started_in
 from verify.record.cells import Cell, without_proof
 from verify.record.findings import next_step, title
 from verify.record.schema import FAILING, CheckResult, Finding
@@ -24,7 +24,7 @@ from verify.report.keep_sets import kept_words
 from verify.report.looks import BY_WORD, LOOKS
 from verify.report.matrix import NOT_RUN, Row, bound, by_phase, count, headroom, rows
 from verify.report.plots import text_plot
-from verify.report.sentences import known_without_it
+from verify.report.sentences import known_without_it, stacks
 
 #: The widths from which a row has room for padding, and for its claim.
 ROOMY = 96
@@ -133,8 +133,8 @@ def _verdict_line(assessment: Assessment) -> Table:
     line.add_column()
     style = verdict_style(assessment.verdict)
     line.add_row(Text(assessment.verdict, style=style), Text(assessment.sentence))
-    for name, words in assessment.capabilities.items():
-        line.add_row("", Text(f"{name}: {words}"))
+    for told in (*(f"{name}: {words}" for name, words in assessment.capabilities.items()), *stacks(assessment)):
+        line.add_row("", Text(told))
     return line
 
 
@@ -221,8 +221,8 @@ def _print_others(others: Sequence[str], console: Console) -> None:
 
 
 def _from_here(repeat: str) -> str:
-    """A command to repeat a check, which a record holds relative to the repository, for the current directory."""
-    root = repository_root()
+    """A command to repeat a check, which a record holds relative to one folder, for the current directory."""
+    root = started_in(repository_root())
     if Path.cwd() == root:
         return repeat
     words = []

