@@ -195,6 +195,16 @@ def test_the_doctor_of_an_installed_suite_names_the_stack_and_no_step_of_a_check
     assert "make " not in found.stdout
 
 
+def test_the_gate_of_an_installed_suite_runs_its_own_child_and_writes_nothing(installed: Installed) -> None:
+    before = installed.records()
+    with_gpu = inspect_machine().gpu is not None
+    wanted = ["--gpu", "999"] if with_gpu else []  # so that there is none
+    answered = installed.verify("gate", "--contract", "nagios", *wanted)
+    assert answered.returncode == 3
+    assert answered.stdout.startswith("TRIATTENTION UNKNOWN - no GPU: ")
+    assert installed.records() == before
+
+
 def test_what_changes_the_suite_itself_is_for_a_checkout(installed: Installed) -> None:
     refused = installed.call("python", "-m", "verify.sensitivity", "detection")
     assert refused.returncode == 3
