@@ -27,10 +27,9 @@ from verify.machine.environment import (
 )
 from verify.record.grounds import BUNDLED
 from verify.record.schema import Gpu
-from verify.report.doctor_packages import mended, tried
+from verify.report.doctor_packages import mended, stack, tried
 from verify.report.doctor_subject import examine_subject, known_failures
 from verify.report.doctor_table import Finding, Status, print_findings
-from verify.report.sentences import stack_words
 from verify.subject.subject import Subject
 
 _SET_UP = f"run {SET_UP}" if INSTALLED else "run `make verify`, which installs it"
@@ -156,14 +155,8 @@ def examine(machine: Machine) -> list[Finding]:
         _optional("flash-attn", machine.packages["flash-attn"], "flash_attn", machine, "build it, or go without"),
         _optional("vLLM", machine.packages["vllm"], "vllm", machine, "install it if you serve with vLLM"),
         _variables(machine),
-        *_stack(machine),
+        *stack(machine.packages),
     ]
-
-
-def _stack(machine: Machine) -> list[Finding]:
-    """A note if records that are made here name another stack than the pinned one."""
-    told = stack_words(machine.packages)
-    return [Finding("stack", "not the pinned one", "any", Status.NOTE, f"records are made with {told}")] if told else []
 
 
 def skips(machine: Machine, checks: Sequence[Check]) -> dict[str, int]:

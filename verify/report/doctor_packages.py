@@ -11,6 +11,7 @@ from dataclasses import replace
 from verify.files import repository_root
 from verify.machine.environment import NOT_INSTALLED, localise
 from verify.report.doctor_table import Finding, Status
+from verify.report.sentences import stack_words
 
 #: Triton with the programs that assemble for a GPU before and from Blackwell on; older releases cannot be asked.
 _ASSEMBLERS = """
@@ -29,6 +30,12 @@ _TRIALS = {
     "vllm": ("vLLM", "import vllm"),
 }
 _TRIAL_LIMIT_S = 120
+
+
+def stack(packages: Mapping[str, str]) -> list[Finding]:
+    """A note if records that are made here name another stack than the pinned one."""
+    told = stack_words(packages)
+    return [Finding("stack", "not the pinned one", "any", Status.NOTE, f"records are made with {told}")] if told else []
 
 
 def tried(packages: Mapping[str, str]) -> dict[str, str]:
