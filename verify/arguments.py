@@ -35,6 +35,7 @@ examples:
   python -m verify pack reports/runs/RUN         one archive of it for a third party
   python -m verify report --format html          HTML pages; start at reports/site/index.html
   python -m verify gate --contract nagios        for a fleet: does this GPU work, within 45 seconds
+  python -m verify fleet run --address 10.0.0.5:6379     one run on many machines
   python -m verify doctor --expect sm90          is this machine ready, and is its GPU an sm90
   python -m verify explain p4.triton_oracle
   python -m verify init DIR --profile scorer     start an implementation: stubs, to be filled in and judged
@@ -72,6 +73,22 @@ No record is written; `run --level 1` runs the same checks and writes one.
 
 exit codes: 0 the checks passed; 1 a HARD check failed; 3 nothing is known: no GPU, another one than expected, in use,
   interrupted, out of time, or an option that makes no sense. --contract has its own; docs/fleet.md lists them
+"""
+
+
+_FLEET_EXAMPLES = """\
+examples:
+  python -m verify fleet run --address 10.0.0.5:6379 --gpus sm90,sm120 --phases 1-5
+  python -m verify fleet run --address local     every GPU of this machine, one of each kind
+  python -m verify fleet status --address 10.0.0.5:6379
+  python -m verify fleet collect --address 10.0.0.5:6379 fleet-20261201T101500Z-1f2e
+
+ADDRESS is that of a Ray cluster: HOST:PORT on one of its nodes, ray://HOST:PORT elsewhere. Each node names its GPU:
+`ray start --address HOST:PORT --resources '{"sm90": 1}'`; one without a GPU names `emulated`. Whoever reaches the
+address can run code on every node, so use it in a trusted network only.
+
+exit codes: 0 every target's run ended with 0; 1 a HARD check failed; 2 interrupted; 3 a target has no record, or no
+  verdict because of its machine, or the cluster cannot be used
 """
 
 
@@ -116,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     _add_quality(verbs)
     _add_selftest(verbs)
     _add_gate(verbs)
+    _add_fleet(verbs)
     report = _add(verbs, "report", "the gate matrix of one GPU from the records, or one line per GPU")
     which = report.add_mutually_exclusive_group()
     which.add_argument("--gpu", metavar="GPU", help="sm120, 120 or 12.0; or emulated (default: all, one line each)")
@@ -258,6 +276,36 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
     pack.add_argument("record", metavar="RECORD", help=_RECORD)
     pack.add_argument("--subject", metavar="S", help="where it is, for its git log: bundled (default) or its checkout")
     pack.add_argument("--out", metavar="FILE", type=Path, help="default: the run's id with .tar.gz, here")
+
+
+def _add_fleet(verbs: argparse._SubParsersAction) -> None:
+    fleet = _add(verbs, "fleet", "one run on many machines, by way of a Ray cluster: a node for each kind of GPU")
+    fleet.epilog, fleet.formatter_class = _FLEET_EXAMPLES, argparse.RawDescriptionHelpFormatter
+    acts = fleet.add_subparsers(dest="act", metavar="ACT", required=True)
+    run = _add(acts, "run", "run the checks on one node for each GPU, fetch the records, and print one matrix")
+    run.add_argument(
+        "--gpus", metavar="GPUS", help="sm90,sm120 or emulated (default: every one that the cluster's nodes name)"
+    )
+    run.add_argument("--phases", "--phase", metavar="P", help="as for `run`")
+    run.add_argument("-m", dest="expression", metavar="EXPR", help="as for `run`")
+    run.add_argument(
+        "--subject", metavar="S", default="bundled", help="bundled (default), installed, or module:NAME, on every node"
+    )
+    _add_profile(run)
+    run.add_argument("--seed", type=int, metavar="N", default=DEFAULT_SEED, help="default: %(default)s")
+    run.add_argument(
+        "--wait", type=float, metavar="S", default=60.0, help="seconds that a GPU waits for a node; default: 60"
+    )
+    run.add_argument(
+        "--limit", type=float, metavar="MIN", default=360.0, help="minutes that a node's run may take; default: 360"
+    )
+    status = _add(acts, "status", "the cluster's nodes with their GPUs, and the fleet runs that it holds")
+    collect = _add(acts, "collect", "attend a fleet run whose command died: fetch its records, print the matrix")
+    collect.add_argument("run", metavar="RUN", nargs="?", help="its name (default: the only one of the cluster)")
+    for act in (run, status, collect):
+        act.add_argument("--address", metavar="ADDRESS", required=True, help="HOST:PORT, ray://HOST:PORT or local")
+    for act in (run, collect):
+        act.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
 
 
 def _add_compile(verbs: argparse._SubParsersAction) -> None:

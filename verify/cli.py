@@ -130,6 +130,16 @@ def _gate(chosen: argparse.Namespace) -> int:
     return gate.gate(chosen.contract, chosen.gpu, chosen.expect, chosen.within)
 
 
+def _fleet(chosen: argparse.Namespace) -> int:
+    from verify.fleet import many
+
+    if chosen.act == "status":
+        return many.status(chosen.address)
+    if chosen.act == "collect":
+        return many.collect(chosen.address, chosen.run, chosen.out)
+    return many.run(many.request_of(chosen))
+
+
 def _report(chosen: argparse.Namespace) -> int:
     from verify.report import verb
 
@@ -203,6 +213,7 @@ def _contract(chosen: argparse.Namespace) -> int:
 _VERBS = {
     "run": _run,
     "gate": _gate,
+    "fleet": _fleet,
     "compile": _compile,
     "simulate": _simulate,
     "quality": _quality,
