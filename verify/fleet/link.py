@@ -68,6 +68,13 @@ def connect(address: str) -> None:
         raise ConfigurationError(_refused(address, error)) from error
 
 
+def disconnect() -> None:
+    """Leave the cluster, and end it if it was started here."""
+    import ray
+
+    ray.shutdown()
+
+
 def _refused(address: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "ersion mismatch" in text:
@@ -175,7 +182,7 @@ def _ask(name: str, method: str, *arguments: Any) -> Any:
     return ray.get(getattr(ray.get_actor(name), method).remote(*arguments), timeout=60)
 
 
-_CALLS = {one.__name__: one for one in (connect, nodes, runs, start, state, result, stop, dismiss)}
+_CALLS = {one.__name__: one for one in (connect, disconnect, nodes, runs, start, state, result, stop, dismiss)}
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:

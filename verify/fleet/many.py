@@ -8,6 +8,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +28,10 @@ from verify.run.request import RunRequest, parse_phases
 _LINK = "verify.fleet.link"
 
 #: Ray needs so long to start on a machine that is busy, and to give up on what is not a cluster.
-_CONNECT_LIMIT_S, _ANSWER_LIMIT_S = 90.0, 90.0
+_CONNECT_LIMIT_S, _ANSWER_LIMIT_S = 60.0, 90.0
+
+#: Ray that was started here ends its processes.
+_DISCONNECT_LIMIT_S = 30.0
 
 #: How often the state of a run is asked for.
 _POLL_S = 1.0
@@ -94,11 +98,14 @@ class Link:
         try:
             self.ask("connect", self._address, limit_s=_CONNECT_LIMIT_S)
         except BaseException:
-            self.__exit__()
+            self._worker.close()
+            self._folder.cleanup()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(ConfigurationError):  # it may be lost already
+            self.ask("disconnect", limit_s=_DISCONNECT_LIMIT_S)
         self._worker.close()
         self._folder.cleanup()
 

@@ -141,18 +141,17 @@ def _descendants(process: int) -> list[int]:
 def _followed(child: subprocess.Popen[bytes], runs: Path, limit_s: float, tell: Callable[[str], object]) -> int | None:
     """The child's exit code, None if its time was over; what it does meanwhile is told whenever it changes."""
     deadline, told = time.monotonic() + limit_s, ""
-    while (code := child.poll()) is None:
-        if time.monotonic() > deadline:
-            return None
+    while time.monotonic() < deadline:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(_POLL_S)
         if (now := progress(runs)) != told:
             told = now
             tell(now)
-        time.sleep(_POLL_S)
-    return code
+    return None
 
 
 def progress(runs: Path) -> str:
-    """Where the run in a folder of runs is, as ``phase 4, 120 of 342``; empty before its first check."""
+    """Where the run in a folder of runs is, as ``phase 4, 120 of 342``; empty before there is one."""
     phase, done = "", set()
     for log in runs.glob("*/events.jsonl"):
         for line in log.read_bytes().splitlines():
@@ -164,7 +163,7 @@ def progress(runs: Path) -> str:
                     done.add(event["result"]["id"])
         with suppress(OSError, ValueError, KeyError):
             total = len(json.loads((log.parent / "run.json").read_bytes())["selected"])
-            return f"phase {phase or '1'}, {len(done)} of {total}"
+            return f"phase {phase}, {len(done)} of {total}" if phase else f"{total} checks selected"
     return ""
 
 
