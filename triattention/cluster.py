@@ -12,6 +12,7 @@ import hashlib
 import os
 import queue
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from triattention.cli.results import Line, Results, summary_path, write_summary
 from triattention.cli.summary import COLUMNS, settings_of, summarise, summary_line, table
 from triattention.errors import TriAttentionError
 
-_CONNECT_LIMIT_S = 10.0
+_CONNECT_LIMIT_S, _INIT_LIMIT_S = 10.0, 60.0
 
 #: How often the nodes are looked at while no batch arrives.
 _POLL_S = 5.0
@@ -217,15 +218,28 @@ def _connected(address: str) -> Any:
         import ray
     except ModuleNotFoundError as error:
         raise TriAttentionError("ray is not installed; run: pip install 'triattention-verify[fleet]'") from error
-    try:
-        socket.create_connection((host, int(port)), _CONNECT_LIMIT_S).close()
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (OSError, RuntimeError, ValueError) as error:
-        why = " ".join(str(error).split())[:300]
+    if why := _refused(host, int(port), address):
         raise TriAttentionError(
             f"--address {address}: no Ray cluster can be used there ({why}); see `ray status` on its head"
-        ) from error
+        )
+    ray.init(address=address, log_to_driver=False, configure_logging=False)
     return ray
+
+
+def _refused(host: str, port: int, address: str) -> str:
+    """Why there is no cluster to be used; empty if there is. Tried in a child, as Ray waits for minutes or ends it."""
+    program = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)"
+    try:
+        socket.create_connection((host, port), _CONNECT_LIMIT_S).close()
+        child = subprocess.run(
+            [sys.executable, "-c", program, address], capture_output=True, text=True, timeout=_INIT_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_INIT_LIMIT_S:g} s"
+    except OSError as error:
+        return str(error.strerror or error)
+    lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+    return " ".join(lines[-1].split())[:300] if child.returncode else ""
 
 
 def _answered(digest: str, plan: Plan, batches: Sequence[int]) -> Iterator[Sequence[Line] | str]:

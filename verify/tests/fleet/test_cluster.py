@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -44,7 +45,8 @@ class Raylets(NamedTuple):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Raylets]:
     """A cluster of ``_NODES``; at the end none of its processes is left, whatever the tests did."""
-    pytest.importorskip("ray")
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
     mark = uuid.uuid4().hex
     folder = tempfile.mkdtemp(prefix="rays-")  # not tmp_path, which is too long for the name of a socket
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", _MARK: mark}
