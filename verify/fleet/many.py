@@ -213,7 +213,8 @@ def _attended(link: Link, name: str, address: str, out: Path, *, stop: bool) -> 
                 print("stopping the run on every node; Ctrl-C again leaves at once", flush=True)
                 link.ask("stop", name)
             time.sleep(_POLL_S)
-        link.ask("dismiss", name)
+        with suppress(ConfigurationError):  # everything is here; the cluster may go
+            link.ask("dismiss", name)
     print_matrix(ended, state["about"]["subject"])
     return exit_code(one.code for one in ended.values())
 
