@@ -305,7 +305,7 @@ def _add_fleet(verbs: argparse._SubParsersAction) -> None:
     for act in (run, status, collect):
         act.add_argument("--address", metavar="ADDRESS", required=True, help="HOST:PORT, ray://HOST:PORT or local")
     for act in (run, collect):
-        act.add_argument("--out", type=Path, metavar="DIR", help="default: reports/runs of the repository")
+        act.add_argument("--out", type=Path, metavar="DIR", help=_OUT)
 
 
 def _add_compile(verbs: argparse._SubParsersAction) -> None:

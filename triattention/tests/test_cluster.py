@@ -51,7 +51,7 @@ _SETTINGS = {
 def raylets() -> Iterator[dict[str, Any]]:
     """The cluster's address, and the process of the raylet that is not on its head; nothing is left of it."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed")
+        pytest.fail("ray is not installed; run make setup")
     folder = tempfile.mkdtemp(prefix="rays-")  # not tmp_path, which is too long for the name of a socket
     mark = {"TRIATTENTION_TEST_CLUSTER": folder}
     path = {"PYTHONPATH": str(Path(cluster.__file__).parents[1]), "TMPDIR": folder, "RAY_TMPDIR": folder}

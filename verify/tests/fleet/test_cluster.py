@@ -46,7 +46,7 @@ class Raylets(NamedTuple):
 def cluster() -> Iterator[Raylets]:
     """A cluster of ``_NODES``; at the end none of its processes is left, whatever the tests did."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed")
+        pytest.fail("ray is not installed; run make setup")
     mark = uuid.uuid4().hex
     folder = tempfile.mkdtemp(prefix="rays-")  # not tmp_path, which is too long for the name of a socket
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", _MARK: mark}
