@@ -25,17 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # else `python -m` in a child would take another package of our names in the current folder for this one
         os.environ.setdefault("PYTHONSAFEPATH", "1")
     words = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        chosen = parser().parse_args(words)
-    except SystemExit as refused:
-        if words[:1] != ["gate"] or refused.code != Exit.CANNOT:
-            raise
-        from verify.fleet import gate
-
-        return gate.misused(words)
+    if words[:1] == ["gate"]:
+        return _gate(words)
+    chosen = parser().parse_args(words)
     try:
         code = _carried_out(chosen)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except ConfigurationError as error:
         print(f"verify: {error}", file=sys.stderr)
@@ -46,12 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # the reader (head, less) closed the pipe; redirect stdout to /dev/null, so that the final flush is silent
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return Exit.OK if chosen.verb in _SHOWING else Exit.INTERRUPTED
     except (OSError, ModuleNotFoundError) as error:
         if not (sentence := fault_of_the_machine(error)):
             raise
         print(f"verify: {sentence}", file=sys.stderr)
         return Exit.CANNOT
+
+
+def _gate(words: Sequence[str]) -> int:
+    """``gate`` ends as its contract says, whatever happens, so nothing of the other verbs applies to it."""
+    from verify.fleet import gate
+
+    gate.heed()
+    try:
+        chosen = parser().parse_args(words)
+        return gate.gate(chosen.contract, chosen.gpu, chosen.expect, chosen.within)
+    except SystemExit as refused:
+        if refused.code != Exit.CANNOT:
+            raise  # after --help
+        return gate.misused(words)
+    except gate.Stopped:
+        return gate.interrupted(words)
 
 
 def _carried_out(chosen: argparse.Namespace) -> int:
@@ -122,12 +134,6 @@ def _run(chosen: argparse.Namespace) -> int:
     from verify.run import runner
 
     return runner.run(request)
-
-
-def _gate(chosen: argparse.Namespace) -> int:
-    from verify.fleet import gate
-
-    return gate.gate(chosen.contract, chosen.gpu, chosen.expect, chosen.within)
 
 
 def _fleet(chosen: argparse.Namespace) -> int:
@@ -210,9 +216,11 @@ def _contract(chosen: argparse.Namespace) -> int:
     return contract.contract(chosen.format)
 
 
+#: Verbs whose exit code answers nothing but whether they could show something.
+_SHOWING = ("report", "history", "gates", "explain", "export", "contract")
+
 _VERBS = {
     "run": _run,
-    "gate": _gate,
     "fleet": _fleet,
     "compile": _compile,
     "simulate": _simulate,

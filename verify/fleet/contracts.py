@@ -7,6 +7,7 @@ something else to the next. This file is the only place that has them. docs/flee
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -73,14 +74,29 @@ class Answer:
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def known(self) -> bool:
-        """Whether it says anything about the GPU."""
-        return self.outcome in (Outcome.PASS, Outcome.SOFT, Outcome.HARD)
-
-    @property
     def status(self) -> str:
         """``OK``, ``WARNING``, ``CRITICAL`` or ``UNKNOWN``."""
         return _NAGIOS[CODES["nagios"][self.outcome]]
+
+
+#: The outcomes of several GPUs, the one that counts first.
+_ORDER: Final = (
+    Outcome.HARD,
+    *(Outcome.NO_GPU, Outcome.WRONG_GPU, Outcome.TIMEOUT, Outcome.UNJUDGED, Outcome.BUSY, Outcome.INTERRUPTED),
+    *(Outcome.CONFIGURATION, Outcome.SOFT, Outcome.PASS),
+)
+
+
+def worst(answers: Mapping[str, Answer]) -> Answer:
+    """The answer for a machine with several GPUs, of which ``answers`` has that of each by the GPU's name."""
+    outcome = min((one.outcome for one in answers.values()), key=_ORDER.index)
+    names = [name for name, one in answers.items() if one.outcome is outcome]
+    details = {"gpus": {name: {"outcome": one.outcome.value, **one.details} for name, one in answers.items()}}
+    first = answers[names[0]].words
+    if outcome is Outcome.PASS:
+        return Answer(outcome, f"{len(names)} GPUs, on each: {first}", details)
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return Answer(outcome, f"GPU {names[0]}{more}: {first}", details)
 
 
 def code(contract: str | None, outcome: Outcome) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,14 +19,18 @@ from typing import TYPE_CHECKING, Any
 from verify.errors import ConfigurationError, Exit
 from verify.files import fault_of_the_machine, write_atomic
 from verify.fleet.contracts import Answer, Outcome
+from verify.machine.workers import end_with_parent
 from verify.run.levels import GATE, LEVELS
 
 if TYPE_CHECKING:
     from verify.machine.nvml import Driver
     from verify.record.schema import CheckResult, Gpu, Record
 
-#: The file in the gate's folder that has the answer.
-ANSWER = "answer.json"
+#: The files in a child's folder that have its answer, or the names of the GPUs that it found.
+ANSWER, SEVERAL = "answer.json", "several.json"
+
+#: What a note of ``verify/machine/nvml.py`` on a card that does not answer says.
+UNANSWERING = "cannot be asked"
 
 #: A process of NVIDIA's that holds a card for others, and computes nothing itself.
 _SERVER = "nvidia-cuda-mps-server"
@@ -51,6 +57,8 @@ def examine(
         return Answer(Outcome.NO_GPU, f"no GPU: {error}")
     if not found.gpus:
         return Answer(Outcome.NO_GPU, f"no GPU: {'; '.join(found.notes) or 'the driver shows none'}")
+    if gone := lost(found):
+        return Answer(Outcome.UNJUDGED, "; ".join(gone))
     gpu = found.gpus[0]
     about = {"gpu": gpu.name, "target": f"sm{gpu.sm}", "driver": gpu.driver}
     if expect is not None and gpu.sm != expect:
@@ -135,12 +143,17 @@ def _level_one(expect: int | None, folder: Path) -> tuple[int, Record | None]:
 
 
 def main(words: list[str]) -> None:
-    """Examine the GPU that the options name, and write the answer. ``words``: the folder, and an SM or nothing."""
+    """Examine the GPU that CUDA_VISIBLE_DEVICES names, and write the answer; or write the names of several GPUs.
+
+    ``words``: the folder, the SM that is expected (or ``any``), and ``one`` if no more than one GPU is meant.
+    """
     from verify.machine.nvml import query
 
-    folder = Path(words[0])
-    expect = int(words[1]) if len(words) > 1 else None
+    folder, expect = Path(words[0]), None if words[1] == "any" else int(words[1])
     try:
+        if words[2:] != ["one"] and (names := several(query)):
+            write_atomic(folder / SEVERAL, json.dumps(names))
+            return
         answer = examine(expect, folder, driver=query, users=users_of, carry_out=_level_one)
     except ConfigurationError as error:
         answer = Answer(Outcome.CONFIGURATION, str(error))
@@ -151,19 +164,57 @@ def main(words: list[str]) -> None:
     write_answer(folder, answer)
 
 
+def several(driver: Callable[[], Driver]) -> list[str]:
+    """The names, for CUDA_VISIBLE_DEVICES, of the GPUs if more than one is visible."""
+    from verify.machine.nvml import NvmlUnavailable
+
+    try:
+        found = driver()
+    except NvmlUnavailable:
+        return []
+    if len(found.gpus) < 2 or lost(found):
+        return []
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(len(found.gpus))] if listed is None else listed.split(",")[: len(found.gpus)]
+
+
+def lost(driver: Driver) -> list[str]:
+    """What the driver says about cards that it cannot ask any more."""
+    return [note for note in driver.notes if UNANSWERING in note]
+
+
 def write_answer(folder: Path, answer: Answer) -> None:
     content = {"outcome": answer.outcome, "words": answer.words, "details": answer.details}
     write_atomic(folder / ANSWER, json.dumps(content))
 
 
 def read_answer(folder: Path) -> Answer | None:
-    """The answer in the gate's folder; None if the child ended without one."""
-    if not (folder / ANSWER).is_file():
-        return None
-    content = json.loads((folder / ANSWER).read_text("utf-8"))
-    return Answer(Outcome(content["outcome"]), content["words"], content["details"])
+    """The answer in the child's folder; None if it ended without one."""
+    with suppress(OSError, ValueError, KeyError):
+        content = json.loads((folder / ANSWER).read_text("utf-8"))
+        return Answer(Outcome(content["outcome"]), content["words"], content["details"])
+    return None
+
+
+def read_several(folder: Path) -> list[str]:
+    """The names of the GPUs that the child found; none if it examined one itself."""
+    with suppress(OSError, ValueError):
+        return list(json.loads((folder / SEVERAL).read_text("utf-8")))
+    return []
+
+
+def alone(words: list[str]) -> None:
+    """``main`` in a process that does not outlive the gate, whatever ended that, and then removes its folder."""
+    gate = os.getppid()
+    end_with_parent(signal.SIGTERM)  # a run then ends its phases
+    try:
+        main(words)
+    finally:
+        if os.getppid() != gate:
+            shutil.rmtree(words[0], ignore_errors=True)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PATH", os.defpath)  # a Slurm prolog has none, and Triton calls a C compiler
-    main(sys.argv[1:])
+    if not os.environ.get("PATH"):
+        os.environ["PATH"] = os.defpath  # a Slurm prolog has none, and Triton calls a C compiler
+    alone(sys.argv[1:])
