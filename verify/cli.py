@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     if INSTALLED:
         # else `python -m` in a child would take another package of our names in the current folder for this one
-        os.environ.setdefault("PYTHONSAFEPATH", "1")
+        os.environ["PYTHONSAFEPATH"] = "1"
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["gate"]:
         return _gate(words)

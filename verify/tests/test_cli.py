@@ -177,6 +177,13 @@ def test_a_reader_who_leaves_early_is_no_failure(tree: Path, form: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_verb_that_answers_by_its_code_never_ends_with_0_because_its_reader_left(tree: Path) -> None:
+    line = f"'{sys.executable}' -m verify doctor --expect sm90 | true; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONPATH": str(samples.REPOSITORY)}
+    done = subprocess.run(["bash", "-c", line], cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "")
+
+
 def test_interrupted_it_says_so_and_leaves_nothing_behind(tree: Path) -> None:
     # a matrix that nobody writes keeps the report from its end
     endless = tree / "reports" / "selftest" / "endless.json"
