@@ -17,12 +17,15 @@ from verify.errors import ConfigurationError
 #: The directory that this package is imported from.
 IMPORT_ROOT = Path(__file__).resolve().parents[1]
 
-#: Whether the suite was installed from a wheel, so that there is no checkout around it.
-INSTALLED = not (IMPORT_ROOT / "pyproject.toml").is_file()
+#: The copies of a wheel (ci/wheel.py), relative to ``IMPORT_ROOT``.
+_DATA = Path("verify", "data")
 
-#: Relative to ``repository_root``: where files are that a checkout has outside its packages. A wheel has copies of them
-#: (ci/wheel.py).
-COPIES = Path("verify", "data") if INSTALLED else Path()
+#: Whether the suite was installed from a wheel, so that there is no checkout around it. Only a wheel has the copies; a
+#: ``pyproject.toml`` says nothing, because other packages leave theirs next to it.
+INSTALLED = (IMPORT_ROOT / _DATA / "ci" / "constraints.txt").is_file()
+
+#: Relative to ``repository_root``: where files are that a checkout has outside its packages.
+COPIES = _DATA if INSTALLED else Path()
 
 #: Relative to ``repository_root``: the measurements of the suite itself.
 REPORTS = COPIES / "reports"

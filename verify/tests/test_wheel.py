@@ -95,6 +95,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     _done(*pip, "--python", made.programs / "python", "install", "--no-deps", "--no-index", wheel)
     # what a .pth file adds to the path has no .pth files of its own, so the editable installation there does not count
     (made.packages / "lent.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    # some wheel of somebody else's left it there
+    (made.packages / "pyproject.toml").touch()
     about = made.packages / f"transformers-{_OTHER}.dist-info" / "METADATA"
     about.parent.mkdir()
     about.write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {_OTHER}\n")
