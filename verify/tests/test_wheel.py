@@ -188,6 +188,31 @@ def test_another_projects_tests_see_nothing_of_the_suite(installed: Installed) -
     assert installed.call("python", "-c", loaded).stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    ("words", "files", "theirs"),
+    [
+        (["-m", "pytest", "--pyargs", "phases"], {}, True),
+        (["-P", "-m", "pytest", "--pyargs", "phases"], {"conftest.py": ""}, True),
+        (["-P", "-m", "pytest", "--pyargs", "phases.test_own"], {"pytest.ini": "[pytest]\npythonpath = ."}, True),
+        (["-P", "-m", "pytest", "phases"], {}, True),
+        (["-P", "-m", "pytest", "--pyargs", "phases", "--phase", "2", "-k", "defaults", "--co"], {}, False),
+    ],
+    ids=["current folder", "conftest", "pythonpath", "path", "not on the path"],
+)
+def test_a_project_with_a_package_of_the_same_name_gets_what_python_would_import(
+    installed: Installed, words: list[str], files: dict[str, str], theirs: bool, tmp_path: Path
+) -> None:
+    for name, text in {"phases/__init__.py": "", "phases/test_own.py": "def test_own(): pass\n", **files}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    # -P leaves the current folder out of the path, as the command `pytest` does
+    ran = installed.call("python", *words, "-v", "-p", "no:benchmark", folder=str(tmp_path))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ("phases/test_own.py::test_own PASSED" in ran.stdout) == theirs
+    assert ("test_defaults" in ran.stdout) != theirs
+    assert not (tmp_path / "reports").exists()
+
+
 def test_the_doctor_of_an_installed_suite_names_the_stack_and_no_step_of_a_checkout(installed: Installed) -> None:
     # on another machine than the expected one it imports nothing
     gpu = inspect_machine().gpu
