@@ -30,7 +30,7 @@ from verify.record.schema import Record
 from verify.record.verdict import Assessment, fill_command, missing_by_phase
 from verify.report.keep_sets import most_telling
 from verify.report.looks import place
-from verify.report.sentences import beside_words, compiled_words, headline, in_short, simulated_words, tally
+from verify.report.sentences import beside_words, compiled_words, headline, in_short, simulated_words, stacks, tally
 from verify.report.site import charts
 from verify.report.site.news import NIGHTS, News, changed, incomparable, red
 from verify.report.site.page import Frame
@@ -230,6 +230,7 @@ def _gpu(column: Column, site: Site) -> dict[str, Any]:
     above = {failure.cells[0].check.id for failure in failed}  # their keep sets are next to what failed
     return {
         "column": column,
+        "stacks": stacks(assessment),
         "outcomes": {result.id: result for result in results},
         "claims": site.claims,
         "lines": lines(results, site.families, column),

@@ -157,14 +157,18 @@ def test_a_check_that_fails_on_one_gpu_only_says_so(site: Path) -> None:
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pages of another subject: a known deviation that blocks, a new failure, and what it does not offer."""
+    """The pages of another subject, on another stack than the pinned one: a known deviation that blocks, a new failure,
+    and what it does not offer.
+    """
     own = known("p4.oracle.n1", evidence="emulated", message=HOSTILE)
     blocked = result("p4.oracle.n33", "BLOCKED", evidence="emulated", by=own.id)
     failed = result("p1.bf16.matmul", "FAIL", evidence="emulated")
     others = [("p4.triton_pytorch.mean", "REFUSED"), ("p4.triton_pytorch.max", "REFUSED"), ("p8.kernel.ms", "ABSENT")]
     whole = record("emulated", [own, blocked, failed, *(result(*one, evidence="emulated") for one in others)])
     subject = whole.subject.model_copy(update={"source": "checkout:theirs"})
-    return made(tmp_path_factory.mktemp("theirs"), [whole.model_copy(update={"subject": subject})])
+    stack = whole.environment.model_copy(update={"torch": "2.11.0+cu130", "triton": "3.6.0"})
+    whole = whole.model_copy(update={"subject": subject, "environment": stack})
+    return made(tmp_path_factory.mktemp("theirs"), [whole])
 
 
 def test_every_page_of_another_subject_names_it_and_has_its_targets_only(theirs: Path) -> None:
@@ -194,6 +198,13 @@ def test_findings_come_before_the_failures_with_what_they_block(theirs: Path) ->
         assert "Known deviation, still a failure: Zeros are NaN. (<a href=" in told
         assert "<script>alert" not in told
         assert told.index('id="findings"') < told.index('<p class="known">')
+
+
+def test_a_stack_that_is_not_the_pinned_one_is_told_below_the_verdict(site: Path, theirs: Path) -> None:
+    told = re.search(r'<p class="lead">.*?</p>\s*<p>(.*?)</p>\s*<dl', text(theirs, "gpu/emulated.html"))
+    assert told is not None
+    assert re.fullmatch(r"Made with torch 2\.11\.0 and Triton 3\.6\.0; the suite is pinned to .+ and .+\.", told[1])
+    assert "Made with" not in text(site, "gpu/sm90.html")
 
 
 def test_a_chart_of_headroom_has_what_a_log_scale_can_show(site: Path, tmp_path: Path) -> None:
