@@ -181,12 +181,8 @@ def _opened(path: Path) -> dict[str, bytes]:
         raise ValueError(f"is cut off or not an archive ({error})") from error
     if len(content) > _LIMIT_BYTES:
         raise ValueError(f"unpacks to more than {_LIMIT_BYTES // 2**20} MiB, and no record is that large")
-    files: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-            for member in archive:
-                name = _allowed(member, files)
-                files[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+        files = dict(_unpacked(content))
     except tarfile.TarError as error:
         raise ValueError(f"is not an archive ({error})") from error
     if absent := [name for name in _MEMBERS if name not in files]:
@@ -197,14 +193,26 @@ def _opened(path: Path) -> dict[str, bytes]:
     return files
 
 
-def _allowed(member: tarfile.TarInfo, files: Mapping[str, bytes]) -> str:
-    if member.name not in _MEMBERS:
-        raise ValueError(f"has {member.name!r}, and only {', '.join(_MEMBERS)} belong in it")
-    if not member.isreg() or member.issparse():
-        raise ValueError(f"has {member.name} as something other than a regular file")
-    if member.name in files:
-        raise ValueError(f"has {member.name} twice")
-    return member.name
+def _unpacked(content: bytes) -> Iterator[tuple[str, bytes]]:
+    """Each member and its content. Raises TarError for what is not a tar, ValueError for a member that ``pack`` does
+    not write.
+    """
+    # one header at a time: the extensions that TarFile would follow can nest, lie about sizes, or end in any exception
+    place, seen = 0, set()
+    while any(block := content[place : place + tarfile.BLOCKSIZE]):
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        name, start = member.name, place + tarfile.BLOCKSIZE
+        if name not in _MEMBERS:
+            raise ValueError(f"has {name!r}, and only {', '.join(_MEMBERS)} belong in it")
+        if member.type != tarfile.REGTYPE:
+            raise ValueError(f"has {name} as something other than a regular file")
+        if name in seen:
+            raise ValueError(f"has {name} twice")
+        if not 0 <= member.size <= len(content) - start:
+            raise ValueError(f"is cut off: {name} should have {member.size} bytes")
+        seen.add(name)
+        yield name, content[start : start + member.size]
+        place = start + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _contradictions(files: Mapping[str, bytes], place: Path) -> Iterator[str]:

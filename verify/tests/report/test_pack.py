@@ -234,6 +234,42 @@ def test_a_member_that_is_no_plain_file_is_refused(
     assert sentence in told(written(tmp_path / "changed.tar.gz", members(path), change), capsys)
 
 
+@pytest.mark.parametrize(
+    "extension",
+    [
+        {"size": "99999999999999999999"},
+        {"size": "-512"},
+        {"GNU.sparse.map": "x"},
+        {"GNU.sparse.size": "x", "GNU.sparse.numblocks": "y"},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9" * 20},
+    ],
+    ids=["huge", "negative", "map", "blocks", "sparse"],
+)
+def test_an_extended_header_is_refused_unread(
+    extension: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = tarfile.TarInfo("record.json")
+    header.pax_headers = extension
+    place = tmp_path / "pack.tar.gz"
+    place.write_bytes(gzip.compress(header.tobuf(tarfile.PAX_FORMAT) + bytes(2048)))
+    said = told(place, capsys)
+    assert said.startswith(f"{place}: has '././@PaxHeader', and only record.json, ")
+    assert said.count("\n") == 1
+
+
+def test_extended_headers_of_headers_are_refused_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = tarfile.TarInfo("record.json")
+    header.pax_headers = {"comment": "x"}
+    (tmp_path / "pack.tar.gz").write_bytes(gzip.compress(header.tobuf(tarfile.PAX_FORMAT)[:1024] * 2000 + bytes(2048)))
+    assert "has '././@PaxHeader'" in told(tmp_path / "pack.tar.gz", capsys)
+
+
+def _with_size(size: int) -> bytes:
+    header = tarfile.TarInfo("record.json")
+    header.size = size
+    return gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+
+
 def test_a_member_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = packed(tmp_path)
     with tarfile.open(tmp_path / "twice.tar.gz", "w:gz") as archive:
@@ -251,10 +287,12 @@ def test_a_member_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         (gzip.compress(bytes(pack._LIMIT_BYTES + 1)), "unpacks to more than 64 MiB"),
         (gzip.compress(b"text"), "is not an archive"),
         (gzip.compress(bytes(1000))[:-9], "is cut off or not an archive"),
+        (_with_size(2**80), "is cut off: record.json should have 1208925819614629174706176 bytes"),
+        (_with_size(-512), "is cut off: record.json should have -512 bytes"),
         (b"\x1f\x8b and text", "is cut off or not an archive"),
         (gzip.compress(bytes(1000))[:10] + b"\xff" * 20, "is cut off or not an archive"),
     ],
-    ids=["bomb", "text", "cut off", "no gzip", "damaged"],
+    ids=["bomb", "text", "cut off", "huge", "negative", "no gzip", "damaged"],
 )
 def test_what_is_no_archive_is_refused(
     content: bytes, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
