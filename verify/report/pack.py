@@ -1,5 +1,5 @@
-"""One archive that shows a third party what a record proves: the record, what git says about suite and subject, the
-in-toto statement and the hashes of all three, and nothing else.
+"""One archive that shows a third party what a record proves: the record, what git says about suite and subject
+(``verify/report/pack_git.py``), the in-toto statement and the hashes of all three, and nothing else.
 
 ``make`` writes it, ``check`` reads it. The same record and checkout always make the same bytes.
 """
@@ -9,29 +9,24 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import subprocess
 import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from verify.errors import ConfigurationError, Exit
-from verify.files import IMPORT_ROOT, repository_root, write_out
+from verify.files import write_out
 from verify.record import checker
 from verify.record.archive import locate
 from verify.record.checker import Problem
-from verify.record.digest import instrument_sha256
 from verify.record.reading import UnreadableRecord, read_record
-from verify.record.schema import Record
-from verify.record.strict import Strict
 from verify.report.export import attestation, counting
-from verify.subject.find import find_subject
+from verify.report.pack_git import Git, contradictions, describe
 
 RECORD, STATEMENT, GIT, SUMS = "record.json", "statement.json", "git.json", "SHA256SUMS"
 _MEMBERS = (RECORD, STATEMENT, GIT, SUMS)
@@ -41,34 +36,6 @@ _GZIP = b"\x1f\x8b"
 
 #: No record comes near it; an archive that unpacks to more is refused before it fills the memory.
 _LIMIT_BYTES = 64 * 2**20
-_GIT_LIMIT_S = 60
-_COMMITS = 20
-
-
-class Commit(Strict):
-    """One line of a git log, without its author."""
-
-    commit: str = Field(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")
-    time_utc: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
-    subject: str
-
-
-class Tree(Strict):
-    """What git says about a folder: the newest commits that changed it, and what differs from the last of all.
-
-    ``same`` is whether the content is that of the record; if not, the record was made with other files.
-    """
-
-    same: bool
-    status: list[str]
-    log: list[Commit] = Field(min_length=1)
-
-
-class Git(Strict):
-    """Suite and subject; None for one that is not in a checkout."""
-
-    suite: Tree | None
-    subject: Tree | None
 
 
 def make(name: str, subject: str | None = None, out: Path | None = None) -> int:
@@ -85,7 +52,7 @@ def make(name: str, subject: str | None = None, out: Path | None = None) -> int:
         raise ConfigurationError(
             f"{problems[0]}{more}; only a sound record can be packed, see: python -m verify check {name}"
         )
-    git = Git(suite=_suite(record), subject=_subject(record, subject))
+    git, absent = describe(record, subject)
     files = {
         RECORD: path.read_bytes(),
         STATEMENT: attestation(record).encode(),
@@ -96,8 +63,7 @@ def make(name: str, subject: str | None = None, out: Path | None = None) -> int:
     print(place)
     for what, tree in (("suite", git.suite), ("subject", git.subject)):
         if tree is None:
-            more = "" if what == "suite" else "; give its checkout with --subject PATH to add it"
-            print(f"verify: the archive has no git log of the {what}{more}", file=sys.stderr)
+            print(f"verify: the archive has no git log of the {what}{absent.get(what, '')}", file=sys.stderr)
         elif not tree.same:
             print(f"verify: the {what} has changed since the record was made, and the archive says so", file=sys.stderr)
     return Exit.OK
@@ -106,7 +72,8 @@ def make(name: str, subject: str | None = None, out: Path | None = None) -> int:
 def check(names: Sequence[str], *, as_json: bool = False) -> int:
     """``verify check``: print every problem of records and of archives of records; 1 if there are any, else 0.
 
-    Raises ConfigurationError for a name that is neither.
+    Of a sound archive it also says what nothing could be derived from. Raises ConfigurationError for a name that is
+    neither.
     """
     if not any(_is_archive(Path(name)) for name in names):
         return checker.check(names, as_json=as_json)
@@ -131,7 +98,10 @@ def check(names: Sequence[str], *, as_json: bool = False) -> int:
             problems += [Problem(name, "", told) for told in _contradictions(files, place)]
         problems += [_renamed(one, shown) for one in checker.examine(paths, checker.every_check())]
         listed = [shown.get(str(path), str(path)) for path in paths]
-    return checker.tell(listed, problems, as_json=as_json)
+    code = checker.tell(listed, problems, as_json=as_json)
+    if shown and not as_json and code == Exit.OK:
+        print(f"{GIT} is the packer's own statement, which the record does not prove")
+    return code
 
 
 def _renamed(one: Problem, shown: Mapping[str, str]) -> Problem:
@@ -219,8 +189,9 @@ def _contradictions(files: Mapping[str, bytes], place: Path) -> Iterator[str]:
     """What disagrees among the members; ``place`` is the unpacked record, which is examined elsewhere."""
     if files[SUMS] != _sums(files):
         yield f"{SUMS} does not have the hashes of the other files"
+    git = None
     try:
-        Git.model_validate_json(files[GIT])
+        git = Git.model_validate_json(files[GIT])
     except ValidationError as error:
         first = error.errors()[0]
         yield f"{GIT} is not what `verify pack` writes ({'.'.join(map(str, first['loc']))}: {first['msg']})"
@@ -232,52 +203,4 @@ def _contradictions(files: Mapping[str, bytes], place: Path) -> Iterator[str]:
         yield f"{RECORD} counts for no verdict, because it only confirms another run or is shown next to others"
     if files[STATEMENT] != attestation(record).encode():
         yield f"{STATEMENT} is not the statement that this suite derives from {RECORD}"
-
-
-def _suite(record: Record) -> Tree | None:
-    root = repository_root()
-    same = instrument_sha256(root) == record.instrument_sha256
-    return _tree(IMPORT_ROOT, [IMPORT_ROOT / "verify", root / "phases"], same)
-
-
-def _subject(record: Record, name: str | None) -> Tree | None:
-    source = record.subject.source
-    if name is None and source != "bundled":
-        return None
-    found = find_subject(name or "bundled", repository_root())
-    if found.source != source:
-        raise ConfigurationError(f"the record is about the subject {source}, not {found.source}; name its checkout")
-    return _tree(found.root, [found.folder], found.content_sha256() == record.subject.content_sha256)
-
-
-def _tree(root: Path, folders: Sequence[Path], same: bool) -> Tree | None:
-    names = [str(folder) for folder in folders]
-    # a repository that merely contains them, as one with a virtual environment does, says nothing about them
-    if not _git(root, "ls-files", "--", *names):
-        return None
-    log = _git(root, "log", f"--max-count={_COMMITS}", "--format=%H%x00%ct%x00%s", "--", *names)
-    status = _git(root, "status", "--porcelain", "--untracked-files=all", "--", *names)
-    if not log or status is None:
-        return None
-    commits = []
-    for line in log.splitlines():
-        commit, seconds, subject = line.split("\0")
-        moment = datetime.fromtimestamp(int(seconds), UTC)
-        commits.append(Commit(commit=commit, time_utc=f"{moment:%Y-%m-%dT%H:%M:%SZ}", subject=subject))
-    return Tree(same=same, status=status.splitlines(), log=commits)
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """The output of git in ``root``; None if that is not a checkout with a commit, or git is missing. Raises
-    ConfigurationError if git does not answer.
-    """
-    try:
-        child = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(root), *arguments],
-            capture_output=True, text=True, errors="replace", timeout=_GIT_LIMIT_S,
-        )  # fmt: skip
-    except FileNotFoundError:
-        return None
-    except subprocess.TimeoutExpired as error:
-        raise ConfigurationError(f"git did not answer in {root} within {_GIT_LIMIT_S} s; run it again") from error
-    return child.stdout.rstrip() if child.returncode == 0 else None
+    yield from (f"{GIT} {told}" for told in (contradictions(git, record) if git else ()))
