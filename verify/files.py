@@ -30,6 +30,9 @@ COPIES = _DATA if INSTALLED else Path()
 #: Relative to ``repository_root``: the measurements of the suite itself.
 REPORTS = COPIES / "reports"
 
+#: Names the checkout that the suite works in, whatever the current folder is. The kit (ci/kit/start.py) sets it.
+ROOT_VARIABLE = "TRIATTENTION_ROOT"
+
 #: Names the folder of an installed suite's records to child processes, which run in another folder.
 REPORTS_VARIABLE = "TRIATTENTION_REPORTS"
 
@@ -93,12 +96,18 @@ def decoded(data: bytes) -> str:
 
 
 def repository_root() -> Path:
-    """The nearest directory at or above the current one with a ``phases/``, else the checkout of this package.
+    """The checkout that TRIATTENTION_ROOT names; without that variable, the nearest directory at or above the current
+    one with a ``phases/``, else the checkout of this package.
 
-    Of an installed suite it is always the directory that it was installed into, whose ``phases/`` came with it.
+    Of an installed suite it is always the directory that it was installed into, whose ``phases/`` came with it. Raises
+    ConfigurationError if TRIATTENTION_ROOT names something else than a checkout.
     """
     if INSTALLED:
         return IMPORT_ROOT
+    if named := os.environ.get(ROOT_VARIABLE):
+        if not (Path(named) / "phases" / "__init__.py").is_file():
+            raise ConfigurationError(f"{ROOT_VARIABLE} is {named}, which has no phases/; name a checkout, or unset it")
+        return Path(named).absolute()
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "phases" / "__init__.py").is_file():

@@ -1,10 +1,12 @@
 """Starts the suite from a kit: installs its packages next to it, once, and runs ``python -m verify`` with them.
 
-Standard library only, because it runs before anything is installed. Nothing outside the kit's folder is written.
+Standard library only, because it runs before anything is installed. Nothing outside the kit's folder is written, except
+where a person names the place, and where the kit itself cannot be written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -16,16 +18,41 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 KIT = Path(__file__).resolve().parent
-SITE, RECORDS, SOURCE = KIT / "site", KIT / "records", KIT / "source"
+RECORDS, SOURCE, CACHE = KIT / "records", KIT / "source", KIT / "cache"
 
-#: The verbs that write records, and those that read them, with the option that names the folder.
-_FOLDERS = {"run": "--out", "compile": "--out", "simulate": "--out"}
-_FOLDERS |= {"report": "--records", "diff": "--records", "history": "--records", "explain": "--records"}
+#: The verbs that write records.
+_WRITING = ("run", "compile", "simulate")
+
+#: The verbs that read a folder of records; ``explain`` has something to say without one.
+_READING = ("report", "diff", "history", "explain")
+
+#: The verbs that take the id of a run where a file or a folder may stand.
+_NAMING = ("check", "pack", "export", "diff")
+
+#: Where torch, Triton, the driver and vLLM keep what can be made again, if the user has not named a place.
+_CACHES = {
+    "TRIATTENTION_CACHE": CACHE, "XDG_CACHE_HOME": CACHE / "xdg", "TRITON_CACHE_DIR": CACHE / "triton",
+    "TORCHINDUCTOR_CACHE_DIR": CACHE / "inductor", "CUDA_CACHE_PATH": CACHE / "cuda",
+}  # fmt: skip
+_TEMPORARY = KIT / "tmp"
+
+#: The longest path of a socket on Linux, less what torch, multiprocessing and vLLM add to that of the temporary folder.
+_TEMPORARY_LENGTH = 107 - 38
+
+#: What pip says, in lower case, and the next step; the first that fits.
+_STEPS = {
+    "no space left": "free some disk space",
+    "quota exceeded": "free some disk space",
+    "permission denied": "copy the kit to a folder that you can write",
+    "read-only file system": "copy the kit to a folder that you can write",
+    "not a supported wheel": "make a kit for this machine",
+    "": "carry the kit again, or make it again",
+}
 
 _INSTALL_LIMIT_S = 900
 
@@ -36,19 +63,49 @@ class KitError(Exception):
 
 def start(words: Sequence[str]) -> None:
     """Replace this process by the suite. Raises KitError if the kit cannot be used here."""
-    about = json.loads((KIT / "kit.json").read_text("utf-8"))
+    try:
+        about = json.loads((KIT / "kit.json").read_text("utf-8"))
+    except ValueError as error:
+        raise KitError("kit.json is damaged; carry the kit again, and join its parts in order") from error
     _must_fit(about)
-    with (KIT / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several jobs of one node may start at once
-        _install(about)
-    verb = [] if words and not words[0].startswith("-") else ["run"]
-    words = [*verb, *words]
-    option = _FOLDERS.get(words[0])
-    if option and not any(word.partition("=")[0] == option for word in words):
-        words += [option, str(RECORDS)]
-    RECORDS.mkdir(exist_ok=True)
+    places = _places()
+    site = _installed(about, places)
+    if not places.keys() >= _CACHES.keys() - os.environ.keys():
+        print(f"kit: {KIT} cannot be written, so your own caches are used", file=sys.stderr, flush=True)
+    words = _with_records([*([] if words and not words[0].startswith("-") else ["run"]), *words])
     # -P, because the current folder may be another checkout, with a suite of its own
-    os.execve(sys.executable, [sys.executable, "-P", "-m", "verify", *words], _environment())
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "verify", *words], _environment(site, places))
+
+
+def _with_records(words: Sequence[str]) -> list[str]:
+    """``words`` with the kit's folder of records, for a verb that needs one and is given none.
+
+    Raises KitError if that cannot be written, or has nothing to read yet.
+    """
+    verb, named = words[0], {word.partition("=")[0] for word in words}
+    if named & {"-h", "--help"}:
+        return list(words)
+    added: list[str] = []
+    if verb in _WRITING and "--out" not in named:
+        with contextlib.suppress(OSError):
+            RECORDS.mkdir(exist_ok=True)
+        if not _writable(RECORDS):
+            raise KitError(f"{RECORDS} cannot be written; name a folder of yours: ./run {verb} --out DIR ...")
+        added = ["--out", str(RECORDS)]
+    if verb in _READING and "--records" not in named:
+        if RECORDS.is_dir():
+            added = ["--records", str(RECORDS)]
+        elif verb != "explain":
+            raise KitError(f"{RECORDS} has no records yet; run the checks first, or name a folder: --records DIR")
+    if verb in _NAMING:
+        words = [verb, *map(_located, words[1:])]
+    return [*words, *added]
+
+
+def _located(word: str) -> str:
+    """The folder of the kit's run ``word``; ``word`` itself if there is none, or something of that name here."""
+    is_run = word and Path(word).name == word and not Path(word).exists() and (RECORDS / word).is_dir()
+    return str(RECORDS / word) if is_run else word
 
 
 def _must_fit(about: dict[str, Any]) -> None:
@@ -67,39 +124,93 @@ def _must_fit(about: dict[str, Any]) -> None:
                 )
 
 
-def _install(about: dict[str, Any]) -> None:
-    """Install the kit's packages into its own folder, if that was not done before with the same interpreter."""
-    stamp = json.dumps([about["wheels"], sys.executable], sort_keys=True)
-    done = SITE / "complete"
-    if done.is_file() and done.read_text("utf-8") == stamp:
-        return
+def _places() -> dict[str, str]:
+    """The variables that keep caches and temporary files in the kit, except those that the user has set.
+
+    They are left out where the kit cannot be written, and TMPDIR where sockets in it would have too long a path.
+    """
+    places: dict[str, str] = {}
+    for folder in (CACHE, _TEMPORARY):
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+    if _writable(CACHE):
+        places |= {name: str(folder) for name, folder in _CACHES.items()}
+    if _writable(_TEMPORARY) and len(os.fsencode(_TEMPORARY)) <= _TEMPORARY_LENGTH:
+        places["TMPDIR"] = str(_TEMPORARY)
+    return {name: folder for name, folder in places.items() if name not in os.environ}
+
+
+def _writable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _installed(about: Mapping[str, Any], places: Mapping[str, str]) -> Path:
+    """The folder of the kit's packages for this interpreter, which are installed into it the first time."""
+    wanted = {name: sha256 for name, sha256 in about["wheels"].items() if not _has_own(name)}
+    stamp = json.dumps([wanted, sys.prefix], sort_keys=True)
+    # one for each interpreter, so that the packages of a suite that runs are never replaced
+    site = KIT / f"site-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
+    if not site.is_dir():
+        with _lock(site.with_suffix(".lock")):
+            if not site.is_dir():
+                _install(about, list(wanted), site, places)
+    return site
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the lock of one installation: several jobs of one node may start at once."""
+    before = os.umask(0o022)  # another user may be the next who runs this kit
+    try:
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise KitError(
+                f"its packages are not installed for {sys.executable} yet, and {KIT} cannot be written "
+                f"({error.strerror}); let its owner call ./run doctor once with this Python, or copy the kit to a "
+                "folder of yours"
+            ) from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    finally:
+        os.umask(before)
+
+
+def _install(about: Mapping[str, Any], wanted: Sequence[str], site: Path, places: Mapping[str, str]) -> None:
+    """Install the wheels ``wanted`` into ``site``, which appears when it is complete."""
     for name, sha256 in about["wheels"].items():
         if not (KIT / "wheels" / name).is_file() or _sha256(KIT / "wheels" / name) != sha256:
             raise KitError(f"wheels/{name} is missing or damaged; carry the kit again, and join its parts in order")
     print("kit: installing its packages", file=sys.stderr, flush=True)
-    partial = KIT / "site.partial"
-    for folder in (partial, SITE):
-        shutil.rmtree(folder, ignore_errors=True)
-    wanted = [name for name in about["wheels"] if name not in (about["pip"], about["project"]) and not _has_own(name)]
-    pip = [sys.executable, str(KIT / "wheels" / about["pip"] / "pip"), "--disable-pip-version-check", "install"]
+    partial = site.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    # the machine's settings are for its own installations: an index, constraints, --user
+    settings = {"PIP_CONFIG_FILE": os.devnull}
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("PIP_")}
+    pip = [sys.executable, str(KIT / "wheels" / about["pip"] / "pip"), "--isolated", "--disable-pip-version-check"]
     plain = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--no-warn-conflicts"]
-    paths = [str(KIT / "wheels" / name) for name in wanted]
+    paths = [str(KIT / "wheels" / name) for name in wanted if name not in (about["pip"], about["project"])]
     try:
-        done_so = subprocess.run(
-            [*pip, *plain, "--target", str(partial), *paths],
-            capture_output=True,
-            text=True,
-            timeout=_INSTALL_LIMIT_S,
-            check=False,
-        )
+        child = subprocess.run(
+            [*pip, "install", *plain, "--target", str(partial), *paths], env={**environment, **places, **settings},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_INSTALL_LIMIT_S, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise KitError(f"installing its packages took over {_INSTALL_LIMIT_S} s; call ./run again") from error
-    if done_so.returncode:
-        said = [line for line in done_so.stderr.splitlines() if line.strip()] or ["pip said nothing"]
-        raise KitError(f"its packages cannot be installed: {said[-1]}; free some disk space, or make the kit again")
+    if child.returncode:
+        raise KitError(_complaint(child.stderr))
     _describe_project(KIT / "wheels" / about["project"], partial)
-    (partial / "complete").write_text(stamp, "utf-8")
-    partial.rename(SITE)
+    partial.rename(site)
+
+
+def _complaint(said: str) -> str:
+    """What pip printed, in a sentence with the next step."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["pip said nothing"]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    reason = (errors or lines)[-1]
+    step = next(step for sign, step in _STEPS.items() if sign in said.lower())
+    return f"its packages cannot be installed: {reason.rstrip('.')}; {step}"
 
 
 def _has_own(wheel: str) -> bool:
@@ -118,12 +229,13 @@ def _describe_project(wheel: Path, site: Path) -> None:
         content.extractall(site, [name for name in content.namelist() if ".dist-info/" in name])
 
 
-def _environment() -> dict[str, str]:
-    path = _joined([str(SOURCE), str(SITE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+def _environment(site: Path, places: Mapping[str, str]) -> dict[str, str]:
+    path = _joined([str(SOURCE), str(site), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     # the files may belong to another user than the one who runs them, and git then refuses to name the commit
     git = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": str(SOURCE)}
-    own = {"TRIATTENTION_CACHE": str(KIT / "cache"), "OMP_NUM_THREADS": "1"}
-    return {**own, **os.environ, **git, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    # neither the suite nor its children take anything from the current folder
+    ours = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "TRIATTENTION_ROOT": str(SOURCE)}
+    return {"OMP_NUM_THREADS": "1", **os.environ, **places, **git, **ours, "HF_HUB_OFFLINE": "1"}
 
 
 def _joined(folders: Iterable[str]) -> str:
@@ -137,6 +249,10 @@ def _sha256(path: Path) -> str:
 if __name__ == "__main__":
     try:
         start(sys.argv[1:])
-    except (KitError, OSError) as error:
+    except KitError as error:
         print(f"kit: {error}", file=sys.stderr)
+        sys.exit(3)
+    except OSError as error:
+        file = error.filename or "a file"
+        print(f"kit: {file} cannot be used ({error.strerror}); mend that, or carry the kit again", file=sys.stderr)
         sys.exit(3)
