@@ -11,6 +11,7 @@ cd "$suite"
 
 options=(--device "${DEVICE:-auto}")
 if [[ -n ${PROFILE:-} ]]; then options+=(--profile "$PROFILE"); fi
+if [[ -n ${EXPECT:-} ]]; then options+=(--expect "$EXPECT"); fi
 if [[ -n ${PHASES:-} ]]; then options+=(--phases "$PHASES"); fi
 code=0
 "$python" -m verify run --subject "$checkout" --out "$out" "${options[@]}" || code=$?

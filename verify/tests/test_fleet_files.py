@@ -131,7 +131,7 @@ def within(arguments: list[str]) -> float:
 
 
 def container_arguments() -> Iterator[tuple[str, list[str]]]:
-    """What containers are given, whose entry point is ``python -m verify``."""
+    """What containers are given, whose entry point is ``triattention-verify``."""
     yield "aicr-catalog.yaml", read_yaml("aicr-catalog.yaml")["validators"][0]["args"]
     yield "nvsentinel-preflight.yaml", read_yaml("nvsentinel-preflight.yaml")["preflight"]["initContainers"][0]["args"]
     yield "job.yaml", read_yaml("job.yaml")["spec"]["template"]["spec"]["containers"][0]["args"]
@@ -139,13 +139,14 @@ def container_arguments() -> Iterator[tuple[str, list[str]]]:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Every command of the suite in a file for fleets, as words after ``python -m verify``."""
+    """Every command of the suite in a file for fleets, as words after its name."""
     yield from container_arguments()
     (rule,) = json.loads((FLEET / "node-problem-detector.json").read_text("utf-8"))["rules"]
-    assert rule["args"][:2] == ["-m", "verify"]
-    yield "node-problem-detector.json", rule["args"][2:]
+    yield "node-problem-detector.json", rule["args"]
     for script in SCRIPTS:
-        found = re.findall(r"-m verify (.*?)(?: *(?:[&|>]|\)?$))", script.read_text("utf-8"), re.MULTILINE)
+        found = re.findall(
+            r'(?:-m verify|"\$VERIFY") (.*?)(?: *(?:[&|>]|\)?$))', script.read_text("utf-8"), re.MULTILINE
+        )
         assert found, script
         for words in map(shlex.split, found):
             yield script.name, [_VARIABLES.get(word, word) for word in words]
@@ -166,7 +167,31 @@ def test_no_file_is_left_out() -> None:
 
 
 def test_the_container_runs_the_suite() -> None:
-    assert 'ENTRYPOINT ["python", "-m", "verify"]' in CONTAINER.read_text("utf-8")
+    assert 'ENTRYPOINT ["triattention-verify"]' in CONTAINER.read_text("utf-8")
+
+
+def test_no_file_takes_a_package_of_the_current_folder_for_the_suite() -> None:
+    script = "/opt/triattention-verify/bin/triattention-verify"
+    (rule,) = json.loads((FLEET / "node-problem-detector.json").read_text("utf-8"))["rules"]
+    assert rule["path"] == script
+    texts = {path.name: path.read_text("utf-8") for path in FLEET.iterdir()}
+    assert not [name for name, text in texts.items() if "-m verify" in text or '"-m"' in text]
+    assert [name for name, text in sorted(texts.items()) if f"VERIFY={script}" in text] == [
+        "slurm-array.sbatch", "slurm-prolog.sh"
+    ]  # fmt: skip
+
+
+def test_what_the_image_needs_travels_and_what_is_made_here_does_not() -> None:
+    ignored = {line for line in Path(REPOSITORY / ".dockerignore").read_text("utf-8").splitlines() if line[:1] != "#"}
+    made = {line.strip("/") for line in (REPOSITORY / ".gitignore").read_text("utf-8").splitlines()}
+    assert {".git", *made} <= {name.removeprefix("**/") for name in ignored}
+    copied = {
+        word
+        for line in re.findall(r"^COPY (.*) \S+$", CONTAINER.read_text("utf-8"), re.MULTILINE)
+        for word in line.split()
+    }
+    assert copied >= {"verify", "reports", "ci"}
+    assert not copied & ignored
 
 
 def test_node_problem_detector_reads_its_plugin() -> None:
@@ -176,7 +201,7 @@ def test_node_problem_detector_reads_its_plugin() -> None:
     for rule in plugin.rules:
         # a permanent rule needs the condition that it changes, and its time must be within the overall one
         assert rule.condition in {one.type for one in plugin.conditions}
-        assert within(rule.args[2:]) < seconds(rule.timeout) <= seconds(overall.timeout)
+        assert within(rule.args) < seconds(rule.timeout) <= seconds(overall.timeout)
         assert seconds(overall.timeout) < seconds(overall.invoke_interval)
 
 
@@ -226,12 +251,14 @@ def test_an_image_is_named_by_its_content(name: str) -> None:
 
 PROLOG = """\
 #!/bin/bash
-# stands in for python: card 1 is wrong, card 2 hangs for a while
+# stands in for the suite: card 1 is wrong, card 2 takes a while, for card 3 an option is refused, for card 4 it dies
 while [[ $# -gt 0 ]]; do
     if [[ $1 == --gpu ]]; then gpu=$2; fi
     shift
 done
 if [[ $gpu == 1 ]]; then echo "[node_problem] triattention: wrong"; exit 1; fi
+if [[ $gpu == 3 ]]; then echo "[user_problem] triattention: --expect"; exit 3; fi
+if [[ $gpu == 4 ]]; then exit 127; fi
 sleep 0.2
 echo "OK triattention: right"
 """
@@ -239,15 +266,27 @@ echo "OK triattention: right"
 
 @pytest.mark.parametrize(
     ("gpus", "code", "reason"),
-    [("", 0, ""), ("0", 0, ""), ("0,2", 0, ""), ("0,1", 1, "[node_problem] triattention: wrong (GPU 1)")],
+    [
+        ("", 0, ""),
+        ("0", 0, ""),
+        ("0,2", 0, ""),
+        ("0,1", 1, "[node_problem] triattention: wrong (GPU 1)"),
+        ("MIG-0/1/2,0", 0, ""),
+        ("3,2", 0, ""),
+        ("4", 1, "[node_problem] PROGRAM ended with code 127 and gave no reason (GPU 4)"),
+    ],
 )
 def test_the_prolog_drains_a_node_for_the_gpus_of_its_job(tmp_path: Path, gpus: str, code: int, reason: str) -> None:
     text = (FLEET / "slurm-prolog.sh").read_text("utf-8")
-    tools = {"python": PROLOG, "scontrol": f'#!/bin/bash\nprintf "%s\\n" "$@" >> {tmp_path}/drained\n'}
+    tools = {
+        "program": PROLOG,
+        "logger": "#!/bin/bash\n",
+        "scontrol": f'#!/bin/bash\nprintf "%s\\n" "$@" >> {tmp_path}/drained\n',
+    }
     for name, content in tools.items():
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)
-    text = text.replace("/opt/triattention-verify/bin/python", str(tmp_path / "python"))
+    text = text.replace("/opt/triattention-verify/bin/triattention-verify", str(tmp_path / "program"))
     text = text.replace("export PATH=", f"export PATH={tmp_path}:")
     (tmp_path / "prolog.sh").write_text(text)
     child = subprocess.run(
@@ -255,9 +294,11 @@ def test_the_prolog_drains_a_node_for_the_gpus_of_its_job(tmp_path: Path, gpus: 
             "SLURMD_NODENAME": "node1", "SLURM_JOB_GPUS": gpus, "TMPDIR": str(tmp_path)
         },
     )  # fmt: skip
-    assert (child.returncode, child.stderr) == (code, "")
+    refused = "triattention-verify: nothing was tried: [user_problem] triattention: --expect (GPU 3)\n"
+    assert (child.returncode, child.stderr) == (code, refused if "3" in gpus else "")
     drained = tmp_path / "drained"
     told = drained.read_text().splitlines() if drained.exists() else []
+    reason = reason.replace("PROGRAM", str(tmp_path / "program"))
     assert told == (["update", "NodeName=node1", "State=DRAIN", f"Reason={reason}"] if reason else [])
     # nothing is left behind
     assert not any(one.is_dir() for one in tmp_path.iterdir())
@@ -266,6 +307,7 @@ def test_the_prolog_drains_a_node_for_the_gpus_of_its_job(tmp_path: Path, gpus: 
 PYTHON = """\
 #!/bin/bash
 # stands in for the suite's python: its run leaves the record that is given, or none, and ends with 1
+echo "$*" >> "{asked}"
 if [[ $3 != run ]]; then PYTHONPATH={repository} exec {python} "$@"; fi
 while [[ $# -gt 0 ]]; do
     if [[ $1 == --out ]]; then out=$2; fi
@@ -276,15 +318,21 @@ exit {code}
 """
 
 
-def act(folder: Path, record_file: str, code: int) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
+def act(
+    folder: Path, record_file: str, code: int, **inputs: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
     """The last step of the action, with a run that ends as it is told to; and its outputs."""
     (folder / "ci" / "action").mkdir(parents=True)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / "ci" / "action" / "verify.sh").write_bytes((ACTION / "verify.sh").read_bytes())
     stub = folder / ".venv" / "bin" / "python"
-    stub.write_text(PYTHON.format(repository=REPOSITORY, python=sys.executable, record=record_file, code=code))
+    stub.write_text(
+        PYTHON.format(
+            repository=REPOSITORY, python=sys.executable, record=record_file, code=code, asked=folder / "asked"
+        )
+    )
     stub.chmod(0o755)
-    variables = {"SUBJECT": ".", "DEVICE": "cpu", "PHASES": "", "PROFILE": "", "RUNNER_TEMP": str(folder)}
+    variables = {"SUBJECT": ".", "DEVICE": "cpu", "PHASES": "", "PROFILE": "", "RUNNER_TEMP": str(folder)} | inputs
     variables |= {name: str(folder / name) for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY", "TRIATTENTION_CACHE")}
     command = ["bash", str(folder / "ci" / "action" / "verify.sh")]
     child = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | variables)
@@ -310,6 +358,15 @@ def test_the_action_ends_as_a_run_that_cannot_begin(tmp_path: Path) -> None:
     child, outputs = act(tmp_path, "", 3)
     assert (child.returncode, child.stdout) == (3, "")
     assert outputs == {"verdict": "NO RECORD", "record": ""}
+    assert "--expect" not in (tmp_path / "asked").read_text()
+
+
+def test_the_action_asks_for_the_gpu_that_the_runner_must_have(tmp_path: Path) -> None:
+    step = yaml.safe_load((ACTION / "action.yml").read_text("utf-8"))
+    assert step["inputs"]["expect"]["default"] == ""
+    assert step["runs"]["steps"][-1]["env"]["EXPECT"] == "${{ inputs.expect }}"
+    act(tmp_path, "", 3, DEVICE="auto", EXPECT="sm90")
+    assert (tmp_path / "asked").read_text().endswith(" --device auto --expect sm90\n")
 
 
 def bases(recipe: str) -> list[str]:
