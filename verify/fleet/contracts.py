@@ -26,7 +26,7 @@ class Outcome(StrEnum):
     UNJUDGED = "no verdict"  #: a check ended because of the machine or of this suite, is waived, or has no result
     INTERRUPTED = "interrupted"
     TIMEOUT = "timeout"
-    CONFIGURATION = "configuration"
+    CONFIGURATION = "configuration"  #: an option makes no sense, on this machine as on any other
 
 
 #: The exit codes of each contract in the order of ``Outcome``. What is unknown is never 0.

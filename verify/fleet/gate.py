@@ -99,9 +99,9 @@ def gate(
             shutil.rmtree(folder, ignore_errors=True)  # a child that cannot be killed may still write to it
     except Stopped:
         answer = _INTERRUPTED
-    except (ConfigurationError, OSError) as error:
+    except ConfigurationError as error:
         answer, log = Answer(Outcome.CONFIGURATION, str(error)), f"verify: {error}\n".encode()
-    except Exception as error:  # whatever is wrong with this suite says nothing about the GPU
+    except Exception as error:  # whatever is wrong with this suite or this machine's disk says nothing about the GPU
         answer = Answer(Outcome.UNJUDGED, f"the gate itself failed ({type(error).__name__}: {error})")
         log = traceback.format_exc().encode()
     return tell(contract, answer, log, termination)

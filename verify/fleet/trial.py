@@ -155,12 +155,12 @@ def main(words: list[str]) -> None:
             write_atomic(folder / SEVERAL, json.dumps(names))
             return
         answer = examine(expect, folder, driver=query, users=users_of, carry_out=_level_one)
-    except ConfigurationError as error:
-        answer = Answer(Outcome.CONFIGURATION, str(error))
+    except ConfigurationError as error:  # about this machine: the options were right
+        answer = Answer(Outcome.UNJUDGED, str(error))
     except (OSError, ModuleNotFoundError) as error:
         if not (sentence := fault_of_the_machine(error)):
             raise
-        answer = Answer(Outcome.CONFIGURATION, sentence)
+        answer = Answer(Outcome.UNJUDGED, sentence)
     write_answer(folder, answer)
 
 

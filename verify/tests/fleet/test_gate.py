@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from verify.cli import main
-from verify.errors import Exit
+from verify.errors import ConfigurationError, Exit
+from verify.fleet import trial
 from verify.fleet.contracts import Answer, Outcome
 from verify.fleet.gate import gate
 from verify.fleet.trial import UNANSWERING, examine, judged, several
@@ -357,6 +358,23 @@ else:
     outcome = Outcome(wrong.get(name, "pass"))
     write_answer(folder, Answer(outcome, f"7 checks {outcome}"))
 """
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConfigurationError("torch cannot use it"), ModuleNotFoundError("gone", name="pytest"), OSError(28, "full")],
+)
+def test_a_machine_on_which_the_suite_cannot_start_is_no_wrong_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*given: object, **named: object) -> Answer:
+        raise error
+
+    monkeypatch.setattr(trial, "examine", broken)
+    trial.main([str(tmp_path), "any", "one"])
+    answer = trial.read_answer(tmp_path)
+    assert answer is not None
+    assert answer.outcome is Outcome.UNJUDGED
 
 
 @pytest.mark.parametrize(
