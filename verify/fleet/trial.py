@@ -43,11 +43,12 @@ def examine(
     driver: Callable[[], Driver],
     users: Callable[[Gpu], int],
     carry_out: Callable[[int | None, Path], tuple[int, Record | None]],
+    whole: bool = True,
 ) -> Answer:
     """The answer on the first visible GPU, which must be an sm ``expect`` if that is given.
 
     ``driver`` asks for the GPUs, ``users`` how many other processes compute on one, and ``carry_out`` runs level 1 in
-    ``folder`` and returns the exit code and the record.
+    ``folder`` and returns the exit code and the record. If the ``whole`` machine is meant, it must not have lost a card.
     """
     from verify.machine.nvml import NvmlUnavailable
 
@@ -57,7 +58,7 @@ def examine(
         return Answer(Outcome.NO_GPU, f"no GPU: {error}")
     if not found.gpus:
         return Answer(Outcome.NO_GPU, f"no GPU: {'; '.join(found.notes) or 'the driver shows none'}")
-    if gone := lost(found):
+    if whole and (gone := lost(found)):
         return Answer(Outcome.UNJUDGED, "; ".join(gone))
     gpu = found.gpus[0]
     about = {"gpu": gpu.name, "target": f"sm{gpu.sm}", "driver": gpu.driver}
@@ -151,10 +152,11 @@ def main(words: list[str]) -> None:
 
     folder, expect = Path(words[0]), None if words[1] == "any" else int(words[1])
     try:
-        if words[2:] != ["one"] and (names := several(query)):
+        whole = words[2:] != ["one"]
+        if whole and (names := several(query)):
             write_atomic(folder / SEVERAL, json.dumps(names))
             return
-        answer = examine(expect, folder, driver=query, users=users_of, carry_out=_level_one)
+        answer = examine(expect, folder, driver=query, users=users_of, carry_out=_level_one, whole=whole)
     except ConfigurationError as error:  # about this machine: the options were right
         answer = Answer(Outcome.UNJUDGED, str(error))
     except (OSError, ModuleNotFoundError) as error:

@@ -412,6 +412,9 @@ def test_a_machine_that_has_lost_a_card_is_not_right() -> None:
     answer = _examined(_never, driver=driver)
     assert (answer.outcome, answer.words) == (Outcome.UNJUDGED, "card 0 cannot be asked (GPU is lost)")
     assert several(_driver(H200, H200, notes=("card 0 cannot be asked (GPU is lost)",))) == []
+    # of the other card that --gpu names it says nothing
+    alone = _examined(lambda expect, folder: (Exit.OK, _level_one()), driver=driver, whole=False)
+    assert alone.outcome is Outcome.PASS
 
 
 @pytest.mark.parametrize(
