@@ -48,7 +48,7 @@ def examine(
     """The answer on the first visible GPU, which must be an sm ``expect`` if that is given.
 
     ``driver`` asks for the GPUs, ``users`` how many other processes compute on one, and ``carry_out`` runs level 1 in
-    ``folder`` and returns the exit code and the record. If the ``whole`` machine is meant, it must not have lost a card.
+    ``folder`` and returns the exit code and the record. If the ``whole`` machine is meant, no card may be lost.
     """
     from verify.machine.nvml import NvmlUnavailable
 
