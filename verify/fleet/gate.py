@@ -189,6 +189,7 @@ def _answered(
         return worst(_watched(children, within_s, deadline))
     finally:
         _kill_children(before)
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
 class _Child:

@@ -55,7 +55,7 @@ def test_the_hard_failures_are_tried_again_and_nothing_else(tree: Tree) -> None:
     assert ("FAIL" in explained, "PASS" in explained) == (True, False)
     exported = tree.verify("export", record.run_id, "--attestation")
     assert exported.returncode == 3
-    assert f"confirms {first.run_id}, and counts for no verdict; export the run itself" in exported.stderr
+    assert f"confirms {first.run_id}, and counts for no verdict; name the run itself" in exported.stderr
     refused = tree.verify("run", "--confirm", record.run_id, "--seed", "8")
     assert "--confirm keeps the options of the original run; drop --seed" in refused.stderr
     assert refused.returncode == 3
