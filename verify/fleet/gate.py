@@ -34,7 +34,7 @@ from verify.fleet.trial import read_answer, read_several
 #: Kept back of the time limit, to stop the children and to answer.
 _RESERVE_S = 2.0
 
-#: How long the answer, and then the log, may wait for somebody to read them.
+#: How long the children may take to die, and the answer and the log may wait for somebody to read them.
 _PATIENCE_S = 0.5
 
 #: The shortest limit that leaves the checks any time, and the longest that a fleet's slot could mean.
@@ -255,7 +255,8 @@ def _tail(log: Path, limit: int = _LOG_BYTES) -> bytes:
 
 def _kill_children(before: set[int]) -> None:
     """Kill every process that was started since ``before``, also those whose parents have ended; wait for none."""
-    for _ in range(10):  # what was forked meanwhile
+    until = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < until:  # again, for what was forked meanwhile
         left = [one for one in _descendants() if one.pid not in before]
         if not left:
             return
