@@ -77,6 +77,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise
 
 
+def end_of(path: Path, limit_bytes: int) -> bytes:
+    """The last bytes of a file that may be large, and that may still grow. Raises OSError if it cannot be read."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - limit_bytes))
+        return stream.read(limit_bytes)
+
+
 def decoded(data: bytes) -> str:
     """The text of a file that another tool may have written: UTF-8, or the encoding that its byte order mark names.
 

@@ -27,7 +27,7 @@ from typing import NoReturn
 import psutil
 
 from verify.errors import ConfigurationError
-from verify.files import IMPORT_ROOT, INSTALLED
+from verify.files import IMPORT_ROOT, INSTALLED, end_of
 from verify.fleet.contracts import CONTRACTS, TERMINATION_BYTES, Answer, Outcome, code, told, worst
 from verify.fleet.trial import read_answer, read_several
 
@@ -209,7 +209,7 @@ class _Child:
         """What it found out before it ended."""
         if found := read_answer(self.folder):
             return found
-        last = (_tail(self.folder / "log").decode(errors="replace").split("\n") or [""])[-1].strip()
+        last = _tail(self.folder / "log").decode(errors="replace").rpartition("\n")[2].strip()
         ended = f"the gate's own process ended with exit code {self.process.returncode}"
         return Answer(Outcome.UNJUDGED, f"{ended}: {last or 'it printed nothing'}")
 
@@ -247,9 +247,8 @@ def _log(folder: Path) -> bytes:
 
 
 def _tail(log: Path, limit: int = _LOG_BYTES) -> bytes:
-    with suppress(OSError), log.open("rb") as stream:
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - limit))
-        return stream.read().rstrip()
+    with suppress(OSError):
+        return end_of(log, limit).rstrip()
     return b""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from verify.files import IMPORT_ROOT, INSTALLED, REPORTS_VARIABLE, default_out
+from verify.files import IMPORT_ROOT, INSTALLED, REPORTS_VARIABLE, default_out, end_of
 from verify.machine import processors
 from verify.machine.environment import localise
 from verify.record import grounds
@@ -174,9 +174,7 @@ class PhaseProcess:
 
     def _tail(self) -> str:
         """The last lines of the log, without the frames of pytest and of the interpreter's own start."""
-        with self._log.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
+        lines = end_of(self._log, _TAIL_BYTES).decode(errors="replace").splitlines()
         telling = [line for line in lines if line.strip() and not _FRAME_OF_PYTEST.search(line)]
         return "\n".join(telling[-_TAIL_LINES:])
 
