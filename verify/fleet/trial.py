@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,12 +152,13 @@ def main(words: list[str]) -> None:
     from verify.machine.nvml import query
 
     folder, expect = Path(words[0]), None if words[1] == "any" else int(words[1])
+    driver = cache(query)  # asked once; a driver that does not answer is asked again
     try:
         whole = words[2:] != ["one"]
-        if whole and (names := several(query)):
+        if whole and (names := several(driver)):
             write_atomic(folder / SEVERAL, json.dumps(names))
             return
-        answer = examine(expect, folder, driver=query, users=users_of, carry_out=_level_one, whole=whole)
+        answer = examine(expect, folder, driver=driver, users=users_of, carry_out=_level_one, whole=whole)
     except ConfigurationError as error:  # about this machine: the options were right
         answer = Answer(Outcome.UNJUDGED, str(error))
     except (OSError, ModuleNotFoundError) as error:
