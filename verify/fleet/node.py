@@ -139,7 +139,7 @@ def _descendants(process: int) -> list[int]:
 
 
 def _followed(child: subprocess.Popen[bytes], runs: Path, limit_s: float, tell: Callable[[str], object]) -> int | None:
-    """The child's exit code, None if its time was over; what it does meanwhile is told whenever it changes."""
+    """Wait for the child, and tell its progress whenever that changes. Its exit code; None if it ran out of time."""
     deadline, told = time.monotonic() + limit_s, ""
     while time.monotonic() < deadline:
         with suppress(subprocess.TimeoutExpired):

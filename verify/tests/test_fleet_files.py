@@ -321,7 +321,7 @@ exit {code}
 def act(
     folder: Path, record_file: str, code: int, **inputs: str
 ) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
-    """The last step of the action, with a run that ends as it is told to; and its outputs."""
+    """The last step of the action and its outputs; the run inside ends with ``code`` and leaves ``record_file``."""
     (folder / "ci" / "action").mkdir(parents=True)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / "ci" / "action" / "verify.sh").write_bytes((ACTION / "verify.sh").read_bytes())

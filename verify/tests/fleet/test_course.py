@@ -79,14 +79,20 @@ def test_a_job_of_a_lost_node_is_tried_on_another_and_the_other_jobs_go_on() -> 
     assert course.legs["sm120"].result == {"code": 1, "files": {}, "tail": ""}
 
 
-def test_a_lost_node_without_another_leaves_no_record() -> None:
+def _begun_and_ended(outcome: dict[str, Any]) -> tuple[Made, Course]:
+    """The course of one GPU that the only node began and ended with ``outcome``, after the time to wait for another."""
     made = Made({"a": {"sm90"}})
     course = made.course("sm90")
     _steps(course, made)
     course.told("sm90", 1, "")
-    made.outcomes["sm90", "a"] = {"lost": "was lost (NodeDiedError)"}
+    made.outcomes["sm90", "a"] = outcome
     _steps(course, made)
     _steps(course, made, WAIT_S)
+    return made, course
+
+
+def test_a_lost_node_without_another_leaves_no_record() -> None:
+    _, course = _begun_and_ended({"lost": "was lost (NodeDiedError)"})
     why = "node a was lost (NodeDiedError); no other node with the resource sm90 within 10 s"
     assert _absent(course, "sm90") == ("NO_RECORD", why)
 
@@ -101,13 +107,7 @@ def test_a_gpu_that_no_node_offers_has_no_runner() -> None:
 
 
 def test_a_node_that_refuses_is_not_asked_again() -> None:
-    made = Made({"a": {"sm90"}})
-    course = made.course("sm90")
-    _steps(course, made)
-    course.told("sm90", 1, "")
-    made.outcomes["sm90", "a"] = {"refused": "offers sm90, but its GPU is an sm86"}
-    _steps(course, made)
-    _steps(course, made, WAIT_S)
+    made, course = _begun_and_ended({"refused": "offers sm90, but its GPU is an sm86"})
     assert made.submitted == [("sm90", "a")]
     kind, why = _absent(course, "sm90")
     assert kind == "NO_RECORD"
